@@ -1,0 +1,114 @@
+"""Joint attention over [text, image, condition], with the reference's switches (REFERENCE: attention variants).
+
+Every switch is constant over two groups of tokens, the condition and the rest. So a switch is a choice of groups to
+attend to, and `condition_scale` a constant between groups: no mask of the sequence's size squared is ever built.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mogle_rt.config import ModelConfig
+
+
+class Visibility(enum.Enum):
+    """Who sees whom."""
+
+    JOINT = "joint"  # everything sees everything
+    SEPARATE = "separate"  # the condition and the rest don't see each other
+    INDEPENDENT = "independent"  # the rest sees the condition, the condition only itself
+    SCALED = "scaled"  # everything sees everything, with log(scale) added between the groups
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """The switches of a run: visibility, and the logarithm of condition_scale where it is SCALED."""
+
+    visibility: Visibility = Visibility.JOINT
+    log_scale: float = 0.0
+
+    @classmethod
+    def of(cls, model: ModelConfig, condition_scale: float) -> AttentionPlan:
+        """condition_scale other than 1 overrides the other two switches, as in the reference; 0 separates the groups."""
+        if condition_scale == 0:
+            return cls(Visibility.SEPARATE)
+        if condition_scale != 1:
+            return cls(Visibility.SCALED, math.log(condition_scale))
+        if model.independent_condition:
+            return cls(Visibility.INDEPENDENT)
+        return cls(Visibility.JOINT if model.union_cond_attn else Visibility.SEPARATE)
+
+
+JOINT = AttentionPlan()
+
+
+def joint_attention(q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: AttentionPlan) -> Tensor:
+    """Attention of ``q`` over ``k`` and ``v``.
+
+    Args:
+        q: [B, Lq, H, d], the first Lq rows of the joint sequence or all of it.
+        k, v: [B, L, H, d] in the order [text, image, condition].
+        condition_from: the first row of the condition; L where there is none.
+        plan: who sees whom.
+
+    Returns:
+        [B, Lq, H * d].
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    c = condition_from
+    if plan.visibility is Visibility.JOINT or c >= k.shape[2]:
+        return _rows(F.scaled_dot_product_attention(q, k, v))
+    rest_q, condition_q = q[:, :, :c], q[:, :, c:]
+    rest_kv, condition_kv = (k[:, :, :c], v[:, :, :c]), (k[:, :, c:], v[:, :, c:])
+    if plan.visibility is Visibility.SCALED:
+        rest = _merged(rest_q, rest_kv, condition_kv, plan.log_scale)
+        condition = _merged(condition_q, condition_kv, rest_kv, plan.log_scale)
+    else:
+        seen = (k, v) if plan.visibility is Visibility.INDEPENDENT else rest_kv
+        rest = F.scaled_dot_product_attention(rest_q, *seen)
+        condition = F.scaled_dot_product_attention(condition_q, *condition_kv)
+    if condition_q.shape[2] == 0:
+        return _rows(rest)
+    return torch.cat([_rows(rest), _rows(condition)], dim=1)
+
+
+def _rows(out: Tensor) -> Tensor:
+    """[B, H, L, d] -> [B, L, H * d]; a view where the kernel wrote [B, L, H, d]."""
+    return out.transpose(1, 2).flatten(2)
+
+
+def _merged(q: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], log_scale: float) -> Tensor:
+    """softmax over both groups with ``log_scale`` on the other group's scores: each alone, joined by log-sum-exp.
+
+    With (o, l) each group's output and log-sum-exp, the joint softmax gives the other group the total weight
+    sigmoid(l_other + log_scale - l_own).
+    """
+    if q.shape[2] == 0:
+        return q
+    own_out, own_lse = attention_with_lse(q, *own)
+    other_out, other_lse = attention_with_lse(q, *other)
+    weight = torch.sigmoid(other_lse + log_scale - own_lse).to(q.dtype)
+    return torch.lerp(own_out, other_out, weight[..., None])
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention and the log-sum-exp of its scaled scores. q: [B, H, Lq, d] -> [B, H, Lq, d], fp32 [B, H, Lq]."""
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        return out, lse
+    if q.device.type == "cuda":
+        if q.dtype in (torch.float16, torch.bfloat16):
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+        else:
+            out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+        return out, lse[:, :, : q.shape[2]]  # the efficient kernel pads its rows
+    # Other devices have no such kernel: the scores of one group, in full precision.
+    scores = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(q.shape[-1])
+    lse = scores.logsumexp(-1)
+    return (torch.exp(scores - lse[..., None]) @ v.float()).to(q.dtype), lse

@@ -1,0 +1,197 @@
+"""The bundle, ckpt.safetensors: everything that makes an image, in one file that is read lazily.
+
+Tensors stand under ``transformer.``, ``lora.``, ``mogle.``, ``vae.``, ``text_encoder.`` and ``text_encoder_2.`` with the
+reference's own names, tokenizer files as uint8 tensors under ``tokenizer.`` and ``tokenizer_2.``; the configurations are
+JSON in the metadata. `mogle_rt.convert` writes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mogle_rt import schema
+from mogle_rt.config import MogleConfig, Options, SchedulerConfig, TransformerConfig
+from mogle_rt.errors import CheckpointError, ConfigError
+from mogle_rt.storage import MappedFile, TensorInfo, read_chunks, read_header
+
+FORMAT = "mogle_rt"
+FORMAT_VERSION = 1
+PARTS = ("transformer", "lora", "mogle", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+TEXT_PARTS = PARTS[4:]
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleConfig(Options):
+    """All configurations of a bundle.
+
+    ``vae``, ``text_encoder`` and ``text_encoder_2`` are diffusers' and transformers' own and are theirs to check.
+    """
+
+    transformer: TransformerConfig
+    mogle: MogleConfig
+    scheduler: SchedulerConfig
+    vae: Mapping[str, Any]
+    text_encoder: Mapping[str, Any] | None = None
+    text_encoder_2: Mapping[str, Any] | None = None
+
+    @classmethod
+    def parse(cls, text: str, *, what: str) -> BundleConfig:
+        """From the JSON in a bundle's metadata.
+
+        Raises:
+            CheckpointError: not JSON, or a configuration is not valid.
+        """
+        try:
+            raw = json.loads(text)
+            return cls.from_mapping(
+                raw
+                | {
+                    "transformer": TransformerConfig.from_mapping(raw["transformer"]),
+                    "mogle": MogleConfig.from_mapping(raw["mogle"]),
+                    "scheduler": SchedulerConfig.from_mapping(raw["scheduler"]),
+                }
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{what}: the configuration in the file is damaged: {reason}") from None
+
+
+class Bundle:
+    """An open bundle. Opening reads the header only and checks every name, shape and size in it.
+
+    Raises:
+        CheckpointError: see `mogle_rt.storage.read_header`; or not a bundle, of a newer format, or its tensors don't
+            fit its configuration.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.tensors, metadata = read_header(self.path)
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{self.path}: a safetensors file, but not a mogle_rt bundle; make one with `mogle-rt convert`"
+            )
+        version = metadata.get("format_version", "")
+        if version != str(FORMAT_VERSION):
+            raise CheckpointError(f"{self.path}: bundle format {version!r}; this version reads {FORMAT_VERSION}")
+        self._config_text = metadata.get("config", "")
+        self.config = BundleConfig.parse(self._config_text, what=str(self.path))
+        self.content_hash = metadata.get("sha256", "")
+        self._check_tensors()
+        self._file = MappedFile(self.path)
+
+    def names(self, part: str) -> list[str]:
+        """Names of a part's tensors, without the part's prefix."""
+        prefix = f"{part}."
+        return [n.removeprefix(prefix) for n in self.tensors if n.startswith(prefix)]
+
+    @property
+    def has_text_encoders(self) -> bool:
+        """Whether prompts can be given as text."""
+        return all(self.names(part) for part in TEXT_PARTS)
+
+    def lora_ranks(self) -> dict[str, int]:
+        """Rank of the LoRA on each layer."""
+        suffix = ".lora_A.weight"
+        shapes = {
+            n.removesuffix(suffix): self.tensors[f"lora.{n}"].shape for n in self.names("lora") if n.endswith(suffix)
+        }
+        return {name: shape[0] if shape else 0 for name, shape in shapes.items()}
+
+    def _check_tensors(self) -> None:
+        stray = [n for n in self.tensors if n.split(".", 1)[0] not in PARTS]
+        if stray:
+            raise CheckpointError(f"{self.path}: unexpected tensor {stray[0]!r}")
+        check_names(self._shapes("transformer"), schema.transformer_tensors(self.config.transformer), self.path)
+        check_names(self._shapes("mogle"), schema.mogle_tensors(self.config.mogle), self.path)
+        ranks = self.lora_ranks()
+        for name in schema.lora_modules(self.config.transformer):
+            if name not in ranks:
+                raise CheckpointError(f"{self.path}: missing LoRA of layer {name!r}")
+        check_names(self._shapes("lora"), schema.lora_tensors(self.config.transformer, ranks), self.path)
+        for name, info in self.tensors.items():
+            allowed = (torch.uint8,) if name.startswith("tokenizer") else FLOATS
+            if info.dtype not in allowed:
+                raise CheckpointError(f"{self.path}: tensor {name!r} can't be {info.dtype}")
+
+    def _shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        return {name: self.tensors[f"{part}.{name}"].shape for name in self.names(part)}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor by its full name: a read-only view of the file."""
+        return self._file.tensor(self.tensors[name])
+
+    def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Tensors stacked along their first dimension, on ``device`` and in ``dtype``.
+
+        Neighbours in the file that need no conversion come as one view of it, without a copy.
+        """
+        infos = [self.tensors[n] for n in names]
+        if device.type == "cpu" and infos[0].dtype == dtype:
+            view = self._file.view(infos)
+            if view is not None:
+                return view.view(-1, *infos[0].shape[1:])
+        rows = [i.shape[0] for i in infos]
+        out = torch.empty(sum(rows), *infos[0].shape[1:], device=device, dtype=dtype)
+        for part, info in zip(out.split(rows), infos, strict=True):
+            part.copy_(self._file.tensor(info))
+            self._file.release(info)
+        return out
+
+    def part(self, part: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """All tensors of a part, by their names in it."""
+        return {name: self.load([f"{part}.{name}"], device, dtype) for name in self.names(part)}
+
+    def files(self, part: str) -> dict[str, bytes]:
+        """A tokenizer's files by name."""
+        return {name: self.tensor(f"{part}.{name}").numpy().tobytes() for name in self.names(part)}
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> None:
+        """Read the whole file and compare it with the hash in its header.
+
+        Args:
+            progress: called with the number of bytes after each chunk.
+
+        Raises:
+            CheckpointError: the contents were changed after conversion.
+        """
+        digest = hashlib.sha256(self._config_text.encode())
+        with self.path.open("rb") as f:
+            for info in sorted(self.tensors.values(), key=lambda i: i.begin):
+                for chunk in read_chunks(f, info):
+                    digest.update(chunk.view(torch.uint8).numpy().data)
+                    if progress:
+                        progress(chunk.nbytes)
+        if digest.hexdigest() != self.content_hash:
+            raise CheckpointError(f"{self.path}: its contents were changed: the hash in the header is another")
+
+
+def check_names(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str | Path
+) -> None:
+    """Compare names and shapes.
+
+    Raises:
+        CheckpointError: names the first tensor that is missing, unexpected or of another shape.
+    """
+    for name, shape in expected.items():
+        if name not in found:
+            raise CheckpointError(f"{where}: missing tensor {name!r} of shape {list(shape)}")
+        if tuple(found[name]) != tuple(shape):
+            raise CheckpointError(f"{where}: tensor {name!r} has shape {list(found[name])}, expected {list(shape)}")
+    for name in found:
+        if name not in expected:
+            raise CheckpointError(f"{where}: unexpected tensor {name!r}")
+
+
+def parameter_count(tensors: Mapping[str, TensorInfo]) -> int:
+    """Number of parameters in tensors that are not files."""
+    return sum(i.numel for n, i in tensors.items() if not n.startswith("tokenizer"))

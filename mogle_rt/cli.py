@@ -1,0 +1,304 @@
+"""The command line: ``mogle-rt convert | generate | info``."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mogle_rt import __version__
+from mogle_rt.errors import ConfigError, InputError, MogleError, OutputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mogle_rt.pipeline import Pipeline
+
+app = typer.Typer(
+    name="mogle-rt",
+    help="Faces from a semantic mask and a prompt: an optimised runtime for Face-MoGLE.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(stderr=True, highlight=False)
+
+MASK_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"mogle-rt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def convert(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Bundle to write, e.g. ckpt.safetensors.")],
+    flux: Annotated[str | None, typer.Option(help="FLUX folder in diffusers' layout, or a hub id.")] = None,
+    lora: Annotated[str | None, typer.Option(help="Branch LoRA (safetensors): a path, or owner/name[/file].")] = None,
+    mogle: Annotated[
+        str | None, typer.Option(help="Experts and gate (.pt or safetensors): a path or a hub id.")
+    ] = None,
+    released: Annotated[
+        bool, typer.Option("--released", help="Take the published files for what isn't given.")
+    ] = False,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as stored.")] = None,
+    text_encoders: Annotated[
+        bool, typer.Option(help="Include CLIP and T5; without them, prompts are embeddings.")
+    ] = True,
+) -> None:
+    """Make the single-file bundle from the reference's files."""
+    from mogle_rt.converter import convert as run
+    from mogle_rt.sources import RELEASED_FLUX, RELEASED_LORA, RELEASED_MOGLE
+
+    if released:
+        flux, lora, mogle = flux or RELEASED_FLUX, lora or RELEASED_LORA, mogle or RELEASED_MOGLE
+    missing = [name for name, value in (("--flux", flux), ("--lora", lora), ("--mogle", mogle)) if value is None]
+    if missing or flux is None or lora is None or mogle is None:
+        raise InputError(f"missing {', '.join(missing)}; or pass --released for the published files")
+    start = time.perf_counter()
+    path = run(flux, lora, mogle, output, dtype=dtype, text_encoders=text_encoders)
+    size = path.stat().st_size
+    console.print(f"{path}: {_bytes(size)} in {time.perf_counter() - start:.1f} s", soft_wrap=True)
+
+
+@app.command()
+def info(
+    checkpoint: Annotated[Path, typer.Argument(help="A bundle.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read the whole file and check its hash.")] = False,
+) -> None:
+    """Print what is in a bundle."""
+    from mogle_rt.checkpoint import FORMAT_VERSION, PARTS, Bundle, parameter_count
+
+    bundle = Bundle(checkpoint)
+    t, m = bundle.config.transformer, bundle.config.mogle
+    ablation = [word for word, absent in (("no gating", not m.has_gating), ("no experts", not m.has_expert)) if absent]
+    ranks = sorted(set(bundle.lora_ranks().values()))
+    rows: dict[str, str] = {
+        "file": f"{checkpoint}, {_bytes(checkpoint.stat().st_size)}",
+        "format": f"mogle_rt bundle, version {FORMAT_VERSION}",
+        "architecture": f"FLUX, width {t.width} ({t.num_attention_heads} heads x {t.attention_head_dim}), "
+        f"{t.num_layers} double and {t.num_single_layers} single blocks, "
+        f"guidance {'embedded' if t.guidance_embeds else 'none'}",
+        "LoRA rank": ", ".join(map(str, ranks)),
+        "mixture": f"1 global and 19 region experts, hidden {m.expert_dim}" if m.has_expert else "identity experts",
+        "ablation": ", ".join(ablation) or "none",
+        "text encoders": "CLIP and T5" if bundle.has_text_encoders else "none: prompts must come as embeddings",
+        "sha256": bundle.content_hash,
+    }
+    out = Console(soft_wrap=True, highlight=False)
+    for name, value in rows.items():
+        out.print(f"{name:>14}  {value}", markup=False)
+    table = Table("part", "tensors", "parameters", "bytes", "dtype", box=None, pad_edge=False)
+    for part in PARTS:
+        tensors = {n: i for n, i in bundle.tensors.items() if n.startswith(f"{part}.")}
+        if tensors:
+            dtypes = ", ".join(sorted({str(i.dtype).removeprefix("torch.") for i in tensors.values()}))
+            count = "-" if part.startswith("tokenizer") else f"{parameter_count(tensors):,}"
+            size = sum(i.end - i.begin for i in tensors.values())
+            table.add_row(part, str(len(tensors)), count, _bytes(size), dtypes)
+    table.add_row("total", str(len(bundle.tensors)), f"{parameter_count(bundle.tensors):,}", "", "")
+    out.print(table)
+    if verify:
+        bundle.verify()
+        out.print("verified: the contents match the hash")
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A bundle.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Image (.png, .jpg), or a folder for several.")],
+    mask: Annotated[
+        list[Path] | None, typer.Option("--mask", "-m", help="Mask or folder of masks; repeatable.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What the face looks like.")] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 28,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 3.5,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the first image; the next have the next. Default: drawn.")
+    ] = None,
+    height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 512,
+    width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 512,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", help="Images for each mask.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Images computed at once.")] = 1,
+    condition_scale: Annotated[float, typer.Option(help="Strength of the mask; 1 is the model's own.")] = 1.0,
+    model_config: Annotated[str | None, typer.Option(help="The reference's switches as JSON.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps; default: the best there is.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: what the device does fast.")] = None,
+    metadata: Annotated[bool, typer.Option(help="Write prompt, seed and settings into the images.")] = True,
+) -> None:
+    """Draw faces from masks and a prompt."""
+    if num_images < 1 or batch_size < 1:
+        raise InputError(f"--num-images and --batch-size must be 1 or more, got {num_images} and {batch_size}")
+    masks: list[Path | None] = list(_find_masks(mask)) if mask else [None]
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+    if not 0 <= seed < 2**63 - len(masks) * num_images:
+        raise InputError(f"--seed must be from 0 to 2^63, got {seed}")
+    jobs = list(_jobs(masks, num_images, seed, output))
+    _check_writable(output)
+    switches = _parse_json(model_config)
+
+    from mogle_rt.image_files import save_image
+    from mogle_rt.masks import to_labels
+    from mogle_rt.pipeline import Pipeline
+
+    for path in masks:
+        if path is not None:
+            to_labels(path)  # a bad mask is told before the model is loaded
+    start = time.perf_counter()
+    pipe = Pipeline(checkpoint, device=device, dtype=dtype, model_config=switches)
+    seconds = {"load": time.perf_counter() - start}
+    for i in range(0, len(jobs), batch_size):
+        batch = jobs[i : i + batch_size]
+        images = pipe(
+            [job[0] for job in batch if job[0] is not None] or None,
+            prompt,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=height,
+            width=width,
+            num_images_per_prompt=1 if mask else len(batch),
+            generator=[_generator(pipe, job[1]) for job in batch],
+            condition_scale=condition_scale,
+        ).images
+        for name, value in pipe.last_run.seconds.items():
+            seconds[name] = seconds.get(name, 0.0) + value
+        for (mask_path, image_seed, path), image in zip(batch, images, strict=True):
+            settings = {
+                "prompt": prompt or "",
+                "seed": image_seed,
+                "mask": mask_path.name if mask_path else None,
+                "steps": steps,
+                "guidance_scale": guidance,
+                "size": [width, height],
+                "condition_scale": condition_scale,
+                "model_config": pipe.model_config.to_dict(),
+                "dtype": str(pipe.dtype).removeprefix("torch."),
+                "bundle_sha256": pipe.bundle.content_hash,
+                "software": f"mogle_rt {__version__}",
+            }
+            save_image(image, path, settings if metadata else None)
+            typer.echo(path)
+    stages = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+    count = "1 image" if len(jobs) == 1 else f"{len(jobs)} images"
+    console.print(f"{count} in {sum(seconds.values()):.2f} s (seed {seed}): {stages}", soft_wrap=True)
+
+
+def _generator(pipe: Pipeline, seed: int) -> torch.Generator:
+    """On the CPU: a seed is the same noise on every device."""
+    import torch
+
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def _find_masks(paths: list[Path]) -> Iterator[Path]:
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in MASK_SUFFIXES)
+        if not found:
+            raise InputError(f"{path}: a folder without masks ({', '.join(sorted(MASK_SUFFIXES))})")
+        yield from found
+
+
+def _jobs(
+    masks: list[Path | None], num_images: int, seed: int, output: Path
+) -> Iterator[tuple[Path | None, int, Path]]:
+    """(mask, seed, output file) of every image. Into a folder, files are named by mask and seed."""
+    from mogle_rt.image_files import check_suffix
+
+    folder = output.is_dir() or not output.suffix
+    if not folder:
+        check_suffix(output)
+        if len(masks) > 1:
+            raise OutputError(f"{output}: {len(masks)} masks need a folder as output, not a file")
+    taken: set[Path] = set()
+    for i, mask in enumerate(masks):
+        for j in range(num_images):
+            number = i * num_images + j
+            if folder:
+                path = output / f"{mask.stem if mask else 'face'}_{seed + number}.png"
+            else:
+                path = output if num_images == 1 else output.with_stem(f"{output.stem}_{j + 1}")
+            if path in taken:
+                raise OutputError(f"{path}: two images would get this name; rename a mask")
+            taken.add(path)
+            yield mask, seed + number, path
+
+
+def _check_writable(output: Path) -> None:
+    """Before any work is done."""
+    folder = output if output.is_dir() or not output.suffix else output.parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise OutputError(f"{output}: can't be written: {folder} is a file, not a folder")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{output}: can't be written: no permission in {folder}")
+
+
+def _parse_json(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f"--model-config must be a JSON object like '{{\"add_cond_attn\": true}}', got {text!r}")
+    return value
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    raise AssertionError
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signum)  # unwinds, so that half-written files are removed
+
+
+def main() -> None:
+    """Entry point: errors are one line and a non-zero exit, never a traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except MogleError as error:
+        _fail(str(error))
+    except MemoryError:
+        _fail("not enough memory; try a smaller size or batch")
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _fail(f"not enough GPU memory; try a smaller size or batch, or --device cpu ({str(error).splitlines()[0]})")
+
+
+def _fail(message: str) -> NoReturn:
+    line = " ".join(message.split())
+    console.print(f"error: {line}", markup=False, soft_wrap=True)
+    sys.exit(1)

@@ -1,0 +1,208 @@
+"""Options as frozen dataclasses. Each is validated once, when it is made; unknown names are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from mogle_rt.errors import ConfigError
+
+NUM_CLASSES = 19
+MLP_RATIO = 4
+NUM_EXPERTS = 1 + NUM_CLASSES  # the global expert, then one for each class
+PATCH = 16  # pixels a token covers in each direction: 8x VAE times 2x2 packing
+VAE_SCALE = 8
+
+DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of the option classes: strict construction from a mapping."""
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, what: str | None = None) -> Self:
+        """Build from ``values``; names that start with ``_`` (diffusers' bookkeeping) are skipped.
+
+        Raises:
+            ConfigError: a name is unknown, one is missing, or a value is refused.
+        """
+        what = what or cls.__name__
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        given = {k: v for k, v in values.items() if not k.startswith("_")}
+        for name in given:
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(fields)}"
+                raise ConfigError(f"{what}: unknown option {name!r}{hint}")
+        missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in given]
+        if missing:
+            raise ConfigError(f"{what}: missing {', '.join(missing)}")
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready mapping that `from_mapping` takes back."""
+        return dataclasses.asdict(self)
+
+
+def _require_bool(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{type(owner).__name__}: {name} must be true or false, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Options):
+    """The reference's switches: how condition and image see each other, and what the LoRA acts on.
+
+    Attributes:
+        union_cond_attn: everything attends to everything (the released setting); else the condition and the rest
+            do not see each other.
+        add_cond_attn: the condition's gated attention output is added to the image stream of double blocks too.
+        latent_lora: the branch LoRA acts on image rows too, in single blocks also on text rows.
+        independent_condition: the condition does not see the rest, the rest sees it.
+        weight_is_scale: gate weights are averaged over the tokens: one weight an expert.
+    """
+
+    union_cond_attn: bool = True
+    add_cond_attn: bool = False
+    latent_lora: bool = False
+    independent_condition: bool = False
+    weight_is_scale: bool = False
+
+    def __post_init__(self) -> None:
+        _require_bool(self, *(f.name for f in dataclasses.fields(self)))
+
+    @classmethod
+    def of(cls, value: ModelConfig | Mapping[str, Any] | None) -> ModelConfig:
+        """Take what a person passes as ``model_config``: None, a mapping or a `ModelConfig`."""
+        if value is None:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Mapping):
+            return cls.from_mapping(value, what="model_config")
+        raise ConfigError(f"model_config must be a mapping or a ModelConfig, got {type(value).__name__}")
+
+
+def _require_positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{type(owner).__name__}: {name} must be a positive integer, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig(Options):
+    """Shape of the FLUX transformer, with the names of diffusers' `FluxTransformer2DModel`."""
+
+    num_layers: int
+    num_single_layers: int
+    attention_head_dim: int
+    num_attention_heads: int
+    joint_attention_dim: int
+    pooled_projection_dim: int
+    guidance_embeds: bool = False
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+    in_channels: int = 64
+    out_channels: int | None = None
+    patch_size: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axes_dims_rope", tuple(self.axes_dims_rope))
+        _require_positive(
+            self,
+            "attention_head_dim",
+            "num_attention_heads",
+            "joint_attention_dim",
+            "pooled_projection_dim",
+            "in_channels",
+        )
+        for name in ("num_layers", "num_single_layers"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ConfigError(f"TransformerConfig: {name} must be 0 or more, got {getattr(self, name)!r}")
+        _require_bool(self, "guidance_embeds")
+        if len(self.axes_dims_rope) != 3 or any(d < 2 or d % 2 for d in self.axes_dims_rope):
+            raise ConfigError(f"axes_dims_rope must be three even numbers, got {list(self.axes_dims_rope)}")
+        if sum(self.axes_dims_rope) != self.attention_head_dim:
+            raise ConfigError(
+                f"axes_dims_rope {list(self.axes_dims_rope)} adds up to {sum(self.axes_dims_rope)}, "
+                f"attention_head_dim is {self.attention_head_dim}: they must be equal"
+            )
+        if self.patch_size != 1:
+            raise ConfigError(f"patch_size must be 1 (FLUX packs its latents outside), got {self.patch_size}")
+        if self.out_channels not in (None, self.in_channels):
+            raise ConfigError(f"out_channels must equal in_channels ({self.in_channels}), got {self.out_channels}")
+
+    @property
+    def width(self) -> int:
+        """D, the model width: heads times head size."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+FLUX_DEV = TransformerConfig(
+    num_layers=19,
+    num_single_layers=38,
+    attention_head_dim=128,
+    num_attention_heads=24,
+    joint_attention_dim=4096,
+    pooled_projection_dim=768,
+    guidance_embeds=True,
+    axes_dims_rope=(16, 56, 56),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MogleConfig(Options):
+    """Shape and ablation of the mixture: experts 64 -> hidden -> 64, a gate over 20 of them.
+
+    Attributes:
+        has_gating: False sums the experts without weights.
+        has_expert: False takes the region latents themselves in the experts' place.
+    """
+
+    has_gating: bool = True
+    has_expert: bool = True
+    latent_dim: int = 64
+    expert_dim: int = 32
+    gate_dim: int = 64
+
+    def __post_init__(self) -> None:
+        _require_bool(self, "has_gating", "has_expert")
+        _require_positive(self, "latent_dim", "expert_dim", "gate_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig(Options):
+    """Flow-matching schedule, with the names of diffusers' `FlowMatchEulerDiscreteScheduler`."""
+
+    num_train_timesteps: int = 1000
+    shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    shift_terminal: float | None = None
+    time_shift_type: Literal["exponential", "linear"] = "exponential"
+    invert_sigmas: bool = False
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    stochastic_sampling: bool = False
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "num_train_timesteps", "base_image_seq_len", "max_image_seq_len")
+        if self.time_shift_type not in ("exponential", "linear"):
+            raise ConfigError(f"time_shift_type must be 'exponential' or 'linear', got {self.time_shift_type!r}")
+        for name in ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"scheduler option {name} is not a schedule Face-MoGLE was made with; set it to false"
+                )
+        if self.stochastic_sampling or self.shift_terminal:
+            raise ConfigError("scheduler options stochastic_sampling and shift_terminal are not supported by this loop")

@@ -1,0 +1,92 @@
+"""From a bundle to the runtime's modules: fused layers filled from the stored ones, views of the file where possible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mogle_rt import schema
+from mogle_rt.checkpoint import Bundle
+from mogle_rt.config import NUM_CLASSES, NUM_EXPERTS
+from mogle_rt.mogle import MixtureOfExperts
+from mogle_rt.schema import Fused
+from mogle_rt.transformer import Transformer
+
+EXPERT_NAMES = ("global_expert", *(f"local_experts.{i}" for i in range(NUM_CLASSES)))
+
+
+def assign(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put ``value`` in the place of a parameter of the same shape."""
+    owner = module.get_submodule(name.rpartition(".")[0])
+    leaf = name.rpartition(".")[2]
+    expected = getattr(owner, leaf).shape
+    assert value.shape == expected, f"{name}: {tuple(value.shape)} is not {tuple(expected)}"
+    setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+
+
+def load_transformer(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The transformer of a bundle, without the modulation layers (see `mogle_rt.modulation`)."""
+    config = bundle.config.transformer
+    with torch.device("meta"):
+        model = Transformer(config, bundle.lora_ranks())
+
+    def stack(names: Iterable[str]) -> Tensor:
+        return bundle.load([f"transformer.{n}" for n in names], device, dtype)
+
+    def fill(layer: str, fused: Fused) -> None:
+        for kind in ("weight", "bias"):
+            assign(model, f"{layer}.{kind}", stack(f"{s}.{kind}" for s in fused.sources))
+        if hasattr(model.get_submodule(layer), "lora_down"):
+            down, up = load_lora(bundle, fused.sources, device, dtype)
+            assign(model, f"{layer}.lora_down", down)
+            assign(model, f"{layer}.lora_up", up)
+
+    for name in schema.EMBEDDERS:
+        fill(name, Fused((name,)))
+    for stack_name, count, linears, norms in (
+        ("blocks", config.num_layers, schema.DOUBLE_FUSED, schema.DOUBLE_NORM_FUSED),
+        ("single_blocks", config.num_single_layers, schema.SINGLE_FUSED, schema.SINGLE_NORM_FUSED),
+    ):
+        for i in range(count):
+            for layer, fused in linears.items():
+                fill(f"{stack_name}.{i}.{layer}", fused.at(i))
+            for layer, fused in norms.items():
+                value = stack(f"{s}.weight" for s in fused.at(i).sources)
+                assign(model, f"{stack_name}.{i}.{layer}", value.view(2, -1))
+    return model.eval()
+
+
+def load_lora(
+    bundle: Bundle, sources: tuple[str, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """LoRA of stored layers that are stacked into one: A stacked [R, in], B block-diagonal [out, R]."""
+    pairs = [[bundle.load([f"lora.{s}.lora_{x}.weight"], device, dtype) for x in "AB"] for s in sources]
+    down = torch.cat([a for a, _ in pairs])
+    up = torch.block_diag(*(b for _, b in pairs))
+    return down, up
+
+
+def load_mogle(bundle: Bundle, device: torch.device, dtype: torch.dtype, *, weight_is_scale: bool) -> MixtureOfExperts:
+    """Experts and gate of a bundle."""
+    config = bundle.config.mogle
+    with torch.device("meta"):
+        model = MixtureOfExperts(config, weight_is_scale=weight_is_scale)
+    if config.has_expert:
+        for parameter, layer in (("expert_in", "net.0"), ("expert_out", "net.2")):
+            weight = bundle.load([f"mogle.{e}.{layer}.weight" for e in EXPERT_NAMES], device, dtype)
+            bias = bundle.load([f"mogle.{e}.{layer}.bias" for e in EXPERT_NAMES], device, dtype)
+            assign(model, parameter, weight.view(NUM_EXPERTS, -1, weight.shape[-1]))
+            assign(model, f"{parameter}_bias", bias.view(NUM_EXPERTS, -1))
+    if config.has_gating:
+        for layer, name in (
+            ("time_in", "timestep_embedding.linear_1"),
+            ("time_out", "timestep_embedding.linear_2"),
+            ("noise_proj", "noise_proj"),
+            ("gate_in", "gate.0"),
+            ("gate_out", "gate.2"),
+        ):
+            for kind in ("weight", "bias"):
+                assign(model, f"{layer}.{kind}", bundle.load([f"mogle.gating.{name}.{kind}"], device, dtype))
+    return model.eval()

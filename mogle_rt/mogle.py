@@ -1,0 +1,98 @@
+"""The mixture: one global and 19 region experts, weighed for each step and place by a gate (paper: MoGLE).
+
+The experts see only the mask, so their outputs, the *bank*, are computed once an image. A step is left with the gate
+and the weighted sum.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor, nn
+
+from mogle_rt.config import NUM_EXPERTS, MogleConfig
+from mogle_rt.lora import empty_parameter
+
+
+class Bank(NamedTuple):
+    """What the experts and the gate know of the masks before the first step.
+
+    Attributes:
+        outputs: [B, 20, N, 64], every expert's output; or, where no gate weighs them, their sum [B, 1, N, 64].
+        gate_input: [B, N, 64], global mask latents plus the noise projection's bias; None without a gate.
+    """
+
+    outputs: Tensor
+    gate_input: Tensor | None
+
+
+class MixtureOfExperts(nn.Module):
+    """Experts and gate.
+
+    Args:
+        config: sizes and ablation.
+        weight_is_scale: average the gate's weights over the tokens.
+    """
+
+    def __init__(self, config: MogleConfig, *, weight_is_scale: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.weight_is_scale = weight_is_scale
+        C, H, G = config.latent_dim, config.expert_dim, config.gate_dim
+        if config.has_expert:
+            self.expert_in = empty_parameter(NUM_EXPERTS, H, C)
+            self.expert_in_bias = empty_parameter(NUM_EXPERTS, H)
+            self.expert_out = empty_parameter(NUM_EXPERTS, C, H)
+            self.expert_out_bias = empty_parameter(NUM_EXPERTS, C)
+        if config.has_gating:
+            self.time_in = nn.Linear(C, C)
+            self.time_out = nn.Linear(C, C)
+            self.noise_proj = nn.Linear(C, C)
+            self.gate_in = nn.Linear(C, G)
+            self.gate_out = nn.Linear(G, NUM_EXPERTS)
+
+    def bank(self, mask_latents: Tensor) -> Bank:
+        """Once an image. mask_latents: [B, 20, N, 64], packed VAE latents of the palette picture and the 19 planes."""
+        outputs = mask_latents
+        if self.config.has_expert:
+            B, E, N, C = mask_latents.shape
+            x = mask_latents.transpose(0, 1).reshape(E, B * N, C)
+            hidden = torch.baddbmm(self.expert_in_bias[:, None], x, self.expert_in.transpose(1, 2)).relu_()
+            y = torch.baddbmm(self.expert_out_bias[:, None], hidden, self.expert_out.transpose(1, 2))
+            outputs = y.view(E, B, N, C).transpose(0, 1)
+        if not self.config.has_gating:
+            return Bank(outputs.sum(1, keepdim=True), None)
+        return Bank(outputs.contiguous(), mask_latents[:, 0] + self.noise_proj.bias)
+
+    def time_table(self, timesteps: Tensor) -> Tensor | None:
+        """The gate's time embedding of every step: [S] scheduler timesteps (0…1000) -> [S, 64]; None without a gate."""
+        if not self.config.has_gating:
+            return None
+        sinusoid = get_timestep_embedding(
+            timesteps, self.config.latent_dim, flip_sin_to_cos=True, downscale_freq_shift=0
+        )
+        hidden = self.time_in(sinusoid.to(self.time_in.weight.dtype))
+        return self.time_out(F.silu(hidden))
+
+    def forward(self, latents: Tensor, bank: Bank, time: Tensor | None) -> Tensor:
+        """Condition tokens of one step.
+
+        Args:
+            latents: [B, N, 64], packed noisy latents.
+            bank: see `bank`.
+            time: [64], this step's row of `time_table`.
+
+        Returns:
+            [B, N, 64].
+        """
+        if bank.gate_input is None or time is None:
+            return bank.outputs[:, 0]
+        h = F.linear(latents, self.noise_proj.weight) + bank.gate_input + time
+        logits = self.gate_out(self.gate_in(h).relu_())
+        weights = logits.softmax(-1)  # [B, N, 20]
+        if self.weight_is_scale:
+            weights = weights.mean(1, keepdim=True).expand_as(weights)
+        return torch.einsum("bne,benc->bnc", weights, bank.outputs)

@@ -1,0 +1,373 @@
+"""`Pipeline`: a mask and a prompt in, a face out. The names and habits of diffusers' pipelines."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from mogle_rt.checkpoint import Bundle, check_names
+from mogle_rt.conditioning import Conditioner, MaskPosterior, pack_latents, unpack_latents
+from mogle_rt.config import PATCH, VAE_SCALE, ModelConfig
+from mogle_rt.devices import choose_device, choose_dtype
+from mogle_rt.engines import Conditions, TorchEngine
+from mogle_rt.errors import InputError, NumericalError
+from mogle_rt.masks import Labels, MaskLike, to_label_batch
+from mogle_rt.models import autoencoder_shapes, load_autoencoder
+from mogle_rt.sampling import Schedule, denoise, make_schedule
+from mogle_rt.text import MAX_SEQUENCE_LENGTH, TextEncoders
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+Generators = torch.Generator | Sequence[torch.Generator] | None
+StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Any]], Mapping[str, Any] | None]
+
+DECODE_PIXELS = 1024 * 1024  # pixels decoded at once: bounds the VAE's activations, not the result
+
+
+@dataclass
+class PipelineOutput(BaseOutput):  # type: ignore[misc]
+    """``images``: a list of PIL images, or an array [B, H, W, 3] or tensor [B, 3, H, W] in [0, 1], or packed latents."""
+
+    images: list[Image.Image] | NDArray[np.float32] | Tensor
+
+
+@dataclass
+class RunReport:
+    """What the last call did. ``seconds``: wall-clock time by stage (text, mask, prepare, denoise, decode)."""
+
+    batch_size: int = 0
+    steps: int = 0
+    interrupted: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Pipeline:
+    """Face-MoGLE from a bundle.
+
+    Args:
+        checkpoint: a bundle, see ``mogle-rt convert``.
+        device: "cpu", "cuda", "cuda:N" or "mps"; None takes the best there is.
+        dtype: "fp32", "bf16", "fp16" or a torch dtype; None takes what the device multiplies fast.
+        model_config: the reference's switches, see `ModelConfig`; unknown names are refused.
+
+    Raises:
+        CheckpointError: the file is not a bundle, damaged, or doesn't fit its own configuration.
+        ConfigError, DeviceError: an option is unknown or can't be had here.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        model_config: ModelConfig | Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model_config = ModelConfig.of(model_config)
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self.bundle = Bundle(checkpoint)
+        vae_config = self.bundle.config.vae
+        found = {n: self.bundle.tensors[f"vae.{n}"].shape for n in self.bundle.names("vae")}
+        check_names(found, autoencoder_shapes(vae_config), f"{checkpoint} (vae)")
+        self.vae = load_autoencoder(vae_config, self.bundle.part("vae", self.device, self.dtype))
+        self.engine = TorchEngine(self.bundle, self.device, self.dtype, self.model_config)
+        self.conditioner = Conditioner(self.vae)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=VAE_SCALE * 2)
+        self.last_run = RunReport()
+        self._text_encoders: TextEncoders | None = None
+        self._interrupt = False
+        self._progress_bar_config: dict[str, Any] = {}
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the running call is to stop after its current step. A callback may set it."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options for the tqdm bar of the denoising loop, e.g. ``disable=True``. By default it shows on a terminal only."""
+        self._progress_bar_config = options
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        mask: MaskLike | Sequence[MaskLike] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 28,
+        guidance_scale: float = 3.5,
+        height: int = 512,
+        width: int = 512,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        condition_scale: float = 1.0,
+        position_delta: tuple[int, int] = (0, 0),
+        position_scale: float = 1.0,
+        max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+        output_type: OutputType = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        mask_posterior: MaskPosterior = "mean",
+    ) -> PipelineOutput:
+        """Draw faces. Each image of a batch equals the one it would be alone.
+
+        Args:
+            mask: a semantic mask or a list of them, in any form that `mogle_rt.masks` reads; None is all background
+                (text only). Resized to height x width by nearest neighbour.
+            prompt: a text or a list of them; None is the empty prompt (mask only). One mask goes with several prompts
+                and one prompt with several masks.
+            num_inference_steps: denoising steps S.
+            guidance_scale: FLUX's distilled guidance; models without it ignore it.
+            height, width: pixels, multiples of 16.
+            num_images_per_prompt: images for each pair of mask and prompt.
+            generator: a generator for the noise, or a list with one for each image.
+            latents: packed noise [B, N, 64] in place of drawn noise, N = height / 16 * width / 16.
+            prompt_embeds, pooled_prompt_embeds: T5's [B, T, J] and CLIP's [B, P] in place of a prompt.
+            condition_scale: strength of attention between the condition and the rest; 1 is the model's own, 0 none.
+            position_delta: moves the condition by (rows, columns) of tokens.
+            position_scale: size of a condition token in image tokens.
+            max_sequence_length: T5 tokens, at most 512.
+            output_type: "pil", "np" [B, H, W, 3], "pt" [B, 3, H, W], both in [0, 1], or "latent" (packed).
+            callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": …})`` after each step; may
+                return new latents in such a dict. Setting ``pipe.interrupt = True`` in it ends the loop there.
+            mask_posterior: "mean" of the VAE's posterior, or "sample" to draw from it with the generator, as the
+                reference does.
+
+        Raises:
+            InputError: an argument is out of range, or counts or shapes don't match.
+            MaskError: a mask can't be read.
+            CheckpointError: a prompt was given, and the bundle has no text encoders.
+            NumericalError: the result is not finite.
+        """
+        _check_options(
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            num_images_per_prompt=num_images_per_prompt,
+            condition_scale=condition_scale,
+            position_delta=position_delta,
+            position_scale=position_scale,
+            max_sequence_length=max_sequence_length,
+            output_type=output_type,
+            mask_posterior=mask_posterior,
+        )
+        self._interrupt = False
+        grid = (height // PATCH, width // PATCH)
+        labels = self._labels(mask, height, width)
+        prompts = _prompt_list(prompt, prompt_embeds, pooled_prompt_embeds)
+        pairs = _common_count(len(labels), len(prompts) if prompt_embeds is None else prompt_embeds.shape[0])
+        batch = pairs * num_images_per_prompt
+        generators = _generator_list(generator, batch)
+        report = self.last_run = RunReport(batch_size=batch, steps=num_inference_steps)
+
+        schedule = make_schedule(self.bundle.config.scheduler, num_inference_steps, grid[0] * grid[1])
+        noise = self._noise(latents, batch, height, width, generator if generators is None else generators)
+        with self._stage("text"):
+            prompt_embeds, pooled_prompt_embeds = self._embed(
+                prompts, prompt_embeds, pooled_prompt_embeds, max_sequence_length
+            )
+        with self._stage("mask"):
+            mask_latents = self._encode_masks(labels, batch, mask_posterior, generator, generators)
+        with self._stage("prepare"):
+            self.engine.prepare(
+                Conditions(
+                    mask_latents=mask_latents,
+                    prompt_embeds=_expand(prompt_embeds, batch),
+                    pooled_prompt_embeds=_expand(pooled_prompt_embeds, batch),
+                    guidance_scale=guidance_scale,
+                    grid=grid,
+                    condition_scale=condition_scale,
+                    position_delta=position_delta,
+                    position_scale=position_scale,
+                ),
+                schedule,
+            )
+        with self._stage("denoise"):
+            packed = self._denoise(noise, schedule, callback_on_step_end)
+        report.interrupted = self._interrupt
+        if output_type == "latent":
+            return PipelineOutput(images=packed)
+        with self._stage("decode"):
+            images = self._decode(packed, height, width, output_type)
+        return PipelineOutput(images=images)
+
+    def _labels(self, mask: MaskLike | Sequence[MaskLike] | None, height: int, width: int) -> list[Labels]:
+        if mask is None:
+            return [np.zeros((height, width), dtype=np.uint8)]
+        return to_label_batch(mask, height=height, width=width)
+
+    def _embed(
+        self, prompts: list[str], embeds: Tensor | None, pooled: Tensor | None, max_sequence_length: int
+    ) -> tuple[Tensor, Tensor]:
+        if embeds is not None and pooled is not None:
+            config = self.bundle.config.transformer
+            _check_tensor("prompt_embeds", embeds, (None, None, config.joint_attention_dim))
+            _check_tensor("pooled_prompt_embeds", pooled, (embeds.shape[0], config.pooled_projection_dim))
+            return embeds, pooled
+        if self._text_encoders is None:
+            self._text_encoders = TextEncoders(self.bundle, self.device, self.dtype)
+        return self._text_encoders.encode(prompts, max_sequence_length)
+
+    def _encode_masks(
+        self,
+        labels: list[Labels],
+        batch: int,
+        posterior: MaskPosterior,
+        generator: Generators,
+        generators: list[torch.Generator] | None,
+    ) -> Tensor:
+        if posterior == "mean":
+            return _expand(self.conditioner(labels), batch)
+        every = [labels[i * len(labels) // batch] for i in range(batch)]
+        seeds = generators if generators is not None else [generator] * batch
+        return self.conditioner(every, posterior=posterior, generators=seeds)  # type: ignore[arg-type]
+
+    def _noise(self, latents: Tensor | None, batch: int, height: int, width: int, generator: Any) -> Tensor:
+        channels = self.bundle.config.transformer.in_channels
+        tokens = height // PATCH * (width // PATCH)
+        if latents is not None:
+            _check_tensor("latents", latents, (batch, tokens, channels))
+            return latents.to(self.device, self.dtype)
+        shape = (batch, channels // 4, height // VAE_SCALE, width // VAE_SCALE)
+        # Always drawn in float32: one seed is one noise in every dtype.
+        return pack_latents(randn_tensor(shape, generator=generator, device=self.device)).to(self.dtype)
+
+    def _denoise(self, noise: Tensor, schedule: Schedule, callback: StepCallback | None) -> Tensor:
+        options = {"total": len(schedule), "disable": None, "desc": "denoise"} | self._progress_bar_config
+        with tqdm(**options) as bar:
+
+            def on_step(k: int, latents: Tensor) -> Tensor | None:
+                if callback is not None:
+                    returned = callback(self, k, schedule.timesteps[k], {"latents": latents}) or {}
+                    replaced = returned.get("latents", latents)
+                    if replaced is not latents:
+                        _check_tensor("latents from callback_on_step_end", replaced, tuple(latents.shape))
+                        latents = replaced.to(latents)
+                bar.update()
+                return None if self._interrupt else latents
+
+            return denoise(self.engine, noise, schedule, on_step)
+
+    def _decode(self, packed: Tensor, height: int, width: int, output_type: OutputType) -> Any:
+        z = unpack_latents(packed, height, width) / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        chunk = max(1, DECODE_PIXELS // (height * width))
+        image = torch.cat([self.vae.decode(part.to(self.vae.dtype)).sample for part in z.split(chunk)])
+        return self.image_processor.postprocess(image, output_type=output_type)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """Time a stage into the report; the GPU is waited for, so that its time counts where it was spent."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.last_run.seconds[name] = time.perf_counter() - start
+
+
+def _expand(x: Tensor, batch: int) -> Tensor:
+    """Repeat each of n rows batch / n times, so that images of one prompt are neighbours."""
+    return x if x.shape[0] == batch else x.repeat_interleave(batch // x.shape[0], dim=0)
+
+
+def _check_options(
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    height: int,
+    width: int,
+    num_images_per_prompt: int,
+    condition_scale: float,
+    position_delta: tuple[int, int],
+    position_scale: float,
+    max_sequence_length: int,
+    output_type: str,
+    mask_posterior: str,
+) -> None:
+    for name, number in (
+        ("num_inference_steps", num_inference_steps),
+        ("num_images_per_prompt", num_images_per_prompt),
+        ("max_sequence_length", max_sequence_length),
+    ):
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise InputError(f"{name} must be a positive integer, got {number!r}")
+    if max_sequence_length > MAX_SEQUENCE_LENGTH:
+        raise InputError(f"max_sequence_length can be at most {MAX_SEQUENCE_LENGTH}, got {max_sequence_length}")
+    for name, size in (("height", height), ("width", width)):
+        if not isinstance(size, int) or isinstance(size, bool) or size < PATCH or size % PATCH:
+            near = max(PATCH, round(size / PATCH) * PATCH) if isinstance(size, (int, float)) else 512
+            raise InputError(f"{name} must be a multiple of {PATCH}, got {size!r}; the nearest is {near}")
+    for name, value in (("guidance_scale", guidance_scale), ("condition_scale", condition_scale)):
+        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            raise InputError(f"{name} must be a finite number of 0 or more, got {value!r}")
+    if not isinstance(position_scale, (int, float)) or not math.isfinite(position_scale) or position_scale <= 0:
+        raise InputError(f"position_scale must be a positive number, got {position_scale!r}")
+    if len(position_delta) != 2 or not all(isinstance(v, (int, float)) for v in position_delta):
+        raise InputError(f"position_delta must be two numbers (rows, columns), got {position_delta!r}")
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise InputError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+    if mask_posterior not in ("mean", "sample"):
+        raise InputError(f"mask_posterior must be 'mean' or 'sample', got {mask_posterior!r}")
+
+
+def _prompt_list(prompt: str | Sequence[str] | None, embeds: Tensor | None, pooled: Tensor | None) -> list[str]:
+    if (embeds is None) != (pooled is None):
+        raise InputError("prompt_embeds and pooled_prompt_embeds go together; one of them is missing")
+    if embeds is not None:
+        if prompt is not None:
+            raise InputError("give a prompt or prompt_embeds, not both")
+        return []
+    prompts = [""] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise InputError("the list of prompts is empty")
+    for one in prompts:
+        if not isinstance(one, str):
+            raise InputError(f"prompt must be a text or a list of texts, got {type(one).__name__}")
+    return prompts
+
+
+def _common_count(masks: int, prompts: int) -> int:
+    if masks != prompts and 1 not in (masks, prompts):
+        raise InputError(f"{masks} masks and {prompts} prompts don't pair up: give equally many, or one of either")
+    return max(masks, prompts)
+
+
+def _generator_list(generator: Generators, batch: int) -> list[torch.Generator] | None:
+    if generator is None or isinstance(generator, torch.Generator):
+        return None
+    generators = list(generator)
+    if len(generators) != batch or not all(isinstance(g, torch.Generator) for g in generators):
+        raise InputError(
+            f"generator must be one torch.Generator or a list of {batch} (one an image), got {generator!r}"
+        )
+    return generators
+
+
+def _check_tensor(name: str, value: Any, shape: tuple[int | None, ...]) -> None:
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.ndim != len(shape) or any(s not in (None, v) for s, v in zip(shape, value.shape, strict=True)):
+        wanted = ", ".join("any" if s is None else str(s) for s in shape)
+        raise InputError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
+    if not value.is_floating_point():
+        raise InputError(f"{name} must be floating point, got {value.dtype}")
+    if not bool(torch.isfinite(value).all()):
+        raise NumericalError(f"{name} holds NaN or infinite values")

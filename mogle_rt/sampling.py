@@ -1,0 +1,101 @@
+"""The schedule and the Euler loop, as functions over an engine (REFERENCE: the loop)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mogle_rt.config import SchedulerConfig
+from mogle_rt.errors import InputError, NumericalError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The noise levels of a run, float32.
+
+    Attributes:
+        sigmas: [S + 1], from 1 (pure noise) down to 0.
+        timesteps: [S], the scheduler's timesteps, 1000 * sigma: what the gate sees.
+        model_timesteps: [S], what the transformer sees: the reference divides by 1000 and multiplies again.
+    """
+
+    sigmas: Tensor
+    timesteps: Tensor
+    model_timesteps: Tensor
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+
+def make_schedule(config: SchedulerConfig, num_inference_steps: int, image_tokens: int) -> Schedule:
+    """FLUX's schedule: linear sigmas shifted by image size, in float64 and then rounded once.
+
+    diffusers' own scheduler shifts (its formulas are used here); only its earlier rounding to float32 is avoided, which
+    would move timesteps, and with them the gate, by a unit in the last place against the reference.
+
+    Raises:
+        InputError: fewer than one step.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+        raise InputError(f"num_inference_steps must be a positive integer, got {num_inference_steps!r}")
+    sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
+    if config.use_dynamic_shifting:
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        mu = config.base_shift + slope * (image_tokens - config.base_image_seq_len)
+        sigmas = FlowMatchEulerDiscreteScheduler(time_shift_type=config.time_shift_type).time_shift(mu, 1.0, sigmas)
+    else:
+        sigmas = config.shift * sigmas / (1 + (config.shift - 1) * sigmas)
+    rounded = torch.from_numpy(sigmas).to(torch.float32)
+    timesteps = rounded * config.num_train_timesteps
+    model_timesteps = timesteps / 1000 * 1000
+    return Schedule(torch.cat([rounded, torch.zeros(1)]), timesteps, model_timesteps)
+
+
+class Engine(Protocol):
+    """What can run a step: velocity of the flow at step k, from latents [B, N, 64]."""
+
+    def step(self, latents: Tensor, k: int) -> Tensor: ...
+
+
+OnStep = Callable[[int, Tensor], Tensor | None]  # (step, latents after it) -> replacement latents, or None to stop
+
+
+def euler(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """x + (σ' - σ) v in float32, in the latents' dtype again."""
+    return torch.addcmul(latents.float(), velocity.float(), sigma_next - sigma).to(latents.dtype)
+
+
+def denoise(engine: Engine, latents: Tensor, schedule: Schedule, on_step: OnStep | None = None) -> Tensor:
+    """Run all steps.
+
+    Args:
+        latents: [B, N, 64], noise.
+        on_step: called after each step; what it returns goes on, None ends the loop there.
+
+    Returns:
+        [B, N, 64].
+
+    Raises:
+        NumericalError: the result holds NaN or infinity.
+    """
+    sigmas = schedule.sigmas.to(latents.device)
+    for k in range(len(schedule)):
+        velocity = engine.step(latents, k)
+        latents = euler(latents, velocity, sigmas[k], sigmas[k + 1])
+        if on_step is not None:
+            replaced = on_step(k, latents)
+            if replaced is None:
+                break
+            latents = replaced
+    if not bool(torch.isfinite(latents).all()):
+        raise NumericalError(
+            "the latents became NaN or infinite: weights or inputs hold such values, or the dtype overflows"
+        )
+    return latents
