@@ -131,7 +131,7 @@ class TorchEngine:
     def _modulation(self, schedule: Schedule, guidance_scale: float, pooled: Tensor) -> ModulationTables:
         guidance = None
         if self.config.guidance_embeds:
-            guidance = torch.full((pooled.shape[0],), guidance_scale, device=self.device).to(self.dtype) * 1000
+            guidance = torch.full((pooled.shape[0],), guidance_scale * 1000.0, device=self.device)
         # One more timestep than the loop has: 0, the condition's, which is constant.
         timesteps = F.pad(schedule.model_timesteps, (0, 1)).to(self.device)
         temb = time_embedding(timesteps, guidance, pooled, self._weights)

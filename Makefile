@@ -1,0 +1,33 @@
+# Every target sets up .venv when it is missing or its recipe has changed. Needs Python 3.11 or newer and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test bench lint clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mogle_rt needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)  ## draw an image from a mask file and a prompt, into demo/
+	$(BIN)/mogle-rt generate examples/tiny.safetensors --mask examples/mask.png \
+	    --prompt "a young woman with long blond hair and red lips" \
+	    --height 256 --width 256 --seed 1 --output demo/face.png
+
+test: $(STAMP)  ## the whole test suite
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)  ## the benchmarks, into benchmarks/RESULTS.md
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info

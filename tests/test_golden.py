@@ -1,0 +1,136 @@
+"""The reference's own inputs and outputs (tests/golden): every tensor of every case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mogle_rt import Pipeline
+from mogle_rt.checkpoint import Bundle
+from mogle_rt.config import NUM_CLASSES, ModelConfig
+from mogle_rt.engines import TorchEngine
+from mogle_rt.sampling import euler, make_schedule
+from tests.conftest import CASES, GoldenCase, assert_close, relative_rms
+
+TOLERANCE = 1e-5
+CPU = torch.device("cpu")
+
+Bundles = Callable[[str], Path]
+
+
+def run_steps(case: GoldenCase, bundle: Bundle, model: ModelConfig) -> dict[str, Tensor]:
+    """The case's loop, with the names of the golden tensors."""
+    height, width = case.size
+    schedule = make_schedule(bundle.config.scheduler, case.settings["steps"], height * width // 256)
+    engine = TorchEngine(bundle, CPU, torch.float32, model)
+    engine.prepare(case.conditions, schedule)
+    trace: dict[str, Tensor] = {}
+    latents = case.tensors["noise"]
+    for k in range(len(schedule)):
+        trace[f"t.{k}"], trace[f"latents.{k}"] = schedule.timesteps[k : k + 1], latents
+        trace[f"cond.{k}"] = engine.condition(latents, k)
+        trace[f"noise_pred.{k}"] = engine.velocity(latents, trace[f"cond.{k}"], k)
+        latents = euler(latents, trace[f"noise_pred.{k}"], schedule.sigmas[k], schedule.sigmas[k + 1])
+    return trace | {"final_latents": latents}
+
+
+def test_every_case_is_here() -> None:
+    assert len(CASES) == 16
+    seen = {int(c) for name in CASES for c in GoldenCase.load(name).tensors["labels"].unique()}
+    assert seen == set(range(NUM_CLASSES))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps(name: str, golden_bundle: Bundles) -> None:
+    case = GoldenCase.load(name)
+    trace = run_steps(case, Bundle(golden_bundle(case.settings["checkpoint"])), case.model)
+    compared = [
+        key for key in case.tensors if key.split(".")[0] in ("t", "latents", "cond", "noise_pred", "final_latents")
+    ]
+    assert len(compared) >= 9
+    for key in compared:
+        assert_close(trace[key], case.tensors[key], rms=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pipeline(name: str, golden_bundle: Bundles) -> None:
+    """From the labels to the image, through the public call."""
+    case = GoldenCase.load(name)
+    height, width = case.size
+    pipe = Pipeline(golden_bundle(case.settings["checkpoint"]), device="cpu", dtype="fp32", model_config=case.model)
+    labels = case.tensors["labels"]
+    assert_close(pipe.conditioner([labels.numpy()]), case.tensors["mask_latents"], rms=TOLERANCE)
+
+    def run(output_type: str) -> Tensor:
+        images = pipe(
+            labels,
+            prompt_embeds=case.tensors["prompt_embeds"],
+            pooled_prompt_embeds=case.tensors["pooled_prompt_embeds"],
+            latents=case.tensors["noise"],
+            num_inference_steps=case.settings["steps"],
+            height=height,
+            width=width,
+            output_type=output_type,  # type: ignore[arg-type]
+            **case.placement,
+        ).images
+        assert isinstance(images, Tensor)
+        return images
+
+    assert_close(run("latent"), case.tensors["final_latents"], rms=TOLERANCE)
+    assert_close(run("pt"), case.tensors["image"], rms=TOLERANCE)
+
+
+FAULTS = {
+    "lora dropped": ("base", "lora_up"),
+    "experts swapped": ("base", "experts"),
+    "gate fed with sigma": ("base", "sigma"),
+    "region planes blank": ("base", "blank"),
+    "scale ignored": ("condition_scale", "scale"),
+    "switch ignored": ("add_cond_attn", "switch"),
+    "gate per token": ("scalar_gate", "switch"),
+    "position ignored": ("position", "position"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(fault: str, golden_bundle: Bundles) -> None:
+    """The comparison above would notice each of these mistakes."""
+    name, kind = FAULTS[fault]
+    case = GoldenCase.load(name)
+    bundle = Bundle(golden_bundle(case.settings["checkpoint"]))
+    height, width = case.size
+    schedule = make_schedule(bundle.config.scheduler, case.settings["steps"], height * width // 256)
+    engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig() if kind == "switch" else case.model)
+    conditions = case.conditions
+    if kind == "lora_up":
+        for module in engine.transformer.modules():
+            if hasattr(module, "lora_up"):
+                module.lora_up = torch.nn.Parameter(torch.zeros_like(module.lora_up), requires_grad=False)
+    if kind == "experts":
+        engine.mogle.expert_in = torch.nn.Parameter(engine.mogle.expert_in.roll(1, 0), requires_grad=False)
+    changes = {
+        "blank": {
+            "mask_latents": torch.cat(
+                [conditions.mask_latents[:, :1], conditions.mask_latents[:, 19:].expand(-1, 19, -1, -1)], 1
+            )
+        },
+        "scale": {"condition_scale": 1.0},
+        "position": {"position_delta": (0, 0), "position_scale": 1.0},
+    }
+    from dataclasses import replace
+
+    engine.prepare(replace(conditions, **changes.get(kind, {})), schedule)  # type: ignore[arg-type]
+    if kind == "sigma":
+        assert engine.inputs is not None
+        engine.inputs = replace(engine.inputs, time_table=engine.mogle.time_table(schedule.sigmas[:-1]))
+    condition = engine.condition(case.tensors["noise"], 0)
+    velocity = engine.velocity(case.tensors["noise"], condition, 0)
+    errors = [
+        relative_rms(condition, case.tensors["cond.0"]),
+        relative_rms(velocity, case.tensors["noise_pred.0"]),
+    ]
+    assert max(errors) > 10 * TOLERANCE

@@ -1,0 +1,255 @@
+"""The public call: batches, seeds, callbacks, sizes, stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mogle_rt import CheckpointError, InputError, Pipeline
+from mogle_rt.conditioning import Conditioner, pack_latents, unpack_latents
+from mogle_rt.masks import Labels, resize
+from tests.checkpoints import Files
+from tests.conftest import assert_close, relative_rms
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_bundle: Path) -> Pipeline:
+    return Pipeline(tiny_bundle, device="cpu", dtype="fp32")
+
+
+def draw(seed: int, size: int = SIZE) -> Labels:
+    """A mask of rectangles, other ones for other seeds."""
+    random = np.random.default_rng(seed)
+    labels = np.zeros((size, size), dtype=np.uint8)
+    for c in random.permutation(np.arange(1, 19))[:8]:
+        y, x = random.integers(0, size - 8, 2)
+        labels[y : y + size // 3, x : x + size // 3] = c
+    return labels
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def run(pipe: Pipeline, mask: Any, prompt: Any, **options: Any) -> Tensor:
+    settings: dict[str, Any] = {"num_inference_steps": 3, "height": SIZE, "width": SIZE, "output_type": "pt"}
+    images = pipe(mask, prompt, **settings | options).images
+    assert isinstance(images, Tensor)
+    return images
+
+
+def test_batch_equals_single_runs(pipe: Pipeline) -> None:
+    masks, prompts = [draw(1), draw(2), draw(3)], ["a woman", "an old man with glasses", ""]
+    together = run(pipe, masks, prompts, generator=[seeded(s) for s in range(3)])
+    assert together.shape == (3, 3, SIZE, SIZE)
+    for i in range(3):
+        alone = run(pipe, masks[i], prompts[i], generator=seeded(i))
+        assert_close(together[i : i + 1], alone, rms=1e-5)
+    assert relative_rms(together[0], together[1]) > 1e-3
+
+
+def test_one_mask_with_several_prompts_and_the_other_way(pipe: Pipeline) -> None:
+    prompts = ["blond hair", "a hat"]
+    together = run(pipe, draw(1), prompts, generator=[seeded(0), seeded(0)])
+    assert_close(together[1:], run(pipe, draw(1), prompts[1], generator=seeded(0)), rms=1e-5)
+    together = run(pipe, [draw(1), draw(2)], "a hat", generator=[seeded(0), seeded(0)])
+    assert_close(together[:1], run(pipe, draw(1), "a hat", generator=seeded(0)), rms=1e-5)
+
+
+def test_num_images_per_prompt(pipe: Pipeline) -> None:
+    images = run(
+        pipe, [draw(1), draw(2)], ["a", "b"], num_images_per_prompt=2, generator=[seeded(s) for s in (5, 6, 7, 8)]
+    )
+    assert_close(images[1:2], run(pipe, draw(1), "a", generator=seeded(6)), rms=1e-5)
+    assert_close(images[2:3], run(pipe, draw(2), "b", generator=seeded(7)), rms=1e-5)
+
+
+def test_the_same_seed_gives_the_same_bytes(pipe: Pipeline) -> None:
+    a, b = (run(pipe, draw(4), "a face", generator=seeded(9)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, run(pipe, draw(4), "a face", generator=seeded(10)))
+
+
+def test_region_planes_matter(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference's released scripts blank them; the image must change if that happens here."""
+    mask = draw(5)
+    right = run(pipe, mask, "", generator=seeded(0))
+    encode = Conditioner.__call__
+
+    def blank(self: Conditioner, masks: Any, **options: Any) -> Tensor:
+        latents = encode(self, masks, **options)
+        absent = next(c for c in range(1, 19) if not (mask == c).any())
+        return torch.cat([latents[:, :1], latents[:, 1 + absent, None].expand(-1, 19, -1, -1)], dim=1)
+
+    monkeypatch.setattr(Conditioner, "__call__", blank)
+    assert relative_rms(run(pipe, mask, "", generator=seeded(0)), right) > 1e-4  # equal runs agree within 1e-5
+
+
+def test_no_mask_is_all_background_and_no_prompt_the_empty_one(pipe: Pipeline) -> None:
+    background = np.zeros((SIZE, SIZE), dtype=np.uint8)
+    a = run(pipe, None, None, generator=seeded(0))
+    assert torch.equal(a, run(pipe, background, "", generator=seeded(0)))
+    assert relative_rms(a, run(pipe, draw(1), "", generator=seeded(0))) > 1e-3
+    assert relative_rms(a, run(pipe, None, "a green hat", generator=seeded(0))) > 1e-3
+
+
+def test_masks_are_resized_by_nearest_neighbour(pipe: Pipeline) -> None:
+    mask = draw(6, size=100)
+    a = run(pipe, mask, "", generator=seeded(0))
+    assert torch.equal(a, run(pipe, resize(mask, SIZE, SIZE), "", generator=seeded(0)))
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (48, 80), (112, 32)])
+def test_any_multiple_of_16(pipe: Pipeline, height: int, width: int) -> None:
+    assert run(pipe, draw(1), "", height=height, width=width).shape == (1, 3, height, width)
+
+
+def test_a_bad_size_names_the_nearest(pipe: Pipeline) -> None:
+    with pytest.raises(InputError, match="height must be a multiple of 16, got 100; the nearest is 96"):
+        run(pipe, None, None, height=100)
+
+
+def test_output_types(pipe: Pipeline) -> None:
+    images = {
+        kind: pipe(draw(1), "", 2, height=SIZE, width=SIZE, generator=seeded(0), output_type=kind).images
+        for kind in ("pil", "np", "pt", "latent")
+    }
+    assert isinstance(images["pil"][0], Image.Image)
+    assert images["pil"][0].size == (SIZE, SIZE)
+    assert images["np"].shape == (1, SIZE, SIZE, 3)
+    assert images["pt"].min() >= 0
+    assert images["pt"].max() <= 1
+    assert images["latent"].shape == (1, 16, 64)
+    assert np.allclose(np.asarray(images["pil"][0]) / 255, images["np"][0], atol=1 / 255)
+
+
+def test_given_latents_are_the_noise(pipe: Pipeline) -> None:
+    noise = pack_latents(torch.randn(1, 16, SIZE // 8, SIZE // 8, generator=seeded(3)))
+    assert torch.equal(run(pipe, draw(1), "", latents=noise), run(pipe, draw(1), "", generator=seeded(3)))
+
+
+def test_every_option_changes_the_image(pipe: Pipeline) -> None:
+    base = run(pipe, draw(1), "a face", generator=seeded(0))
+    for option in (
+        {"guidance_scale": 7.0},
+        {"condition_scale": 0.3},
+        {"position_delta": (2, 0)},
+        {"position_scale": 2.0},
+        {"num_inference_steps": 4},
+        {"max_sequence_length": 16},
+        {"mask_posterior": "sample"},
+    ):
+        assert relative_rms(run(pipe, draw(1), "a face", generator=seeded(0), **option), base) > 1e-5, option
+
+
+def test_sampled_posterior_follows_the_generator(pipe: Pipeline) -> None:
+    def sample(seeds: list[int]) -> Tensor:
+        generators = [seeded(s) for s in seeds]
+        return pipe.conditioner([draw(1)] * len(seeds), posterior="sample", generators=generators)
+
+    assert torch.equal(sample([1]), sample([1]))
+    assert torch.equal(sample([1, 2])[1:], sample([2]))
+    mean = pipe.conditioner([draw(1)])
+    many = torch.stack([sample([s]) for s in range(200)])
+    # The posterior's mean is the mean of its samples: within 6 standard errors everywhere.
+    assert ((many.mean(0) - mean).abs() <= 6 * many.std(0) / 200**0.5 + 1e-6).all()
+
+
+def test_equal_planes_are_encoded_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    encode = pipe.conditioner._encode
+    monkeypatch.setattr(pipe.conditioner, "_encode", lambda x: encoded.append(len(x)) or encode(x))
+    mask = draw(1)
+    pipe.conditioner([mask, mask])
+    assert sum(encoded) == 1 + len(np.unique(mask)) + 1  # the palette, each class present, one black plane
+
+
+def test_callback_sees_and_replaces_latents(pipe: Pipeline) -> None:
+    seen: list[tuple[int, float]] = []
+
+    def callback(p: Pipeline, step: int, timestep: Tensor, values: dict[str, Any]) -> dict[str, Any]:
+        assert p is pipe
+        seen.append((step, float(timestep)))
+        return {"latents": torch.zeros_like(values["latents"])} if step == 1 else {}
+
+    changed = run(pipe, draw(1), "", generator=seeded(0), callback_on_step_end=callback)
+    assert [s for s, _ in seen] == [0, 1, 2]
+    assert seen[0][1] == 1000.0
+    assert relative_rms(changed, run(pipe, draw(1), "", generator=seeded(0))) > 1e-3
+
+
+def test_interrupting_from_the_callback(pipe: Pipeline) -> None:
+    steps: list[int] = []
+
+    def callback(p: Pipeline, step: int, timestep: Tensor, values: dict[str, Any]) -> None:
+        steps.append(step)
+        p.interrupt = step == 1
+
+    run(pipe, None, None, num_inference_steps=6, callback_on_step_end=callback)
+    assert steps == [0, 1]
+    assert pipe.last_run.interrupted
+    run(pipe, None, None)
+    assert not pipe.last_run.interrupted
+
+
+def test_progress_bar(pipe: Pipeline, capfd: pytest.CaptureFixture[str]) -> None:
+    run(pipe, None, None)
+    assert capfd.readouterr().err == ""  # not a terminal
+    pipe.set_progress_bar_config(disable=False)
+    try:
+        run(pipe, None, None)
+    finally:
+        pipe.set_progress_bar_config()
+    assert "3/3" in capfd.readouterr().err
+
+
+def test_the_run_is_reported(pipe: Pipeline) -> None:
+    run(pipe, draw(1), ["a", "b"])
+    report = pipe.last_run
+    assert (report.batch_size, report.steps) == (2, 3)
+    assert set(report.seconds) == {"text", "mask", "prepare", "denoise", "decode"}
+    assert all(s > 0 for s in report.seconds.values())
+
+
+def test_without_text_encoders(tiny_files: Files, tmp_path: Path) -> None:
+    pipe = Pipeline(tiny_files.convert(tmp_path / "b.safetensors", text_encoders=False), dtype="fp32")
+    with pytest.raises(CheckpointError, match="pass prompt_embeds"):
+        run(pipe, None, "a face")
+    embeds = {"prompt_embeds": torch.randn(1, 5, 24), "pooled_prompt_embeds": torch.randn(1, 16)}
+    assert run(pipe, None, None, **embeds).shape == (1, 3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_draws_a_similar_image(tiny_bundle: Path, pipe: Pipeline, dtype: str) -> None:
+    half = Pipeline(tiny_bundle, device="cpu", dtype=dtype)
+    options: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32}
+    a = run(half, draw(1), "a face", generator=seeded(0), **options)
+    b = run(pipe, draw(1), "a face", generator=seeded(0), **options)
+    assert relative_rms(a.float(), b) < (0.1 if dtype == "bf16" else 0.02)
+
+
+def test_packing_is_flux_s_and_unpacks() -> None:
+    from diffusers import FluxPipeline
+
+    z = torch.randn(2, 16, 6, 10)
+    packed = pack_latents(z)
+    assert torch.equal(packed, FluxPipeline._pack_latents(z, 2, 16, 6, 10))
+    assert torch.equal(unpack_latents(packed, 48, 80), z)
+
+
+def test_the_pipeline_calls_any_engine(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop knows an engine by its step alone."""
+    steps: list[int] = []
+    monkeypatch.setattr(pipe.engine, "step", lambda latents, k: steps.append(k) or torch.zeros_like(latents))
+    noise = pipe(None, None, 4, height=SIZE, width=SIZE, generator=seeded(0), output_type="latent").images
+    assert steps == [0, 1, 2, 3]
+    assert isinstance(noise, Tensor)
+    assert torch.equal(noise, pack_latents(torch.randn(1, 16, 8, 8, generator=seeded(0))))
