@@ -42,6 +42,19 @@ class BundleConfig(Options):
     text_encoder: Mapping[str, Any] | None = None
     text_encoder_2: Mapping[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.vae, Mapping):
+            raise ConfigError(f"vae must be a configuration, got {type(self.vae).__name__}")
+        t, clip, t5 = self.transformer, self.text_encoder or {}, self.text_encoder_2 or {}
+        for name, size, of, expected in (
+            ("mogle latent_dim", self.mogle.latent_dim, "in_channels", t.in_channels),
+            ("4 x vae latent_channels", 4 * self.vae.get("latent_channels", 4), "in_channels", t.in_channels),
+            ("text_encoder hidden_size", clip.get("hidden_size"), "pooled_projection_dim", t.pooled_projection_dim),
+            ("text_encoder_2 d_model", t5.get("d_model"), "joint_attention_dim", t.joint_attention_dim),
+        ):
+            if size not in (None, expected):
+                raise ConfigError(f"{name} is {size}, the transformer's {of} is {expected}: they must be equal")
+
     @classmethod
     def parse(cls, text: str, *, what: str) -> BundleConfig:
         """From the JSON in a bundle's metadata.
@@ -59,7 +72,7 @@ class BundleConfig(Options):
                     "scheduler": SchedulerConfig.from_mapping(raw["scheduler"]),
                 }
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{what}: the configuration in the file is damaged: {reason}") from None
 
@@ -96,7 +109,8 @@ class Bundle:
     @property
     def has_text_encoders(self) -> bool:
         """Whether prompts can be given as text."""
-        return all(self.names(part) for part in TEXT_PARTS)
+        configs = (self.config.text_encoder, self.config.text_encoder_2)
+        return None not in configs and all(self.names(part) for part in TEXT_PARTS)
 
     def lora_ranks(self) -> dict[str, int]:
         """Rank of the LoRA on each layer."""
@@ -164,12 +178,12 @@ class Bundle:
             CheckpointError: the contents were changed after conversion.
         """
         digest = hashlib.sha256(self._config_text.encode())
-        with self.path.open("rb") as f:
-            for info in sorted(self.tensors.values(), key=lambda i: i.begin):
-                for chunk in read_chunks(f, info):
-                    digest.update(chunk.view(torch.uint8).numpy().data)
-                    if progress:
-                        progress(chunk.nbytes)
+        for name, info in sorted(self.tensors.items(), key=lambda item: (item[1].begin, item[1].end, item[0])):
+            digest.update(describe(name, info))
+            for chunk in read_chunks(self.path, info):
+                digest.update(chunk.view(torch.uint8).numpy().data)
+                if progress:
+                    progress(chunk.nbytes)
         if digest.hexdigest() != self.content_hash:
             raise CheckpointError(f"{self.path}: its contents were changed: the hash in the header is another")
 
@@ -190,6 +204,11 @@ def check_names(
     for name in found:
         if name not in expected:
             raise CheckpointError(f"{where}: unexpected tensor {name!r}")
+
+
+def describe(name: str, info: TensorInfo) -> bytes:
+    """What a bundle's hash takes in of a tensor before its bytes: a header with names exchanged has another hash."""
+    return json.dumps([name, str(info.dtype), list(info.shape)]).encode()
 
 
 def parameter_count(tensors: Mapping[str, TensorInfo]) -> int:

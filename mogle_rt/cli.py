@@ -31,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, emoji=False)
 
 MASK_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
@@ -106,7 +106,7 @@ def info(
         "text encoders": "CLIP and T5" if bundle.has_text_encoders else "none: prompts must come as embeddings",
         "sha256": bundle.content_hash,
     }
-    out = Console(soft_wrap=True, highlight=False)
+    out = Console(soft_wrap=True, highlight=False, emoji=False)
     for name, value in rows.items():
         out.print(f"{name:>14}  {value}", markup=False)
     table = Table("part", "tensors", "parameters", "bytes", "dtype", box=None, pad_edge=False)
@@ -155,6 +155,8 @@ def generate(
         seed = secrets.randbelow(2**31)
     if not 0 <= seed < 2**63 - len(masks) * num_images:
         raise InputError(f"--seed must be from 0 to 2^63, got {seed}")
+    if any("\ud800" <= c <= "\udfff" for c in prompt or ""):  # how Python keeps bytes that are no text
+        raise InputError(f"--prompt must be UTF-8 text, got {prompt!r}")
     jobs = list(_jobs(masks, num_images, seed, output))
     _check_writable(output)
     switches = _parse_json(model_config)
@@ -290,6 +292,8 @@ def main() -> None:
         app()
     except MogleError as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except MemoryError:
         _fail("not enough memory; try a smaller size or batch")
     except RuntimeError as error:

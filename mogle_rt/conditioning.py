@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from numpy.typing import NDArray
 from torch import Tensor
 
-from mogle_rt.config import VAE_SCALE
-from mogle_rt.masks import Labels, region_planes
+from mogle_rt.cache import TensorCache
+from mogle_rt.config import NUM_CLASSES, VAE_SCALE
+from mogle_rt.masks import Labels, condition_picture
 
 MaskPosterior = Literal["mean", "sample"]
 ENCODE_PIXELS = 512 * 512  # pixels encoded at once: bounds the VAE's activations, not the result
@@ -31,14 +35,19 @@ def unpack_latents(latents: Tensor, height: int, width: int) -> Tensor:
 
 
 class Conditioner:
-    """Encodes masks with the VAE. Equal pictures (all absent classes are the same black one) are encoded once.
+    """Encodes masks with the VAE. Equal pictures are encoded once, in a mask, a batch and across calls.
+
+    All absent classes are the same black picture, and an edit of one region changes the pictures of the regions it
+    touches only.
 
     Args:
         vae: diffusers' AutoencoderKL.
+        cache: packed latents [N, 64] by the content of their picture.
     """
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, cache: TensorCache) -> None:
         self.vae = vae
+        self.cache = cache
 
     def __call__(
         self,
@@ -57,30 +66,65 @@ class Conditioner:
         Returns:
             [B, 20, N, 64] in the VAE's device and dtype.
         """
-        pictures = torch.stack([region_planes(labels) for labels in masks])  # uint8 [B, 20, H, W, 3]
-        flat = pictures.flatten(0, 1)
-        keys: dict[bytes, int] = {}
-        index = [keys.setdefault(picture.numpy().tobytes(), len(keys)) for picture in flat]
-        first = [index.index(i) for i in range(len(keys))]
-        parameters = torch.cat([self._encode(chunk) for chunk in flat[first].split(self._chunk(masks[0]))])
-        mean, logvar = parameters[index].unflatten(0, pictures.shape[:2]).chunk(2, dim=2)
-        if posterior == "sample":
-            deviation = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
-            seeds = generators or [None] * len(masks)
-            noise = [
-                randn_tensor(m.shape, generator=g, device=m.device, dtype=m.dtype)
-                for m, g in zip(mean, seeds, strict=True)
+        keys = [picture_keys(labels) for labels in masks]
+        wanted = {
+            key: (labels, number) for labels, row in zip(masks, keys, strict=True) for number, key in enumerate(row)
+        }
+        if posterior == "mean":
+            latents = self._means(wanted)
+            return torch.stack([torch.stack([latents[key] for key in row]) for row in keys])
+        parameters = dict(zip(wanted, self._encode(list(wanted.values())), strict=True))
+        seeds = generators or [None] * len(masks)
+        return torch.stack(
+            [
+                self._draw(torch.stack([parameters[key] for key in row]), seed)
+                for row, seed in zip(keys, seeds, strict=True)
             ]
-            mean = mean + deviation * torch.stack(noise)
-        z = (mean - self.vae.config.shift_factor) * self.vae.config.scaling_factor
-        return pack_latents(z.flatten(0, 1)).unflatten(0, pictures.shape[:2])
+        )
 
-    def _chunk(self, labels: Labels) -> int:
-        return max(1, ENCODE_PIXELS // labels.size)
+    def _means(self, wanted: dict[PictureKey, tuple[Labels, int]]) -> dict[PictureKey, Tensor]:
+        """Packed latents of pictures, from the cache or encoded: [N, 64] each."""
+        found = {key: entry[0] for key in wanted if (entry := self.cache.get(key)) is not None}
+        missing = [key for key in wanted if key not in found]
+        if missing:
+            parameters = self._encode([wanted[key] for key in missing])
+            for key, latents in zip(missing, self._pack(parameters.chunk(2, dim=1)[0]), strict=True):
+                found[key] = latents.clone()  # alone, so that dropping it from the cache frees its memory
+                self.cache.put(key, (found[key],))
+        return found
 
-    def _encode(self, pictures: Tensor) -> Tensor:
-        """Posterior parameters (mean, log variance) of pictures: uint8 [P, H, W, 3] -> [P, 32, H/8, W/8]."""
-        # Contiguous: on channels-last input PyTorch's group norm is a hundred times less exact on flat pictures.
-        x = pictures.to(self.vae.device).permute(0, 3, 1, 2).to(self.vae.dtype).contiguous() / 255
-        parameters: Tensor = self.vae.encode(x * 2 - 1).latent_dist.parameters
-        return parameters
+    def _draw(self, parameters: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A sample of the posteriors: [20, 32, h, w] -> [20, N, 64]."""
+        mean, logvar = parameters.chunk(2, dim=1)
+        noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return self._pack(mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise)
+
+    def _pack(self, z: Tensor) -> Tensor:
+        return pack_latents((z - self.vae.config.shift_factor) * self.vae.config.scaling_factor)
+
+    def _encode(self, pictures: Sequence[tuple[Labels, int]]) -> Tensor:
+        """Posterior parameters (mean, log variance) of (labels, number of the picture): [P, 32, H/8, W/8]."""
+        at_once = max(1, ENCODE_PIXELS // pictures[0][0].size)
+        parts = []
+        for i in range(0, len(pictures), at_once):
+            drawn = np.stack([condition_picture(labels, number) for labels, number in pictures[i : i + at_once]])
+            # Contiguous: on channels-last input PyTorch's group norm is a hundred times less exact on flat pictures.
+            x = torch.from_numpy(drawn).to(self.vae.device).permute(0, 3, 1, 2).to(self.vae.dtype).contiguous()
+            parts.append(self.vae.encode(x / 255 * 2 - 1).latent_dist.parameters)
+        return torch.cat(parts)
+
+
+PictureKey: TypeAlias = tuple[tuple[int, ...], int, bytes]
+
+
+def picture_keys(labels: Labels) -> list[PictureKey]:
+    """A key for each of a mask's 20 pictures, equal for equal pictures: the mask's own, then those of the planes."""
+    black: PictureKey = (labels.shape, 1, b"")
+    keys: list[PictureKey] = [(labels.shape, 0, _digest(labels))]
+    present = np.bincount(labels.reshape(-1), minlength=NUM_CLASSES) > 0
+    keys += [(labels.shape, 1, _digest(np.packbits(labels == c))) if present[c] else black for c in range(NUM_CLASSES)]
+    return keys
+
+
+def _digest(array: NDArray[np.uint8]) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).digest()

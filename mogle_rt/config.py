@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -92,8 +93,19 @@ class ModelConfig(Options):
 def _require_positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not _is_int(value, 1):
             raise ConfigError(f"{type(owner).__name__}: {name} must be a positive integer, got {value!r}")
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _require_finite(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise ConfigError(f"{type(owner).__name__}: {name} must be a number, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +125,10 @@ class TransformerConfig(Options):
     patch_size: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "axes_dims_rope", tuple(self.axes_dims_rope))
+        axes = self.axes_dims_rope
+        if not isinstance(axes, (list, tuple)) or len(axes) != 3 or not all(_is_int(d, 2) and d % 2 == 0 for d in axes):
+            raise ConfigError(f"axes_dims_rope must be three even numbers, got {axes!r}")
+        object.__setattr__(self, "axes_dims_rope", tuple(axes))
         _require_positive(
             self,
             "attention_head_dim",
@@ -123,11 +138,9 @@ class TransformerConfig(Options):
             "in_channels",
         )
         for name in ("num_layers", "num_single_layers"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+            if not _is_int(getattr(self, name), 0):
                 raise ConfigError(f"TransformerConfig: {name} must be 0 or more, got {getattr(self, name)!r}")
         _require_bool(self, "guidance_embeds")
-        if len(self.axes_dims_rope) != 3 or any(d < 2 or d % 2 for d in self.axes_dims_rope):
-            raise ConfigError(f"axes_dims_rope must be three even numbers, got {list(self.axes_dims_rope)}")
         if sum(self.axes_dims_rope) != self.attention_head_dim:
             raise ConfigError(
                 f"axes_dims_rope {list(self.axes_dims_rope)} adds up to {sum(self.axes_dims_rope)}, "
@@ -197,6 +210,15 @@ class SchedulerConfig(Options):
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_train_timesteps", "base_image_seq_len", "max_image_seq_len")
+        _require_finite(self, "shift", "base_shift", "max_shift")
+        _require_bool(self, "use_dynamic_shifting")
+        if self.shift <= 0:
+            raise ConfigError(f"SchedulerConfig: shift must be more than 0, got {self.shift!r}")
+        if self.base_image_seq_len == self.max_image_seq_len:
+            raise ConfigError(
+                f"SchedulerConfig: base_image_seq_len and max_image_seq_len must differ, both are "
+                f"{self.max_image_seq_len}"
+            )
         if self.time_shift_type not in ("exponential", "linear"):
             raise ConfigError(f"time_shift_type must be 'exponential' or 'linear', got {self.time_shift_type!r}")
         for name in ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from mogle_rt import schema, sources
-from mogle_rt.checkpoint import FORMAT, FORMAT_VERSION, BundleConfig, check_names
+from mogle_rt.checkpoint import FLOATS, FORMAT, FORMAT_VERSION, BundleConfig, check_names, describe
 from mogle_rt.config import SchedulerConfig, TransformerConfig
 from mogle_rt.devices import parse_dtype
 from mogle_rt.errors import CheckpointError, ConfigError
@@ -106,7 +107,10 @@ def gather(
             tensors |= {f"{part}.{name}": tensor for name, tensor in found.items()}
         for part in ("tokenizer", "tokenizer_2"):
             tensors |= {f"{part}.{name}": tensor for name, tensor in _files(flux / part).items()}
-    bundle = BundleConfig(transformer=transformer, mogle=mogle_config, scheduler=scheduler, vae=vae, **configs)
+    try:
+        bundle = BundleConfig(transformer=transformer, mogle=mogle_config, scheduler=scheduler, vae=vae, **configs)
+    except ConfigError as error:
+        raise CheckpointError(f"{flux}: {error}") from None
     return tensors, bundle
 
 
@@ -148,7 +152,7 @@ def write_bundle(
         OutputError: the file can't be written.
     """
     ordered = sorted(tensors.items(), key=lambda item: item[1].dtype == torch.uint8)
-    dtypes = {name: _stored_dtype(t.dtype, dtype) for name, t in ordered}
+    dtypes = {name: _stored_dtype(name, t.dtype, dtype) for name, t in ordered}
     config_text = json.dumps(config.to_dict(), sort_keys=True)
     metadata = {
         "format": FORMAT,
@@ -174,6 +178,7 @@ def write_bundle(
     )
     with atomic_write(output) as f, bar:
         for name, tensor in ordered:
+            digest.update(describe(name, layout[name]))
             f.seek(layout[name].begin)
             for chunk in tensor.chunks():
                 _write_chunk(f, chunk, dtypes[name], name, digest, bar)
@@ -181,27 +186,32 @@ def write_bundle(
         write_header(f, layout, metadata | {"sha256": digest.hexdigest()}, start)
 
 
-def _stored_dtype(source: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    if source == torch.uint8:
+def _stored_dtype(name: str, source: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    if name.startswith("tokenizer"):
         return source
-    if not source.is_floating_point:
-        raise CheckpointError(f"weights of dtype {source} are not supported; expected floating point")
+    if source not in (*FLOATS, torch.float64):
+        raise CheckpointError(f"tensor {name!r} is {source}; weights must be float32, float16, bfloat16 or float64")
     return wanted or (torch.float32 if source == torch.float64 else source)
 
 
 def _write_chunk(file: BinaryIO, chunk: torch.Tensor, dtype: torch.dtype, name: str, digest: Any, bar: Any) -> None:
-    raw = chunk.view(torch.uint8).numpy() if chunk.dtype == dtype else None
-    if raw is None or not _all_zero(raw):
-        converted = chunk if raw is not None else chunk.to(dtype)
-        if dtype.is_floating_point and not torch.isfinite(converted).all():
-            after = "" if not torch.isfinite(chunk).all() else f" once in {dtype}"
-            raise CheckpointError(f"tensor {name!r} holds NaN or infinite values{after}")
-        raw = converted.contiguous().view(torch.uint8).numpy()
-        file.write(raw.data)
-    else:
+    converted = chunk.to(dtype)
+    raw = converted.view(torch.uint8).numpy()
+    if _all_zero(raw):
         file.seek(raw.nbytes, 1)  # a hole stays a hole: nothing to write
+    else:
+        if dtype.is_floating_point and not _finite(converted):
+            after = f" once in {dtype}" if _finite(chunk) else ""
+            raise CheckpointError(f"tensor {name!r} holds NaN or infinite values{after}")
+        file.write(raw.data)
     digest.update(raw.data)
     bar.update(raw.nbytes)
+
+
+def _finite(values: torch.Tensor) -> bool:
+    return all(
+        math.isfinite(bound.item()) for bound in values.aminmax()
+    )  # NaN passes through: 20x faster than isfinite
 
 
 def _all_zero(raw: np.ndarray[Any, np.dtype[np.uint8]]) -> bool:

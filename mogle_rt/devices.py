@@ -35,7 +35,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise DeviceError(f"device must be cpu, cuda, cuda:N or mps, got {device!r}") from None
     if chosen.type not in ("cpu", "cuda", "mps"):
         raise DeviceError(f"device must be cpu, cuda, cuda:N or mps, got {device!r}")

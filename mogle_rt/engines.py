@@ -148,6 +148,7 @@ class TorchEngine:
         inputs = self._prepared()
         return self.transformer(latents, condition, inputs.text, inputs.modulation.at(k), inputs.rope, inputs.layout)
 
+    @torch.inference_mode()
     def step(self, latents: Tensor, k: int) -> Tensor:
         """Velocity at step k of the prepared run: [B, N, 64] -> [B, N, 64]."""
         return self.velocity(latents, self.condition(latents, k), k)

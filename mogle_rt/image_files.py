@@ -16,6 +16,7 @@ from mogle_rt.errors import OutputError
 from mogle_rt.storage import atomic_write
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+JPEG_XMP_LIMIT = 65_504  # bytes: a segment's 65,533 less the name of what is in it
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
 
@@ -38,6 +39,8 @@ def xmp(settings: Mapping[str, Any] | None) -> bytes:
     description = ""
     if settings is not None:
         text = escape(json.dumps(settings, ensure_ascii=False))
+        for character in "\ufffe\uffff":  # XML has no place for these two
+            text = text.replace(character, f"\\u{ord(character):x}")
         description = (
             f'<dc:description><rdf:Alt><rdf:li xml:lang="x-default">{text}</rdf:li></rdf:Alt></dc:description>'
         )
@@ -73,6 +76,8 @@ def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any] | Non
             info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
         image.save(buffer, kind, pnginfo=info)
     else:
+        if len(packet) > JPEG_XMP_LIMIT:
+            raise OutputError(f"{path}: a JPEG can't hold settings of {len(packet)} bytes; write a PNG, or no metadata")
         image.save(buffer, kind, quality=95, subsampling=0, xmp=packet)
     with atomic_write(path) as f:
         f.write(buffer.getvalue())

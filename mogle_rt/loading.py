@@ -54,18 +54,18 @@ def load_transformer(bundle: Bundle, device: torch.device, dtype: torch.dtype) -
                 fill(f"{stack_name}.{i}.{layer}", fused.at(i))
             for layer, fused in norms.items():
                 value = stack(f"{s}.weight" for s in fused.at(i).sources)
-                assign(model, f"{stack_name}.{i}.{layer}", value.view(2, -1))
+                assign(model, f"{stack_name}.{i}.{layer}", value.view(2, 1, -1))
     return model.eval()
 
 
 def load_lora(
     bundle: Bundle, sources: tuple[str, ...], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """LoRA of stored layers that are stacked into one: A stacked [R, in], B block-diagonal [out, R]."""
+    """LoRA of stored layers that are stacked into one: A side by side [in, R], B block-diagonal [R, out]."""
     pairs = [[bundle.load([f"lora.{s}.lora_{x}.weight"], device, dtype) for x in "AB"] for s in sources]
     down = torch.cat([a for a, _ in pairs])
     up = torch.block_diag(*(b for _, b in pairs))
-    return down, up
+    return down.t().contiguous(), up.t().contiguous()
 
 
 def load_mogle(bundle: Bundle, device: torch.device, dtype: torch.dtype, *, weight_is_scale: bool) -> MixtureOfExperts:

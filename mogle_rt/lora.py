@@ -13,32 +13,34 @@ def empty_parameter(*shape: int) -> nn.Parameter:
 
 
 class LoraLinear(nn.Module):
-    """y = x Wᵀ + b for every row, and + (x Aᵀ) Bᵀ for rows ``lora_from`` to the end.
+    """y = x Wᵀ + b for every row, and + x A B for rows ``lora_from`` to the end.
 
     One product with the base weight serves image and condition rows alike; the branch is added into its result in
-    place, over its own rows. (The layers of q, k and v are one such layer: their A are stacked, B is block-diagonal.)
+    place, over its own rows. (The layers of q, k and v are one such layer: their A lie side by side, B is
+    block-diagonal.) A is [in, R] and B [R, out], the transposes of what LoRA files hold.
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int) -> None:
         super().__init__()
         self.weight = empty_parameter(out_features, in_features)
         self.bias = empty_parameter(out_features)
-        self.lora_down = empty_parameter(rank, in_features)
-        self.lora_up = empty_parameter(out_features, rank)
+        self.lora_down = empty_parameter(in_features, rank)
+        self.lora_up = empty_parameter(rank, out_features)
 
     def forward(self, x: Tensor, lora_from: int) -> Tensor:
         """x: [B, L, in] -> [B, L, out]."""
         y = F.linear(x, self.weight, self.bias)
-        add_lora(y[:, lora_from:], x[:, lora_from:], self.lora_down, self.lora_up)
+        add_lora_(y, x, self.lora_down, self.lora_up, lora_from)
         return y
 
 
-def add_lora(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> None:
-    """y += (x downᵀ) upᵀ in place. x: [B, L, in], y: [B, L, out], both perhaps slices of longer buffers."""
-    if x.shape[1] == 0:
+def add_lora_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, rows_from: int) -> None:
+    """y += x A B in place, for rows ``rows_from`` to the end. x: [B, L, in], y: [B, L, out]."""
+    batch, length, _ = x.shape
+    if rows_from >= length:
         return
-    if x.shape[0] == 1:
-        y[0].addmm_(x[0] @ down.t(), up.t())
+    if batch == 1:
+        y[0, rows_from:].addmm_(torch.mm(x[0, rows_from:], down), up)
     else:
-        batch = x.shape[0]
-        y.baddbmm_(torch.bmm(x, down.t().expand(batch, -1, -1)), up.t().expand(batch, -1, -1))
+        low = torch.bmm(x[:, rows_from:], down.expand(batch, -1, -1))
+        y[:, rows_from:].baddbmm_(low, up.expand(batch, -1, -1))

@@ -5,6 +5,7 @@ The only copy of this logic. Labels are uint8 [H, W] with values 0…18.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,8 +72,14 @@ TOLERANCE = 25.0
 class colours (51), so the nearest is never in doubt."""
 
 BORDER = 16
-"""JPEG and smooth resizing blend and ring around borders, within a JPEG block of 16 pixels. Within this many pixels of
-two or more classes, a colour beyond the tolerance becomes the nearest of *those* classes; elsewhere it is an error."""
+"""JPEG and smooth resizing blend and ring around borders, within a JPEG block of 16 pixels. Colours that they make of the
+classes within this many pixels are accepted there; elsewhere a colour beyond the tolerance is an error."""
+
+SPECK = 16
+"""In such a picture, fewer pixels of a class within a square of 9 x 9 are taken for an artefact, not for a region."""
+
+OVERSHOOT = 0.35
+"""How far sharpening and ringing go beyond the colours at a border, in parts of their difference."""
 
 MaskLike: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[Any] | Tensor
 Labels: TypeAlias = NDArray[np.uint8]
@@ -97,12 +104,11 @@ def to_labels(mask: MaskLike, *, height: int | None = None, width: int | None = 
     elif isinstance(mask, Image.Image):
         labels = _from_image(mask, "mask")
     elif isinstance(mask, (np.ndarray, Tensor)):
-        labels = _from_array(mask.detach().cpu().numpy() if isinstance(mask, Tensor) else mask)
+        labels = _from_array(_to_numpy(mask) if isinstance(mask, Tensor) else mask)
     else:
         raise MaskError(f"a mask must be a path, PIL image, array or tensor, got {type(mask).__name__}")
-    if height is None or width is None:
-        return labels
-    return resize(labels, height, width)
+    own_height, own_width = labels.shape
+    return resize(labels, own_height if height is None else height, own_width if width is None else width)
 
 
 def to_label_batch(mask: MaskLike | Sequence[MaskLike], *, height: int, width: int) -> list[Labels]:
@@ -153,17 +159,19 @@ def to_image(labels: Labels) -> Image.Image:
     return image
 
 
-def region_planes(labels: Labels) -> Tensor:
-    """The 20 pictures that condition an image (REFERENCE: mask -> condition tokens, step 1).
+def condition_picture(labels: Labels, number: int) -> NDArray[np.uint8]:
+    """One of the 20 pictures that condition an image (REFERENCE: mask -> condition tokens, step 1).
+
+    Args:
+        number: 0 for the mask in class colours, 1 + c for the black-and-white plane of class c.
 
     Returns:
-        uint8 [20, H, W, 3]: the palette picture, then the black-and-white plane of each class.
+        uint8 [H, W, 3].
     """
-    planes = np.zeros((1 + NUM_CLASSES, *labels.shape, 3), dtype=np.uint8)
-    planes[0] = PALETTE[labels]
-    for c in range(NUM_CLASSES):
-        planes[1 + c][labels == c] = 255
-    return torch.from_numpy(planes)
+    if number == 0:
+        return colorize(labels)
+    plane = (labels == number - 1).astype(np.uint8) * np.uint8(255)
+    return np.repeat(plane[..., None], 3, axis=-1)
 
 
 def _open(path: Path) -> Image.Image:
@@ -181,7 +189,20 @@ def _open(path: Path) -> Image.Image:
         raise MaskError(f"{path}: can't be read: {error}") from None
 
 
+def _to_numpy(tensor: Tensor) -> NDArray[Any]:
+    if tensor.layout != torch.strided or tensor.is_meta:
+        kind = "meta" if tensor.is_meta else "sparse"
+        raise MaskError(f"a mask tensor must be dense and hold data, got a {kind} one")
+    dense = tensor.detach().cpu()
+    numbers: NDArray[Any] = (dense.float() if dense.dtype == torch.bfloat16 else dense).numpy()
+    return numbers
+
+
 def _from_image(image: Image.Image, what: str) -> Labels:
+    try:
+        image.load()  # an image that was opened but not read yet
+    except (OSError, ValueError, SyntaxError) as error:
+        raise MaskError(f"{what}: can't be read: {error}") from None
     if image.mode == "P":
         return _from_palette(image, what)
     if image.mode in ("1", "L", "LA", "La"):
@@ -196,7 +217,7 @@ def _from_palette(image: Image.Image, what: str) -> Labels:
     indices = np.asarray(image)
     used = np.unique(indices)
     palette = np.asarray(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3)
-    if used.max(initial=0) < len(palette) and palette[used].any():
+    if used.max(initial=0) < len(palette) and palette.any():
         colours = palette[used]
         distances = ((colours[:, None].astype(np.int32) - PALETTE.astype(np.int32)) ** 2).sum(-1)
         if (distances.min(-1) == 0).all():
@@ -207,8 +228,8 @@ def _from_palette(image: Image.Image, what: str) -> Labels:
 
 
 def _from_array(array: NDArray[Any]) -> Labels:
-    if array.dtype == bool:
-        raise MaskError("a mask must hold class numbers 0…18 or colours, got booleans")
+    if array.dtype.kind not in "iuf":
+        raise MaskError(f"a mask must hold class numbers 0…18 or colours, got values of type {array.dtype}")
     if array.ndim == 3 and array.shape[0] == 1 and not _is_colour(array.shape):
         array = array[0]
     if array.ndim == 2 and array.size:
@@ -242,55 +263,98 @@ def _from_colours(picture: NDArray[np.uint8], what: str) -> Labels:
     grey = (picture == picture[..., :1]).all()
     if grey and 0 < picture.max() < NUM_CLASSES:
         return picture[..., 0].copy()  # class numbers, saved with three equal channels
-    flat = picture.reshape(-1, 3)
-    colours, inverse = np.unique(
-        flat.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32), return_inverse=True
-    )
-    channels = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], axis=-1).astype(np.int32)
-    distance = np.sqrt(((channels[:, None] - PALETTE.astype(np.int32)) ** 2).sum(-1))  # [colours, 19]
-    labels = distance.argmin(-1).astype(np.uint8)[inverse].reshape(picture.shape[:2])
-    sure = (distance.min(-1) <= TOLERANCE)[inverse].reshape(picture.shape[:2])
+    codes = picture.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
+    codes, inverse = np.unique(codes, return_inverse=True)
+    distance = _distances(np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=-1))
+    inverse = inverse.reshape(picture.shape[:2])
+    labels = distance.argmin(-1).astype(np.uint8)[inverse]
+    sure = (distance.min(-1) <= TOLERANCE)[inverse]
     if not sure.all():
-        _settle_borders(labels, sure, distance[inverse].reshape(*picture.shape[:2], NUM_CLASSES), picture, what)
+        _settle_borders(labels, sure, picture, what)
     return labels
 
 
-def _settle_borders(
-    labels: Labels, sure: NDArray[np.bool_], distance: NDArray[np.float64], picture: NDArray[np.uint8], what: str
-) -> None:
-    """Give unsure pixels near a border the nearest class of that border, in place.
+def _distances(colours: NDArray[Any]) -> NDArray[np.float64]:
+    """From colours to the classes' in RGB: [n, 3] -> [n, 19]."""
+    difference: NDArray[np.float64] = colours[:, None].astype(np.float64) - PALETTE
+    return np.sqrt((difference**2).sum(-1))
+
+
+def _settle_borders(labels: Labels, sure: NDArray[np.bool_], picture: NDArray[np.uint8], what: str) -> None:
+    """Decide every pixel that isn't inside a region of one class, in place.
+
+    What lies between two regions may have no class's colour, or a third one's: on the way from hair to background is
+    the lower lip's. So the solid regions are found first, then details too thin to be solid, unless a mixture of the
+    regions beside them explains their colour. All other pixels become the nearest in colour of the classes near them.
 
     Raises:
-        MaskError: a pixel that isn't near a border has a colour that is no class's.
+        MaskError: a pixel has a colour that is no class's, and no mixture at a border either.
     """
-    near = np.zeros((NUM_CLASSES, *labels.shape), dtype=bool)
-    for c in np.unique(labels[sure]):
-        near[c] = _grow((labels == c) & sure)
-    unsure = np.argwhere(~sure)
-    candidates = near[:, unsure[:, 0], unsure[:, 1]].T  # [pixels, 19]
-    distances = np.where(candidates, distance[unsure[:, 0], unsure[:, 1]], np.inf)
-    foreign = candidates.sum(-1) < 2
+    known = {c: sure & (labels == c) for c in np.unique(labels[sure])}
+    solid = {c: _without_specks(_solid(region)) for c, region in known.items()}
+    rows, columns = np.nonzero(~np.logical_or.reduce([*solid.values(), np.zeros_like(sure)]))
+    colours, own, unsure = picture[rows, columns], labels[rows, columns], ~sure[rows, columns]
+
+    def near(regions: dict[int, NDArray[np.bool_]]) -> NDArray[np.bool_]:
+        """[pixels to decide, 19]: which classes have a pixel of their region within `BORDER`."""
+        result = np.zeros((len(rows), NUM_CLASSES), dtype=bool)
+        for c, region in regions.items():
+            result[:, c] = _count(region, BORDER)[rows, columns] > 0
+        return result
+
+    around, choice = near(known), near(solid)
+    thin = ~unsure & ~choice[np.arange(len(rows)), own]
+    for a, b in itertools.combinations(solid, 2):
+        between = np.flatnonzero(thin & choice[:, a] & choice[:, b])
+        thin[between] = _from_mixture(colours[between], a, b) > 2 * TOLERANCE
+    details = {}
+    for c in np.unique(own[thin]):
+        details[c] = np.zeros_like(sure)
+        details[c][rows[thin & (own == c)], columns[thin & (own == c)]] = True
+    choice |= near({c: _without_specks(region) for c, region in details.items()})
+    choice |= around & ~choice.any(-1, keepdims=True)
+
+    foreign = unsure & (around.sum(-1) < 2)
+    for a, b in itertools.permutations(known, 2):  # a long wedge: only one of its sides is near
+        beside = np.flatnonzero(foreign & around[:, a])
+        foreign[beside] = _from_mixture(colours[beside], a, b) > 2 * TOLERANCE
+    if 2 * sure.sum() < sure.size:  # no picture of regions
+        foreign = unsure
+    distance = _distances(colours)
     if foreign.any():
-        y, x = unsure[foreign][0]
-        colour = tuple(int(v) for v in picture[y, x])
-        nearest = int(distance[y, x].argmin())
+        i = int(foreign.argmax())
+        nearest = int(distance[i].argmin())
         raise MaskError(
-            f"{what}: pixel (x={x}, y={y}) has colour {colour}, which is no class's; the nearest is "
-            f"{CLASS_NAMES[nearest]} {tuple(int(v) for v in PALETTE[nearest])}, "
-            f"{distance[y, x, nearest]:.0f} away (tolerance {TOLERANCE:.0f})"
+            f"{what}: pixel (x={columns[i]}, y={rows[i]}) has colour {_rgb(colours[i])}, which is no class's; the "
+            f"nearest is {CLASS_NAMES[nearest]} {_rgb(PALETTE[nearest])}, {distance[i, nearest]:.0f} away "
+            f"(tolerance {TOLERANCE:.0f})"
         )
-    labels[unsure[:, 0], unsure[:, 1]] = distances.argmin(-1).astype(np.uint8)
+    labels[rows, columns] = np.where(choice, distance, np.inf).argmin(-1)
 
 
-def _grow(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Every pixel within `BORDER` pixels of the region, in rows and columns."""
-    for axis in (0, 1):
-        grown = region.copy()
-        for step in range(1, BORDER + 1):
-            ahead = [slice(None), slice(None)]
-            behind = [slice(None), slice(None)]
-            ahead[axis], behind[axis] = slice(step, None), slice(None, -step)
-            grown[tuple(ahead)] |= region[tuple(behind)]
-            grown[tuple(behind)] |= region[tuple(ahead)]
-        region = grown
-    return region
+def _count(region: NDArray[np.bool_], radius: int) -> NDArray[np.int32]:
+    """How many pixels of a region are within ``radius`` of each pixel, in rows and columns."""
+    size = 2 * radius + 1
+    sums = np.pad(region, (radius + 1, radius)).cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
+    return sums[size:, size:] - sums[:-size, size:] - sums[size:, :-size] + sums[:-size, :-size]
+
+
+def _solid(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """What of a region is covered by squares of 3 x 3 pixels within it."""
+    return _count(_count(~region, 1) == 0, 1) > 0
+
+
+def _without_specks(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    return region & (_count(region, 4) >= SPECK)
+
+
+def _from_mixture(colours: NDArray[np.uint8], a: int, b: int) -> NDArray[np.float64]:
+    """Distance of colours [n, 3] from the nearest mixture of two classes' colours."""
+    start, line = PALETTE[a].astype(np.float64), PALETTE[b].astype(np.float64) - PALETTE[a]
+    share = np.clip((colours - start) @ line / (line @ line), -OVERSHOOT, 1 + OVERSHOOT)
+    mixture = np.clip(start + share[:, None] * line, 0, 255)
+    return np.sqrt(((colours - mixture) ** 2).sum(-1))
+
+
+def _rgb(colour: NDArray[np.uint8]) -> tuple[int, ...]:
+    return tuple(int(v) for v in colour)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,13 +31,19 @@ def autoencoder(config: Mapping[str, Any]) -> Any:
     try:
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(dict(config))
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"vae: not a valid AutoencoderKL configuration: {error}") from None
+    except Exception as error:  # diffusers raises whatever its layers do
+        raise CheckpointError(f"vae: not a valid AutoencoderKL configuration: {_reason(error)}") from None
     if len(vae.config.block_out_channels) != 4:
         raise CheckpointError(f"vae: must scale by 8 (four blocks), has {len(vae.config.block_out_channels)} blocks")
-    if vae.config.scaling_factor is None or vae.config.shift_factor is None:
-        raise CheckpointError("vae: scaling_factor and shift_factor must be set")
+    for name in ("scaling_factor", "shift_factor"):
+        value = vae.config[name]
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise CheckpointError(f"vae: {name} must be a number, got {value!r}")
     return vae
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def autoencoder_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
@@ -80,19 +87,24 @@ def _text_config(part: str, config: Mapping[str, Any]) -> Any:
     wanted = ("clip_text_model", "clip") if part == "text_encoder" else ("t5",)
     if model_type not in wanted:
         raise CheckpointError(f"{part}: model_type must be {wanted[0]!r}, got {model_type!r}")
-    try:
-        return _text_classes(part)[1].from_dict(dict(config))
-    except (TypeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{part}: not a valid configuration: {error}") from None
+    return _text_classes(part)[1].from_dict(dict(config))
 
 
 def text_encoder_shapes(part: str, config: Mapping[str, Any], found: Mapping[str, object]) -> dict[str, Shape]:
     """Names and shapes of a text encoder's tensors, with the spelling that ``found`` uses.
 
     CLIP's published files say ``text_model.X`` where newer transformers say ``X``; T5's tied embedding counts once.
+
+    Raises:
+        CheckpointError: the configuration is not one of such an encoder.
     """
-    with _quiet_transformers(), torch.device("meta"):
-        model = _text_classes(part)[0](_text_config(part, config))
+    try:
+        with _quiet_transformers(), torch.device("meta"):
+            model = _text_classes(part)[0](_text_config(part, config))
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises whatever its checks and layers do
+        raise CheckpointError(f"{part}: not a valid configuration: {_reason(error)}") from None
     shapes = _shapes(model)
     if "shared.weight" in shapes:
         shapes.pop("encoder.embed_tokens.weight", None)
@@ -109,10 +121,15 @@ def load_text_encoder(part: str, config: Mapping[str, Any], tensors: Mapping[str
     """
     model_class, _ = _text_classes(part)
     dtype = next(iter(tensors.values())).dtype
-    with _quiet_transformers():
-        model, report = model_class.from_pretrained(
-            None, config=_text_config(part, config), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
-        )
+    try:
+        with _quiet_transformers():
+            model, report = model_class.from_pretrained(
+                None, config=_text_config(part, config), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+            )
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises whatever its checks and layers do
+        raise CheckpointError(f"{part}: can't be made from its configuration: {_reason(error)}") from None
     wrong = sorted(map(str, {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}))
     if wrong:
         raise CheckpointError(f"{part}: tensors don't fit the configuration: {', '.join(wrong[:3])}")
@@ -128,10 +145,10 @@ def load_tokenizer(part: str, files: Mapping[str, bytes]) -> Any:
     from transformers import CLIPTokenizer, T5Tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        for name, data in files.items():
-            (Path(folder) / Path(name).name).write_bytes(data)
         try:
+            for name, data in files.items():
+                (Path(folder) / Path(name).name).write_bytes(data)
             with _quiet_transformers():
                 return (CLIPTokenizer if part == "tokenizer" else T5Tokenizer).from_pretrained(folder)
         except Exception as error:  # transformers raises whatever its parsers do
-            raise CheckpointError(f"{part}: its files can't be read: {type(error).__name__}: {error}") from None
+            raise CheckpointError(f"{part}: its files can't be read: {_reason(error)}") from None

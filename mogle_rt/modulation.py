@@ -7,7 +7,7 @@ to timestep 0 and are constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,31 +21,35 @@ from mogle_rt.schema import SINUSOID_DIM
 Weights = Callable[[str], Tensor]  # full bundle name -> tensor on the device and in the dtype of the run
 
 
+SingleModulation = Sequence[Sequence[Tensor]]
+"""Shift, scale and gate, each [B, 1, D]: of text and image, then (if there is one) of the condition."""
+
+
 @dataclass(frozen=True)
 class StepModulation:
-    """Modulations of one step. Scales have their 1 added already.
+    """Modulations of one step, cut up for the blocks. Scales have their 1 added already.
 
     Attributes:
-        double: [B, G, L, 6, D] for image (G = 0) and condition (G = 1) in double block L; the six are
-            shift, scale, gate of attention, then of the MLP.
-        context: [B, L, 6, D] for text.
-        single: [B, G, L, 3, D] for text and image (G = 0) and condition (G = 1): shift, scale, gate.
-        out: [B, 2, D], scale and shift of the last norm.
+        double: for each double block shift, scale, gate of attention, then of the MLP, each [B, G, 1, D]: image
+            (G = 0) and condition (G = 1).
+        context: the same six for text, each [B, 1, D].
+        single: for each single block, see `SingleModulation`.
+        out: scale and shift of the last norm, each [B, 1, D].
     """
 
-    double: Tensor
-    context: Tensor
-    single: Tensor
-    out: Tensor
+    double: Sequence[Sequence[Tensor]]
+    context: Sequence[Sequence[Tensor]]
+    single: Sequence[SingleModulation]
+    out: Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class ModulationTables:
-    """Modulations of all S steps, in the layout of `StepModulation` with a leading S (without G); the condition's once."""
+    """Modulations of all S steps; the condition's, which are constant, once."""
 
-    double: Tensor  # [S, B, L, 6, D]
-    context: Tensor  # [S, B, L, 6, D]
-    single: Tensor  # [S, B, L, 3, D]
+    double: Tensor  # [S, B, L, 6, D], image rows of double blocks
+    context: Tensor  # [S, B, L, 6, D], text rows of double blocks
+    single: Tensor  # [S, B, L, 3, D], text and image rows of single blocks
     out: Tensor  # [S, B, 2, D]
     condition_double: Tensor | None  # [B, L, 6, D]
     condition_single: Tensor | None  # [B, L, 3, D]
@@ -56,7 +60,20 @@ class ModulationTables:
         if self.condition_double is not None and self.condition_single is not None:
             double = torch.cat([double, self.condition_double[:, None]], dim=1)
             single = torch.cat([single, self.condition_single[:, None]], dim=1)
-        return StepModulation(double, self.context[step], single, self.out[step])
+        singles = _cut(single.permute(2, 1, 3, 0, 4), 3, row_dims=1)
+        groups = single.shape[1]
+        return StepModulation(
+            double=_cut(double.permute(2, 3, 0, 1, 4), 6, row_dims=2),
+            context=_cut(self.context[step].permute(1, 2, 0, 3), 6, row_dims=1),
+            single=[singles[i : i + groups] for i in range(0, len(singles), groups)],
+            out=_cut(self.out[step].transpose(0, 1), 2, row_dims=1)[0],
+        )
+
+
+def _cut(table: Tensor, count: int, row_dims: int) -> list[Sequence[Tensor]]:
+    """[..., count, rows..., D] -> lists of ``count`` views [rows..., 1, D]; one call makes all the views."""
+    views = table.flatten(0, table.dim() - row_dims - 2).unsqueeze(-2).unbind(0)
+    return [views[i : i + count] for i in range(0, len(views), count)]
 
 
 def _mlp(x: Tensor, name: str, weights: Weights) -> Tensor:

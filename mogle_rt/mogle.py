@@ -21,7 +21,7 @@ class Bank(NamedTuple):
     """What the experts and the gate know of the masks before the first step.
 
     Attributes:
-        outputs: [B, 20, N, 64], every expert's output; or, where no gate weighs them, their sum [B, 1, N, 64].
+        outputs: [B, N, 20, 64], every expert's output; or, where no gate weighs them, their sum [B, N, 1, 64].
         gate_input: [B, N, 64], global mask latents plus the noise projection's bias; None without a gate.
     """
 
@@ -63,8 +63,10 @@ class MixtureOfExperts(nn.Module):
             hidden = torch.baddbmm(self.expert_in_bias[:, None], x, self.expert_in.transpose(1, 2)).relu_()
             y = torch.baddbmm(self.expert_out_bias[:, None], hidden, self.expert_out.transpose(1, 2))
             outputs = y.view(E, B, N, C).transpose(0, 1)
+        outputs = outputs.transpose(1, 2)
         if not self.config.has_gating:
-            return Bank(outputs.sum(1, keepdim=True), None)
+            return Bank(outputs.sum(2, keepdim=True), None)
+        # A token's experts side by side, so that a step's weighted sum is one small product a token.
         return Bank(outputs.contiguous(), mask_latents[:, 0] + self.noise_proj.bias)
 
     def time_table(self, timesteps: Tensor) -> Tensor | None:
@@ -89,10 +91,12 @@ class MixtureOfExperts(nn.Module):
             [B, N, 64].
         """
         if bank.gate_input is None or time is None:
-            return bank.outputs[:, 0]
+            return bank.outputs[:, :, 0]
         h = F.linear(latents, self.noise_proj.weight) + bank.gate_input + time
         logits = self.gate_out(self.gate_in(h).relu_())
         weights = logits.softmax(-1)  # [B, N, 20]
         if self.weight_is_scale:
             weights = weights.mean(1, keepdim=True).expand_as(weights)
-        return torch.einsum("bne,benc->bnc", weights, bank.outputs)
+        B, N, E = weights.shape
+        mixed = torch.bmm(weights.reshape(B * N, 1, E), bank.outputs.view(B * N, E, -1))
+        return mixed.view(B, N, -1)

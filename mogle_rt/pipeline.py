@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from mogle_rt.cache import TensorCache
 from mogle_rt.checkpoint import Bundle, check_names
 from mogle_rt.conditioning import Conditioner, MaskPosterior, pack_latents, unpack_latents
 from mogle_rt.config import PATCH, VAE_SCALE, ModelConfig
@@ -35,6 +36,7 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Any]], Mapping[str, Any] | None]
 
+CACHE_BYTES = 256 << 20
 DECODE_PIXELS = 1024 * 1024  # pixels decoded at once: bounds the VAE's activations, not the result
 
 
@@ -63,6 +65,12 @@ class Pipeline:
         device: "cpu", "cuda", "cuda:N" or "mps"; None takes the best there is.
         dtype: "fp32", "bf16", "fp16" or a torch dtype; None takes what the device multiplies fast.
         model_config: the reference's switches, see `ModelConfig`; unknown names are refused.
+        cache_bytes: how much the encodings of masks, and those of prompts, may each keep from call to call; 0 keeps
+            none.
+
+    Attributes:
+        conditioning_cache, prompt_cache: see `TensorCache`; ``clear()`` empties them.
+        last_run: what the last call did, see `RunReport`.
 
     Raises:
         CheckpointError: the file is not a bundle, damaged, or doesn't fit its own configuration.
@@ -75,6 +83,8 @@ class Pipeline:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         model_config: ModelConfig | Mapping[str, Any] | None = None,
+        *,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.model_config = ModelConfig.of(model_config)
         self.device = choose_device(device)
@@ -85,7 +95,9 @@ class Pipeline:
         check_names(found, autoencoder_shapes(vae_config), f"{checkpoint} (vae)")
         self.vae = load_autoencoder(vae_config, self.bundle.part("vae", self.device, self.dtype))
         self.engine = TorchEngine(self.bundle, self.device, self.dtype, self.model_config)
-        self.conditioner = Conditioner(self.vae)
+        self.conditioning_cache = TensorCache(cache_bytes)
+        self.prompt_cache = TensorCache(cache_bytes)
+        self.conditioner = Conditioner(self.vae, self.conditioning_cache)
         self.image_processor = VaeImageProcessor(vae_scale_factor=VAE_SCALE * 2)
         self.last_run = RunReport()
         self._text_encoders: TextEncoders | None = None
@@ -223,9 +235,16 @@ class Pipeline:
             _check_tensor("prompt_embeds", embeds, (None, None, config.joint_attention_dim))
             _check_tensor("pooled_prompt_embeds", pooled, (embeds.shape[0], config.pooled_projection_dim))
             return embeds, pooled
-        if self._text_encoders is None:
-            self._text_encoders = TextEncoders(self.bundle, self.device, self.dtype)
-        return self._text_encoders.encode(prompts, max_sequence_length)
+        known = {p: found for p in prompts if (found := self.prompt_cache.get((p, max_sequence_length))) is not None}
+        new = [p for p in dict.fromkeys(prompts) if p not in known]
+        if new:
+            if self._text_encoders is None:
+                self._text_encoders = TextEncoders(self.bundle, self.device, self.dtype)
+            for prompt, *made in zip(new, *self._text_encoders.encode(new, max_sequence_length), strict=True):
+                known[prompt] = tuple(t.clone() for t in made)
+                self.prompt_cache.put((prompt, max_sequence_length), known[prompt])
+        sequences, vectors = zip(*(known[p] for p in prompts), strict=True)
+        return torch.stack(sequences), torch.stack(vectors)
 
     def _encode_masks(
         self,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 
 from mogle_rt import schema
 from mogle_rt.config import MogleConfig, TransformerConfig
-from mogle_rt.errors import CheckpointError, DownloadError
+from mogle_rt.errors import CheckpointError, ConfigError, DownloadError
 from mogle_rt.storage import TensorInfo, read_chunks, read_header
 
 RELEASED_FLUX = "black-forest-labs/FLUX.1-dev"
@@ -42,8 +44,7 @@ class SourceTensor:
             return
         assert self.path is not None
         assert self.info is not None
-        with self.path.open("rb") as f:
-            yield from read_chunks(f, self.info)
+        yield from read_chunks(self.path, self.info)
 
     def load(self) -> torch.Tensor:
         """The whole tensor, in memory of its own."""
@@ -53,7 +54,7 @@ class SourceTensor:
     @classmethod
     def of(cls, value: torch.Tensor) -> SourceTensor:
         """A tensor in memory."""
-        return cls(tuple(value.shape), value.dtype, value=value.contiguous())
+        return cls(tuple(value.shape), value.dtype, value=value.detach().contiguous())
 
 
 def find(spec: str | Path, *, default_file: str | None = None) -> Path:
@@ -66,10 +67,13 @@ def find(spec: str | Path, *, default_file: str | None = None) -> Path:
         CheckpointError: no such path, and not a hub id.
         DownloadError: offline, refused (gated) or unknown there.
     """
-    path = Path(spec).expanduser()
-    if path.exists():
-        return path
     name = str(spec)
+    try:
+        path = Path(spec).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that is closed to us, ~ of an unknown user
+        raise CheckpointError(f"{name}: can't be read: {error}") from None
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
         raise CheckpointError(f"{name}: no such file or folder, nor a hub id like {RELEASED_FLUX}")
     owner, repository, *rest = name.split("/", 2)
@@ -82,6 +86,7 @@ def _download(repository: str, file: str | None, spec: str) -> Path:
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -104,7 +109,9 @@ def _download(repository: str, file: str | None, spec: str) -> Path:
         ) from None
     except EntryNotFoundError:
         raise DownloadError(f"{spec}: the repository has no file {file!r}") from None
-    except (HfHubHTTPError, OSError) as error:
+    except HFValidationError:
+        raise CheckpointError(f"{spec}: no such file or folder, nor a hub id like {RELEASED_FLUX}") from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DownloadError(f"{spec}: not a local path, and the hub answered: {reason}") from None
 
@@ -119,7 +126,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, holds {type(value).__name__}")
@@ -170,8 +177,10 @@ def read_lora(path: Path, config: TransformerConfig) -> dict[str, SourceTensor]:
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, info in tensors.items():
         name, kind = _lora_key(key, path)
+        if kind in pairs.get(name, {}):
+            raise CheckpointError(f"{path}: {key!r} is there twice, under two spellings of its name")
         pairs.setdefault(name, {})[kind] = SourceTensor(info.shape, info.dtype, path=path, info=info).load()
-    alphas = _metadata_alphas(metadata, path)
+    settings = _adapter_settings(metadata, path)
     modules = schema.lora_modules(config)
     result: dict[str, SourceTensor] = {}
     for name, pair in pairs.items():
@@ -180,13 +189,16 @@ def read_lora(path: Path, config: TransformerConfig) -> dict[str, SourceTensor]:
         if not {"A", "B"} <= pair.keys():
             raise CheckpointError(f"{path}: layer {name!r} has only a part of its LoRA ({', '.join(pair)})")
         a, b = pair["A"], pair["B"]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not len(a):
             raise CheckpointError(f"{path}: LoRA of {name!r}: shapes {list(a.shape)} and {list(b.shape)} don't fit")
+        if "alpha" in pair and pair["alpha"].numel() != 1:
+            raise CheckpointError(
+                f"{path}: alpha of {name!r} must be one number, has shape {list(pair['alpha'].shape)}"
+            )
         rank = a.shape[0]
-        alpha = float(pair["alpha"]) if "alpha" in pair else alphas(name, rank)
+        scale = pair["alpha"].item() / rank if "alpha" in pair else settings.scale(name, rank)
         result[f"{name}.lora_A.weight"] = SourceTensor.of(a)
-        scaled = b if alpha == rank else (b.double() * (alpha / rank)).to(b.dtype)
-        result[f"{name}.lora_B.weight"] = SourceTensor.of(scaled)
+        result[f"{name}.lora_B.weight"] = SourceTensor.of(b if scale == 1 else (b.double() * scale).to(b.dtype))
     for name in modules:
         if name not in pairs:
             raise CheckpointError(f"{path}: missing LoRA of layer {name!r}")
@@ -208,25 +220,35 @@ def _lora_key(key: str, path: Path) -> tuple[str, str]:
     return match["name"], _LORA_KINDS[match["kind"]]
 
 
-def _metadata_alphas(metadata: Mapping[str, str], path: Path) -> Any:
-    """(layer, rank) -> alpha, from the metadata that diffusers' save_lora_weights writes."""
-    raw: dict[str, Any] = {}
-    if "lora_adapter_metadata" in metadata:
-        try:
-            raw = json.loads(metadata["lora_adapter_metadata"])
-        except ValueError:
-            raise CheckpointError(f"{path}: its lora_adapter_metadata is not JSON") from None
-    settings = {k.removeprefix("transformer."): v for k, v in raw.items()}
-    patterns: dict[str, float] = settings.get("alpha_pattern") or {}
-    default = settings.get("lora_alpha")
+@dataclass(frozen=True)
+class _AdapterSettings:
+    """What peft knows of a LoRA's scale: alpha / rank, or alpha / √rank (rank-stabilised), alpha by layer or for all."""
 
-    def alpha(name: str, rank: int) -> float:
-        for pattern, value in patterns.items():
-            if name == pattern or name.endswith(f".{pattern}"):
-                return float(value)
-        return float(rank if default is None else default)
+    alpha: float | None = None
+    patterns: Mapping[str, float] = field(default_factory=dict)
+    stabilised: bool = False
 
-    return alpha
+    def scale(self, name: str, rank: int) -> float:
+        alpha = float(rank) if self.alpha is None else self.alpha
+        for pattern, value in self.patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", name):  # as peft matches them
+                alpha = value
+                break
+        return alpha / (math.sqrt(rank) if self.stabilised else rank)
+
+
+def _adapter_settings(metadata: Mapping[str, str], path: Path) -> _AdapterSettings:
+    """From the metadata that diffusers' save_lora_weights writes; without any, the scale is 1."""
+    try:
+        raw = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        values = {k.removeprefix("transformer."): v for k, v in raw.items()}
+        alpha = values.get("lora_alpha")
+        patterns = {re.compile(k).pattern: float(v) for k, v in (values.get("alpha_pattern") or {}).items()}
+        return _AdapterSettings(
+            None if alpha is None else float(alpha), patterns, stabilised=bool(values.get("use_rslora"))
+        )
+    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+        raise CheckpointError(f"{path}: its lora_adapter_metadata is damaged: {error}") from None
 
 
 def read_mogle(path: Path) -> tuple[dict[str, SourceTensor], MogleConfig]:
@@ -241,31 +263,47 @@ def read_mogle(path: Path) -> tuple[dict[str, SourceTensor], MogleConfig]:
     if path.suffix == ".safetensors":
         tensors = {name: SourceTensor.of(t.load()) for name, t in read_safetensors(path).items()}
     else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file") from None
-        except pickle.UnpicklingError:
-            raise CheckpointError(
-                f"{path}: refused: it is damaged, or holds more than tensors and would run code"
-            ) from None
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{path}: not readable as a PyTorch file: {reason}") from None
-        if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-            raise CheckpointError(f"{path}: must hold a state dict of tensors, holds {type(state).__name__}")
-        tensors = {str(name): SourceTensor.of(value) for name, value in state.items()}
+        tensors = {name: SourceTensor.of(t) for name, t in _read_pickle(path).items()}
     has_gating = any(n.startswith("gating.") for n in tensors)
     has_expert = any("expert" in n for n in tensors)
     if not (has_gating or has_expert):
         raise CheckpointError(f"{path}: holds neither experts nor a gate")
     dims: dict[str, int] = {}
-    for field, name, axis in (
+    for dim, name, axis in (
         ("latent_dim", "global_expert.net.0.weight", 1),
         ("expert_dim", "global_expert.net.0.weight", 0),
         ("latent_dim", "gating.noise_proj.weight", 1),
         ("gate_dim", "gating.gate.0.weight", 0),
     ):
         if name in tensors and len(tensors[name].shape) == 2:
-            dims[field] = tensors[name].shape[axis]
-    return tensors, MogleConfig(has_gating=has_gating, has_expert=has_expert, **dims)
+            dims[dim] = tensors[name].shape[axis]
+    try:
+        return tensors, MogleConfig(has_gating=has_gating, has_expert=has_expert, **dims)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict saved by torch.save, without running any code in it."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of a pickle's unusual protocol
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"{path}: refused: it is damaged, or holds more than tensors and would run code"
+        ) from None
+    except Exception as error:  # a damaged pickle makes its reader raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: not readable as a PyTorch file: {reason}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: must hold a state dict of tensors, holds {type(state).__name__}")
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{path}: must hold a state dict of tensors; {name!r} is {type(value).__name__}")
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            raise CheckpointError(f"{path}: tensor {name!r} must be a dense one that holds its data")
+    return {str(name): value for name, value in state.items()}

@@ -23,7 +23,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from mogle_rt.errors import CheckpointError, OutputError
+from mogle_rt.errors import CheckpointError, MogleError, OutputError
 
 DTYPES = {
     "F64": torch.float64,
@@ -64,7 +64,7 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> Tenso
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]  # type: ignore[index]
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{path}: damaged header: the entry of tensor {name!r} is malformed") from None
-    if code not in DTYPES:
+    if not isinstance(code, str) or code not in DTYPES:
         raise CheckpointError(f"{path}: tensor {name!r} has dtype {code!r}, which is not one of {', '.join(DTYPES)}")
     if not all(isinstance(v, int) and v >= 0 for v in (*shape, begin, end)):
         raise CheckpointError(f"{path}: damaged header: the entry of tensor {name!r} is malformed")
@@ -98,8 +98,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         header = json.loads(raw)
         if not isinstance(header, dict):
             raise TypeError
-    except (ValueError, TypeError):
-        raise CheckpointError(f"{path}: not a safetensors file: its header is not JSON") from None
+    except (ValueError, TypeError, RecursionError):
+        raise CheckpointError(f"{path}: not a safetensors file: its header is not a JSON object") from None
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: damaged header: the metadata must be texts")
@@ -115,17 +115,25 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
-def read_chunks(file: BinaryIO, info: TensorInfo) -> Iterator[torch.Tensor]:
-    """The tensor's elements, flat and in order, at most `CHUNK` bytes at a time. A chunk is valid until the next."""
-    buffer = bytearray(min(CHUNK, max(info.end - info.begin, 1)))
-    file.seek(info.begin)
+def read_chunks(path: Path, info: TensorInfo) -> Iterator[torch.Tensor]:
+    """The tensor's elements, flat and in order, at most `CHUNK` bytes at a time. A chunk is valid until the next.
+
+    Raises:
+        CheckpointError: the file is gone, cut short or unreadable by now.
+    """
     left = info.end - info.begin
-    while left:
-        view = memoryview(buffer)[: min(left, len(buffer))]
-        if file.readinto(view) != len(view):  # type: ignore[attr-defined]
-            raise CheckpointError(f"{file.name}: cut short while it was read")
-        yield torch.frombuffer(view, dtype=info.dtype)
-        left -= len(view)
+    buffer = bytearray(min(CHUNK, max(left, 1)))
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(info.begin)
+            while left:
+                view = memoryview(buffer)[: min(left, len(buffer))]
+                if file.readinto(view) != len(view):
+                    raise CheckpointError(f"{path}: cut short while it was read")
+                yield torch.frombuffer(view, dtype=info.dtype)
+                left -= len(view)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from None
 
 
 class MappedFile:
@@ -173,25 +181,38 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary neighbour of ``path`` for writing; it takes the name only when the block ends well.
 
     Raises:
-        OutputError: the folder can't be written to, or the disk is full.
+        OutputError: the name is a folder's or a device's, the folder can't be written to, or the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with _as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise OutputError(f"{path}: is a folder; a file name is needed")
-        with temporary.open("w+b") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if isinstance(error, OutputError) or error.filename not in (None, str(temporary), str(path), str(path.parent)):
-            raise
-        raise OutputError(f"{path}: can't be written: {error.strerror or error}") from None
+        if path.exists() and not path.is_file():
+            raise OutputError(f"{path}: is a device or pipe; only ordinary files can be replaced")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        file = temporary.open("w+b")
+    try:
+        with _as_output_error(path):
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def _as_output_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError:
+        raise OutputError(f"{path}: can't be written: {path.parent} is a file, not a folder") from None
+    except OSError as error:
+        if isinstance(error, MogleError):
+            raise
+        raise OutputError(f"{path}: can't be written: {error.strerror or error}") from None
 
 
 def write_header(file: BinaryIO, tensors: dict[str, TensorInfo], metadata: dict[str, str], start: int) -> None:

@@ -7,6 +7,7 @@ LoRA acts on a tail of the rows, and one product with the base weights serves ev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +17,11 @@ from torch import Tensor, nn
 
 from mogle_rt.attention import JOINT, AttentionPlan, joint_attention
 from mogle_rt.config import MLP_RATIO, TransformerConfig
-from mogle_rt.lora import LoraLinear, add_lora, empty_parameter
-from mogle_rt.modulation import StepModulation
+from mogle_rt.lora import LoraLinear, add_lora_, empty_parameter
+from mogle_rt.modulation import SingleModulation, StepModulation
+from mogle_rt.ops import LAYER_NORM_EPS, addcmul_, apply_rope, gelu_tanh, norm_modulate, qk_norm
 
 ROPE_THETA = 10_000
-QK_NORM_EPS = 1e-6
-LAYER_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -69,35 +69,25 @@ class Layout:
 
 
 def rope_table(ids: Tensor, axes_dims: tuple[int, ...]) -> Tensor:
-    """Rotary embedding of token ids. ids: [L, 3] -> complex64 [L, d / 2], angles computed in float64 (FLUX's RoPE)."""
+    """Rotary embedding of token ids. ids: [L, 3] -> complex64 [L, 1, 1, d / 2], angles computed in float64."""
     precise = torch.float64 if ids.device.type != "mps" else torch.float32
     tables = [
         get_1d_rotary_pos_embed(dim, ids[:, axis].float(), theta=ROPE_THETA, use_real=False, freqs_dtype=precise)
         for axis, dim in enumerate(axes_dims)
     ]
-    return torch.cat(tables, dim=-1).to(torch.complex64)
-
-
-def qk_norm(qk: Tensor, weight: Tensor) -> Tensor:
-    """RMSNorm over each head. qk: [B, L, 2, H, d] (q, then k), weight: [2, d] -> the same shape."""
-    scale = qk.float().square().mean(-1, keepdim=True).add_(QK_NORM_EPS).rsqrt_()
-    return (qk * scale).to(qk.dtype) * weight[:, None]
-
-
-def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate neighbouring channel pairs. x: [B, L, 2, H, d], rope: complex [L, d / 2] -> the same shape."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope[:, None, None]).flatten(-2).to(x.dtype)
-
-
-def norm_modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """LayerNorm(x) * scale + shift. x: [B, G, R, D] or [B, R, D]; scale (1 added) and shift broadcast over the rows."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS), scale)
+    return torch.cat(tables, dim=-1).to(torch.complex64)[:, None, None]
 
 
 def _groups(x: Tensor, groups: int) -> Tensor:
     """[B, G * N, D] -> [B, G, N, D]."""
-    return x.unflatten(1, (groups, -1))
+    B, rows, D = x.shape
+    return x.view(B, groups, rows // groups, D)
+
+
+def _heads(x: Tensor, parts: int, heads: int) -> Tensor:
+    """[B, L, P * H * d] -> [B, L, P, H, d]."""
+    B, L, width = x.shape
+    return x.view(B, L, parts, heads, width // (parts * heads))
 
 
 class DoubleBlock(nn.Module):
@@ -107,8 +97,8 @@ class DoubleBlock(nn.Module):
         super().__init__()
         D, d = config.width, config.attention_head_dim
         self.heads = config.num_attention_heads
-        self.norm_qk = empty_parameter(2, d)
-        self.context_norm_qk = empty_parameter(2, d)
+        self.norm_qk = empty_parameter(2, 1, d)
+        self.context_norm_qk = empty_parameter(2, 1, d)
         self.qkv = LoraLinear(D, 3 * D, ranks["qkv"])
         self.out = LoraLinear(D, D, ranks["out"])
         self.ff_in = nn.Linear(D, MLP_RATIO * D)
@@ -119,27 +109,36 @@ class DoubleBlock(nn.Module):
         self.context_ff_out = nn.Linear(MLP_RATIO * D, D)
 
     def forward(
-        self, x: Tensor, text: Tensor, mod: Tensor, context_mod: Tensor, rope: Tensor, layout: Layout
+        self,
+        x: Tensor,
+        text: Tensor,
+        mod: Sequence[Tensor],
+        context_mod: Sequence[Tensor],
+        rope: Tensor,
+        layout: Layout,
     ) -> tuple[Tensor, Tensor]:
         """One block.
 
         Args:
             x: [B, G * N, D], image rows, then condition rows (G = 2), or image rows alone (G = 1).
             text: [B, T, D].
-            mod: [B, G, 6, D]; context_mod: [B, 6, D]; see `StepModulation`.
-            rope: complex [L, d / 2] of the joint sequence.
+            mod: six of [B, G, 1, D]; context_mod: six of [B, 1, D]; see `StepModulation`.
+            rope: complex [L, 1, 1, d / 2] of the joint sequence.
 
         Returns:
             x and text after the block.
         """
-        G, lora_from = mod.shape[1], layout.double_lora_from
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = mod[:, :, :, None].unbind(2)
-        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = context_mod[:, :, None].unbind(1)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = mod
+        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = context_mod
+        G, lora_from = shift.shape[1], layout.double_lora_from
 
         normed = norm_modulate(_groups(x, G), scale, shift).flatten(1, 2)
-        qkv = self.qkv(normed, lora_from).unflatten(-1, (3, self.heads, -1))
-        text_qkv = self.context_qkv(norm_modulate(text, t_scale, t_shift)).unflatten(-1, (3, self.heads, -1))
-        qk = torch.cat([qk_norm(text_qkv[:, :, :2], self.context_norm_qk), qk_norm(qkv[:, :, :2], self.norm_qk)], dim=1)
+        qkv = _heads(self.qkv(normed, lora_from), 3, self.heads)
+        text_qkv = _heads(self.context_qkv(norm_modulate(text, t_scale, t_shift)), 3, self.heads)
+        B, d, T = x.shape[0], qkv.shape[-1], layout.text
+        qk = x.new_empty(B, layout.total, 2, self.heads, d)
+        qk_norm(text_qkv[:, :, :2], self.context_norm_qk, out=qk[:, :T])
+        qk_norm(qkv[:, :, :2], self.norm_qk, out=qk[:, T:])
         q, k = apply_rope(qk, rope).unbind(2)
         v = torch.cat([text_qkv[:, :, 2], qkv[:, :, 2]], dim=1)
         attention = joint_attention(q, k, v, layout.condition_from, layout.plan)
@@ -149,12 +148,12 @@ class DoubleBlock(nn.Module):
         if layout.add_cond_attn and G == 2:
             x[:, 0].addcmul_(gate[:, 1], y[:, 1])
         normed = norm_modulate(x, mlp_scale, mlp_shift).flatten(1, 2)
-        y = self.ff_out(F.gelu(self.ff_in(normed), approximate="tanh"), lora_from)
+        y = self.ff_out(gelu_tanh(self.ff_in(normed)), lora_from)
         x = clip(torch.addcmul(x, mlp_gate, _groups(y, G)).flatten(1, 2))
 
         text = torch.addcmul(text, t_gate, self.context_out(attention[:, : layout.text]))
         normed = norm_modulate(text, t_mlp_scale, t_mlp_shift)
-        y = self.context_ff_out(F.gelu(self.context_ff_in(normed), approximate="tanh"))
+        y = self.context_ff_out(gelu_tanh(self.context_ff_in(normed)))
         return x, clip(torch.addcmul(text, t_mlp_gate, y))
 
 
@@ -169,22 +168,22 @@ class SingleBlock(nn.Module):
         super().__init__()
         D = config.width
         self.heads = config.num_attention_heads
-        self.norm_qk = empty_parameter(2, config.attention_head_dim)
+        self.norm_qk = empty_parameter(2, 1, config.attention_head_dim)
         self.qkv_mlp = LoraLinear(D, (3 + MLP_RATIO) * D, ranks["qkv_mlp"])
         self.out = LoraLinear((1 + MLP_RATIO) * D, D, ranks["out"])
 
-    def forward(self, x: Tensor, mod: Tensor, rope: Tensor, layout: Layout) -> Tensor:
-        """x: [B, L, D], mod: [B, G, 3, D] (text and image; condition), rope: complex [L, d / 2] -> [B, L, D]."""
+    def forward(self, x: Tensor, mod: SingleModulation, rope: Tensor, layout: Layout) -> Tensor:
+        """One block. x: [B, L, D], mod: see `SingleModulation`, rope: complex [L, 1, 1, d / 2] -> [B, L, D]."""
         normed = self._norm(x, mod, layout)
         fused = self.qkv_mlp(normed, layout.single_lora_from)
         D = x.shape[-1]
-        qkv = fused[..., : 3 * D].unflatten(-1, (3, self.heads, -1))
+        qkv = _heads(fused[..., : 3 * D], 3, self.heads)
         q, k = apply_rope(qk_norm(qkv[:, :, :2], self.norm_qk), rope).unbind(2)
         attention = joint_attention(q, k, qkv[:, :, 2], layout.condition_from, layout.plan)
         y = self._project_out(attention, fused[..., 3 * D :], layout.single_lora_from)
         return clip(self._residual(x, y, mod, layout))
 
-    def image_rows(self, x: Tensor, mod: Tensor, rope: Tensor, layout: Layout) -> Tensor:
+    def image_rows(self, x: Tensor, mod: SingleModulation, rope: Tensor, layout: Layout) -> Tensor:
         """The same for image rows alone: [B, L, D] -> [B, N, D]."""
         D, lora_from = x.shape[-1], layout.single_lora_from
         image = slice(layout.text, layout.condition_from)
@@ -194,45 +193,40 @@ class SingleBlock(nn.Module):
         normed_image = normed[:, image].contiguous()
 
         kv = F.linear(normed, weight[D : 3 * D], bias[D : 3 * D])
-        add_lora(kv[:, lora_from:], normed[:, lora_from:], down, up[D : 3 * D])
+        add_lora_(kv, normed, down, up[:, D : 3 * D], lora_from)
         q = F.linear(normed_image, weight[:D], bias[:D])
         mlp = F.linear(normed_image, weight[3 * D :], bias[3 * D :])
         image_lora_from = 0 if layout.latent_lora else layout.image
-        add_lora(q[:, image_lora_from:], normed_image[:, image_lora_from:], down, up[:D])
-        add_lora(mlp[:, image_lora_from:], normed_image[:, image_lora_from:], down, up[3 * D :])
+        add_lora_(q, normed_image, down, up[:, :D], image_lora_from)
+        add_lora_(mlp, normed_image, down, up[:, 3 * D :], image_lora_from)
 
-        q = q.unflatten(-1, (1, self.heads, -1))
-        k, v = kv.unflatten(-1, (2, self.heads, -1)).split(1, dim=2)
-        q = apply_rope(qk_norm(q, self.norm_qk[:1]), rope[image])[:, :, 0]
+        k, v = _heads(kv, 2, self.heads).split(1, dim=2)
+        q = apply_rope(qk_norm(_heads(q, 1, self.heads), self.norm_qk[:1]), rope[image])[:, :, 0]
         k = apply_rope(qk_norm(k, self.norm_qk[1:]), rope)[:, :, 0]
         # Image queries belong to "the rest" whatever is switched, so the condition's own queries are simply absent.
         attention = joint_attention(q, k, v[:, :, 0], layout.condition_from, layout.plan)
         y = self._project_out(attention, mlp, image_lora_from)
-        return clip(torch.addcmul(x[:, image], mod[:, 0, 2, None], y))
+        return clip(torch.addcmul(x[:, image], mod[0][2], y))
 
-    def _norm(self, x: Tensor, mod: Tensor, layout: Layout) -> Tensor:
+    def _norm(self, x: Tensor, mod: SingleModulation, layout: Layout) -> Tensor:
         normed = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
-        for g, rows in enumerate(layout.single_groups[: mod.shape[1]]):
-            normed[:, rows].mul_(mod[:, g, 1, None]).add_(mod[:, g, 0, None])
+        for (shift, scale, _), rows in zip(mod, layout.single_groups, strict=False):
+            addcmul_(normed[:, rows], shift, scale)
         return normed
 
     def _project_out(self, attention: Tensor, mlp: Tensor, lora_from: int) -> Tensor:
-        """out([attention, gelu(mlp)]) as a sum of two products: the two never have to be copied side by side."""
+        """out([attention, gelu(mlp)]); the activation is written straight beside the attention."""
         D = attention.shape[-1]
-        activated = F.gelu(mlp, approximate="tanh")
-        y = F.linear(attention, self.out.weight[:, :D], self.out.bias)
-        rows = y.view(-1, D)
-        rows.addmm_(activated.view(-1, activated.shape[-1]), self.out.weight[:, D:].t())
-        down, up = self.out.lora_down, self.out.lora_up
-        add_lora(y[:, lora_from:], attention[:, lora_from:], down[:, :D], up)
-        add_lora(y[:, lora_from:], activated[:, lora_from:], down[:, D:], up)
-        return y
+        joined = attention.new_empty(*attention.shape[:2], D + mlp.shape[-1])
+        joined[..., :D] = attention
+        gelu_tanh(mlp, out=joined[..., D:])
+        return self.out(joined, lora_from)
 
-    def _residual(self, x: Tensor, y: Tensor, mod: Tensor, layout: Layout) -> Tensor:
+    def _residual(self, x: Tensor, y: Tensor, mod: SingleModulation, layout: Layout) -> Tensor:
         """x + gate * y, into y's memory."""
-        for g, rows in enumerate(layout.single_groups[: mod.shape[1]]):
-            y[:, rows].mul_(mod[:, g, 2, None])
-        return y.add_(x)
+        for (_, _, gate), rows in zip(mod, layout.single_groups, strict=False):
+            addcmul_(y[:, rows], x[:, rows], gate)
+        return y
 
 
 def clip(x: Tensor) -> Tensor:
@@ -292,7 +286,7 @@ class Transformer(nn.Module):
             condition: [B, N, 64], condition tokens of this step, or None.
             text: [B, T, D], prompt embeddings after ``context_embedder``.
             modulation: this step's, see `StepModulation`.
-            rope: complex [L, d / 2], see `rope_table`.
+            rope: complex [L, 1, 1, d / 2], see `rope_table`.
             layout: rows and switches.
 
         Returns:
@@ -301,15 +295,14 @@ class Transformer(nn.Module):
         tokens = latents if condition is None else torch.cat([latents, condition], dim=1)
         x = self.x_embedder(tokens, layout.double_lora_from)
         for i, block in enumerate(self.blocks):
-            x, text = block(x, text, modulation.double[:, :, i], modulation.context[:, i], rope, layout)
+            x, text = block(x, text, modulation.double[i], modulation.context[i], rope, layout)
         if self.single_blocks:
             x = torch.cat([text, x], dim=1)
             for i, block in enumerate(self.single_blocks[:-1]):
-                x = block(x, modulation.single[:, :, i], rope, layout)
+                x = block(x, modulation.single[i], rope, layout)
             last = self.single_blocks[-1]
             assert isinstance(last, SingleBlock)
-            image = last.image_rows(x, modulation.single[:, :, -1], rope, layout)
+            image = last.image_rows(x, modulation.single[-1], rope, layout)
         else:
             image = x[:, : layout.image]
-        out = modulation.out[:, :, None]
-        return self.proj_out(norm_modulate(image, out[:, 0], out[:, 1]))
+        return self.proj_out(norm_modulate(image, *modulation.out))

@@ -16,8 +16,8 @@ ROOT = Path(mogle_rt.__file__).parent
 # Each line may import only from lines above it (and, within a line, nothing of the same line unless listed).
 LAYERS = [
     ["errors", "config"],
-    ["schema", "storage", "devices"],
-    ["masks", "models", "image_files", "sources", "checkpoint", "attention", "lora"],
+    ["cache", "schema", "storage", "devices"],
+    ["masks", "models", "image_files", "sources", "checkpoint", "attention", "lora", "ops"],
     ["modulation", "mogle", "converter"],
     ["transformer", "conditioning", "text"],
     ["loading", "sampling"],

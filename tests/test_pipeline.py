@@ -163,13 +163,56 @@ def test_sampled_posterior_follows_the_generator(pipe: Pipeline) -> None:
     assert ((many.mean(0) - mean).abs() <= 6 * many.std(0) / 200**0.5 + 1e-6).all()
 
 
-def test_equal_planes_are_encoded_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded: list[int] = []
+@pytest.fixture
+def encoded(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the pictures that the VAE encodes, from an empty cache on."""
+    counts: list[int] = []
     encode = pipe.conditioner._encode
-    monkeypatch.setattr(pipe.conditioner, "_encode", lambda x: encoded.append(len(x)) or encode(x))
+    monkeypatch.setattr(pipe.conditioner, "_encode", lambda x: counts.append(len(x)) or encode(x))
+    pipe.conditioning_cache.clear()
+    return counts
+
+
+def test_equal_planes_are_encoded_once(pipe: Pipeline, encoded: list[int]) -> None:
     mask = draw(1)
-    pipe.conditioner([mask, mask])
-    assert sum(encoded) == 1 + len(np.unique(mask)) + 1  # the palette, each class present, one black plane
+    first = pipe.conditioner([mask, mask])
+    distinct = 1 + len(np.unique(mask)) + 1  # the palette, each class present, one black plane
+    assert encoded == [distinct]
+    assert torch.equal(first[0], first[1])
+    assert torch.equal(pipe.conditioner([mask]), first[:1])
+    assert encoded == [distinct]
+
+
+def test_an_edit_encodes_what_it_changes(pipe: Pipeline, encoded: list[int]) -> None:
+    mask = draw(1)
+    pipe.conditioner([mask])
+    a, b = np.unique(mask)[:2]
+    edited = mask.copy()
+    edited[np.nonzero(mask == a)[0][0], np.nonzero(mask == a)[1][0]] = b
+    changed = pipe.conditioner([edited])
+    assert encoded[1:] == [3]  # the palette and the two planes between which a pixel moved
+    pipe.conditioning_cache.clear()
+    assert_close(pipe.conditioner([edited]), changed, rms=1e-5)
+
+
+def test_the_cache_is_bounded_and_can_be_off(tiny_bundle: Path) -> None:
+    entry = SIZE // 16 * (SIZE // 16) * 64 * 4  # one picture's latents in float32
+    small = Pipeline(tiny_bundle, device="cpu", dtype="fp32", cache_bytes=5 * entry)
+    off = Pipeline(tiny_bundle, device="cpu", dtype="fp32", cache_bytes=0)
+    for seed in range(3):
+        assert_close(small.conditioner([draw(seed)]), off.conditioner([draw(seed)]), rms=1e-5)
+        assert len(small.conditioning_cache) == 5
+        assert small.conditioning_cache.nbytes == 5 * entry
+    assert len(off.conditioning_cache) == off.conditioning_cache.nbytes == 0
+
+
+def test_prompts_are_encoded_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe.prompt_cache.clear()
+    first = run(pipe, None, ["a hat", "a beard", "a hat"], generator=[seeded(0)] * 3)
+    assert len(pipe.prompt_cache) == 2
+    assert pipe._text_encoders is not None
+    monkeypatch.setattr(pipe._text_encoders, "encode", None)  # would fail if it were called
+    assert_close(run(pipe, None, "a hat", generator=seeded(0)), first[:1], rms=1e-5)
 
 
 def test_callback_sees_and_replaces_latents(pipe: Pipeline) -> None:

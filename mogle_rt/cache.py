@@ -1,0 +1,64 @@
+"""A cache of tensors by content, bounded in bytes: what was used last stays."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+
+from torch import Tensor
+
+from mogle_rt.errors import ConfigError
+
+
+class TensorCache:
+    """Least recently used entries are dropped first. An entry is a tuple of tensors.
+
+    Args:
+        max_bytes: how much the entries may hold together; 0 turns the cache off.
+
+    Raises:
+        ConfigError: ``max_bytes`` is negative.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        if max_bytes < 0:
+            raise ConfigError(f"a cache's size must be 0 bytes or more, got {max_bytes}")
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        self.hits = 0
+        self.misses = 0
+        self._entries: OrderedDict[Hashable, tuple[Tensor, ...]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: Hashable) -> tuple[Tensor, ...] | None:
+        """The entry, or None; counted in ``hits`` and ``misses``."""
+        entry = self._entries.get(key)
+        if entry is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._entries.move_to_end(key)
+        return entry
+
+    def put(self, key: Hashable, entry: tuple[Tensor, ...]) -> None:
+        """Keep an entry, unless it alone is larger than the cache."""
+        size = _nbytes(entry)
+        if size > self.max_bytes:
+            return
+        self.nbytes -= _nbytes(self._entries.pop(key, ()))
+        self._entries[key] = entry
+        self.nbytes += size
+        while self.nbytes > self.max_bytes:
+            _, dropped = self._entries.popitem(last=False)
+            self.nbytes -= _nbytes(dropped)
+
+    def clear(self) -> None:
+        """Drop every entry."""
+        self._entries.clear()
+        self.nbytes = 0
+
+
+def _nbytes(entry: tuple[Tensor, ...]) -> int:
+    return sum(t.nbytes for t in entry)
