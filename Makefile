@@ -22,7 +22,7 @@ test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)  ## the benchmarks, into benchmarks/RESULTS.md
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only --results benchmarks/RESULTS.md
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -68,7 +68,7 @@ class Expert(nn.Module):
         self.net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 64))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.net(tokens)  # type: ignore[no-any-return]
+        return self.net(tokens)
 
 
 class Gate(nn.Module):
@@ -383,7 +383,7 @@ class Baseline:
     @torch.no_grad()
     def condition(self, mask_latents: Tensor, latents: Tensor, t: Tensor) -> Tensor:
         """Experts and gate of one step: (1, E, N, 64), (1, N, 64), t (1,) in 0...1000 -> (1, N, 64)."""
-        return self.mogle(mask_latents, latents, t)  # type: ignore[no-any-return]
+        return self.mogle(mask_latents, latents, t)
 
     @torch.no_grad()
     def velocity(
@@ -422,7 +422,7 @@ class Baseline:
         hidden = torch.cat([text, hidden], dim=1)
         for block in model.single_transformer_blocks:
             hidden, cond = single_block(block, hidden, cond, shared)
-        return model.proj_out(model.norm_out(hidden[:, text.shape[1] :], temb))  # type: ignore[no-any-return]
+        return model.proj_out(model.norm_out(hidden[:, text.shape[1] :], temb))
 
     def step(
         self,
@@ -454,7 +454,7 @@ class Baseline:
     def decode(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Packed latents (1, N, 64) -> picture (1, 3, H, W) in [0, 1]."""
         z = unpack(latents, height, width) / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return (self.vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)  # type: ignore[no-any-return]
+        return (self.vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""The command line: ``mogle-rt convert | generate | info``."""
+"""The command line: ``mogle-rt convert | generate | info | cost``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from mogle_rt import __version__
 from mogle_rt.errors import ConfigError, InputError, MogleError, OutputError
@@ -22,6 +23,8 @@ from mogle_rt.errors import ConfigError, InputError, MogleError, OutputError
 if TYPE_CHECKING:
     import torch
 
+    from mogle_rt.cost import Cost
+    from mogle_rt.gpus import Gpu
     from mogle_rt.pipeline import Pipeline
 
 app = typer.Typer(
@@ -55,7 +58,7 @@ def _root(
 def convert(
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle to write, e.g. ckpt.safetensors.")],
     flux: Annotated[str | None, typer.Option(help="FLUX folder in diffusers' layout, or a hub id.")] = None,
-    lora: Annotated[str | None, typer.Option(help="Branch LoRA (safetensors): a path, or owner/name[/file].")] = None,
+    lora: Annotated[str | None, typer.Option(help="Branch LoRA (safetensors): a path, or a hub id.")] = None,
     mogle: Annotated[
         str | None, typer.Option(help="Experts and gate (.pt or safetensors): a path or a hub id.")
     ] = None,
@@ -120,8 +123,95 @@ def info(
     table.add_row("total", str(len(bundle.tensors)), f"{parameter_count(bundle.tensors):,}", "", "")
     out.print(table)
     if verify:
-        bundle.verify()
+        size = sum(i.end - i.begin for i in bundle.tensors.values())
+        with tqdm(total=size, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
+            bundle.verify(bar.update)
         out.print("verified: the contents match the hash")
+
+
+@app.command()
+def cost(
+    checkpoint: Annotated[Path | None, typer.Argument(help="A bundle: its shapes are read, not its weights.")] = None,
+    flux_dev: Annotated[bool, typer.Option("--flux-dev", help="FLUX.1-dev's shapes, without any file.")] = False,
+    height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 512,
+    width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 512,
+    batch: Annotated[int, typer.Option(help="Images computed at once.")] = 1,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 28,
+    text_tokens: Annotated[int, typer.Option(help="T5 tokens of the prompt.")] = 512,
+    classes: Annotated[int, typer.Option(help="Classes in each mask; absent ones share one picture.")] = 12,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the bundle's, or bf16.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="A card, e.g. 'RTX 4090': its limits, and what fits.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, FLOPs, milliseconds.")] = False,
+) -> None:
+    """Count what a job takes, beside the reference's way of computing it. Needs neither weights nor a GPU."""
+    from mogle_rt.gpus import find_gpu
+
+    if (checkpoint is None) != flux_dev:
+        raise InputError("give a bundle or --flux-dev, one of them")
+    card = None if gpu is None else find_gpu(gpu)
+
+    from mogle_rt.checkpoint import Bundle
+    from mogle_rt.cost import estimate
+    from mogle_rt.devices import parse_dtype
+    from mogle_rt.job import Job
+
+    options: dict[str, Any] = {"height": height, "width": width, "batch": batch, "steps": steps}
+    options |= {"text_tokens": text_tokens, "classes": classes}
+    given = options if dtype is None else options | {"dtype": parse_dtype(dtype)}
+    job = Job(**given) if checkpoint is None else Job.of(Bundle(checkpoint), **given)
+    result = estimate(job)
+    ways = {"mogle_rt": result.engine, "reference": result.reference}
+    limits = {name: _limits(card, way, job.dtype.itemsize) for name, way in ways.items()} if card else {}
+    settings = options | {"dtype": str(job.dtype).removeprefix("torch."), "image_tokens": job.tokens}
+    parts = {part: {"parameters": n, "bytes": n * job.dtype.itemsize} for part, n in result.parameters.items()}
+    if as_json:
+        report: dict[str, Any] = {"job": settings | {"pictures": job.pictures}, "parts": parts}
+        report["cost"] = {name: way.to_dict() for name, way in ways.items()}
+        report["gpu"] = vars(card) | {"limits": limits} if card else None
+        typer.echo(json.dumps(report, indent=2))
+        return
+
+    out = Console(soft_wrap=True, highlight=False, emoji=False)
+    out.print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items()), "\n", markup=False)
+    table = Table("part", "parameters", "bytes", box=None, pad_edge=False)
+    for part, sizes in parts.items():
+        table.add_row(part, f"{sizes['parameters']:,}", _bytes(sizes["bytes"]))
+    out.print(table, "")
+    table = Table("", *ways, "ratio", box=None, pad_edge=False)
+    a, b = ways.values()
+    for label, mine, theirs, unit, form in (
+        ("a step: TFLOP", a.step.flops, b.step.flops, 1e12, ",.2f"),
+        ("  kernel launches", a.step.launches, b.step.launches, 1, ",.0f"),
+        ("  GB read", a.step.read, b.step.read, 1e9, ",.1f"),
+        ("  GB written", a.step.written, b.step.written, 1e9, ",.1f"),
+        ("the run: TFLOP", a.flops, b.flops, 1e12, ",.1f"),
+        (f"  encoding {job.pictures} or 20 pictures", a.encode.flops, b.encode.flops, 1e12, ",.1f"),
+        ("  preparing", a.prepare.flops, b.prepare.flops, 1e12, ",.1f"),
+        ("  decoding", a.decode.flops, b.decode.flops, 1e12, ",.1f"),
+        ("memory: GiB of weights", a.resident, b.resident, 2**30, ",.1f"),
+        ("  at the peak", a.peak, b.peak, 2**30, ",.1f"),
+        ("  and with text encoders", a.peak_with_text, b.peak_with_text, 2**30, ",.1f"),
+    ):
+        ratio = f"{theirs / mine:.2f}" if mine and theirs else ""
+        table.add_row(label, f"{mine / unit:{form}}", f"{theirs / unit:{form}}", ratio)
+    if card:
+        table.add_row(f"{card.name}, {card.memory:g} GiB:")
+        for label, key in (("  ms a step to compute", "compute_ms"), ("  ms a step to move", "memory_ms")):
+            least = [way[key] for way in limits.values()]
+            table.add_row(label, *(f"{ms:,.1f}" for ms in least), f"{least[1] / least[0]:.2f}")
+        for label, key in (("  fits", "fits"), ("  fits with text encoders", "fits_with_text")):
+            table.add_row(label, *("yes" if way[key] else "no" for way in limits.values()))
+    out.print(table)
+
+
+def _limits(card: Gpu, way: Cost, itemsize: int) -> dict[str, float]:
+    """What a card's datasheet says of a job: the least time of a step, and whether it goes into memory."""
+    return {
+        "compute_ms": card.compute_ms(way.step.flops, itemsize),
+        "memory_ms": card.memory_ms(way.step.moved),
+        "fits": card.fits(way.peak),
+        "fits_with_text": card.fits(way.peak_with_text),
+    }
 
 
 @app.command()
@@ -236,7 +326,6 @@ def _jobs(
         check_suffix(output)
         if len(masks) > 1:
             raise OutputError(f"{output}: {len(masks)} masks need a folder as output, not a file")
-    taken: set[Path] = set()
     for i, mask in enumerate(masks):
         for j in range(num_images):
             number = i * num_images + j
@@ -244,9 +333,8 @@ def _jobs(
                 path = output / f"{mask.stem if mask else 'face'}_{seed + number}.png"
             else:
                 path = output if num_images == 1 else output.with_stem(f"{output.stem}_{j + 1}")
-            if path in taken:
-                raise OutputError(f"{path}: two images would get this name; rename a mask")
-            taken.add(path)
+            if mask and path.exists() and path.samefile(mask):
+                raise OutputError(f"{path}: is the mask itself; choose another name for the image")
             yield mask, seed + number, path
 
 

@@ -17,7 +17,7 @@ from mogle_rt import schema, sources
 from mogle_rt.checkpoint import FLOATS, FORMAT, FORMAT_VERSION, BundleConfig, check_names, describe
 from mogle_rt.config import SchedulerConfig, TransformerConfig
 from mogle_rt.devices import parse_dtype
-from mogle_rt.errors import CheckpointError, ConfigError
+from mogle_rt.errors import CheckpointError, ConfigError, OutputError
 from mogle_rt.models import autoencoder_shapes, text_encoder_shapes
 from mogle_rt.sources import SourceTensor
 from mogle_rt.storage import TensorInfo, atomic_write, header_room, write_header
@@ -53,7 +53,7 @@ def convert(
     Raises:
         CheckpointError: a file is missing, damaged, or doesn't fit the configuration; weights that are not finite.
         DownloadError: a hub id that can't be fetched.
-        OutputError: ``output`` can't be written.
+        OutputError: ``output`` can't be written, or is one of the files to read.
         ConfigError: an unknown dtype.
     """
     target = parse_dtype(dtype) if dtype is not None else None
@@ -61,6 +61,9 @@ def convert(
     flux_dir = sources.find(flux)
     lora_file = sources.find(lora, default_file="pytorch_lora_weights.safetensors")
     mogle_file = sources.find(mogle, default_file="global_local_mask_moe.pt")
+    for source in (lora_file, mogle_file):
+        if output.exists() and output.samefile(source):
+            raise OutputError(f"{output}: is one of the files to convert; choose another name for the bundle")
     tensors, config = gather(flux_dir, lora_file, mogle_file, text_encoders=text_encoders)
     write_bundle(output, tensors, config, dtype=target, progress=progress)
     return output

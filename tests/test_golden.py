@@ -13,6 +13,7 @@ from mogle_rt import Pipeline
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import NUM_CLASSES, ModelConfig
 from mogle_rt.engines import TorchEngine
+from mogle_rt.lora import LoraLinear
 from mogle_rt.sampling import euler, make_schedule
 from tests.conftest import CASES, GoldenCase, assert_close, relative_rms
 
@@ -108,8 +109,8 @@ def test_planted_faults_are_caught(fault: str, golden_bundle: Bundles) -> None:
     conditions = case.conditions
     if kind == "lora_up":
         for module in engine.transformer.modules():
-            if hasattr(module, "lora_up"):
-                module.lora_up = torch.nn.Parameter(torch.zeros_like(module.lora_up), requires_grad=False)
+            if isinstance(module, LoraLinear):
+                module.lora_up.zero_()
     if kind == "experts":
         engine.mogle.expert_in = torch.nn.Parameter(engine.mogle.expert_in.roll(1, 0), requires_grad=False)
     changes = {

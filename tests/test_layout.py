@@ -16,13 +16,16 @@ ROOT = Path(mogle_rt.__file__).parent
 # Each line may import only from lines above it (and, within a line, nothing of the same line unless listed).
 LAYERS = [
     ["errors", "config"],
-    ["cache", "schema", "storage", "devices"],
+    ["cache", "schema", "storage", "devices", "gpus"],
     ["masks", "models", "image_files", "sources", "checkpoint", "attention", "lora", "ops"],
     ["modulation", "mogle", "converter"],
     ["transformer", "conditioning", "text"],
     ["loading", "sampling"],
     ["engines"],
     ["pipeline"],
+    ["counting", "job"],
+    ["reference_cost"],
+    ["cost"],
     ["cli"],
     ["__main__"],
 ]

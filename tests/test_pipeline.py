@@ -14,6 +14,7 @@ from torch import Tensor
 from mogle_rt import CheckpointError, InputError, Pipeline
 from mogle_rt.conditioning import Conditioner, pack_latents, unpack_latents
 from mogle_rt.masks import Labels, resize
+from mogle_rt.pipeline import OutputType
 from tests.checkpoints import Files
 from tests.conftest import assert_close, relative_rms
 
@@ -118,17 +119,17 @@ def test_a_bad_size_names_the_nearest(pipe: Pipeline) -> None:
 
 
 def test_output_types(pipe: Pipeline) -> None:
-    images = {
-        kind: pipe(draw(1), "", 2, height=SIZE, width=SIZE, generator=seeded(0), output_type=kind).images
-        for kind in ("pil", "np", "pt", "latent")
-    }
-    assert isinstance(images["pil"][0], Image.Image)
-    assert images["pil"][0].size == (SIZE, SIZE)
-    assert images["np"].shape == (1, SIZE, SIZE, 3)
-    assert images["pt"].min() >= 0
-    assert images["pt"].max() <= 1
-    assert images["latent"].shape == (1, 16, 64)
-    assert np.allclose(np.asarray(images["pil"][0]) / 255, images["np"][0], atol=1 / 255)
+    def draw_as(kind: OutputType) -> Any:
+        return pipe(draw(1), "", 2, height=SIZE, width=SIZE, generator=seeded(0), output_type=kind).images
+
+    (image,), array, tensor = draw_as("pil"), draw_as("np"), draw_as("pt")
+    assert isinstance(image, Image.Image)
+    assert image.size == (SIZE, SIZE)
+    assert array.shape == (1, SIZE, SIZE, 3)
+    assert tensor.shape == (1, 3, SIZE, SIZE)
+    assert 0 <= tensor.min() < tensor.max() <= 1
+    assert draw_as("latent").shape == (1, 16, 64)
+    assert np.allclose(np.asarray(image) / 255, array[0], atol=1 / 255)
 
 
 def test_given_latents_are_the_noise(pipe: Pipeline) -> None:
@@ -168,7 +169,12 @@ def encoded(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the pictures that the VAE encodes, from an empty cache on."""
     counts: list[int] = []
     encode = pipe.conditioner._encode
-    monkeypatch.setattr(pipe.conditioner, "_encode", lambda x: counts.append(len(x)) or encode(x))
+
+    def counted(pictures: list[Any]) -> Tensor:
+        counts.append(len(pictures))
+        return encode(pictures)
+
+    monkeypatch.setattr(pipe.conditioner, "_encode", counted)
     pipe.conditioning_cache.clear()
     return counts
 
@@ -291,7 +297,12 @@ def test_packing_is_flux_s_and_unpacks() -> None:
 def test_the_pipeline_calls_any_engine(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop knows an engine by its step alone."""
     steps: list[int] = []
-    monkeypatch.setattr(pipe.engine, "step", lambda latents, k: steps.append(k) or torch.zeros_like(latents))
+
+    def still(latents: Tensor, k: int) -> Tensor:
+        steps.append(k)
+        return torch.zeros_like(latents)
+
+    monkeypatch.setattr(pipe.engine, "step", still)
     noise = pipe(None, None, 4, height=SIZE, width=SIZE, generator=seeded(0), output_type="latent").images
     assert steps == [0, 1, 2, 3]
     assert isinstance(noise, Tensor)
