@@ -354,10 +354,10 @@ def _parse_json(text: str | None) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ConfigError(f"--model-config must be a JSON object like '{{\"add_cond_attn\": true}}', got {text!r}")
+        raise ConfigError(f"--model-config must be a JSON object like '{{\"add_cond_attn\": true}}', got {text[:80]!r}")
     return value
 
 

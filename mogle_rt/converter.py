@@ -106,8 +106,9 @@ def gather(
         for part in configs:
             configs[part] = config = sources.read_json(flux / part / "config.json")
             found = _without_tied(sources.read_folder(flux / part))
-            check_names({n: t.shape for n, t in found.items()}, text_encoder_shapes(part, config, found), flux / part)
-            tensors |= {f"{part}.{name}": tensor for name, tensor in found.items()}
+            expected = text_encoder_shapes(part, config, found)
+            check_names({n: t.shape for n, t in found.items()}, expected, flux / part)
+            tensors |= {f"{part}.{name}": found[name] for name in expected}
         for part in ("tokenizer", "tokenizer_2"):
             tensors |= {f"{part}.{name}": tensor for name, tensor in _files(flux / part).items()}
     try:

@@ -44,7 +44,7 @@ class SourceTensor:
             return
         assert self.path is not None
         assert self.info is not None
-        yield from read_chunks(self.path, self.info)
+        yield from read_chunks(self.path, self.info, once=True)
 
     def load(self) -> torch.Tensor:
         """The whole tensor, in memory of its own."""
@@ -290,15 +290,15 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from None
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path}: refused: it is damaged, or holds more than tensors and would run code"
         ) from None
     except Exception as error:  # a damaged pickle makes its reader raise anything
+        if isinstance(error, OSError) and error.filename:
+            raise CheckpointError(f"{path}: can't be read: {error.strerror}") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not readable as a PyTorch file: {reason}") from None
+        raise CheckpointError(f"{path}: not a PyTorch file, damaged or cut short: {reason}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: must hold a state dict of tensors, holds {type(state).__name__}")
     for name, value in state.items():

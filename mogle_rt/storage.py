@@ -115,8 +115,11 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
-def read_chunks(path: Path, info: TensorInfo) -> Iterator[torch.Tensor]:
+def read_chunks(path: Path, info: TensorInfo, *, once: bool = False) -> Iterator[torch.Tensor]:
     """The tensor's elements, flat and in order, at most `CHUNK` bytes at a time. A chunk is valid until the next.
+
+    Args:
+        once: the system needn't keep the file's pages in memory: they won't be read again soon.
 
     Raises:
         CheckpointError: the file is gone, cut short or unreadable by now.
@@ -130,6 +133,8 @@ def read_chunks(path: Path, info: TensorInfo) -> Iterator[torch.Tensor]:
                 view = memoryview(buffer)[: min(left, len(buffer))]
                 if file.readinto(view) != len(view):
                     raise CheckpointError(f"{path}: cut short while it was read")
+                if once and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), info.end - left, len(view), os.POSIX_FADV_DONTNEED)
                 yield torch.frombuffer(view, dtype=info.dtype)
                 left -= len(view)
     except OSError as error:
