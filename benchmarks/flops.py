@@ -1,0 +1,48 @@
+"""FLOPs of a call: counted on the call itself, and for a step the closed form that the count must agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mogle_rt.config import MLP_RATIO, TransformerConfig
+
+T = TypeVar("T")
+
+
+def _attention(q: list[int], k: list[int], v: list[int], *_: Any, **__: Any) -> int:
+    batch, heads, rows, d = q
+    return 2 * batch * heads * rows * k[2] * (d + v[3])
+
+
+def count(call: Callable[[], T]) -> tuple[T, int]:
+    """The call's result and its FLOPs in matrix products, convolutions and attention.
+
+    PyTorch's counter leaves out the CPU's attention kernel; it is added here.
+    """
+    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={cpu_attention: _attention}) as counter:
+        result = call()
+    return result, counter.get_total_flops()
+
+
+def step(config: TransformerConfig, text: int, tokens: int) -> int:
+    """FLOPs that one step of one image needs, without its LoRA and experts.
+
+    No modulation (known before the loop), and of the last single block image rows only, but for k and v.
+
+    Args:
+        config: the transformer's shape.
+        text: text tokens T. tokens: image tokens N; the condition has as many.
+    """
+    D, M = config.width, MLP_RATIO * config.width
+    rows = text + 2 * tokens
+    attention = 4 * rows * D  # for each query row
+    block = rows * (2 * (4 * D * D + 2 * D * M) + attention)  # q, k, v, out and the MLP: the same in both kinds
+    total = (config.num_layers + config.num_single_layers) * block
+    if config.num_single_layers:
+        total -= (rows - tokens) * (2 * (2 * D * D + 2 * D * M) + attention)
+    return total + 2 * config.in_channels * D * (2 * tokens + tokens)

@@ -1,0 +1,99 @@
+"""Memory that loading takes: ``python -m benchmarks.peak engine|baseline FOLDER`` prints it as JSON, in bytes.
+
+A process of its own, since a peak is a process's. Counted from what it holds once everything is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+PIXELS = 64  # small, so that weights dominate
+TEXT = 32
+
+
+def peak() -> int:
+    """Most bytes that this process ever held resident.
+
+    Linux: VmHWM rather than ru_maxrss, which a child inherits from the process that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def warm_up() -> None:
+    """Let the libraries take what they keep for themselves."""
+    x = torch.randn(64, 64)
+    torch.nn.functional.conv2d((x @ x)[None, None], x[None, None, :3, :3])
+
+
+def load_engine(folder: Path) -> Any:
+    """The runtime's way: one bundle."""
+    from mogle_rt import Pipeline
+
+    return Pipeline(folder / "bundle.safetensors", device="cpu", dtype="fp32")
+
+
+def load_baseline(folder: Path) -> Any:
+    """diffusers' and peft's way: the files that the bundle was made of."""
+    from benchmarks.baseline import Baseline
+
+    return Baseline.from_files(folder / "flux", folder / "pytorch_lora_weights.safetensors", folder / "mogle.pt")
+
+
+def first_step(model: Any, labels: torch.Tensor, prompt: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    """Mask and first step of an image, which every weight but the decoder's has a part in: latents (1, N, 64)."""
+    from benchmarks.baseline import Baseline, schedule
+
+    noise = torch.randn(1, (PIXELS // 16) ** 2, 64, generator=torch.Generator().manual_seed(0))
+    if isinstance(model, Baseline):
+        timesteps, sigmas = schedule(1, noise.shape[1])
+        mask = model.encode_mask(labels)
+        return model.step(0, timesteps, sigmas, mask, noise, prompt, pooled, 3.5, PIXELS, PIXELS)
+    return model(
+        labels.numpy(),
+        prompt_embeds=prompt,
+        pooled_prompt_embeds=pooled,
+        latents=noise,
+        num_inference_steps=1,
+        height=PIXELS,
+        width=PIXELS,
+        output_type="latent",
+    ).images
+
+
+def step_inputs(joint: int, pooled: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Labels and text for `first_step`, of a model with these widths."""
+    labels = torch.arange(PIXELS * PIXELS, dtype=torch.int64).view(PIXELS, PIXELS) // 512 % 19
+    return labels.to(torch.uint8), torch.randn(1, TEXT, joint), torch.randn(1, pooled)
+
+
+def main() -> None:
+    """Load, make a step, tell."""
+    for module in ("benchmarks.baseline", "mogle_rt.pipeline"):  # imported first: their memory is not loading's
+        import_module(module)
+    which, folder = sys.argv[1], Path(sys.argv[2])
+    load = load_engine if which == "engine" else load_baseline
+    config = json.loads((folder / "flux" / "transformer" / "config.json").read_text())
+    inputs = step_inputs(config["joint_attention_dim"], config["pooled_projection_dim"])
+    with torch.no_grad():
+        warm_up()
+        start = psutil.Process().memory_info().rss
+        model = load(folder)
+        loaded = peak() - start
+        first_step(model, *inputs)
+    print(json.dumps({"loaded": loaded, "stepped": peak() - start}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Measured rows as a table on the terminal, as benchmarks/RESULTS.md and as a plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ORDER = ("experts and gate", "step", "image", "mask", "load", "peak memory")  # of groups
+NOISY = 0.15  # spread, or others' share of the processors, above which a figure is marked
+HEADINGS = (
+    "",
+    "engine",
+    "baseline",
+    "ratio",
+    "of the fastest",
+    "limit",
+    "largest ratio",
+    "engine / limit",
+    "spread",
+    "others",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        group, name: what was measured.
+        engine, baseline: medians, in ``unit``.
+        limit: the least that this machine can do it in, None where no limit is known. ``bound``: what sets it.
+        fastest_ratio: ratio of the fastest rounds, which a busy machine disturbs less than medians; 0 if unknown.
+        spread: half the distance of the quartiles over the median, the larger of both sides'.
+        others: share of the processors that other programs took meanwhile.
+    """
+
+    group: str
+    name: str
+    engine: float
+    baseline: float
+    unit: str = "ms"
+    limit: float | None = None
+    bound: str = ""
+    fastest_ratio: float = 0.0
+    spread: float = 0.0
+    others: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        """How many times better the engine is."""
+        return self.baseline / self.engine
+
+    @property
+    def largest_ratio(self) -> float | None:
+        """The ratio of an engine that reaches the limit."""
+        return None if self.limit is None else self.baseline / self.limit
+
+    @property
+    def title(self) -> str:
+        return f"{self.group}: {self.name}"
+
+    @property
+    def noisy(self) -> bool:
+        return max(self.spread, self.others) > NOISY
+
+    def cells(self) -> tuple[str, ...]:
+        """As `HEADINGS`."""
+        limit = "-" if self.limit is None else f"{_number(self.limit)} {self.unit} ({self.bound})"
+        return (
+            self.title,
+            f"{_number(self.engine)} {self.unit}",
+            f"{_number(self.baseline)} {self.unit}",
+            f"{_number(self.ratio)}x",
+            f"{_number(self.fastest_ratio)}x" if self.fastest_ratio else "-",
+            limit,
+            "-" if self.largest_ratio is None else f"{_number(self.largest_ratio)}x",
+            "-" if self.limit is None else _number(self.engine / self.limit),
+            f"{self.spread:.0%}{' noisy' if self.noisy else ''}" if self.spread else "-",
+            f"{self.others:.0%}",
+        )
+
+
+def _number(value: float) -> str:
+    """Three digits."""
+    if not value or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def ordered(rows: Sequence[Row]) -> list[Row]:
+    """Group by group."""
+    return sorted(rows, key=lambda row: ORDER.index(row.group))
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Aligned lines; they are a table in Markdown too."""
+    lines = [HEADINGS, *(row.cells() for row in ordered(rows))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *rest = cells
+        aligned = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        return f"| {' | '.join(aligned)} |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return [line(lines[0]), line(rule), *(line(cells) for cells in lines[1:])]
+
+
+EXPLANATION = """\
+Made by `make bench`. Both sides load the same files, give the same result (checked before anything is timed, to
+{tolerance:g} relative RMS), and are timed in turns in one process; the figures are medians. The baseline
+([baseline.py](baseline.py)) computes as the reference does, on diffusers' and peft's modules; it has no batches and
+makes its images one after the other.
+
+**limit**: the least time for the same work on this machine: the FLOPs that are needed over the rate of a plain matrix
+product measured alongside (in steps and images, the model's own largest), or the bytes that must be read and written
+over the rate of copies, whichever is more. **largest ratio**: what an engine at that limit would reach. **of the
+fastest**: the ratio of either side's fastest round, which a busy machine disturbs less. **spread**: half the distance
+of the quartiles over the median, of the noisier side. **others**: what other programs took of the processors' time
+meanwhile.
+"""
+
+
+def write(path: Path, rows: Sequence[Row], machine: Mapping[str, str], tolerance: float) -> list[Path]:
+    """Write the report and, beside it, the plot. Returns both paths."""
+    plot = path.with_name("results.png")
+    text = [
+        "# Benchmarks",
+        "",
+        EXPLANATION.format(tolerance=tolerance),
+        *(f"- {name}: {value}" for name, value in machine.items()),
+        "",
+        *table(rows),
+        "",
+        f"![How many times faster than the baseline, and how far it could be]({plot.name})",
+        "",
+    ]
+    path.write_text("\n".join(text), encoding="utf-8")
+    draw(plot, ordered(rows), machine)
+    return [path, plot]
+
+
+def draw(path: Path, rows: Sequence[Row], machine: Mapping[str, str]) -> None:
+    """Bars of the ratios, with marks where the limits are."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.2 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    groups = list(dict.fromkeys(row.group for row in rows))
+    places = range(len(rows))
+    bars = axes.barh(places, [row.ratio for row in rows], color=[f"C{groups.index(row.group)}" for row in rows])
+    axes.bar_label(bars, [f"{_number(row.ratio)}x" for row in rows], padding=3, fontsize=8)
+    limits = [(i, row.largest_ratio) for i, row in enumerate(rows) if row.largest_ratio is not None]
+    axes.plot(
+        [x for _, x in limits], [i for i, _ in limits], "|", color="black", markersize=14, label="limit of the machine"
+    )
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_yticks(places, [row.title for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("baseline / engine")
+    axes.set_title(f"{machine.get('GPU', machine['CPU'])}, {machine['computed in']}", fontsize=9)
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,188 @@
+"""Times the engine and the baseline in turns, after checking that they agree."""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from benchmarks import flops
+from benchmarks.machine import Machine, Shape
+from benchmarks.report import NOISY, Row
+
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+MIN_ROUNDS, MAX_ROUNDS = 3, 40
+PROBE_EVERY = 2.0  # seconds between two looks at the machine's rate
+
+
+def relative_rms(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||, in float64."""
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@dataclass
+class SideBySide:
+    """What a benchmark calls, once. The engine is what pytest-benchmark measures; the baseline runs between its rounds.
+
+    Attributes:
+        rows: where results go.
+        patience: seconds to wait at most until other programs leave the processors alone.
+    """
+
+    benchmark: BenchmarkFixture
+    machine: Machine
+    rows: list[Row]
+    patience: float = 0.0
+    _probe: Callable[[], float] = field(default=lambda: 0.0)
+    _baseline_times: list[float] = field(default_factory=list)
+    _rates: list[float] = field(default_factory=list)
+
+    def __call__(
+        self,
+        group: str,
+        name: str,
+        engine: Callable[[], Tensor | None],
+        baseline: Callable[[], Tensor | None],
+        *,
+        moved: int = 0,
+        times: int = 1,
+        before: Callable[[], object] = lambda: None,
+        flops_needed: int | None = None,
+        product: Shape | None = None,
+        budget: float = 4.0,
+    ) -> None:
+        """Check, then time.
+
+        Args:
+            engine, baseline: the same work on either side; their results must be equal, None is not compared.
+            moved: bytes that must at least be read or written, so many ``times``.
+            before: run before each of the engine's rounds, untimed.
+            flops_needed: None counts them on the engine's call.
+            product: the matrix product whose rate is the limit's; None is the machine's fastest.
+            budget: seconds that the rounds should take, of which there are `MIN_ROUNDS` to `MAX_ROUNDS`.
+        """
+        clock = self.machine.clock
+        shape = product or self.machine.fastest_product
+        self._probe = partial(self.machine.product_rate_now, shape, self.machine.product(shape))
+        before()
+        result, counted = flops.count(engine)
+        begin = clock()
+        self._check(result, baseline())
+        estimate = clock() - begin
+        if estimate < budget / 10:  # fast enough to see how long it takes warm
+            begin = clock()
+            baseline()
+            before()
+            engine()
+            estimate = clock() - begin
+        else:
+            estimate *= 1.7
+        rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / estimate)))
+
+        gc.collect()
+        wait_for_quiet(self.patience)
+        gc.disable()
+        try:
+            with Neighbours() as neighbours:
+                measure: Any = self.benchmark.pedantic  # untyped
+                measure(engine, setup=lambda: self._between(baseline, before), rounds=rounds)
+                self._rates.append(self._probe())
+        finally:
+            gc.enable()
+        assert self.benchmark.stats is not None
+        engine_times: list[float] = self.benchmark.stats.stats.data
+
+        needed = counted if flops_needed is None else flops_needed
+        limits = {
+            "products": needed / statistics.median(self._rates),
+            "copies": times * self.machine.copy_seconds(moved),
+        }
+        bound = max(limits, key=lambda name: limits[name])
+        row = Row(
+            group=group,
+            name=name,
+            engine=1000 * statistics.median(engine_times),
+            baseline=1000 * statistics.median(self._baseline_times),
+            limit=1000 * limits[bound] or None,
+            bound=bound,
+            fastest_ratio=min(self._baseline_times) / min(engine_times),
+            spread=max(_spread(engine_times), _spread(self._baseline_times)),
+            others=neighbours.share,
+        )
+        self.record(row)
+        self.benchmark.extra_info |= {
+            "engine_flops": counted,
+            "product_rate": statistics.median(self._rates),
+            "baseline_times_ms": [1000 * t for t in self._baseline_times],
+        }
+
+    def record(self, row: Row) -> None:
+        """Add a row, which lands in the JSON too."""
+        self.rows.append(row)
+        facts: dict[str, Any] = asdict(row) | {"ratio": row.ratio, "largest_ratio": row.largest_ratio}
+        prefix = "" if row.unit == "ms" else f"{row.name} ".replace(" ", "_")
+        self.benchmark.extra_info |= {f"{prefix}{key}": value for key, value in facts.items()}
+
+    def _check(self, engine: Tensor | None, baseline: Tensor | None) -> None:
+        if engine is None or baseline is None:
+            return
+        assert engine.shape == baseline.shape
+        error = relative_rms(engine, baseline)
+        assert error <= TOLERANCES[self.machine.dtype], f"engine and baseline differ by {error:.2g}"
+
+    def _between(self, baseline: Callable[[], Any], before: Callable[[], object]) -> None:
+        """What happens before each of the engine's rounds: a round of the baseline."""
+        clock = self.machine.clock
+        if sum(self._baseline_times) >= len(self._rates) * PROBE_EVERY:
+            self._rates.append(self._probe())
+        begin = clock()
+        baseline()
+        self._baseline_times.append(clock() - begin)
+        before()
+
+
+def wait_for_quiet(patience: float) -> None:
+    """Until other programs take less than `NOISY` of the processors' time, or ``patience`` seconds are over."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        with Neighbours() as neighbours:
+            time.sleep(1)
+        if neighbours.share < NOISY:
+            return
+
+
+def _spread(times: list[float]) -> float:
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / 2 / middle
+
+
+class Neighbours:
+    """Share of the processors' time that other programs took, the host's included, while the block ran."""
+
+    def __enter__(self) -> Neighbours:
+        self.share = 0.0
+        self._start = self._read()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        busy, own, all_time = (b - a for a, b in zip(self._start, self._read(), strict=True))
+        self.share = max(0.0, busy - own) / all_time if all_time else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        """Seconds since the start: of all processors busy, of them here, of all processors."""
+        cpu, own = psutil.cpu_times(), os.times()
+        idle = cpu.idle + getattr(cpu, "iowait", 0.0)
+        guest = getattr(cpu, "guest", 0.0) + getattr(cpu, "guest_nice", 0.0)  # counted in user already
+        total = sum(cpu) - guest
+        return total - idle, own.user + own.system, total

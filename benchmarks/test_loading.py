@@ -1,0 +1,71 @@
+"""Loading, of a bundle and by diffusers and peft of the files it was made of, at a size where weights dominate."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import peak
+from benchmarks.conftest import ModelsOf
+from benchmarks.report import Row
+from benchmarks.side_by_side import SideBySide
+
+SIZE = "width 1536"
+MIB = 1 << 20
+
+
+def memory(side: str, folder: Path) -> dict[str, int]:
+    """Most bytes held by a process of its own, see `benchmarks.peak`."""
+    command = [sys.executable, "-m", "benchmarks.peak", side, str(folder)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True)
+    peaks: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return peaks
+
+
+def test_load(models: ModelsOf, compare: SideBySide) -> None:
+    """Until the model can be called; either side may leave weights in the file until they are used."""
+    folder = models(SIZE).folder
+
+    def load(how: Any) -> None:
+        how(folder)
+
+    compare(
+        "load",
+        f"{SIZE}, until ready",
+        lambda: load(peak.load_engine),
+        lambda: load(peak.load_baseline),
+        before=gc.collect,
+    )
+
+
+def test_load_and_use(models: ModelsOf, compare: SideBySide) -> None:
+    """Until the first step of a small image is done, so that every weight was read."""
+    side = models(SIZE)
+    config = side.size.transformer
+    inputs = peak.step_inputs(config.joint_attention_dim, config.pooled_projection_dim)
+    compare(
+        "load",
+        f"{SIZE}, until the first step",
+        lambda: peak.first_step(peak.load_engine(side.folder), *inputs),
+        lambda: peak.first_step(peak.load_baseline(side.folder), *inputs),
+        before=gc.collect,
+        moved=side.path.stat().st_size,
+        budget=8,
+    )
+    resident = side.resident_bytes("transformer", "lora", "mogle", "vae") / MIB
+    engine, baseline = memory("engine", side.folder), memory("baseline", side.folder)
+    for key, name, limit in (("loaded", "until ready", None), ("stepped", "until the first step", resident)):
+        row = Row(
+            group="peak memory",
+            name=f"{SIZE}, {name}",
+            engine=engine[key] / MIB,
+            baseline=baseline[key] / MIB,
+            unit="MiB",
+            limit=limit,
+            bound="resident weights",
+        )
+        compare.record(row)
