@@ -150,17 +150,16 @@ def draw(path: Path, rows: Sequence[Row], machine: Mapping[str, str]) -> None:
     axes = figure.subplots()
     groups = list(dict.fromkeys(row.group for row in rows))
     places = range(len(rows))
-    bars = axes.barh(places, [row.ratio for row in rows], color=[f"C{groups.index(row.group)}" for row in rows])
-    axes.bar_label(bars, [f"{_number(row.ratio)}x" for row in rows], padding=3, fontsize=8)
+    axes.barh(places, [row.ratio for row in rows], color=[f"C{groups.index(row.group)}" for row in rows])
     limits = [(i, row.largest_ratio) for i, row in enumerate(rows) if row.largest_ratio is not None]
     axes.plot(
         [x for _, x in limits], [i for i, _ in limits], "|", color="black", markersize=14, label="limit of the machine"
     )
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_yticks(places, [row.title for row in rows], fontsize=8)
+    axes.set_yticks(places, [f"{row.title}   {_number(row.ratio)}x" for row in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.margins(x=0.05, y=0.01)
     axes.set_xlabel("baseline / engine")
     axes.set_title(f"{machine.get('GPU', machine['CPU'])}, {machine['computed in']}", fontsize=9)
     axes.legend(loc="lower right", fontsize=8)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -182,6 +183,7 @@ class Pipeline:
             output_type=output_type,
             mask_posterior=mask_posterior,
         )
+        height, width, num_inference_steps = int(height), int(width), int(num_inference_steps)  # numpy's too
         self._interrupt = False
         grid = (height // PATCH, width // PATCH)
         labels = self._labels(mask, height, width)
@@ -276,7 +278,11 @@ class Pipeline:
 
             def on_step(k: int, latents: Tensor) -> Tensor | None:
                 if callback is not None:
-                    returned = callback(self, k, schedule.timesteps[k], {"latents": latents}) or {}
+                    returned = callback(self, k, schedule.timesteps[k], {"latents": latents})
+                    returned = {} if returned is None else returned
+                    if not isinstance(returned, Mapping):
+                        kind = type(returned).__name__
+                        raise InputError(f"callback_on_step_end must return a dict or None, got {kind}")
                     replaced = returned.get("latents", latents)
                     if replaced is not latents:
                         _check_tensor("latents from callback_on_step_end", replaced, tuple(latents.shape))
@@ -307,6 +313,10 @@ def _expand(x: Tensor, batch: int) -> Tensor:
     return x if x.shape[0] == batch else x.repeat_interleave(batch // x.shape[0], dim=0)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check_options(
     *,
     num_inference_steps: int,
@@ -326,20 +336,20 @@ def _check_options(
         ("num_images_per_prompt", num_images_per_prompt),
         ("max_sequence_length", max_sequence_length),
     ):
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
             raise InputError(f"{name} must be a positive integer, got {number!r}")
     if max_sequence_length > MAX_SEQUENCE_LENGTH:
         raise InputError(f"max_sequence_length can be at most {MAX_SEQUENCE_LENGTH}, got {max_sequence_length}")
     for name, size in (("height", height), ("width", width)):
-        if not isinstance(size, int) or isinstance(size, bool) or size < PATCH or size % PATCH:
-            near = max(PATCH, round(size / PATCH) * PATCH) if isinstance(size, (int, float)) else 512
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < PATCH or size % PATCH:
+            near = max(PATCH, round(size / PATCH) * PATCH) if _is_number(size) else 512
             raise InputError(f"{name} must be a multiple of {PATCH}, got {size!r}; the nearest is {near}")
     for name, value in (("guidance_scale", guidance_scale), ("condition_scale", condition_scale)):
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        if not _is_number(value) or value < 0:
             raise InputError(f"{name} must be a finite number of 0 or more, got {value!r}")
-    if not isinstance(position_scale, (int, float)) or not math.isfinite(position_scale) or position_scale <= 0:
+    if not _is_number(position_scale) or position_scale <= 0:
         raise InputError(f"position_scale must be a positive number, got {position_scale!r}")
-    if len(position_delta) != 2 or not all(isinstance(v, (int, float)) for v in position_delta):
+    if not isinstance(position_delta, Sequence) or [_is_number(v) for v in position_delta] != [True, True]:
         raise InputError(f"position_delta must be two numbers (rows, columns), got {position_delta!r}")
     if output_type not in ("pil", "np", "pt", "latent"):
         raise InputError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -164,7 +164,7 @@ WIDE = hnp.arrays(np.uint8, st.tuples(st.integers(1, 24), st.integers(5, 24)), e
 LABELS = hnp.arrays(
     np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24), elements=st.integers(0, 18)
 )
-quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def test_palette_and_names_are_the_reference_s() -> None:
@@ -291,17 +291,14 @@ def test_colour_noise_within_the_tolerance_changes_nothing(labels: Labels, seed:
     np.testing.assert_array_equal(masks.to_labels(picture), labels)
 
 
-def invented(got: Labels, truth: Labels, distance: int = 16) -> dict[str, int]:
-    """Pixels of each class that lie farther than ``distance`` (in rows or columns) from every true one."""
-    result = {}
-    for c in np.unique(got):
-        grown = torch.from_numpy(truth == c).float()
-        for _ in range(2):  # along the rows, then along the columns
-            grown = F.max_pool1d(grown[None], 2 * distance + 1, stride=1, padding=distance)[0].t()
-        near = grown.bool().numpy()
-        if ((got == c) & ~near).any():
-            result[masks.CLASS_NAMES[c]] = int(((got == c) & ~near).sum())
-    return result
+def invented(got: Labels, truth: Labels, distance: int = 16) -> Counter[str]:
+    """How many pixels of each class lie farther than ``distance`` (in rows or columns) from every true one."""
+    far: Counter[str] = Counter()
+    for y, x in np.argwhere(got != truth):
+        around = truth[max(0, y - distance) : y + distance + 1, max(0, x - distance) : x + distance + 1]
+        if not (around == got[y, x]).any():
+            far[masks.CLASS_NAMES[got[y, x]]] += 1
+    return far
 
 
 BLURS: dict[str, Callable[[Image.Image], Image.Image]] = {
@@ -329,7 +326,7 @@ def test_jpeg_and_smooth_resizing(blur: str, absent: tuple[int, ...]) -> None:
     got = masks.to_labels(picture)
     truth = np.asarray(Image.fromarray(truth).resize(picture.size, Image.Resampling.NEAREST))
     assert (got == truth).mean() > 0.985
-    assert invented(got, truth) == {}
+    assert not invented(got, truth)
     for c in set(range(19)) - set(absent):
         recall = ((got == c) & (truth == c)).sum() / (truth == c).sum()
         assert recall > 0.6, masks.CLASS_NAMES[c]
@@ -539,7 +536,7 @@ def test_a_picture_that_turns_out_truncated_when_it_is_read(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_pictures_are_labels_or_an_error(kind: str, data: st.DataObject, tmp_path: Path) -> None:
     """Whatever bytes a file holds: labels 0…18 or a MaskError, nothing else."""

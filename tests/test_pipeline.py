@@ -118,6 +118,18 @@ def test_a_bad_size_names_the_nearest(pipe: Pipeline) -> None:
         run(pipe, None, None, height=100)
 
 
+def test_numpy_s_numbers_are_numbers(pipe: Pipeline) -> None:
+    a = run(pipe, None, None, num_inference_steps=np.int32(2), height=np.int64(32), guidance_scale=np.float32(2))
+    assert a.shape == (1, 3, 32, SIZE)
+    with pytest.raises(InputError, match=r"got np.int64\(70\); the nearest is 64"):
+        run(pipe, None, None, height=np.int64(70))
+
+
+def test_a_callback_that_returns_no_dict(pipe: Pipeline) -> None:
+    with pytest.raises(InputError, match="must return a dict or None, got int"):
+        run(pipe, None, None, callback_on_step_end=lambda *_: 3)
+
+
 def test_output_types(pipe: Pipeline) -> None:
     def draw_as(kind: OutputType) -> Any:
         return pipe(draw(1), "", 2, height=SIZE, width=SIZE, generator=seeded(0), output_type=kind).images
