@@ -18,13 +18,18 @@ def _attention(q: list[int], k: list[int], v: list[int], *_: Any, **__: Any) -> 
     return 2 * batch * heads * rows * k[2] * (d + v[3])
 
 
+def _addmm(y: list[int], a: list[int], b: list[int], *_: Any, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
 def count(call: Callable[[], T]) -> tuple[T, int]:
     """The call's result and its FLOPs in matrix products, convolutions and attention.
 
-    PyTorch's counter leaves out the CPU's attention kernel; it is added here.
+    PyTorch's counter leaves out the CPU's attention kernel and products that add in place; they are added here.
     """
-    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={cpu_attention: _attention}) as counter:
+    aten = torch.ops.aten
+    missing = {aten._scaled_dot_product_flash_attention_for_cpu: _attention, aten.addmm_: _addmm}
+    with FlopCounterMode(display=False, custom_mapping=missing) as counter:
         result = call()
     return result, counter.get_total_flops()
 

@@ -20,7 +20,7 @@ from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import MLP_RATIO, PATCH, ModelConfig, TransformerConfig
 from mogle_rt.engines import Conditions, TorchEngine
 from mogle_rt.masks import CLASS_NAMES, Labels, resize
-from mogle_rt.sampling import Schedule, euler, make_schedule
+from mogle_rt.sampling import Schedule, make_schedule
 from tests.checkpoints import VAE, write_checkpoint
 
 GUIDANCE = 3.5
@@ -197,8 +197,10 @@ class Job:
         return torch.cat([condition(self.mask_latents[i, None], self.noise[i, None], t) for i in range(self.batch)])
 
     def engine_step(self) -> Tensor:
-        sigmas = self.schedule.sigmas
-        return euler(self.noise, self.models.engine.step(self.noise, self.k), sigmas[self.k], sigmas[self.k + 1])
+        engine = self.models.engine
+        engine.start(self.noise, self.k)
+        engine.advance()
+        return engine.latents()
 
     def baseline_step(self) -> Tensor:
         def one(i: int) -> Tensor:

@@ -52,15 +52,15 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: 
     """Attention of ``q`` over ``k`` and ``v``.
 
     Args:
-        q: [B, Lq, H, d], the first Lq rows of the joint sequence or all of it.
-        k, v: [B, L, H, d] in the order [text, image, condition].
+        q: [Lq, B, H, d], the first Lq rows of the joint sequence or all of it; or image rows alone.
+        k, v: [L, B, H, d] in the order [text, image, condition].
         condition_from: the first row of the condition; L where there is none.
         plan: who sees whom.
 
     Returns:
-        [B, Lq, H * d].
+        [Lq, B, H * d].
     """
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     c = condition_from
     if plan.visibility is Visibility.JOINT or c >= k.shape[2]:
         return _rows(F.scaled_dot_product_attention(q, k, v))
@@ -75,12 +75,12 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: 
         condition = F.scaled_dot_product_attention(condition_q, *condition_kv)
     if condition_q.shape[2] == 0:
         return _rows(rest)
-    return torch.cat([_rows(rest), _rows(condition)], dim=1)
+    return torch.cat([_rows(rest), _rows(condition)])
 
 
 def _rows(out: Tensor) -> Tensor:
-    """[B, H, L, d] -> [B, L, H * d]; a view where the kernel wrote [B, L, H, d]."""
-    return out.transpose(1, 2).flatten(2)
+    """[B, H, L, d] -> [L, B, H * d]; for one image a view, as the kernel wrote [B, L, H, d]."""
+    return out.permute(2, 0, 1, 3).flatten(2)
 
 
 def _merged(q: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], log_scale: float) -> Tensor:

@@ -26,7 +26,7 @@ from mogle_rt.job import Job, WeightlessBundle
 from mogle_rt.models import autoencoder
 from mogle_rt.pipeline import DECODE_PIXELS
 from mogle_rt.reference_cost import reference_step
-from mogle_rt.sampling import euler, make_schedule
+from mogle_rt.sampling import make_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +120,7 @@ def estimate(job: Job) -> Estimate:
         counter.take()
         engine.prepare(conditions, make_schedule(job.config.scheduler, job.steps, job.tokens))
         prepared = counter.take()
-        latents, sigmas = empty(batch, job.tokens, flux.in_channels), torch.empty(2, device=meta)
-        euler(latents, engine.step(latents, 0), sigmas[0], sigmas[1])
+        engine.advance()
         step = counter.take()
         decoded = count(decode, batch, max(1, DECODE_PIXELS // pixels))
 

@@ -1,4 +1,4 @@
-"""What can run a step. The torch engine prepares everything that no step changes, then runs steps."""
+"""What can run the loop. The torch engine prepares everything that no step changes, then runs steps."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import ModelConfig
 from mogle_rt.loading import load_mogle, load_transformer
 from mogle_rt.modulation import ModulationTables, modulation_tables, time_embedding
-from mogle_rt.mogle import Bank
 from mogle_rt.sampling import Schedule
+from mogle_rt.step import Step, StepInputs
 from mogle_rt.transformer import Layout, rope_table
 
 
@@ -40,27 +40,6 @@ class Conditions:
     position_scale: float = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepInputs:
-    """All that a step reads beside its latents; no step changes it.
-
-    Attributes:
-        bank: expert outputs and the gate's constant input.
-        time_table: [S, 64], the gate's time embeddings; None without a gate.
-        text: [B, T, D], prompt embeddings after ``context_embedder``.
-        modulation: AdaLN modulations of all steps.
-        rope: complex64 [L, d / 2] of the joint sequence [text, image, condition].
-        layout: row counts and switches.
-    """
-
-    bank: Bank
-    time_table: Tensor | None
-    text: Tensor
-    modulation: ModulationTables
-    rope: Tensor
-    layout: Layout
-
-
 def token_ids(grid: tuple[int, int]) -> Tensor:
     """Ids (0, row, column) of the image tokens: [N, 3]."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
@@ -84,46 +63,53 @@ class TorchEngine:
         bundle: the weights.
         device, dtype: where and in what to compute.
         model: the reference's switches.
+        riding: see `Transformer`.
     """
 
-    def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype, model: ModelConfig) -> None:
+    def __init__(
+        self, bundle: Bundle, device: torch.device, dtype: torch.dtype, model: ModelConfig, *, riding: bool = False
+    ) -> None:
         self.bundle, self.device, self.dtype, self.model = bundle, device, dtype, model
         self.config = bundle.config.transformer
-        self.transformer = load_transformer(bundle, device, dtype)
+        self.transformer = load_transformer(bundle, device, dtype, riding=riding)
         self.mogle = load_mogle(bundle, device, dtype, weight_is_scale=model.weight_is_scale)
-        self.inputs: StepInputs | None = None
+        self._step: Step | None = None
+        self._shapes: tuple[int, int, Layout] | None = None  # of that step
 
-    def prepare(self, conditions: Conditions, schedule: Schedule) -> StepInputs:
-        """Compute the step inputs of a run, and hold them for `step`."""
+    @torch.inference_mode()
+    def prepare(self, conditions: Conditions, schedule: Schedule) -> None:
+        """Compute what no step of a run changes, and hold it for the steps."""
         c = conditions
         prompt_embeds = c.prompt_embeds.to(self.device, self.dtype)
         pooled = c.pooled_prompt_embeds.to(self.device, self.dtype)
         mask_latents = c.mask_latents.to(self.device, self.dtype)
         batch, image_tokens = mask_latents.shape[0], mask_latents.shape[2]
         ids = token_ids(c.grid)
-        joint_ids = torch.cat(
-            [
-                torch.zeros(prompt_embeds.shape[1], 3),
-                ids,
-                condition_ids(ids, c.position_delta, c.position_scale),
-            ]
+        moved = condition_ids(ids, c.position_delta, c.position_scale)
+        joint_ids = torch.cat([torch.zeros(prompt_embeds.shape[1], 3), ids, moved])
+        layout = Layout(
+            text=prompt_embeds.shape[1],
+            image=image_tokens,
+            condition=image_tokens,
+            plan=AttentionPlan.of(self.model, c.condition_scale),
+            latent_lora=self.model.latent_lora,
+            add_cond_attn=self.model.add_cond_attn,
         )
-        self.inputs = StepInputs(
+        inputs = StepInputs(
             bank=self.mogle.bank(mask_latents),
             time_table=self.mogle.time_table(schedule.timesteps.to(self.device)),
-            text=self.transformer.context_embedder(prompt_embeds),
+            text=self.transformer.context_embedder(prompt_embeds.expand(batch, -1, -1).transpose(0, 1)),
             modulation=self._modulation(schedule, c.guidance_scale, pooled.expand(batch, -1)),
             rope=rope_table(joint_ids.to(self.device), self.config.axes_dims_rope),
-            layout=Layout(
-                text=prompt_embeds.shape[1],
-                image=image_tokens,
-                condition=image_tokens,
-                plan=AttentionPlan.of(self.model, c.condition_scale),
-                latent_lora=self.model.latent_lora,
-                add_cond_attn=self.model.add_cond_attn,
-            ),
+            sigma_steps=schedule.sigmas.diff().to(self.device),
         )
-        return self.inputs
+        shapes = (batch, len(schedule), layout)
+        if self._step is not None and self._shapes == shapes:
+            self._step.load(inputs)
+        else:
+            self._step = None  # its buffers go before new ones come
+            self._step = Step(self.transformer, self.mogle, inputs, layout)
+        self._shapes = shapes
 
     def _weights(self, name: str) -> Tensor:
         return self.bundle.load([name], self.device, self.dtype)
@@ -137,23 +123,50 @@ class TorchEngine:
         temb = time_embedding(timesteps, guidance, pooled, self._weights)
         return modulation_tables(self.config, temb[:-1], temb[-1], self._weights, latent_lora=self.model.latent_lora)
 
+    @torch.inference_mode()
     def condition(self, latents: Tensor, k: int) -> Tensor:
         """Condition tokens of step k: [B, N, 64] -> [B, N, 64]."""
-        inputs = self._prepared()
-        time = None if inputs.time_table is None else inputs.time_table[k]
-        return self.mogle(latents, inputs.bank, time)
-
-    def velocity(self, latents: Tensor, condition: Tensor, k: int) -> Tensor:
-        """The transformer's output in step k, for given condition tokens: [B, N, 64]."""
-        inputs = self._prepared()
-        return self.transformer(latents, condition, inputs.text, inputs.modulation.at(k), inputs.rope, inputs.layout)
+        self.start(latents, k)
+        self.prepared.select()
+        self.prepared.condition()
+        return _image_major(self.prepared.buffers.condition)
 
     @torch.inference_mode()
-    def step(self, latents: Tensor, k: int) -> Tensor:
-        """Velocity at step k of the prepared run: [B, N, 64] -> [B, N, 64]."""
-        return self.velocity(latents, self.condition(latents, k), k)
+    def velocity(self, latents: Tensor, condition: Tensor, k: int) -> Tensor:
+        """The transformer's output in step k, for given condition tokens: [B, N, 64]."""
+        self.start(latents, k)
+        self.prepared.select()
+        self.prepared.buffers.condition.copy_(condition.transpose(0, 1))
+        self.prepared.velocity()
+        return _image_major(self.prepared.buffers.velocity)
 
-    def _prepared(self) -> StepInputs:
-        if self.inputs is None:
-            raise RuntimeError("prepare() must be called before step()")
-        return self.inputs
+    @torch.inference_mode()
+    def start(self, latents: Tensor, k: int = 0) -> None:
+        """Take latents [B, N, 64] into step k."""
+        self.prepared.buffers.latents.copy_(latents.transpose(0, 1))
+        self.prepared.seek(k)
+
+    @torch.inference_mode()
+    def advance(self) -> None:
+        """One step of the loop, Euler update included."""
+        self.prepared.advance()
+
+    def latents(self) -> Tensor:
+        """[B, N, 64], after the last `advance`."""
+        return _image_major(self.prepared.buffers.latents)
+
+    @property
+    def prepared(self) -> Step:
+        """The step of the prepared run.
+
+        Raises:
+            RuntimeError: `prepare` was not called.
+        """
+        if self._step is None:
+            raise RuntimeError("prepare() must be called before a step")
+        return self._step
+
+
+def _image_major(x: Tensor) -> Tensor:
+    """[N, B, C] -> [B, N, C], a copy."""
+    return x.transpose(0, 1).clone(memory_format=torch.contiguous_format)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mogle_rt import schema
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import NUM_CLASSES, NUM_EXPERTS
+from mogle_rt.lora import LoraLinear, Ride
 from mogle_rt.mogle import MixtureOfExperts
 from mogle_rt.schema import Fused
 from mogle_rt.transformer import Transformer
@@ -26,22 +28,31 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
     setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
 
-def load_transformer(bundle: Bundle, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """The transformer of a bundle, without the modulation layers (see `mogle_rt.modulation`)."""
+def load_transformer(bundle: Bundle, device: torch.device, dtype: torch.dtype, *, riding: bool = False) -> Transformer:
+    """The transformer of a bundle, without the modulation layers (see `mogle_rt.modulation`).
+
+    ``riding``: see `Transformer`. It costs a copy of the weights, which a GPU's are in any case.
+    """
     config = bundle.config.transformer
     with torch.device("meta"):
-        model = Transformer(config, bundle.lora_ranks())
+        model = Transformer(config, bundle.lora_ranks(), riding=riding)
 
     def stack(names: Iterable[str]) -> Tensor:
         return bundle.load([f"transformer.{n}" for n in names], device, dtype)
 
     def fill(layer: str, fused: Fused) -> None:
-        for kind in ("weight", "bias"):
-            assign(model, f"{layer}.{kind}", stack(f"{s}.{kind}" for s in fused.sources))
-        if hasattr(model.get_submodule(layer), "lora_down"):
-            down, up = load_lora(bundle, fused.sources, device, dtype)
+        module = model.get_submodule(layer)
+        weight, bias = (stack(f"{s}.{kind}" for s in fused.sources) for kind in ("weight", "bias"))
+        if isinstance(module, LoraLinear):
+            down, up = load_lora(bundle, fused.sources, device, dtype, rank=module.rank)
             assign(model, f"{layer}.lora_down", down)
             assign(model, f"{layer}.lora_up", up)
+            if module.ride is Ride.INPUT:
+                weight = torch.cat([weight, up.t()], dim=1)
+            elif module.ride is Ride.OUTPUT:
+                weight, bias = torch.cat([weight, down.t()]), F.pad(bias, (0, module.rank))
+        assign(model, f"{layer}.weight", weight)
+        assign(model, f"{layer}.bias", bias)
 
     for name in schema.EMBEDDERS:
         fill(name, Fused((name,)))
@@ -54,18 +65,22 @@ def load_transformer(bundle: Bundle, device: torch.device, dtype: torch.dtype) -
                 fill(f"{stack_name}.{i}.{layer}", fused.at(i))
             for layer, fused in norms.items():
                 value = stack(f"{s}.weight" for s in fused.at(i).sources)
-                assign(model, f"{stack_name}.{i}.{layer}", value.view(2, 1, -1))
+                assign(model, f"{stack_name}.{i}.{layer}", value.view(-1, 2, config.attention_head_dim))
     return model.eval()
 
 
 def load_lora(
-    bundle: Bundle, sources: tuple[str, ...], device: torch.device, dtype: torch.dtype
+    bundle: Bundle, sources: tuple[str, ...], device: torch.device, dtype: torch.dtype, *, rank: int
 ) -> tuple[Tensor, Tensor]:
-    """LoRA of stored layers that are stacked into one: A side by side [in, R], B block-diagonal [R, out]."""
+    """LoRA of stored layers that are stacked into one: A side by side [in, R], B block-diagonal [R, out].
+
+    Zeros fill them up to ``rank``.
+    """
     pairs = [[bundle.load([f"lora.{s}.lora_{x}.weight"], device, dtype) for x in "AB"] for s in sources]
-    down = torch.cat([a for a, _ in pairs])
-    up = torch.block_diag(*(b for _, b in pairs))
-    return down.t().contiguous(), up.t().contiguous()
+    down = torch.cat([a for a, _ in pairs]).t()
+    up = torch.block_diag(*(b for _, b in pairs)).t()
+    missing = rank - down.shape[1]
+    return F.pad(down, (0, missing)).contiguous(), F.pad(up, (0, 0, 0, missing)).contiguous()
 
 
 def load_mogle(bundle: Bundle, device: torch.device, dtype: torch.dtype, *, weight_is_scale: bool) -> MixtureOfExperts:

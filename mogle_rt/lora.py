@@ -1,10 +1,25 @@
-"""A linear layer whose low-rank branch acts on the last rows only (the condition's; REFERENCE: LoRA on the branch)."""
+"""Linear layers whose low-rank branch acts on the last rows only (the condition's; REFERENCE: LoRA on the branch).
+
+One product with the base weight serves all rows. The branch comes on top in one of three ways (`Ride`): as two small
+products over its own rows, added in place (best on a CPU, where weights stay views of the file); or riding along with
+the product, in further columns of its input or of its output, which costs no pass of its own where a fused kernel
+makes or uses these columns anyway.
+"""
 
 from __future__ import annotations
 
+import enum
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Ride(enum.Enum):
+    """Where a layer's low-rank branch is computed."""
+
+    NONE = "none"  # in place, after the product
+    INPUT = "input"  # the input holds x A in further columns, the weight B in further columns
+    OUTPUT = "output"  # the output holds x A in further columns, the weight A in further rows
 
 
 def empty_parameter(*shape: int) -> nn.Parameter:
@@ -12,35 +27,86 @@ def empty_parameter(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape), requires_grad=False)
 
 
-class LoraLinear(nn.Module):
-    """y = x Wᵀ + b for every row, and + x A B for rows ``lora_from`` to the end.
+class Linear(nn.Module):
+    """Weights of y = x Wᵀ + b; `Product` computes it."""
 
-    One product with the base weight serves image and condition rows alike; the branch is added into its result in
-    place, over its own rows. (The layers of q, k and v are one such layer: their A lie side by side, B is
-    block-diagonal.) A is [in, R] and B [R, out], the transposes of what LoRA files hold.
-    """
-
-    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+    def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = empty_parameter(out_features, in_features)
         self.bias = empty_parameter(out_features)
+
+
+class LoraLinear(Linear):
+    """Weights of y = x Wᵀ + b for every row, and + x A B for rows of the branch.
+
+    (The layers of q, k and v are one such layer: their A lie side by side, B is block-diagonal.) A is [in, R] and
+    B [R, out], the transposes of what LoRA files hold. Where the branch rides along, the weight is [out, in + R] or
+    [out + R, in], the latter with a bias of out + R.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, ride: Ride = Ride.NONE) -> None:
+        self.ride, self.rank = ride, rank
+        self.in_columns = in_features + (rank if ride is Ride.INPUT else 0)
+        self.out_columns = out_features + (rank if ride is Ride.OUTPUT else 0)
+        super().__init__(self.in_columns, self.out_columns)
         self.lora_down = empty_parameter(in_features, rank)
         self.lora_up = empty_parameter(rank, out_features)
 
-    def forward(self, x: Tensor, lora_from: int) -> Tensor:
-        """x: [B, L, in] -> [B, L, out]."""
-        y = F.linear(x, self.weight, self.bias)
-        add_lora_(y, x, self.lora_down, self.lora_up, lora_from)
-        return y
+    @property
+    def down_before(self) -> Tensor | None:
+        """A, for whoever makes the input's further columns; None where there are none."""
+        return self.lora_down if self.ride is Ride.INPUT else None
+
+    @property
+    def up_after(self) -> Tensor | None:
+        """B, for whoever uses the output's further columns; None where there are none."""
+        return self.lora_up if self.ride is Ride.OUTPUT else None
 
 
-def add_lora_(y: Tensor, x: Tensor, down: Tensor, up: Tensor, rows_from: int) -> None:
-    """y += x A B in place, for rows ``rows_from`` to the end. x: [B, L, in], y: [B, L, out]."""
-    batch, length, _ = x.shape
-    if rows_from >= length:
-        return
-    if batch == 1:
-        y[0, rows_from:].addmm_(torch.mm(x[0, rows_from:], down), up)
-    else:
-        low = torch.bmm(x[:, rows_from:], down.expand(batch, -1, -1))
-        y[:, rows_from:].baddbmm_(low, up.expand(batch, -1, -1))
+def flat(x: Tensor) -> Tensor:
+    """[l, B, D] -> [l * B, D], always a view."""
+    return x.view(x.shape[0] * x.shape[1], x.shape[2])
+
+
+class Product:
+    """A layer into a fixed buffer. What shapes decide (which views, which rows) is worked out once.
+
+    Args:
+        layer: weights.
+        out: [l, B, out_columns or fewer].
+        lora_from: the first of the l rows with LoRA; for layers without LoRA it says nothing.
+        columns: of the layer's output, those that are wanted (not where the branch rides in the output).
+        split: widths of the inputs that stand side by side; by default there is one.
+    """
+
+    def __init__(
+        self,
+        layer: Linear,
+        out: Tensor,
+        lora_from: int = 0,
+        *,
+        columns: slice = slice(None),
+        split: tuple[int, ...] | None = None,
+    ) -> None:
+        weight = layer.weight[columns].detach()
+        widths = split or (weight.shape[1],)
+        self._bias, self._weights = layer.bias[columns].detach(), [w.t() for w in weight.split(widths, dim=1)]
+        self._out = flat(out)
+        self._downs: list[Tensor] = []
+        if isinstance(layer, LoraLinear) and layer.ride is Ride.NONE and lora_from < out.shape[0]:
+            self._tail_from = lora_from * out.shape[1]
+            self._tail, self._up = self._out[self._tail_from :], layer.lora_up[:, columns].detach()
+            self._downs = list(layer.lora_down.detach().split(widths))
+
+    def __call__(self, *inputs: Tensor) -> None:
+        """inputs: [l * B, …]."""
+        first, *others = inputs
+        torch.addmm(self._bias, first, self._weights[0], out=self._out)
+        for x, weight in zip(others, self._weights[1:], strict=True):
+            self._out.addmm_(x, weight)
+        if not self._downs:
+            return
+        low = torch.mm(first[self._tail_from :], self._downs[0])
+        for x, down in zip(others, self._downs[1:], strict=True):
+            low.addmm_(x[self._tail_from :], down)
+        self._tail.addmm_(low, self._up)

@@ -7,7 +7,7 @@ to timestep 0 and are constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,59 +21,55 @@ from mogle_rt.schema import SINUSOID_DIM
 Weights = Callable[[str], Tensor]  # full bundle name -> tensor on the device and in the dtype of the run
 
 
-SingleModulation = Sequence[Sequence[Tensor]]
-"""Shift, scale and gate, each [B, 1, D]: of text and image, then (if there is one) of the condition."""
-
-
 @dataclass(frozen=True)
 class StepModulation:
-    """Modulations of one step, cut up for the blocks. Scales have their 1 added already.
+    """Modulations of one step, as rows for groups of the sequence (see `mogle_rt.ops`). Scales have their 1 added.
 
     Attributes:
-        double: for each double block shift, scale, gate of attention, then of the MLP, each [B, G, 1, D]: image
-            (G = 0) and condition (G = 1).
-        context: the same six for text, each [B, 1, D].
-        single: for each single block, see `SingleModulation`.
-        out: scale and shift of the last norm, each [B, 1, D].
+        double: [L, 6, G, B, D], for each double block shift, scale, gate of attention, then of the MLP; groups are
+            text, image and, if there is one, condition.
+        single: [L, 3, G, B, D]; groups are text with image, and condition.
+        out: [2, 1, B, D], scale and shift of the last norm.
     """
 
-    double: Sequence[Sequence[Tensor]]
-    context: Sequence[Sequence[Tensor]]
-    single: Sequence[SingleModulation]
-    out: Sequence[Tensor]
+    double: Tensor
+    single: Tensor
+    out: Tensor
 
 
 @dataclass(frozen=True)
 class ModulationTables:
     """Modulations of all S steps; the condition's, which are constant, once."""
 
-    double: Tensor  # [S, B, L, 6, D], image rows of double blocks
-    context: Tensor  # [S, B, L, 6, D], text rows of double blocks
-    single: Tensor  # [S, B, L, 3, D], text and image rows of single blocks
-    out: Tensor  # [S, B, 2, D]
-    condition_double: Tensor | None  # [B, L, 6, D]
-    condition_single: Tensor | None  # [B, L, 3, D]
+    double: Tensor  # [S, L, 6, 2, B, D], text and image rows of double blocks
+    single: Tensor  # [S, L, 3, 1, B, D], text and image rows of single blocks
+    out: Tensor  # [S, 2, 1, B, D]
+    condition_double: Tensor | None  # [L, 6, 1, B, D]
+    condition_single: Tensor | None  # [L, 3, 1, B, D]
 
-    def at(self, step: int) -> StepModulation:
-        """The modulations of one step."""
-        double, single = self.double[step][:, None], self.single[step][:, None]
-        if self.condition_double is not None and self.condition_single is not None:
-            double = torch.cat([double, self.condition_double[:, None]], dim=1)
-            single = torch.cat([single, self.condition_single[:, None]], dim=1)
-        singles = _cut(single.permute(2, 1, 3, 0, 4), 3, row_dims=1)
-        groups = single.shape[1]
+    def buffers(self) -> StepModulation:
+        """Room for one step's, with the condition's rows, which no step changes, filled in."""
+
+        def with_condition(table: Tensor, condition: Tensor | None) -> Tensor:
+            blocks, chunks, groups, batch, width = table.shape[1:]
+            extra = 0 if condition is None else 1
+            buffer = table.new_empty(blocks, chunks, groups + extra, batch, width)
+            if condition is not None:
+                buffer[:, :, groups:] = condition
+            return buffer
+
         return StepModulation(
-            double=_cut(double.permute(2, 3, 0, 1, 4), 6, row_dims=2),
-            context=_cut(self.context[step].permute(1, 2, 0, 3), 6, row_dims=1),
-            single=[singles[i : i + groups] for i in range(0, len(singles), groups)],
-            out=_cut(self.out[step].transpose(0, 1), 2, row_dims=1)[0],
+            double=with_condition(self.double, self.condition_double),
+            single=with_condition(self.single, self.condition_single),
+            out=self.out.new_empty(self.out.shape[1:]),
         )
 
-
-def _cut(table: Tensor, count: int, row_dims: int) -> list[Sequence[Tensor]]:
-    """[..., count, rows..., D] -> lists of ``count`` views [rows..., 1, D]; one call makes all the views."""
-    views = table.flatten(0, table.dim() - row_dims - 2).unsqueeze(-2).unbind(0)
-    return [views[i : i + count] for i in range(0, len(views), count)]
+    def select(self, step: Tensor, into: StepModulation) -> None:
+        """Write a step's rows. step: int64 [1] on the device."""
+        for table, buffer in ((self.double, into.double), (self.single, into.single), (self.out, into.out)):
+            if table.numel():
+                rows = buffer[:, :, : table.shape[3]] if buffer.dim() == 5 else buffer
+                torch.index_select(table, 0, step, out=rows[None])
 
 
 def _mlp(x: Tensor, name: str, weights: Weights) -> Tensor:
@@ -123,15 +119,16 @@ def modulation_tables(
     rows = F.silu(temb).reshape(steps * batch, width)
     condition = None if condition_temb is None else F.silu(condition_temb)
 
-    def table(count: int, chunks: int, leading: tuple[int, ...]) -> Tensor:
-        return temb.new_empty(*leading, count, chunks, width)
+    def table(count: int, chunks: int, groups: int, *leading: int) -> Tensor:
+        return temb.new_empty(*leading, count, chunks, groups, batch, width)
 
-    double, context = (table(config.num_layers, 6, (steps, batch)) for _ in range(2))
-    single = table(config.num_single_layers, 3, (steps, batch))
-    condition_double = None if condition is None else table(config.num_layers, 6, (batch,))
-    condition_single = None if condition is None else table(config.num_single_layers, 3, (batch,))
+    double = table(config.num_layers, 6, 2, steps)
+    single = table(config.num_single_layers, 3, 1, steps)
+    condition_double = None if condition is None else table(config.num_layers, 6, 1)
+    condition_single = None if condition is None else table(config.num_single_layers, 3, 1)
 
     def fill(name: str, into: Tensor, condition_into: Tensor | None = None, *, lora: bool = False) -> None:
+        """into: [S, chunks, B, D], condition_into: [chunks, B, D]."""
         weight, bias = weights(f"transformer.{name}.weight"), weights(f"transformer.{name}.bias")
         for x, out, with_lora in ((rows, into, lora), (condition, condition_into, True)):
             if x is None or out is None:
@@ -140,27 +137,19 @@ def modulation_tables(
             if with_lora:
                 down, up = weights(f"lora.{name}.lora_A.weight"), weights(f"lora.{name}.lora_B.weight")
                 y = torch.addmm(y, x @ down.t(), up.t())
-            out.copy_(y.view(out.shape))
+            out.copy_(y.view(*out.shape[:-3], batch, -1, width).transpose(-3, -2))
 
     for i in range(config.num_layers):
-        fill(
-            f"transformer_blocks.{i}.norm1.linear",
-            double[:, :, i],
-            None if condition_double is None else condition_double[:, i],
-            lora=latent_lora,
-        )
-        fill(f"transformer_blocks.{i}.norm1_context.linear", context[:, :, i])
+        constant = None if condition_double is None else condition_double[i, :, 0]
+        fill(f"transformer_blocks.{i}.norm1.linear", double[:, i, :, 1], constant, lora=latent_lora)
+        fill(f"transformer_blocks.{i}.norm1_context.linear", double[:, i, :, 0])
     for i in range(config.num_single_layers):
-        fill(
-            f"single_transformer_blocks.{i}.norm.linear",
-            single[:, :, i],
-            None if condition_single is None else condition_single[:, i],
-            lora=latent_lora,
-        )
-    out = temb.new_empty(steps, batch, 2, width)
-    fill("norm_out.linear", out)
-    for t in (double, context, single, condition_double, condition_single):
+        constant = None if condition_single is None else condition_single[i, :, 0]
+        fill(f"single_transformer_blocks.{i}.norm.linear", single[:, i, :, 0], constant, lora=latent_lora)
+    out = temb.new_empty(steps, 2, 1, batch, width)
+    fill("norm_out.linear", out[:, :, 0])
+    for t in (double, single, condition_double, condition_single):
         if t is not None:
-            t[..., 1::3, :] += 1  # scale -> 1 + scale
-    out[..., 0, :] += 1  # here the scale stands first
-    return ModulationTables(double, context, single, out, condition_double, condition_single)
+            t[..., 1::3, :, :, :] += 1  # scale -> 1 + scale
+    out[:, 0] += 1  # here the scale stands first
+    return ModulationTables(double, single, out, condition_double, condition_single)

@@ -1,7 +1,7 @@
 """The mixture: one global and 19 region experts, weighed for each step and place by a gate (paper: MoGLE).
 
 The experts see only the mask, so their outputs, the *bank*, are computed once an image. A step is left with the gate
-and the weighted sum.
+and the weighted sum. Tokens are sequence-major, [N, B, …], see `mogle_rt.ops`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from mogle_rt.config import NUM_EXPERTS, MogleConfig
-from mogle_rt.lora import empty_parameter
+from mogle_rt.lora import empty_parameter, flat
 
 
 class Bank(NamedTuple):
     """What the experts and the gate know of the masks before the first step.
 
     Attributes:
-        outputs: [B, N, 20, 64], every expert's output; or, where no gate weighs them, their sum [B, N, 1, 64].
-        gate_input: [B, N, 64], global mask latents plus the noise projection's bias; None without a gate.
+        outputs: [N, B, 20, 64], every expert's output; or, where no gate weighs them, their sum [N, B, 1, 64].
+        gate_input: [N, B, 64], global mask latents plus the noise projection's bias; None without a gate.
     """
 
     outputs: Tensor
@@ -63,11 +63,12 @@ class MixtureOfExperts(nn.Module):
             hidden = torch.baddbmm(self.expert_in_bias[:, None], x, self.expert_in.transpose(1, 2)).relu_()
             y = torch.baddbmm(self.expert_out_bias[:, None], hidden, self.expert_out.transpose(1, 2))
             outputs = y.view(E, B, N, C).transpose(0, 1)
-        outputs = outputs.transpose(1, 2)
+        outputs = outputs.permute(2, 0, 1, 3)
         if not self.config.has_gating:
             return Bank(outputs.sum(2, keepdim=True), None)
         # A token's experts side by side, so that a step's weighted sum is one small product a token.
-        return Bank(outputs.contiguous(), mask_latents[:, 0] + self.noise_proj.bias)
+        gate_input = mask_latents[:, 0].transpose(0, 1) + self.noise_proj.bias
+        return Bank(outputs.contiguous(), gate_input.contiguous())
 
     def time_table(self, timesteps: Tensor) -> Tensor | None:
         """The gate's time embedding of every step: [S] scheduler timesteps (0…1000) -> [S, 64]; None without a gate."""
@@ -79,24 +80,22 @@ class MixtureOfExperts(nn.Module):
         hidden = self.time_in(sinusoid.to(self.time_in.weight.dtype))
         return self.time_out(F.silu(hidden))
 
-    def forward(self, latents: Tensor, bank: Bank, time: Tensor | None) -> Tensor:
+    def forward(self, latents: Tensor, bank: Bank, time: Tensor | None, out: Tensor) -> None:
         """Condition tokens of one step.
 
         Args:
-            latents: [B, N, 64], packed noisy latents.
+            latents: [N, B, 64], packed noisy latents.
             bank: see `bank`.
-            time: [64], this step's row of `time_table`.
-
-        Returns:
-            [B, N, 64].
+            time: [1, 64], this step's row of `time_table`.
+            out: [N, B, 64].
         """
         if bank.gate_input is None or time is None:
-            return bank.outputs[:, :, 0]
-        h = F.linear(latents, self.noise_proj.weight) + bank.gate_input + time
+            out.copy_(bank.outputs[:, :, 0])
+            return
+        h = flat(bank.gate_input + time).addmm_(flat(latents), self.noise_proj.weight.t())
         logits = self.gate_out(self.gate_in(h).relu_())
-        weights = logits.softmax(-1)  # [B, N, 20]
+        weights = logits.softmax(-1)  # [N * B, 20]
         if self.weight_is_scale:
-            weights = weights.mean(1, keepdim=True).expand_as(weights)
-        B, N, E = weights.shape
-        mixed = torch.bmm(weights.reshape(B * N, 1, E), bank.outputs.view(B * N, E, -1))
-        return mixed.view(B, N, -1)
+            weights = weights.view(*latents.shape[:2], -1).mean(0, keepdim=True).expand(*latents.shape[:2], -1)
+        rows = out.shape[0] * out.shape[1]
+        torch.bmm(weights.reshape(rows, 1, -1), bank.outputs.flatten(0, 1), out=out.view(rows, 1, -1))

@@ -59,9 +59,17 @@ def make_schedule(config: SchedulerConfig, num_inference_steps: int, image_token
 
 
 class Engine(Protocol):
-    """What can run a step: velocity of the flow at step k, from latents [B, N, 64]."""
+    """What can run the loop: it holds the latents between steps.
 
-    def step(self, latents: Tensor, k: int) -> Tensor: ...
+    ``start`` takes latents [B, N, 64] (again after a callback has changed them) and the step they belong to;
+    ``advance`` does that step and goes on to the next; ``latents`` gives them, a copy of its own.
+    """
+
+    def start(self, latents: Tensor, k: int = 0) -> None: ...
+
+    def advance(self) -> None: ...
+
+    def latents(self) -> Tensor: ...
 
 
 OnStep = Callable[[int, Tensor], Tensor | None]  # (step, latents after it) -> replacement latents, or None to stop
@@ -85,15 +93,17 @@ def denoise(engine: Engine, latents: Tensor, schedule: Schedule, on_step: OnStep
     Raises:
         NumericalError: the result holds NaN or infinity.
     """
-    sigmas = schedule.sigmas.to(latents.device)
+    engine.start(latents)
     for k in range(len(schedule)):
-        velocity = engine.step(latents, k)
-        latents = euler(latents, velocity, sigmas[k], sigmas[k + 1])
+        engine.advance()
         if on_step is not None:
-            replaced = on_step(k, latents)
+            current = engine.latents()
+            replaced = on_step(k, current)
             if replaced is None:
                 break
-            latents = replaced
+            if replaced is not current:
+                engine.start(replaced, k + 1)
+    latents = engine.latents()
     if not bool(torch.isfinite(latents).all()):
         raise NumericalError(
             "the latents became NaN or infinite: weights or inputs hold such values, or the dtype overflows"

@@ -212,9 +212,6 @@ SINGLE_FUSED = {
     ),
     "out": Fused(("single_transformer_blocks.{i}.proj_out",)),
 }
-# q and k of one stream share one [2, d] tensor of RMSNorm weights in the runtime.
-DOUBLE_NORM_FUSED = {
-    "norm_qk": Fused(DOUBLE_NORMS[:2]),
-    "context_norm_qk": Fused(DOUBLE_NORMS[2:]),
-}
+# RMSNorm weights of q and k, of text and of the rest, are one [2, 2, d] tensor in the runtime; [1, 2, d] in single blocks.
+DOUBLE_NORM_FUSED = {"norm_qk": Fused(DOUBLE_NORMS[2:] + DOUBLE_NORMS[:2])}
 SINGLE_NORM_FUSED = {"norm_qk": Fused(SINGLE_NORMS)}

@@ -23,11 +23,11 @@ CPU = torch.device("cpu")
 Bundles = Callable[[str], Path]
 
 
-def run_steps(case: GoldenCase, bundle: Bundle, model: ModelConfig) -> dict[str, Tensor]:
+def run_steps(case: GoldenCase, bundle: Bundle, model: ModelConfig, *, riding: bool = False) -> dict[str, Tensor]:
     """The case's loop, with the names of the golden tensors."""
     height, width = case.size
     schedule = make_schedule(bundle.config.scheduler, case.settings["steps"], height * width // 256)
-    engine = TorchEngine(bundle, CPU, torch.float32, model)
+    engine = TorchEngine(bundle, CPU, torch.float32, model, riding=riding)
     engine.prepare(case.conditions, schedule)
     trace: dict[str, Tensor] = {}
     latents = case.tensors["noise"]
@@ -45,10 +45,11 @@ def test_every_case_is_here() -> None:
     assert seen == set(range(NUM_CLASSES))
 
 
+@pytest.mark.parametrize("riding", [False, True], ids=["lora in place", "lora riding along"])
 @pytest.mark.parametrize("name", CASES)
-def test_steps(name: str, golden_bundle: Bundles) -> None:
+def test_steps(name: str, riding: bool, golden_bundle: Bundles) -> None:
     case = GoldenCase.load(name)
-    trace = run_steps(case, Bundle(golden_bundle(case.settings["checkpoint"])), case.model)
+    trace = run_steps(case, Bundle(golden_bundle(case.settings["checkpoint"])), case.model, riding=riding)
     compared = [
         key for key in case.tensors if key.split(".")[0] in ("t", "latents", "cond", "noise_pred", "final_latents")
     ]
@@ -126,8 +127,11 @@ def test_planted_faults_are_caught(fault: str, golden_bundle: Bundles) -> None:
 
     engine.prepare(replace(conditions, **changes.get(kind, {})), schedule)  # type: ignore[arg-type]
     if kind == "sigma":
-        assert engine.inputs is not None
-        engine.inputs = replace(engine.inputs, time_table=engine.mogle.time_table(schedule.sigmas[:-1]))
+        wrong = engine.mogle.time_table(schedule.sigmas[:-1])
+        assert engine.prepared.inputs.time_table is not None
+        assert wrong is not None
+        with torch.inference_mode():
+            engine.prepared.inputs.time_table.copy_(wrong)
     condition = engine.condition(case.tensors["noise"], 0)
     velocity = engine.velocity(case.tensors["noise"], condition, 0)
     errors = [

@@ -20,6 +20,7 @@ LAYERS = [
     ["masks", "models", "image_files", "sources", "checkpoint", "attention", "lora", "ops"],
     ["modulation", "mogle", "converter"],
     ["transformer", "conditioning", "text"],
+    ["step"],
     ["loading", "sampling"],
     ["engines"],
     ["pipeline"],

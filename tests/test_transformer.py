@@ -14,7 +14,9 @@ from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import ModelConfig, TransformerConfig
 from mogle_rt.engines import Conditions, TorchEngine, condition_ids, token_ids
 from mogle_rt.modulation import modulation_tables, time_embedding
+from mogle_rt.mogle import Bank
 from mogle_rt.sampling import make_schedule
+from mogle_rt.step import Step, StepInputs
 from mogle_rt.transformer import Layout, rope_table
 from tests.checkpoints import write_checkpoint
 from tests.conftest import assert_close, relative_rms
@@ -71,15 +73,20 @@ def test_without_condition_equals_diffusers(number: int, batch: int, tmp_path: P
         torch.tensor([t]) * 1000, None if guidance is None else guidance * 1000, pooled, engine._weights
     )
     tables = modulation_tables(c, temb, None, engine._weights)
-    ours = engine.transformer(
-        latents,
-        None,
-        engine.transformer.context_embedder(text),
-        tables.at(0),
-        rope_table(torch.cat([torch.zeros(text_rows, 3), ids]), c.axes_dims_rope),
-        Layout(text=text_rows, image=len(ids), condition=0),
+    inputs = StepInputs(
+        bank=Bank(torch.empty(0), None),
+        time_table=None,
+        text=engine.transformer.context_embedder(text.transpose(0, 1)),
+        modulation=tables,
+        rope=rope_table(torch.cat([torch.zeros(text_rows, 3), ids]), c.axes_dims_rope),
+        sigma_steps=torch.zeros(1),
     )
-    assert_close(ours, expected, rms=2e-6)
+    layout = Layout(text=text_rows, image=len(ids), condition=0)
+    step = Step(engine.transformer, engine.mogle, inputs, layout)
+    step.buffers.latents.copy_(latents.transpose(0, 1))
+    step.select()
+    step.velocity()
+    assert_close(step.buffers.velocity.transpose(0, 1), expected, rms=2e-6)
 
 
 SWITCHES: list[dict[str, bool]] = [
@@ -142,7 +149,7 @@ def test_step_equals_the_baseline(switches: dict[str, bool], condition_scale: fl
 
 def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, c: int, plan: AttentionPlan) -> torch.Tensor:
     """Float64, with the mask written out."""
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.double().permute(1, 2, 0, 3) for x in (q, k, v))
     group_q, group_k = (torch.arange(x.shape[2]) >= c for x in (q, k))
     same = group_q[:, None] == group_k[None]
     bias = torch.zeros(same.shape, dtype=torch.float64)
@@ -153,14 +160,14 @@ def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, c: int, p
     elif plan.visibility is Visibility.INDEPENDENT:
         bias[group_q[:, None] & ~same] = -torch.inf
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + bias
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    return (scores.softmax(-1) @ v).permute(2, 0, 1, 3).flatten(2)
 
 
 @pytest.mark.parametrize("visibility", list(Visibility))
 @pytest.mark.parametrize("queries", [11, 26], ids=["rest only", "all"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_grouped_attention_equals_dense(visibility: Visibility, queries: int, batch: int) -> None:
-    q, k, v = (torch.randn(batch, rows, 3, 24) for rows in (queries, 26, 26))
+    q, k, v = (torch.randn(rows, batch, 3, 24) for rows in (queries, 26, 26))
     plan = AttentionPlan(visibility, log_scale=-1.3 if visibility is Visibility.SCALED else 0.0)
     assert_close(joint_attention(q, k, v, 15, plan), dense_attention(q, k, v, 15, plan).float(), rms=1e-6)
 
@@ -201,6 +208,8 @@ def test_half_precision_follows_float32(dtype: torch.dtype, tmp_path: Path) -> N
     for precision in (torch.float32, dtype):
         engine = TorchEngine(bundle, CPU, precision, ModelConfig())
         engine.prepare(conditions, schedule)
-        results.append(engine.step(latents.to(precision), 0).float())
-        assert engine.step(latents.to(precision), 0).dtype == precision
+        engine.start(latents.to(precision))
+        engine.advance()
+        assert engine.latents().dtype == precision
+        results.append(engine.latents().float() - latents)
     assert relative_rms(results[1], results[0]) < (0.03 if dtype == torch.bfloat16 else 0.004)

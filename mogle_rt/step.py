@@ -1,0 +1,351 @@
+"""One denoising step, as a straight line of operations over fixed buffers.
+
+The residual stream x is a chain of sublayers, x += gate * f(LayerNorm(x) * scale + shift); each addition is done
+together with the norm of the next sublayer. Everything that a run's shapes decide (views, rows, switches) is worked
+out once, when a `Step` is made. Running it then reads and writes the same memory each time, waits for nothing and
+branches on nothing: it can be captured in a CUDA graph, and one graph serves every step, as the step's number is
+itself in a buffer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mogle_rt import ops
+from mogle_rt.attention import joint_attention
+from mogle_rt.lora import LoraLinear, Product, flat
+from mogle_rt.modulation import ModulationTables
+from mogle_rt.mogle import Bank, MixtureOfExperts
+from mogle_rt.transformer import DoubleBlock, Layout, SingleBlock, Transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInputs:
+    """All that a step reads beside its latents; no step changes it.
+
+    Attributes:
+        bank: expert outputs and the gate's constant input.
+        time_table: [S, 64], the gate's time embeddings; None without a gate.
+        text: [T, B, D], prompt embeddings after ``context_embedder``.
+        modulation: AdaLN modulations of all steps.
+        rope: complex64 [L, 1, 1, 1, d / 2] of the joint sequence [text, image, condition].
+        sigma_steps: [S] float32, the next noise level minus this one, of every step.
+    """
+
+    bank: Bank
+    time_table: Tensor | None
+    text: Tensor
+    modulation: ModulationTables
+    rope: Tensor
+    sigma_steps: Tensor
+
+
+class Buffers:
+    """What the steps of a run write.
+
+    Attributes:
+        tokens: [N + C, B, 64], latents, then condition tokens. latents, condition: its two parts.
+        x: [L, B, D], the residual stream. image: its image rows. y: [L, B, D + Q], a sublayer's output.
+        normed: [L, B, D + R], a sublayer's input. qkv: [L, B, 3 D]. hidden: [L, B, 4 D], inside MLPs. scratch: as
+            hidden, in the memory of qkv: an activation is done before q, k and v come or after they are used.
+        velocity: [N, B, 64].
+        index: int64 [1], the step's number.
+    """
+
+    def __init__(self, transformer: Transformer, layout: Layout, batch: int) -> None:
+        like, D = transformer.proj_out.weight, transformer.config.width
+        C = transformer.config.in_channels
+        lora = [m for m in transformer.modules() if isinstance(m, LoraLinear)]
+        before = max((m.in_columns - D for m in lora if m.down_before is not None), default=0)
+        after = max((m.rank for m in lora if m.up_after is not None), default=0)
+
+        def rows(count: int, columns: int) -> Tensor:
+            return like.new_empty(count, batch, columns)
+
+        self.tokens = rows(layout.image + layout.condition, C)
+        self.latents, self.condition = self.tokens.split([layout.image, layout.condition])
+        self.x, self.y = rows(layout.total, D), rows(layout.total, D + after)
+        self.normed, self.hidden = rows(layout.total, D + before), rows(layout.total, 4 * D)
+        self.scratch = rows(layout.total, 4 * D)
+        self.qkv = self.scratch.view(-1)[: layout.total * batch * 3 * D].view(layout.total, batch, 3 * D)
+        self.image = self.x[layout.image_rows]
+        self.velocity = rows(layout.image, C)
+        self.index = torch.zeros(1, dtype=torch.int64, device=like.device)
+
+
+class Norm(NamedTuple):
+    """Arguments of `ops.norm_modulate`."""
+
+    x: Tensor
+    scale: Tensor
+    shift: Tensor
+    bounds: tuple[int, ...]
+    out: Tensor
+    lora_down: Tensor | None = None
+    lora_from: int = 0
+
+
+class Addition(NamedTuple):
+    """Arguments of `ops.residual`."""
+
+    x: Tensor
+    y: Tensor
+    gate: Tensor
+    bounds: tuple[int, ...]
+    lora_up: Tensor | None = None
+    lora_from: int = 0
+    clip: bool = True  # at the end of a block, as the reference does
+
+
+class Sublayer:
+    """A link of the chain: `run` reads the output of ``norm`` and writes ``addition.y``."""
+
+    norm: Norm
+    addition: Addition
+
+    def run(self) -> None:
+        raise NotImplementedError
+
+    def add_and_norm(self, following: Norm) -> None:
+        """Add the result to the residual stream; then the norm of the next link, in the same pass where rows agree."""
+        a, n = self.addition, following
+        if a.x is n.x and a.bounds == n.bounds:
+            ops.residual_norm_modulate(
+                a.x,
+                a.y,
+                a.gate,
+                n.scale,
+                n.shift,
+                n.bounds,
+                n.out,
+                n.lora_down,
+                n.lora_from,
+                a.lora_up,
+                a.lora_from,
+                a.clip,
+            )
+        else:
+            ops.residual(*a)
+            ops.norm_modulate(*n)
+
+
+def heads(x: Tensor, parts: int, count: int) -> Tensor:
+    """[l, B, P * H * d] -> [l, B, P, H, d]."""
+    return x.unflatten(-1, (parts, count, -1))
+
+
+class DoubleAttention(Sublayer):
+    """Attention of a double block: q, k and v of text and of the rest, one attention, an output layer each."""
+
+    def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, count: int) -> None:
+        self.layout, self.rope, self.norm_qk = layout, rope, block.norm_qk
+        T, D, bounds, lora_from = layout.text, b.x.shape[-1], layout.double_bounds, layout.double_lora_from
+        normed, y = b.normed[..., : block.qkv.in_columns], b.y[..., : block.out.out_columns]
+        self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv.down_before, lora_from)
+        self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from, clip=False)
+        self.normed_text, self.normed_rest = flat(normed[:T, :, :D]), flat(normed[T:])
+        self.context_qkv = Product(block.context_qkv, b.qkv[:T])
+        self.project_qkv = Product(block.qkv, b.qkv[T:], lora_from - T)
+        self.qkv = heads(b.qkv, 3, count)
+        self.q, self.k, self.v = self.qkv.unbind(2)
+        self.context_out = Product(block.context_out, y[:T, :, :D])
+        self.out = Product(block.out, y[T:], lora_from - T)
+        self.text_rows = T * b.x.shape[1]
+        self.shares_condition = layout.add_cond_attn and layout.condition > 0
+
+    def run(self) -> None:
+        layout = self.layout
+        self.context_qkv(self.normed_text)
+        self.project_qkv(self.normed_rest)
+        ops.qk_norm_rope(self.qkv, self.norm_qk, (layout.text, layout.total), self.rope)
+        attention = flat(joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan))
+        self.context_out(attention[: self.text_rows])
+        self.out(attention[self.text_rows :])
+        if self.shares_condition:
+            self._share_condition()
+
+    def _share_condition(self) -> None:
+        """The condition's gated output goes to the image too."""
+        a, c = self.addition, self.layout.condition_from
+        y = a.y[c:, :, : a.x.shape[-1]]
+        if a.lora_up is not None:
+            y = y + a.y[c:, :, a.x.shape[-1] :] @ a.lora_up
+        a.x[self.layout.text : c].addcmul_(a.gate[2], y)
+
+
+class DoubleMlp(Sublayer):
+    """MLPs of a double block: text's and the rest's."""
+
+    def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, layout: Layout) -> None:
+        T, D, bounds, lora_from = layout.text, b.x.shape[-1], layout.double_bounds, layout.double_lora_from
+        normed, y = b.normed[..., :D], b.y[..., : block.ff_out.out_columns]
+        self.norm = Norm(b.x, mod[4], mod[3], bounds, normed)
+        self.addition = Addition(b.x, y, mod[5], bounds, block.ff_out.up_after, lora_from)
+        self.normed_text, self.normed_rest = flat(normed[:T]), flat(normed[T:])
+        self.context_in, self.ff_in = Product(block.context_ff_in, b.hidden[:T]), Product(block.ff_in, b.hidden[T:])
+        self.scratch, self.hidden, self.hidden_text, self.hidden_rest = (
+            b.scratch,
+            b.hidden,
+            flat(b.hidden[:T]),
+            flat(b.hidden[T:]),
+        )
+        self.context_out = Product(block.context_ff_out, y[:T, :, :D])
+        self.ff_out = Product(block.ff_out, y[T:], lora_from - T)
+
+    def run(self) -> None:
+        self.context_in(self.normed_text)
+        self.ff_in(self.normed_rest)
+        ops.gelu_(self.hidden, self.scratch)
+        self.context_out(self.hidden_text)
+        self.ff_out(self.hidden_rest)
+
+
+class Single(Sublayer):
+    """A single block: attention and MLP side by side."""
+
+    def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, count: int) -> None:
+        self.layout, self.rope, self.norm_qk = layout, rope, block.norm_qk
+        D, bounds, lora_from = b.x.shape[-1], layout.single_bounds, layout.single_lora_from
+        normed, y = b.normed[..., : block.qkv_mlp.in_columns], b.y[..., : block.out.out_columns]
+        self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv_mlp.down_before, lora_from)
+        self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from)
+        self.normed = flat(normed)
+        self.project_qkv = Product(block.qkv_mlp, b.qkv, lora_from, columns=slice(0, 3 * D))
+        self.project_mlp = Product(block.qkv_mlp, b.hidden, lora_from, columns=slice(3 * D, None))
+        self.scratch, self.hidden, self.hidden_rows = b.scratch, b.hidden, flat(b.hidden)
+        self.qkv = heads(b.qkv, 3, count)
+        self.q, self.k, self.v = self.qkv.unbind(2)
+        self.out = Product(block.out, y, lora_from, split=(D, 4 * D))
+
+    def run(self) -> None:
+        layout = self.layout
+        self.project_mlp(self.normed)
+        ops.gelu_(self.hidden, self.scratch)
+        self.project_qkv(self.normed)
+        ops.qk_norm_rope(self.qkv, self.norm_qk, (layout.total,), self.rope)
+        attention = joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan)
+        self.out(flat(attention), self.hidden_rows)
+
+
+class LastSingle(Sublayer):
+    """The last single block, whose output is wanted in image rows: it needs their q and MLP only, and every k and v."""
+
+    def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, count: int) -> None:
+        self.layout, self.rope = layout, rope
+        D, lora_from = b.x.shape[-1], layout.single_lora_from
+        image, image_lora_from = layout.image_rows, 0 if layout.latent_lora else layout.image
+        normed, y = b.normed[..., : block.qkv_mlp.in_columns], b.y[image, :, : block.out.out_columns]
+        self.norm = Norm(b.x, mod[1], mod[0], layout.single_bounds, normed, block.qkv_mlp.down_before, lora_from)
+        self.addition = Addition(b.image, y, mod[2], (layout.image,), block.out.up_after, image_lora_from)
+        self.normed, self.normed_image = flat(normed), flat(normed[image])
+        q, kv, hidden = b.qkv[image, :, :D], b.qkv[:, :, D:], b.hidden[image]
+        self.project_kv = Product(block.qkv_mlp, kv, lora_from, columns=slice(D, 3 * D))
+        self.project_q = Product(block.qkv_mlp, q, image_lora_from, columns=slice(0, D))
+        self.project_mlp = Product(block.qkv_mlp, hidden, image_lora_from, columns=slice(3 * D, None))
+        self.scratch, self.hidden, self.hidden_rows = b.scratch[image], hidden, flat(hidden)
+        self.q_heads, self.kv_heads = heads(q, 1, count), heads(kv, 2, count)
+        self.q, (self.k, self.v) = self.q_heads[:, :, 0], self.kv_heads.unbind(2)
+        self.norm_q, self.norm_k = block.norm_qk[:, :1], block.norm_qk[:, 1:]
+        self.image_rope = rope[image]
+        self.out = Product(block.out, y, image_lora_from, split=(D, 4 * D))
+
+    def run(self) -> None:
+        layout = self.layout
+        self.project_mlp(self.normed_image)
+        ops.gelu_(self.hidden, self.scratch)
+        self.project_kv(self.normed)
+        self.project_q(self.normed_image)
+        ops.qk_norm_rope(self.q_heads, self.norm_q, (layout.image,), self.image_rope)
+        ops.qk_norm_rope(self.kv_heads, self.norm_k, (layout.total,), self.rope)
+        # Image queries belong to "the rest" whatever is switched: the condition's own queries are simply absent.
+        attention = joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan)
+        self.out(flat(attention), self.hidden_rows)
+
+
+class Step:
+    """A step of runs of one shape. Its buffers are filled by `load`; then `advance` does step after step.
+
+    Args:
+        transformer, mogle: the weights.
+        inputs: of the first run; later ones of the same shapes are copied over them.
+        layout: rows and switches.
+    """
+
+    def __init__(self, transformer: Transformer, mogle: MixtureOfExperts, inputs: StepInputs, layout: Layout) -> None:
+        self.mogle, self.inputs = mogle, inputs
+        self.buffers = b = Buffers(transformer, layout, inputs.text.shape[1])
+        self.modulation = inputs.modulation.buffers()
+        self.time = None if inputs.time_table is None else inputs.time_table[:1].clone()
+        self.sigma_step = inputs.sigma_steps[:1].clone()
+        count, rope = transformer.config.num_attention_heads, inputs.rope
+        self.links: list[Sublayer] = []
+        for block, mod in zip(transformer.blocks, self.modulation.double, strict=True):
+            assert isinstance(block, DoubleBlock)
+            self.links.append(DoubleAttention(block, mod, b, rope, layout, count))
+            self.links.append(DoubleMlp(block, mod, b, layout))
+        for i, (block, mod) in enumerate(zip(transformer.single_blocks, self.modulation.single, strict=True)):
+            assert isinstance(block, SingleBlock)
+            kind = LastSingle if i == len(transformer.single_blocks) - 1 else Single
+            self.links.append(kind(block, mod, b, rope, layout, count))
+        scale, shift = self.modulation.out
+        last = Norm(b.image, scale, shift, (layout.image,), b.normed[layout.image_rows, :, : transformer.config.width])
+        self.following = [link.norm for link in self.links[1:]] + [last]
+        self.embed = Product(transformer.x_embedder, b.x[layout.text :], layout.double_lora_from - layout.text)
+        self.project_out = Product(transformer.proj_out, b.velocity)
+        self.tokens, self.last_normed, self.x_text = flat(b.tokens), flat(last.out), b.x[: layout.text]
+
+    def load(self, inputs: StepInputs) -> None:
+        """Another run's inputs, of the same shapes, over the first one's: addresses stay."""
+        copies = zip(_tensors(self.inputs), _tensors(inputs), strict=True)
+        for mine, other in copies:
+            mine.copy_(other)
+        modulation = self.inputs.modulation.buffers()
+        for buffer, filled in zip(_tensors(self.modulation), _tensors(modulation), strict=True):
+            buffer.copy_(filled)
+
+    def seek(self, k: int) -> None:
+        """Go to step k."""
+        self.buffers.index.fill_(k)
+
+    def select(self) -> None:
+        """Fetch what belongs to the step that the index names."""
+        index, inputs = self.buffers.index, self.inputs
+        inputs.modulation.select(index, into=self.modulation)
+        if inputs.time_table is not None:
+            torch.index_select(inputs.time_table, 0, index, out=self.time)
+        torch.index_select(inputs.sigma_steps, 0, index, out=self.sigma_step)
+
+    def condition(self) -> None:
+        """Latents -> condition tokens: gate and mix."""
+        self.mogle(self.buffers.latents, self.inputs.bank, self.time, out=self.buffers.condition)
+
+    def velocity(self) -> None:
+        """Latents and condition tokens -> velocity: the transformer."""
+        self.x_text.copy_(self.inputs.text)
+        self.embed(self.tokens)
+        ops.norm_modulate(*self.links[0].norm)
+        for link, following in zip(self.links, self.following, strict=True):
+            link.run()
+            link.add_and_norm(following)
+        self.project_out(self.last_normed)
+
+    def advance(self) -> None:
+        """One step of the loop: x + (σ' - σ) v, and on to the next index."""
+        self.select()
+        self.condition()
+        self.velocity()
+        self.buffers.latents.addcmul_(self.buffers.velocity, self.sigma_step)
+        self.buffers.index.add_(1)
+
+
+def _tensors(values: object) -> list[Tensor]:
+    """All tensors of nested dataclasses and tuples, in order."""
+    if isinstance(values, Tensor):
+        return [values]
+    if is_dataclass(values):
+        values = [getattr(values, f.name) for f in fields(values)]
+    return [t for v in values for t in _tensors(v)] if isinstance(values, list | tuple) else []
