@@ -160,6 +160,11 @@ class Bundle:
             self._file.release(info)
         return out
 
+    def release(self, names: Sequence[str]) -> None:
+        """These tensors needn't stay in memory; used again, they are read again."""
+        for name in names:
+            self._file.release(self.tensors[name])
+
     def part(self, part: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """All tensors of a part, by their names in it."""
         return {name: self.load([f"{part}.{name}"], device, dtype) for name in self.names(part)}

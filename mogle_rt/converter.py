@@ -18,7 +18,7 @@ from mogle_rt.checkpoint import FLOATS, FORMAT, FORMAT_VERSION, BundleConfig, ch
 from mogle_rt.config import SchedulerConfig, TransformerConfig
 from mogle_rt.devices import parse_dtype
 from mogle_rt.errors import CheckpointError, ConfigError, OutputError
-from mogle_rt.models import autoencoder_shapes, text_encoder_shapes
+from mogle_rt.models import autoencoder, tensor_shapes, text_encoder_shapes
 from mogle_rt.sources import SourceTensor
 from mogle_rt.storage import TensorInfo, atomic_write, header_room, write_header
 
@@ -97,7 +97,7 @@ def gather(
         ("transformer", sources.read_folder(flux / "transformer"), schema.transformer_tensors(transformer), flux),
         ("lora", lora_tensors, schema.lora_tensors(transformer, ranks), lora),
         ("mogle", mogle_tensors, schema.mogle_tensors(mogle_config), mogle),
-        ("vae", sources.read_folder(flux / "vae"), autoencoder_shapes(vae), flux / "vae"),
+        ("vae", sources.read_folder(flux / "vae"), tensor_shapes(autoencoder(vae)), flux / "vae"),
     ):
         check_names({n: t.shape for n, t in found.items()}, expected, where)
         tensors |= {f"{part}.{name}": found[name] for name in expected}

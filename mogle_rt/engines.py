@@ -11,7 +11,7 @@ from torch import Tensor
 from mogle_rt.attention import AttentionPlan
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import ModelConfig
-from mogle_rt.loading import load_mogle, load_transformer
+from mogle_rt.loading import LazyWeights, load_mogle, load_transformer
 from mogle_rt.modulation import ModulationTables, modulation_tables, time_embedding
 from mogle_rt.sampling import Schedule
 from mogle_rt.step import Step, StepInputs
@@ -69,8 +69,9 @@ class TorchEngine:
     def __init__(
         self, bundle: Bundle, device: torch.device, dtype: torch.dtype, model: ModelConfig, *, riding: bool = False
     ) -> None:
-        self.bundle, self.device, self.dtype, self.model = bundle, device, dtype, model
+        self.device, self.dtype, self.model = device, dtype, model
         self.config = bundle.config.transformer
+        self.weights = LazyWeights(bundle, device, dtype)
         self.transformer = load_transformer(bundle, device, dtype, riding=riding)
         self.mogle = load_mogle(bundle, device, dtype, weight_is_scale=model.weight_is_scale)
         self._step: Step | None = None
@@ -111,17 +112,14 @@ class TorchEngine:
             self._step = Step(self.transformer, self.mogle, inputs, layout)
         self._shapes = shapes
 
-    def _weights(self, name: str) -> Tensor:
-        return self.bundle.load([name], self.device, self.dtype)
-
     def _modulation(self, schedule: Schedule, guidance_scale: float, pooled: Tensor) -> ModulationTables:
         guidance = None
         if self.config.guidance_embeds:
             guidance = torch.full((pooled.shape[0],), guidance_scale * 1000.0, device=self.device)
         # One more timestep than the loop has: 0, the condition's, which is constant.
         timesteps = F.pad(schedule.model_timesteps, (0, 1)).to(self.device)
-        temb = time_embedding(timesteps, guidance, pooled, self._weights)
-        return modulation_tables(self.config, temb[:-1], temb[-1], self._weights, latent_lora=self.model.latent_lora)
+        temb = time_embedding(timesteps, guidance, pooled, self.weights)
+        return modulation_tables(self.config, temb[:-1], temb[-1], self.weights, latent_lora=self.model.latent_lora)
 
     @torch.inference_mode()
     def condition(self, latents: Tensor, k: int) -> Tensor:

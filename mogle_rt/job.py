@@ -127,6 +127,9 @@ class WeightlessBundle(Bundle):
         shapes = [self.tensors[name].shape for name in names]
         return torch.empty(sum(s[0] for s in shapes), *shapes[0][1:], device=device, dtype=dtype)
 
+    def release(self, names: Sequence[str]) -> None:
+        """Nothing is held."""
+
     def parameters(self) -> dict[str, int]:
         """Parameters by part; ``modulation`` is what the loop doesn't need: AdaLN's layers and what feeds them."""
         counts = dict.fromkeys(("transformer", "modulation", "lora", "mogle"), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,21 @@ from mogle_rt.schema import Fused
 from mogle_rt.transformer import Transformer
 
 EXPERT_NAMES = ("global_expert", *(f"local_experts.{i}" for i in range(NUM_CLASSES)))
+
+
+@dataclass(frozen=True)
+class LazyWeights:
+    """Single tensors of a bundle, read when they are asked for; see `mogle_rt.modulation.Weights`."""
+
+    bundle: Bundle
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, name: str) -> Tensor:
+        return self.bundle.load([name], self.device, self.dtype)
+
+    def release(self, name: str) -> None:
+        self.bundle.release([name])
 
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:

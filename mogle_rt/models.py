@@ -16,10 +16,6 @@ from mogle_rt.errors import CheckpointError
 Shape = tuple[int, ...]
 
 
-def _shapes(module: torch.nn.Module) -> dict[str, Shape]:
-    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
-
-
 def autoencoder(config: Mapping[str, Any]) -> Any:
     """diffusers' AutoencoderKL of a configuration, without memory for its weights (meta device).
 
@@ -27,9 +23,10 @@ def autoencoder(config: Mapping[str, Any]) -> Any:
         CheckpointError: the configuration is not one of an AutoencoderKL with 8x scale.
     """
     from diffusers import AutoencoderKL
+    from diffusers.models.modeling_utils import no_init_weights
 
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             vae = AutoencoderKL.from_config(dict(config))
     except Exception as error:  # diffusers raises whatever its layers do
         raise CheckpointError(f"vae: not a valid AutoencoderKL configuration: {_reason(error)}") from None
@@ -46,14 +43,13 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def autoencoder_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Names and shapes of a VAE's tensors."""
-    return _shapes(autoencoder(config))
+def tensor_shapes(module: torch.nn.Module) -> dict[str, Shape]:
+    """Names and shapes of a module's tensors."""
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
-def load_autoencoder(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The VAE with its weights, ready to encode and decode."""
-    vae = autoencoder(config)
+def load_autoencoder(vae: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """A VAE without memory gets its weights, and is ready to encode and decode."""
     vae.load_state_dict(dict(tensors), strict=True, assign=True)
     return vae.eval().requires_grad_(False)
 
@@ -105,7 +101,7 @@ def text_encoder_shapes(part: str, config: Mapping[str, Any], found: Mapping[str
         raise
     except Exception as error:  # transformers raises whatever its checks and layers do
         raise CheckpointError(f"{part}: not a valid configuration: {_reason(error)}") from None
-    shapes = _shapes(model)
+    shapes = tensor_shapes(model)
     if "shared.weight" in shapes:
         shapes.pop("encoder.embed_tokens.weight", None)
     if any(name.startswith("text_model.") for name in found):

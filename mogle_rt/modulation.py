@@ -7,8 +7,8 @@ to timestep 0 and are constant.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,14 @@ from torch import Tensor
 from mogle_rt.config import TransformerConfig
 from mogle_rt.schema import SINUSOID_DIM
 
-Weights = Callable[[str], Tensor]  # full bundle name -> tensor on the device and in the dtype of the run
+
+class Weights(Protocol):
+    """Tensors by their full bundle names, on the device and in the dtype of the run."""
+
+    def __call__(self, name: str) -> Tensor: ...
+
+    def release(self, name: str) -> None:
+        """It needn't stay in memory."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,10 @@ class ModulationTables:
 
 def _mlp(x: Tensor, name: str, weights: Weights) -> Tensor:
     x = F.linear(x, weights(f"{name}.linear_1.weight"), weights(f"{name}.linear_1.bias"))
-    return F.linear(F.silu(x), weights(f"{name}.linear_2.weight"), weights(f"{name}.linear_2.bias"))
+    y = F.linear(F.silu(x), weights(f"{name}.linear_2.weight"), weights(f"{name}.linear_2.bias"))
+    for layer in ("linear_1", "linear_2"):
+        weights.release(f"{name}.{layer}.weight")
+    return y
 
 
 def _sinusoid(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -138,6 +148,7 @@ def modulation_tables(
                 down, up = weights(f"lora.{name}.lora_A.weight"), weights(f"lora.{name}.lora_B.weight")
                 y = torch.addmm(y, x @ down.t(), up.t())
             out.copy_(y.view(*out.shape[:-3], batch, -1, width).transpose(-3, -2))
+        weights.release(f"transformer.{name}.weight")
 
     for i in range(config.num_layers):
         constant = None if condition_double is None else condition_double[i, :, 0]

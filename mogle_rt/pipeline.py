@@ -29,7 +29,7 @@ from mogle_rt.devices import choose_device, choose_dtype
 from mogle_rt.engines import Conditions, TorchEngine
 from mogle_rt.errors import InputError, NumericalError
 from mogle_rt.masks import Labels, MaskLike, to_label_batch
-from mogle_rt.models import autoencoder_shapes, load_autoencoder
+from mogle_rt.models import autoencoder, load_autoencoder, tensor_shapes
 from mogle_rt.sampling import Schedule, denoise, make_schedule
 from mogle_rt.text import MAX_SEQUENCE_LENGTH, TextEncoders
 
@@ -91,10 +91,10 @@ class Pipeline:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self.bundle = Bundle(checkpoint)
-        vae_config = self.bundle.config.vae
+        vae = autoencoder(self.bundle.config.vae)
         found = {n: self.bundle.tensors[f"vae.{n}"].shape for n in self.bundle.names("vae")}
-        check_names(found, autoencoder_shapes(vae_config), f"{checkpoint} (vae)")
-        self.vae = load_autoencoder(vae_config, self.bundle.part("vae", self.device, self.dtype))
+        check_names(found, tensor_shapes(vae), f"{checkpoint} (vae)")
+        self.vae = load_autoencoder(vae, self.bundle.part("vae", self.device, self.dtype))
         self.engine = TorchEngine(self.bundle, self.device, self.dtype, self.model_config)
         self.conditioning_cache = TensorCache(cache_bytes)
         self.prompt_cache = TensorCache(cache_bytes)

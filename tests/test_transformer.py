@@ -70,9 +70,9 @@ def test_without_condition_equals_diffusers(number: int, batch: int, tmp_path: P
         img_ids=ids,
     ).sample
     temb = time_embedding(
-        torch.tensor([t]) * 1000, None if guidance is None else guidance * 1000, pooled, engine._weights
+        torch.tensor([t]) * 1000, None if guidance is None else guidance * 1000, pooled, engine.weights
     )
-    tables = modulation_tables(c, temb, None, engine._weights)
+    tables = modulation_tables(c, temb, None, engine.weights)
     inputs = StepInputs(
         bank=Bank(torch.empty(0), None),
         time_table=None,
