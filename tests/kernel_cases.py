@@ -12,6 +12,15 @@ import torch
 from torch import Tensor
 
 from mogle_rt.kernels.common import Cost
+from mogle_rt.kernels.gate_mix import (
+    gate_mix,
+    gate_mix_cost,
+    gate_mix_mean,
+    gate_mix_mean_cost,
+    gate_mix_mean_ref,
+    gate_mix_ref,
+    partial_sums,
+)
 from mogle_rt.kernels.norm_modulate import norm_modulate, norm_modulate_cost, norm_modulate_ref
 from mogle_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cost, qk_norm_rope_ref
 from mogle_rt.kernels.residual_norm_modulate import (
@@ -69,7 +78,7 @@ class Case:
     """A kernel and how to make its arguments.
 
     Attributes:
-        outputs: names of arguments that are written.
+        outputs: names of arguments that are written; scratch: those whose contents are the kernel's own affair.
         make: arguments from a `Random` and sizes.
         small: odd sizes, each a call; the first is used where one is enough.
         full: FLUX.1-dev's, 512 x 512 pixels.
@@ -83,6 +92,7 @@ class Case:
     make: Callable[..., Arguments]
     small: tuple[dict[str, Any], ...]
     full: dict[str, Any]
+    scratch: tuple[str, ...] = ()
 
     def arguments(self, seed: int, dtype: torch.dtype, device: str = "cpu", **sizes: Any) -> Arguments:
         """The same for the same seed."""
@@ -159,6 +169,38 @@ def _qk(
     }
 
 
+def _gate(r: Random, *, N: int, B: int, C: int, G: int, E: int, extra: int = 0) -> Arguments:
+    return {
+        "latents": r(N, B, C, extra=extra),
+        "gate_input": r(N, B, C, extra=extra),
+        "time": r(C),
+        "noise_weight": r(C, C, scale=C**-0.5),
+        "gate_in_weight": r(G, C, scale=C**-0.5),
+        "gate_in_bias": r(G),
+        "gate_out_weight": r(E, G, scale=G**-0.5, extra=extra),
+        "gate_out_bias": r(E),
+    }
+
+
+def _gate_mix(r: Random, *, N: int, B: int, C: int, G: int, E: int, extra: int = 0) -> Arguments:
+    return _gate(r, N=N, B=B, C=C, G=G, E=E, extra=extra) | {
+        "bank": r(N, B, E, C, extra=extra),
+        "out": r.empty(N, B, C, extra=extra),
+    }
+
+
+def _gate_mix_mean(r: Random, *, N: int, B: int, C: int, G: int, E: int, extra: int = 0) -> Arguments:
+    scratch = r.empty(partial_sums(N, B), B, E, dtype=torch.float32)
+    return _gate_mix(r, N=N, B=B, C=C, G=G, E=E, extra=extra) | {"sums": scratch}
+
+
+GATE_SIZES = (
+    {"N": 37, "B": 1, "C": 24, "G": 10, "E": 20, "extra": 3},
+    {"N": 15, "B": 3, "C": 64, "G": 33, "E": 20},
+    {"N": 50, "B": 2, "C": 17, "G": 64, "E": 3, "extra": 1},
+    {"N": 1, "B": 1, "C": 4, "G": 2, "E": 1},
+)
+
 CASES = [
     Case(
         "norm_modulate",
@@ -222,6 +264,27 @@ CASES = [
             {"L": 6, "B": 2, "P": 2, "W": 1, "H": 24, "d": 66, "G": 2},
         ),
         {"L": 2560, "B": 1, "P": 3, "W": 2, "H": 24, "d": 128, "G": 2, "ends": [512, 2560]},
+    ),
+    Case(
+        "gate_mix",
+        gate_mix,
+        gate_mix_ref,
+        gate_mix_cost,
+        ("out",),
+        _gate_mix,
+        GATE_SIZES,
+        {"N": 1024, "B": 1, "C": 64, "G": 64, "E": 20},
+    ),
+    Case(
+        "gate_mix_mean",
+        gate_mix_mean,
+        gate_mix_mean_ref,
+        gate_mix_mean_cost,
+        ("out",),
+        _gate_mix_mean,
+        GATE_SIZES,
+        {"N": 1024, "B": 1, "C": 64, "G": 64, "E": 20},
+        scratch=("sums",),
     ),
 ]  # fmt: skip
 
