@@ -51,8 +51,9 @@ def tiles(width: int, rows: int, dtype: torch.dtype) -> Tiles:
     if interpreted():
         tall = min(power_of_two(rows), 256)
         return Tiles(tall, tall, power_of_two(width), 4)
-    # Sixteen rows are the height of a tensor-core tile. fp32 takes three products, and the registers for them.
-    channels = min(power_of_two(width, 16), 128 if dtype == torch.float32 else 256)
+    # Sixteen rows are the height of a tensor-core tile. Wider steps, or a third one under way, take the registers and
+    # shared memory of whole-row programs, of which a multiprocessor needs four to be kept busy.
+    channels = min(power_of_two(width, 16), 64 if dtype == torch.float32 else 128)
     return Tiles(1, 16, channels, 8 if width > 2048 else 4)
 
 
@@ -399,6 +400,7 @@ def stream(x: Tensor, bounds: Sequence[int], residual: Residual | None, norm: No
         CLIP=residual is not None and residual.clip,
         PRECISION=precision(x.dtype),
         num_warps=t.warps,
+        num_stages=2,
     )
 
 

@@ -21,6 +21,8 @@ from mogle_rt.kernels.gate_mix import (
 )
 from mogle_rt.kernels.norm_modulate import norm_modulate, norm_modulate_cost, norm_modulate_ref
 from mogle_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cost, qk_norm_rope_ref
+from mogle_rt.kernels.region_expert_mix import region_expert_mix, region_expert_mix_cost, region_expert_mix_ref
+from mogle_rt.kernels.region_experts import region_experts, region_experts_cost, region_experts_ref
 from mogle_rt.kernels.residual_norm_modulate import (
     residual,
     residual_cost,
@@ -34,6 +36,7 @@ TEXT, IMAGE = 512, 1024
 HEADS, HEAD = 24, 128
 WIDTH = HEADS * HEAD
 LATENT, GATE, EXPERT, EXPERTS = 64, 64, 32, 20
+PRESENT = 11  # pictures: the mask's own and ten regions, as in a portrait
 RANK = 4  # of a LoRA; q, k, v and proj_mlp have one each, side by side, and widths are padded to a multiple of 8
 
 
@@ -95,6 +98,16 @@ def workloads(dtype: torch.dtype, device: str) -> list[Workload]:
         "lora_up_from": streams[0],
         "clip": False,
     }
+    experts = {
+        "planes": new(PRESENT, N, LATENT),
+        "index": torch.full((B, EXPERTS), -1, dtype=torch.int32, device=device),
+        "absent": new(N, EXPERTS, LATENT),
+        "expert_in_weight": new(EXPERTS, EXPERT, LATENT, scale=LATENT**-0.5),
+        "expert_in_bias": new(EXPERTS, EXPERT),
+        "expert_out_weight": new(EXPERTS, LATENT, EXPERT, scale=EXPERT**-0.5),
+        "expert_out_bias": new(EXPERTS, LATENT),
+    }
+    experts["index"][:, :PRESENT] = torch.arange(PRESENT, dtype=torch.int32, device=device)
     return [
         Workload("norm_modulate", norm_modulate, norm_modulate_ref, norm_modulate_cost, norm),
         Workload(
@@ -129,5 +142,13 @@ def workloads(dtype: torch.dtype, device: str) -> list[Workload]:
                 "out": new(N, B, LATENT),
                 "sums": new(partial_sums(N, B), B, EXPERTS, dtype=torch.float32),
             },
+        ),
+        Workload("region_experts", region_experts, region_experts_ref, region_experts_cost, experts | {"bank": bank}),
+        Workload(
+            "region_expert_mix",
+            region_expert_mix,
+            region_expert_mix_ref,
+            region_expert_mix_cost,
+            gate | experts | {"out": new(N, B, LATENT)},
         ),
     ]

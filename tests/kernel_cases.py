@@ -23,6 +23,8 @@ from mogle_rt.kernels.gate_mix import (
 )
 from mogle_rt.kernels.norm_modulate import norm_modulate, norm_modulate_cost, norm_modulate_ref
 from mogle_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cost, qk_norm_rope_ref
+from mogle_rt.kernels.region_expert_mix import region_expert_mix, region_expert_mix_cost, region_expert_mix_ref
+from mogle_rt.kernels.region_experts import region_experts, region_experts_cost, region_experts_ref
 from mogle_rt.kernels.residual_norm_modulate import (
     residual,
     residual_cost,
@@ -201,6 +203,33 @@ GATE_SIZES = (
     {"N": 1, "B": 1, "C": 4, "G": 2, "E": 1},
 )
 
+
+def _experts(r: Random, *, N: int, B: int, C: int, H: int, E: int, P: int, extra: int = 0) -> Arguments:
+    index = torch.randint(-1, P, (B, E), generator=r.generator, dtype=torch.int32)
+    index[0, 0] = P - 1  # at least one present, and the last plane in use
+    return {
+        "planes": r(P, N, C, extra=extra),
+        "index": index.to(r.device),
+        "absent": r(N, E, C, extra=extra),
+        "expert_in_weight": r(E, H, C, scale=C**-0.5, extra=extra),
+        "expert_in_bias": r(E, H),
+        "expert_out_weight": r(E, C, H, scale=H**-0.5),
+        "expert_out_bias": r(E, C),
+    }
+
+
+def _region_experts(r: Random, *, N: int, B: int, C: int, E: int, extra: int = 0, **rest: Any) -> Arguments:
+    return _experts(r, N=N, B=B, C=C, E=E, extra=extra, **rest) | {"bank": r.empty(N, B, E, C, extra=extra)}
+
+
+def _region_expert_mix(
+    r: Random, *, N: int, B: int, C: int, G: int, H: int, E: int, P: int, extra: int = 0
+) -> Arguments:
+    gate = _gate(r, N=N, B=B, C=C, G=G, E=E, extra=extra)
+    experts = _experts(r, N=N, B=B, C=C, H=H, E=E, P=P, extra=extra)
+    return gate | experts | {"out": r.empty(N, B, C, extra=extra)}
+
+
 CASES = [
     Case(
         "norm_modulate",
@@ -285,6 +314,35 @@ CASES = [
         GATE_SIZES,
         {"N": 1024, "B": 1, "C": 64, "G": 64, "E": 20},
         scratch=("sums",),
+    ),
+    Case(
+        "region_experts",
+        region_experts,
+        region_experts_ref,
+        region_experts_cost,
+        ("bank",),
+        _region_experts,
+        (
+            {"N": 37, "B": 2, "C": 24, "H": 10, "E": 20, "P": 5, "extra": 3},
+            {"N": 70, "B": 1, "C": 64, "H": 32, "E": 3, "P": 2},
+            {"N": 15, "B": 3, "C": 17, "H": 33, "E": 4, "P": 1, "extra": 1},
+            {"N": 1, "B": 1, "C": 4, "H": 2, "E": 1, "P": 1},
+        ),
+        {"N": 1024, "B": 1, "C": 64, "H": 32, "E": 20, "P": 11},
+    ),
+    Case(
+        "region_expert_mix",
+        region_expert_mix,
+        region_expert_mix_ref,
+        region_expert_mix_cost,
+        ("out",),
+        _region_expert_mix,
+        (
+            {"N": 37, "B": 2, "C": 24, "G": 40, "H": 10, "E": 20, "P": 5, "extra": 3},
+            {"N": 50, "B": 1, "C": 64, "G": 64, "H": 32, "E": 3, "P": 2},
+            {"N": 15, "B": 3, "C": 17, "G": 5, "H": 33, "E": 4, "P": 1, "extra": 1},
+        ),
+        {"N": 1024, "B": 1, "C": 64, "G": 64, "H": 32, "E": 20, "P": 11},
     ),
 ]  # fmt: skip
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mogle_rt.kernels import gate, qk_norm_rope, stream_rows
+from mogle_rt.kernels import gate, qk_norm_rope, region_experts, stream_rows
 from mogle_rt.kernels.common import interpreted
 from tests.conftest import assert_close, relative_rms
 from tests.interpreter import recorded
@@ -34,7 +34,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """The interpreter has larger tiles than a GPU. Both are tested."""
     if request.param == "large":
         return
-    for module in (stream_rows, qk_norm_rope, gate):
+    for module in (stream_rows, qk_norm_rope, gate, region_experts):
         monkeypatch.setattr(module, "interpreted", lambda: False)
 
 
