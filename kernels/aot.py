@@ -5,6 +5,7 @@ The tools that come with Triton do all of it; no driver is needed. Not in the in
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import tempfile
@@ -42,6 +43,7 @@ CUDA_INSTRUCTIONS = re.compile(
 HIP_INSTRUCTIONS = re.compile(
     r"\b(v_mfma|global_load_dwordx4|buffer_load_dwordx4|global_store_dwordx4|buffer_store_dwordx4)"
 )
+ALIGNED = [["tt.divisibility", 16]]
 WIDE = {"LDG": "LDG.128", "STG": "STG.128", "LDGSTS": "LDGSTS.128"}
 
 
@@ -86,13 +88,16 @@ def _source(launch: Launch) -> Any:
         value = values.get(name, constants.get(name))
         if isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
+            attributes[(i,)] = ALIGNED  # allocations begin at multiples of 256 bytes
+        elif name in values and isinstance(value, float):
+            signature[name] = "fp32"
         elif name in values and isinstance(value, int) and value != 1:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = ALIGNED
         else:
             signature[name] = "constexpr"
             constants[name] = value
-        if signature[name] != "constexpr" and (isinstance(value, Tensor) or value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]  # allocations begin at multiples of 256 bytes
     return ASTSource(kernel, signature, constants, attributes)
 
 
@@ -103,6 +108,8 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         compiled = triton.compile(_source(launch), target=GPUTarget("cuda", int(target[3:]), 32), options=options)
         registers, spills, stack, instructions = _read_cuda(compiled, target)
     else:
+        if launch.meta.get("PRECISION") == "tf32x3":  # as `precision` has it on AMD
+            launch = dataclasses.replace(launch, meta=launch.meta | {"PRECISION": "ieee"})
         compiled = triton.compile(_source(launch), target=GPUTarget("hip", target, 64), options=options)
         registers, spills, stack, instructions = _read_hip(compiled)
     return Resources(

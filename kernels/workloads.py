@@ -19,6 +19,7 @@ from mogle_rt.kernels.gate_mix import (
     gate_mix_ref,
     partial_sums,
 )
+from mogle_rt.kernels.joint_attention import joint_attention, joint_attention_cost, joint_attention_ref
 from mogle_rt.kernels.norm_modulate import norm_modulate, norm_modulate_cost, norm_modulate_ref
 from mogle_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cost, qk_norm_rope_ref
 from mogle_rt.kernels.region_expert_mix import region_expert_mix, region_expert_mix_cost, region_expert_mix_ref
@@ -150,5 +151,18 @@ def workloads(dtype: torch.dtype, device: str) -> list[Workload]:
             region_expert_mix_ref,
             region_expert_mix_cost,
             gate | experts | {"out": new(N, B, LATENT)},
+        ),
+        Workload(
+            "joint_attention",
+            joint_attention,
+            joint_attention_ref,
+            joint_attention_cost,
+            dict(zip("qkv", new(L, B, 3, HEADS, HEAD).unbind(2), strict=True))
+            | {
+                "out": new(L, B, D),
+                "condition_from": streams[0],
+                "visibility": "scaled",
+                "log_scale": 0.5,
+            },
         ),
     ]

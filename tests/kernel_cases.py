@@ -21,6 +21,7 @@ from mogle_rt.kernels.gate_mix import (
     gate_mix_ref,
     partial_sums,
 )
+from mogle_rt.kernels.joint_attention import joint_attention, joint_attention_cost, joint_attention_ref
 from mogle_rt.kernels.norm_modulate import norm_modulate, norm_modulate_cost, norm_modulate_ref
 from mogle_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cost, qk_norm_rope_ref
 from mogle_rt.kernels.region_expert_mix import region_expert_mix, region_expert_mix_cost, region_expert_mix_ref
@@ -196,6 +197,35 @@ def _gate_mix_mean(r: Random, *, N: int, B: int, C: int, G: int, E: int, extra: 
     return _gate_mix(r, N=N, B=B, C=C, G=G, E=E, extra=extra) | {"sums": scratch}
 
 
+def _attention(
+    r: Random,
+    *,
+    Lq: int,
+    L: int,
+    B: int,
+    H: int,
+    d: int,
+    condition: int,
+    visibility: str,
+    log_scale: float = 0.0,
+    fused: bool = True,
+    extra: int = 0,
+) -> Arguments:
+    if fused:  # as one projection leaves them
+        q, k, v = r(L, B, 3 * H * d).unflatten(-1, (3, H, d)).unbind(2)
+    else:
+        q, k, v = (r(L, B, H, d, extra=extra) for _ in range(3))
+    return {
+        "q": q[:Lq],
+        "k": k,
+        "v": v,
+        "out": r.empty(Lq, B, H * d, extra=extra),
+        "condition_from": condition,
+        "visibility": visibility,
+        "log_scale": log_scale,
+    }
+
+
 GATE_SIZES = (
     {"N": 37, "B": 1, "C": 24, "G": 10, "E": 20, "extra": 3},
     {"N": 15, "B": 3, "C": 64, "G": 33, "E": 20},
@@ -343,6 +373,30 @@ CASES = [
             {"N": 15, "B": 3, "C": 17, "G": 5, "H": 33, "E": 4, "P": 1, "extra": 1},
         ),
         {"N": 1024, "B": 1, "C": 64, "G": 64, "H": 32, "E": 20, "P": 11},
+    ),
+    Case(
+        "joint_attention",
+        joint_attention,
+        joint_attention_ref,
+        joint_attention_cost,
+        ("out",),
+        _attention,
+        (
+            {
+                "Lq": 50, "L": 50, "B": 2, "H": 3, "d": 24, "condition": 29, "visibility": "scaled",
+                "log_scale": 0.7, "extra": 5,
+            },
+            {"Lq": 29, "L": 50, "B": 1, "H": 2, "d": 16, "condition": 29, "visibility": "scaled", "log_scale": -2.0},
+            {"Lq": 161, "L": 161, "B": 1, "H": 1, "d": 32, "condition": 70, "visibility": "separate"},
+            {"Lq": 161, "L": 161, "B": 1, "H": 1, "d": 8, "condition": 33, "visibility": "independent", "fused": False},
+            {"Lq": 20, "L": 37, "B": 2, "H": 1, "d": 17, "condition": 20, "visibility": "separate"},
+            {"Lq": 23, "L": 23, "B": 1, "H": 2, "d": 40, "condition": 23, "visibility": "joint", "fused": False},
+            {"Lq": 9, "L": 9, "B": 1, "H": 1, "d": 2, "condition": 0, "visibility": "separate", "extra": 1},
+        ),
+        {
+            "Lq": 2560, "L": 2560, "B": 1, "H": 24, "d": 128, "condition": 1536, "visibility": "scaled",
+            "log_scale": 0.5,
+        },
     ),
 ]  # fmt: skip
 
