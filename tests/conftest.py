@@ -14,9 +14,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+# Triton decides when it is imported: kernels run on the GPU where there is one, else in its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from mogle_rt.config import ModelConfig
 from mogle_rt.engines import Conditions
 from tests.checkpoints import Files, write_checkpoint
+
+if os.environ["TRITON_INTERPRET"] == "1":
+    from tests.interpreter import correct_bfloat16
+
+    correct_bfloat16()
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 

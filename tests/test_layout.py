@@ -80,3 +80,9 @@ def test_convert_stays_a_function() -> None:
 def test_unknown_attribute() -> None:
     with pytest.raises(AttributeError, match="no attribute 'pipeline_of'"):
         _ = mogle_rt.pipeline_of
+
+
+def test_kernels_stand_alone() -> None:
+    """Kernels know torch, triton and each other."""
+    for path in (ROOT.parent / "kernels").glob("*.py"):
+        assert not imports(path), path.name

@@ -1,0 +1,170 @@
+"""Compile recorded launches for GPUs that aren't there, and read what the compiler made: registers, spills, instructions.
+
+The tools that come with Triton do all of it; no driver is needed. Not in the interpreter (``TRITON_INTERPRET`` unset).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mogle_rt.kernels.common import Launch
+
+# Shared memory that a program may have, bytes: CUDA C++ Programming Guide, table "technical specifications per compute
+# capability" (maximum per thread block, without the 1 KiB that the system keeps); CDNA 3 ISA guide for gfx942.
+SHARED_LIMITS = {
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+}
+TARGETS = tuple(SHARED_LIMITS)
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+# Instructions worth knowing of: matrix products, the widest loads and stores, copies into shared memory.
+CUDA_INSTRUCTIONS = re.compile(
+    r"\b(HMMA|HGMMA|UTCHMMA|LDGSTS|LDG|STG)\b(\.[\w.]*)?",
+)
+HIP_INSTRUCTIONS = re.compile(
+    r"\b(v_mfma|global_load_dwordx4|buffer_load_dwordx4|global_store_dwordx4|buffer_store_dwordx4)"
+)
+ALIGNED = [["tt.divisibility", 16]]
+WIDE = {"LDG": "LDG.128", "STG": "STG.128", "LDGSTS": "LDGSTS.128"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What one kernel takes of one GPU.
+
+    Attributes:
+        registers: of a thread. spills: bytes stored and loaded. stack, shared: bytes.
+        instructions: how many of each that is worth knowing of.
+    """
+
+    kernel: str
+    target: str
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    warps: int
+    instructions: dict[str, int]
+
+    @property
+    def tensor_cores(self) -> str:
+        """The matrix instruction that it uses: wgmma, tcgen05, mma, mfma, or nothing."""
+        names = {"UTCHMMA": "tcgen05", "HGMMA": "wgmma", "HMMA": "mma", "v_mfma": "mfma"}
+        return next((name for sass, name in names.items() if self.instructions.get(sass)), "")
+
+    @property
+    def wide(self) -> int:
+        """Loads and stores of 16 bytes a thread."""
+        return sum(n for name, n in self.instructions.items() if name in WIDE.values() or name.endswith("x4"))
+
+
+def _source(launch: Launch) -> Any:
+    """The launch's kernel, specialised as a launch on a GPU specialises it: values 1, and multiples of 16."""
+    kernel = launch.kernel
+    signature, constants, attributes = {}, dict(launch.meta), {}
+    values = dict(zip(kernel.arg_names, launch.args, strict=False))
+    for name in ("num_warps", "num_stages"):
+        constants.pop(name, None)
+    for i, name in enumerate(kernel.arg_names):
+        value = values.get(name, constants.get(name))
+        if isinstance(value, Tensor):
+            signature[name] = POINTERS[value.dtype]
+            attributes[(i,)] = ALIGNED  # allocations begin at multiples of 256 bytes
+        elif name in values and isinstance(value, float):
+            signature[name] = "fp32"
+        elif name in values and isinstance(value, int) and value != 1:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = ALIGNED
+        else:
+            signature[name] = "constexpr"
+            constants[name] = value
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compile_launch(launch: Launch, target: str) -> Resources:
+    """Compile for one of `TARGETS` and disassemble."""
+    options = {name: launch.meta[name] for name in ("num_warps", "num_stages") if name in launch.meta}
+    if target.startswith("sm_"):
+        compiled = triton.compile(_source(launch), target=GPUTarget("cuda", int(target[3:]), 32), options=options)
+        registers, spills, stack, instructions = _read_cuda(compiled, target)
+    else:
+        if launch.meta.get("PRECISION") == "tf32x3":  # as `precision` has it on AMD
+            launch = dataclasses.replace(launch, meta=launch.meta | {"PRECISION": "ieee"})
+        compiled = triton.compile(_source(launch), target=GPUTarget("hip", target, 64), options=options)
+        registers, spills, stack, instructions = _read_hip(compiled)
+    return Resources(
+        kernel=launch.kernel.__name__.removeprefix("_").removesuffix("_kernel"),
+        target=target,
+        registers=registers,
+        spills=spills,
+        stack=stack,
+        shared=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+        instructions=instructions,
+    )
+
+
+def _tool(tool: Any, *arguments: str) -> str:
+    done = subprocess.run([tool.path, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _read_cuda(compiled: Any, target: str) -> tuple[int, int, int, dict[str, int]]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx.write_text(compiled.asm["ptx"])
+        usage = _tool(knobs.nvidia.cuobjdump, "--dump-resource-usage", str(cubin))
+        sass = _tool(knobs.nvidia.nvdisasm, "-c", str(cubin))
+        # The cubin doesn't tell spills from a stack that was asked for; the assembler does.
+        number = int(target[3:])
+        assembler = knobs.nvidia.ptxas_blackwell if number >= 100 else knobs.nvidia.ptxas
+        name = f"{target}a" if number >= 90 else target
+        told = _tool(assembler, "-v", "--gpu-name", name, str(ptx), "-o", str(Path(folder) / "again"))
+    found: Counter[str] = Counter()
+    for opcode, modifiers in CUDA_INSTRUCTIONS.findall(sass):
+        if opcode in WIDE and ".128" not in modifiers:
+            continue
+        found[WIDE.get(opcode, opcode)] += 1
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", told)
+    assert spilled
+    return (
+        _number(r"REG:(\d+)", usage),
+        int(spilled[1]) + int(spilled[2]) + _number(r"LOCAL:(\d+)", usage),
+        _number(r"STACK:(\d+)", usage),
+        dict(found),
+    )
+
+
+def _read_hip(compiled: Any) -> tuple[int, int, int, dict[str, int]]:
+    text = compiled.asm["amdgcn"]
+    found = Counter(HIP_INSTRUCTIONS.findall(text))
+    spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text) + _number(r"\.sgpr_spill_count:\s+(\d+)", text)
+    stack = _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
+    return _number(r"\.vgpr_count:\s+(\d+)", text), spills, stack, dict(found)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found, f"no {pattern} in what the tool printed"
+    return int(found[1])

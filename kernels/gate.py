@@ -1,0 +1,210 @@
+"""The gate over the experts, as a part of the kernels that mix them: its parameters, tiles and device code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mogle_rt.kernels.common import check, check_device, interpreted, nbytes, power_of_two, precision, require
+
+LARGEST_WIDTH = 256  # of latents and the gate's layers: a program holds them whole
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Inputs and parameters. Linear layers as [out, in]."""
+
+    latents: Tensor  # [N, B, C]
+    gate_input: Tensor  # [N, B, C]
+    time: Tensor  # [C]
+    noise_weight: Tensor  # [C, C]
+    in_weight: Tensor  # [G, C]
+    in_bias: Tensor  # [G]
+    out_weight: Tensor  # [E, G]
+    out_bias: Tensor  # [E]
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """N, B, C, G, E."""
+        N, B, C = self.latents.shape
+        return N, B, C, self.in_weight.shape[0], self.out_weight.shape[0]
+
+    def check(self) -> None:
+        """Raises ValueError where a shape, dtype, stride or device doesn't fit."""
+        x = self.latents
+        check_device(x)
+        require(x.dim() == 3, f"latents must be [N, B, C], got {list(x.shape)}")
+        require(self.in_weight.dim() == 2 and self.out_weight.dim() == 2, "the gate's weights must be matrices")
+        N, B, C, G, E = self.sizes
+        require(0 < max(C, G, E) <= LARGEST_WIDTH, f"C, G and E must be 1 to {LARGEST_WIDTH}, got {C}, {G}, {E}")
+        check("latents", x, (N, B, C), x)
+        check("gate_input", self.gate_input, (N, B, C), x)
+        check("time", self.time, (C,), x)
+        check("noise_weight", self.noise_weight, (C, C), x)
+        check("gate_in_weight", self.in_weight, (G, C), x)
+        check("gate_in_bias", self.in_bias, (G,), x)
+        check("gate_out_weight", self.out_weight, (E, G), x)
+        check("gate_out_bias", self.out_bias, (E,), x)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Of `gate_weights`, as far as they are tensors and strides."""
+        return (
+            self.latents,
+            self.gate_input,
+            self.time,
+            self.noise_weight,
+            self.in_weight,
+            self.in_bias,
+            self.out_weight,
+            self.out_bias,
+            *self.latents.stride()[:2],
+            *self.gate_input.stride()[:2],
+            self.noise_weight.stride(0),
+            self.in_weight.stride(0),
+            self.out_weight.stride(0),
+            self.latents.shape[0],
+        )
+
+    def constants(self) -> dict[str, Any]:
+        """Of every kernel with a gate."""
+        N, B, C, G, E = self.sizes
+        return {
+            "C": C,
+            "G": G,
+            "E": E,
+            "C_BLOCK": power_of_two(C, 16),
+            "G_BLOCK": power_of_two(G, 16),
+            "E_BLOCK": power_of_two(E, 16),
+            "ROWS": rows(N, B),
+            "PRECISION": precision(self.latents.dtype),
+        }
+
+    def weights(self) -> Tensor:
+        """Softmax of the gate in PyTorch, fp32 (fp64 for fp64): [N, B, E]. Layers round to the dtype, as they do apart."""
+        dtype = self.latents.dtype
+        exact = torch.promote_types(dtype, torch.float32)
+
+        def linear(x: Tensor, weight: Tensor) -> Tensor:
+            return x.to(exact) @ weight.to(exact).t()
+
+        h = linear(self.latents, self.noise_weight) + self.gate_input + self.time
+        hidden = (linear(h.to(dtype), self.in_weight) + self.in_bias).relu()
+        return (linear(hidden.to(dtype), self.out_weight) + self.out_bias).softmax(-1)
+
+    def read(self) -> int:
+        """Bytes of everything."""
+        parameters = (self.noise_weight, self.in_weight, self.in_bias, self.out_weight, self.out_bias)
+        return nbytes(self.latents, self.gate_input, self.time, *parameters)
+
+    def flops(self) -> int:
+        """Of its three layers."""
+        N, B, C, G, E = self.sizes
+        return 2 * N * B * (C * C + C * G + G * E)
+
+
+def rows(tokens: int, batch: int) -> int:
+    """Tokens of a program: as few as a tensor-core tile has, until there are many programs for every multiprocessor."""
+    if interpreted():
+        return min(power_of_two(tokens, 16), 256)
+    return 16 if tokens * batch <= 16384 else 32
+
+
+@triton.jit
+def load_transposed(weight_ptr, stride, inner, outer, INNER: tl.constexpr, OUTER: tl.constexpr):
+    """[out, in] in memory -> [in, out], 0 outside."""
+    mask = (inner < INNER)[:, None] & (outer < OUTER)[None, :]
+    return tl.load(weight_ptr + (outer * stride)[None, :] + inner[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def gate_weights(
+    latents_ptr,
+    input_ptr,
+    time_ptr,
+    noise_ptr,
+    in_ptr,
+    in_bias_ptr,
+    out_ptr,
+    out_bias_ptr,
+    latents_n,
+    latents_b,
+    input_n,
+    input_b,
+    noise_stride,
+    in_stride,
+    out_stride,
+    n,  # tokens of this program
+    live,  # which of them are tokens
+    image,
+    C: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+    G_BLOCK: tl.constexpr,
+    E_BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Softmax over the experts [ROWS, E_BLOCK] in fp32, 0 past E, and the latents [ROWS, C_BLOCK]."""
+    dtype = latents_ptr.dtype.element_ty
+    c, g, e = tl.arange(0, C_BLOCK), tl.arange(0, G_BLOCK), tl.arange(0, E_BLOCK)
+    mask = live[:, None] & (c < C)[None, :]
+    latents = tl.load(latents_ptr + (n * latents_n + image * latents_b)[:, None] + c[None, :], mask=mask, other=0.0)
+    h = tl.load(input_ptr + (n * input_n + image * input_b)[:, None] + c[None, :], mask=mask, other=0.0)
+    h = h.to(tl.float32) + tl.load(time_ptr + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    noise = load_transposed(noise_ptr, noise_stride, c, c, C, C)
+    h = tl.dot(latents, noise, acc=h, input_precision=PRECISION)
+    into = load_transposed(in_ptr, in_stride, c, g, C, G)
+    hidden = tl.dot(h.to(dtype), into, input_precision=PRECISION)
+    hidden += tl.load(in_bias_ptr + g, mask=g < G, other=0.0).to(tl.float32)[None, :]
+    hidden = tl.maximum(hidden, 0.0)
+    out = load_transposed(out_ptr, out_stride, g, e, G, E)
+    logits = tl.dot(hidden.to(dtype), out, input_precision=PRECISION)
+    logits += tl.load(out_bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+    logits = tl.where((e < E)[None, :], logits, float("-inf"))
+    weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+    return weights / tl.sum(weights, axis=1)[:, None], latents
+
+
+@triton.jit
+def column(weights, number, E_BLOCK: tl.constexpr):
+    """One expert's weights: [ROWS, E_BLOCK] -> [ROWS, 1]."""
+    chosen = (tl.arange(0, E_BLOCK) == number)[None, :]
+    return tl.sum(tl.where(chosen, weights, 0.0), axis=1)[:, None]
+
+
+@triton.jit
+def mix_bank(
+    weights,
+    bank_ptr,
+    bank_n,
+    bank_b,
+    bank_e,
+    n,
+    live,
+    image,
+    C: tl.constexpr,
+    E: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+    E_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Sum over the experts of weight times bank: fp32 [ROWS, C_BLOCK]."""
+    c = tl.arange(0, C_BLOCK)
+    mask = live[:, None] & (c < C)[None, :]
+    at = bank_ptr + (n * bank_n + image * bank_b)[:, None] + c[None, :]
+    mixed = tl.zeros([ROWS, C_BLOCK], tl.float32)
+    # Unrolled: all loads are under way before the first is needed.
+    for number in tl.static_range(E):
+        outputs = tl.load(at + number * bank_e, mask=mask, other=0.0).to(tl.float32)
+        mixed += column(weights, number, E_BLOCK) * outputs
+    return mixed
+
+
+def mix_bank_ref(weights: Tensor, bank: Tensor) -> Tensor:
+    """The same in PyTorch: [N, B, E] and [N, B, E, C] -> [N, B, C] in the weights' dtype."""
+    return (weights[..., None] * bank.to(weights.dtype)).sum(2)

@@ -1,0 +1,292 @@
+"""Noise projection, gate, softmax and weighted sum of the experts' outputs: the condition tokens of a step."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mogle_rt.kernels.common import Cost, check, launch, nbytes, power_of_two
+from mogle_rt.kernels.gate import Gate, gate_weights, mix_bank, mix_bank_ref, rows
+
+
+@triton.jit
+def _gate_mix_kernel(
+    latents_ptr,  # [N, B, C], and so on: see Gate
+    input_ptr,
+    time_ptr,
+    noise_ptr,
+    in_ptr,
+    in_bias_ptr,
+    out_weight_ptr,
+    out_bias_ptr,
+    latents_n,
+    latents_b,
+    input_n,
+    input_b,
+    noise_stride,
+    in_stride,
+    out_weight_stride,
+    tokens,
+    bank_ptr,  # [N, B, E, C], unless MEANS
+    out_ptr,  # [N, B, C]; with MEANS fp32 [programs, B, E], sums of the weights of a program's tokens
+    bank_n,
+    bank_b,
+    bank_e,
+    out_n,
+    out_b,
+    C: tl.constexpr,
+    G: tl.constexpr,
+    E: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+    G_BLOCK: tl.constexpr,
+    E_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    MEANS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = n < tokens
+    weights, _ = gate_weights(
+        latents_ptr, input_ptr, time_ptr, noise_ptr, in_ptr, in_bias_ptr, out_weight_ptr, out_bias_ptr,
+        latents_n, latents_b, input_n, input_b, noise_stride, in_stride, out_weight_stride,
+        n, live, image, C, G, E, C_BLOCK, G_BLOCK, E_BLOCK, PRECISION,
+    )  # fmt: skip
+    if MEANS:
+        e = tl.arange(0, E_BLOCK)
+        sums = tl.sum(tl.where(live[:, None], weights, 0.0), axis=0)
+        tl.store(out_ptr + tl.program_id(0) * out_n + image * out_b + e, sums, mask=e < E)
+    else:
+        mixed = mix_bank(weights, bank_ptr, bank_n, bank_b, bank_e, n, live, image, C, E, C_BLOCK, E_BLOCK, ROWS)
+        c = tl.arange(0, C_BLOCK)
+        at = (n * out_n + image * out_b)[:, None] + c[None, :]
+        tl.store(out_ptr + at, mixed.to(out_ptr.dtype.element_ty), mask=live[:, None] & (c < C)[None, :])
+
+
+@triton.jit
+def _mean_mix_kernel(
+    sums_ptr,  # fp32 [programs, B, E]
+    bank_ptr,  # [N, B, E, C]
+    out_ptr,  # [N, B, C]
+    tokens,
+    programs,
+    sums_p,
+    sums_b,
+    bank_n,
+    bank_b,
+    bank_e,
+    out_n,
+    out_b,
+    C: tl.constexpr,
+    E: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+    E_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    """Every program adds up the few sums again, in one order: the same weights everywhere and in every run."""
+    image = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = n < tokens
+    e = tl.arange(0, E_BLOCK)
+    total = tl.zeros([E_BLOCK], tl.float32)
+    for first in range(0, programs, SUMS):
+        p = first + tl.arange(0, SUMS)
+        mask = (p < programs)[:, None] & (e < E)[None, :]
+        total += tl.sum(
+            tl.load(sums_ptr + (p * sums_p + image * sums_b)[:, None] + e[None, :], mask=mask, other=0.0), 0
+        )
+    weights = (total / tokens)[None, :]
+    mixed = mix_bank(weights, bank_ptr, bank_n, bank_b, bank_e, n, live, image, C, E, C_BLOCK, E_BLOCK, ROWS)
+    c = tl.arange(0, C_BLOCK)
+    at = (n * out_n + image * out_b)[:, None] + c[None, :]
+    tl.store(out_ptr + at, mixed.to(out_ptr.dtype.element_ty), mask=live[:, None] & (c < C)[None, :])
+
+
+def gate_mix(
+    latents: Tensor,
+    gate_input: Tensor,
+    time: Tensor,
+    noise_weight: Tensor,
+    gate_in_weight: Tensor,
+    gate_in_bias: Tensor,
+    gate_out_weight: Tensor,
+    gate_out_bias: Tensor,
+    bank: Tensor,
+    out: Tensor,
+) -> None:
+    """out = sum over e of softmax(gate)_e * bank[:, :, e] (MoGLE, arXiv 2509.00428).
+
+    The gate is Linear(relu(Linear(latents @ noise_weight^T + gate_input + time))).
+
+    Args:
+        latents: [N, B, C], packed noisy latents, fp32, fp16 or bf16; all else of the same dtype.
+        gate_input: [N, B, C], what no step changes; time: [C], the step's embedding.
+        noise_weight: [C, C]; gate_in_weight: [G, C] and bias [G]; gate_out_weight: [E, G] and bias [E].
+        bank: [N, B, E, C], the experts' outputs.
+        out: [N, B, C], written.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device doesn't fit.
+    """
+    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
+    gate.check()
+    N, B, C, _, E = gate.sizes
+    check("bank", bank, (N, B, E, C), latents)
+    check("out", out, (N, B, C), latents)
+    if N * B == 0:
+        return
+    constants = gate.constants()
+    launch(
+        _gate_mix_kernel,
+        (triton.cdiv(N, constants["ROWS"]), B),
+        *gate.arguments(),
+        bank,
+        out,
+        *bank.stride()[:3],
+        *out.stride()[:2],
+        MEANS=False,
+        **constants,
+    )
+
+
+def gate_mix_ref(
+    latents: Tensor,
+    gate_input: Tensor,
+    time: Tensor,
+    noise_weight: Tensor,
+    gate_in_weight: Tensor,
+    gate_in_bias: Tensor,
+    gate_out_weight: Tensor,
+    gate_out_bias: Tensor,
+    bank: Tensor,
+    out: Tensor,
+) -> None:
+    """`gate_mix` in PyTorch."""
+    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
+    out.copy_(mix_bank_ref(gate.weights(), bank))
+
+
+def gate_mix_cost(
+    latents: Tensor,
+    gate_input: Tensor,
+    time: Tensor,
+    noise_weight: Tensor,
+    gate_in_weight: Tensor,
+    gate_in_bias: Tensor,
+    gate_out_weight: Tensor,
+    gate_out_bias: Tensor,
+    bank: Tensor,
+    out: Tensor,
+) -> Cost:
+    """What `gate_mix` takes at least: the bank once."""
+    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
+    return Cost(read=gate.read() + nbytes(bank), written=nbytes(out), flops=gate.flops() + 2 * bank.numel())
+
+
+def partial_sums(tokens: int, batch: int) -> int:
+    """Rows of `gate_mix_mean`'s scratch buffer for N tokens and B images."""
+    return triton.cdiv(tokens, rows(tokens, batch))
+
+
+def gate_mix_mean(
+    latents: Tensor,
+    gate_input: Tensor,
+    time: Tensor,
+    noise_weight: Tensor,
+    gate_in_weight: Tensor,
+    gate_in_bias: Tensor,
+    gate_out_weight: Tensor,
+    gate_out_bias: Tensor,
+    bank: Tensor,
+    sums: Tensor,
+    out: Tensor,
+) -> None:
+    """`gate_mix` with the weights averaged over the tokens of each image (weight_is_scale), in two launches.
+
+    Args:
+        sums: fp32 [`partial_sums` (N, B), B, E], scratch, written; the other arguments as in `gate_mix`.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device doesn't fit.
+    """
+    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
+    gate.check()
+    N, B, C, _, E = gate.sizes
+    programs = partial_sums(N, B)
+    check("bank", bank, (N, B, E, C), latents)
+    check("out", out, (N, B, C), latents)
+    check("sums", sums, (programs, B, E), latents, torch.float32)
+    if N * B == 0:
+        return
+    constants = gate.constants()
+    launch(
+        _gate_mix_kernel,
+        (programs, B),
+        *gate.arguments(),
+        bank,
+        sums,
+        *bank.stride()[:3],
+        *sums.stride()[:2],
+        MEANS=True,
+        **constants,
+    )
+    launch(
+        _mean_mix_kernel,
+        (programs, B),
+        sums,
+        bank,
+        out,
+        N,
+        programs,
+        *sums.stride()[:2],
+        *bank.stride()[:3],
+        *out.stride()[:2],
+        SUMS=min(power_of_two(programs), 32),
+        **{name: constants[name] for name in ("C", "E", "C_BLOCK", "E_BLOCK", "ROWS")},
+    )
+
+
+def gate_mix_mean_ref(
+    latents: Tensor,
+    gate_input: Tensor,
+    time: Tensor,
+    noise_weight: Tensor,
+    gate_in_weight: Tensor,
+    gate_in_bias: Tensor,
+    gate_out_weight: Tensor,
+    gate_out_bias: Tensor,
+    bank: Tensor,
+    sums: Tensor,
+    out: Tensor,
+) -> None:
+    """`gate_mix_mean` in PyTorch: the sums of all tokens lie in the first row of ``sums``."""
+    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
+    weights = gate.weights()
+    sums.zero_()[0] = weights.sum(0)
+    out.copy_(mix_bank_ref(weights.mean(0, keepdim=True), bank))
+
+
+def gate_mix_mean_cost(
+    latents: Tensor,
+    gate_input: Tensor,
+    time: Tensor,
+    noise_weight: Tensor,
+    gate_in_weight: Tensor,
+    gate_in_bias: Tensor,
+    gate_out_weight: Tensor,
+    gate_out_bias: Tensor,
+    bank: Tensor,
+    sums: Tensor,
+    out: Tensor,
+) -> Cost:
+    """What `gate_mix_mean` takes at least: bank and sums once."""
+    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
+    return Cost(
+        read=gate.read() + nbytes(bank, sums),
+        written=nbytes(out, sums),
+        flops=gate.flops() + 2 * bank.numel(),
+        launches=2,
+    )

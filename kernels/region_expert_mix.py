@@ -1,0 +1,192 @@
+"""The whole mixture in one launch: experts of the present regions, gate, softmax and weighted sum.
+
+Nothing is written but the condition tokens, and nothing is kept between steps but the pictures' latents. Against
+`region_experts` once and `gate_mix` every step, a step computes the present experts again and reads each distinct
+picture once where the bank has one block an expert and image. By counted bytes it is worth it where images share
+pictures or absent regions (batches); a single image moves as much either way, and `gate_mix` computes less.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mogle_rt.kernels.common import Cost, check, launch, nbytes, require
+from mogle_rt.kernels.experts import Experts, expert_outputs
+from mogle_rt.kernels.gate import Gate, column, gate_weights, mix_bank_ref
+
+
+@triton.jit
+def _region_expert_mix_kernel(
+    latents_ptr,  # [N, B, C], and so on: see Gate
+    input_ptr,
+    time_ptr,
+    noise_ptr,
+    gate_in_ptr,
+    gate_in_bias_ptr,
+    gate_out_ptr,
+    gate_out_bias_ptr,
+    latents_n,
+    latents_b,
+    input_n,
+    input_b,
+    noise_stride,
+    gate_in_stride,
+    gate_out_stride,
+    tokens,
+    planes_ptr,  # [P, N, C], and so on: see Experts
+    index_ptr,
+    absent_ptr,
+    in_ptr,
+    in_bias_ptr,
+    out_weight_ptr,
+    out_bias_ptr,
+    planes_p,
+    planes_n,
+    index_b,
+    absent_n,
+    absent_e,
+    in_e,
+    in_stride,
+    in_bias_e,
+    out_weight_e,
+    out_weight_stride,
+    out_bias_e,
+    out_ptr,  # [N, B, C]
+    out_n,
+    out_b,
+    C: tl.constexpr,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+    G_BLOCK: tl.constexpr,
+    H_BLOCK: tl.constexpr,
+    E_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Images vary fastest: programs side by side share rows of `absent`.
+    image = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = n < tokens
+    weights, _ = gate_weights(
+        latents_ptr, input_ptr, time_ptr, noise_ptr, gate_in_ptr, gate_in_bias_ptr, gate_out_ptr, gate_out_bias_ptr,
+        latents_n, latents_b, input_n, input_b, noise_stride, gate_in_stride, gate_out_stride,
+        n, live, image, C, G, E, C_BLOCK, G_BLOCK, E_BLOCK, PRECISION,
+    )  # fmt: skip
+    mixed = tl.zeros([ROWS, C_BLOCK], tl.float32)
+    for expert in range(E):
+        plane = tl.load(index_ptr + image * index_b + expert)
+        y = expert_outputs(
+            planes_ptr, absent_ptr, in_ptr, in_bias_ptr, out_weight_ptr, out_bias_ptr, planes_p, planes_n,
+            absent_n, absent_e, in_e, in_stride, in_bias_e, out_weight_e, out_weight_stride, out_bias_e,
+            plane, expert, n, live, C, H, C_BLOCK, H_BLOCK, PRECISION,
+        )  # fmt: skip
+        mixed += column(weights, expert, E_BLOCK) * y
+    c = tl.arange(0, C_BLOCK)
+    at = (n * out_n + image * out_b)[:, None] + c[None, :]
+    tl.store(out_ptr + at, mixed.to(out_ptr.dtype.element_ty), mask=live[:, None] & (c < C)[None, :])
+
+
+def region_expert_mix(
+    latents: Tensor,
+    gate_input: Tensor,
+    time: Tensor,
+    noise_weight: Tensor,
+    gate_in_weight: Tensor,
+    gate_in_bias: Tensor,
+    gate_out_weight: Tensor,
+    gate_out_bias: Tensor,
+    planes: Tensor,
+    index: Tensor,
+    absent: Tensor,
+    expert_in_weight: Tensor,
+    expert_in_bias: Tensor,
+    expert_out_weight: Tensor,
+    expert_out_bias: Tensor,
+    out: Tensor,
+) -> None:
+    """`region_experts` and `gate_mix` as one: out [N, B, C], the condition tokens of a step.
+
+    Args: those of `gate_mix` up to ``gate_out_bias``, then those of `region_experts` up to ``expert_out_bias``.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device doesn't fit.
+    """
+    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
+    experts = Experts(planes, index, absent, expert_in_weight, expert_in_bias, expert_out_weight, expert_out_bias)
+    gate.check()
+    experts.check()
+    N, B, C, _, E = gate.sizes
+    require(
+        experts.sizes[:3] == (N, B, C) and experts.sizes[4] == E and planes.dtype == latents.dtype,
+        f"gate and experts must agree in N, B, C, E and dtype, got {gate.sizes}, {experts.sizes}",
+    )
+    check("out", out, (N, B, C), latents)
+    if out.numel() == 0:
+        return
+    constants = gate.constants() | experts.constants()
+    launch(
+        _region_expert_mix_kernel,
+        (B, triton.cdiv(N, constants["ROWS"])),
+        *gate.arguments(),
+        *experts.arguments(),
+        out,
+        *out.stride()[:2],
+        **constants,
+    )
+
+
+def region_expert_mix_ref(
+    latents: Tensor,
+    gate_input: Tensor,
+    time: Tensor,
+    noise_weight: Tensor,
+    gate_in_weight: Tensor,
+    gate_in_bias: Tensor,
+    gate_out_weight: Tensor,
+    gate_out_bias: Tensor,
+    planes: Tensor,
+    index: Tensor,
+    absent: Tensor,
+    expert_in_weight: Tensor,
+    expert_in_bias: Tensor,
+    expert_out_weight: Tensor,
+    expert_out_bias: Tensor,
+    out: Tensor,
+) -> None:
+    """`region_expert_mix` in PyTorch."""
+    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
+    experts = Experts(planes, index, absent, expert_in_weight, expert_in_bias, expert_out_weight, expert_out_bias)
+    out.copy_(mix_bank_ref(gate.weights(), experts.outputs()))
+
+
+def region_expert_mix_cost(
+    latents: Tensor,
+    gate_input: Tensor,
+    time: Tensor,
+    noise_weight: Tensor,
+    gate_in_weight: Tensor,
+    gate_in_bias: Tensor,
+    gate_out_weight: Tensor,
+    gate_out_bias: Tensor,
+    planes: Tensor,
+    index: Tensor,
+    absent: Tensor,
+    expert_in_weight: Tensor,
+    expert_in_bias: Tensor,
+    expert_out_weight: Tensor,
+    expert_out_bias: Tensor,
+    out: Tensor,
+) -> Cost:
+    """What `region_expert_mix` takes at least, by what the index says (so not for captured code)."""
+    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
+    experts = Experts(planes, index, absent, expert_in_weight, expert_in_bias, expert_out_weight, expert_out_bias)
+    N, B, C, _, E = gate.sizes
+    return Cost(
+        read=gate.read() + experts.read(),
+        written=nbytes(out),
+        flops=gate.flops() + experts.flops() + 2 * N * B * E * C,
+    )

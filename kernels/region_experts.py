@@ -1,0 +1,138 @@
+"""All region experts of all images in one launch, once an image: the bank that every step mixes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mogle_rt.kernels.common import Cost, check, interpreted, launch, nbytes, power_of_two
+from mogle_rt.kernels.experts import Experts, expert_outputs
+
+
+def rows(tokens: int) -> int:
+    """Tokens of a program: 64 is the height of Hopper's matrix instruction; 20 experts make programs enough."""
+    return min(power_of_two(tokens, 16), 1024 if interpreted() else 64)
+
+
+@triton.jit
+def _region_experts_kernel(
+    planes_ptr,  # [P, N, C], and so on: see Experts
+    index_ptr,
+    absent_ptr,
+    in_ptr,
+    in_bias_ptr,
+    out_weight_ptr,
+    out_bias_ptr,
+    planes_p,
+    planes_n,
+    index_b,
+    absent_n,
+    absent_e,
+    in_e,
+    in_stride,
+    in_bias_e,
+    out_weight_e,
+    out_weight_stride,
+    out_bias_e,
+    bank_ptr,  # [N, B, E, C]
+    tokens,
+    bank_n,
+    bank_b,
+    bank_e,
+    C: tl.constexpr,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    C_BLOCK: tl.constexpr,
+    H_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Experts vary fastest: programs side by side write side by side.
+    expert = (tl.program_id(0) % E).to(tl.int64)
+    image = tl.program_id(1).to(tl.int64)
+    n = (tl.program_id(0) // E).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = n < tokens
+    plane = tl.load(index_ptr + image * index_b + expert)
+    y = expert_outputs(
+        planes_ptr, absent_ptr, in_ptr, in_bias_ptr, out_weight_ptr, out_bias_ptr, planes_p, planes_n,
+        absent_n, absent_e, in_e, in_stride, in_bias_e, out_weight_e, out_weight_stride, out_bias_e,
+        plane, expert, n, live, C, H, C_BLOCK, H_BLOCK, PRECISION,
+    )  # fmt: skip
+    c = tl.arange(0, C_BLOCK)
+    at = (n * bank_n)[:, None] + image * bank_b + expert * bank_e + c[None, :]
+    tl.store(bank_ptr + at, y.to(bank_ptr.dtype.element_ty), mask=live[:, None] & (c < C)[None, :])
+
+
+def region_experts(
+    planes: Tensor,
+    index: Tensor,
+    absent: Tensor,
+    expert_in_weight: Tensor,
+    expert_in_bias: Tensor,
+    expert_out_weight: Tensor,
+    expert_out_bias: Tensor,
+    bank: Tensor,
+) -> None:
+    """bank[:, b, e] = expert e of planes[index[b, e]], or absent[:, e] where the index is -1.
+
+    An expert is Linear(relu(Linear(x))) (MoGLE, arXiv 2509.00428). ``absent`` is made by the same kernel: the black
+    picture as the one plane, an index of zeros [1, E], and ``bank[:, 0]`` of it.
+
+    Args:
+        planes: [P, N, C], packed latents of the distinct pictures, fp32, fp16 or bf16; all else of the same dtype.
+        index: [B, E] int32, -1 … P - 1 (not checked: that would take a copy to the host).
+        absent: [N, E, C]; read only where an index is -1.
+        expert_in_weight: [E, H, C] and bias [E, H]; expert_out_weight: [E, C, H] and bias [E, C].
+        bank: [N, B, E, C], written.
+
+    Raises:
+        ValueError: a shape, dtype, stride or device doesn't fit.
+    """
+    experts = Experts(planes, index, absent, expert_in_weight, expert_in_bias, expert_out_weight, expert_out_bias)
+    experts.check()
+    N, B, C, _, E = experts.sizes
+    check("bank", bank, (N, B, E, C), planes)
+    if bank.numel() == 0:
+        return
+    tile = rows(N)
+    launch(
+        _region_experts_kernel,
+        (triton.cdiv(N, tile) * E, B),
+        *experts.arguments(),
+        bank,
+        N,
+        *bank.stride()[:3],
+        ROWS=tile,
+        **experts.constants(),
+    )
+
+
+def region_experts_ref(
+    planes: Tensor,
+    index: Tensor,
+    absent: Tensor,
+    expert_in_weight: Tensor,
+    expert_in_bias: Tensor,
+    expert_out_weight: Tensor,
+    expert_out_bias: Tensor,
+    bank: Tensor,
+) -> None:
+    """`region_experts` in PyTorch."""
+    experts = Experts(planes, index, absent, expert_in_weight, expert_in_bias, expert_out_weight, expert_out_bias)
+    bank.copy_(experts.outputs())
+
+
+def region_experts_cost(
+    planes: Tensor,
+    index: Tensor,
+    absent: Tensor,
+    expert_in_weight: Tensor,
+    expert_in_bias: Tensor,
+    expert_out_weight: Tensor,
+    expert_out_bias: Tensor,
+    bank: Tensor,
+) -> Cost:
+    """What `region_experts` takes at least, by what the index says (so not for captured code)."""
+    experts = Experts(planes, index, absent, expert_in_weight, expert_in_bias, expert_out_weight, expert_out_bias)
+    return Cost(read=experts.read(), written=nbytes(bank), flops=experts.flops())

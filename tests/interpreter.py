@@ -1,0 +1,154 @@
+"""Triton's interpreter with bfloat16 that is right, and a record of what a kernel reads and writes.
+
+Triton 3.7 computes on the raw bits of bfloat16 values; `correct_bfloat16` has it compute in fp32 and round, as GPUs do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
+
+# Operations on floating point values; comparisons are added below.
+ARITHMETIC = [
+    *("fadd", "fsub", "fmul", "fdiv", "frem", "precise_divf", "fma", "dot", "clampf"),
+    *("minimumf", "minnumf", "maximumf", "maxnumf", "floor", "ceil"),
+    *("exp", "exp2", "log", "log2", "sqrt", "precise_sqrt", "rsqrt", "sin", "cos", "erf"),
+]
+
+
+def _is_bfloat16(value: Any) -> bool:
+    return isinstance(value, TensorHandle) and value.dtype.scalar == tl.bfloat16
+
+
+def _widened(handle: Any) -> Any:
+    """bfloat16 bits as fp32 values."""
+    return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _rounded(handle: Any) -> Any:
+    """fp32 values as bfloat16 bits, to nearest even."""
+    bits = np.ascontiguousarray(handle.data.astype(np.float32)).view(np.uint32)
+    bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return TensorHandle(np.where(np.isnan(handle.data), np.uint16(0x7FC0), bits), tl.bfloat16)
+
+
+def _in_fp32(name: str, old: Callable[..., Any]) -> Callable[..., Any]:
+    def new(self: Any, *args: Any, **kwargs: Any) -> Any:
+        narrow = [_is_bfloat16(a) for a in args]
+        if not any(narrow):
+            return old(self, *args, **kwargs)
+        result = old(self, *(_widened(a) if n else a for a, n in zip(args, narrow, strict=True)), **kwargs)
+        if name.startswith("fcmp") or (name == "dot" and not narrow[2]):  # a dot's third is its fp32 sum
+            return result
+        return _rounded(result)
+
+    return new
+
+
+def correct_bfloat16() -> None:
+    """Patch Triton's interpreter, for the whole process; a second call does nothing."""
+    builder = InterpreterBuilder
+    if hasattr(builder, "mogle_rt_corrected"):
+        return
+    builder.mogle_rt_corrected = True
+    names = ARITHMETIC + [n.removeprefix("create_") for n in dir(builder) if n.startswith("create_fcmp")]
+    for name in names:
+        method = f"create_{name}"
+        if hasattr(builder, method):
+            setattr(builder, method, _in_fp32(name, getattr(builder, method)))
+    cast, fp_to_fp, total = builder.cast_impl, builder.create_fp_to_fp, ReduceOps.sum
+
+    def cast_impl(self: Any, src: Any, to: Any) -> Any:
+        source, target = src.dtype.scalar, to.scalar
+        if source == tl.bfloat16 and target != tl.bfloat16:
+            return _widened(src) if target == tl.float32 else cast(self, _widened(src), to)
+        if target == tl.bfloat16 and source != tl.bfloat16:
+            return _rounded(src if source == tl.float32 else cast(self, src, tl.float32))
+        return cast(self, src, to)
+
+    def create_fp_to_fp(self: Any, src: Any, to: Any, rounding: Any) -> Any:
+        narrow = tl.bfloat16 in (src.dtype.scalar, to.scalar)
+        return self.cast_impl(src, to) if narrow and rounding is None else fp_to_fp(self, src, to, rounding)
+
+    def reduce_sum(self: Any, x: Any) -> Any:
+        if not _is_bfloat16(x.handle):
+            return total(self, x)
+        wide = np.sum(_widened(x.handle).data, axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(_rounded(TensorHandle(wide, tl.float32)).data, x.dtype)
+
+    builder.cast_impl = cast_impl
+    builder.create_fp_to_fp = create_fp_to_fp
+    ReduceOps.sum = reduce_sum
+
+
+@dataclass
+class Traffic:
+    """Addresses of bytes that kernels touched.
+
+    Attributes:
+        read, written: one array of first bytes and a size for each access.
+    """
+
+    read: list[tuple[NDArray[np.uint64], int]] = field(default_factory=list)
+    written: list[tuple[NDArray[np.uint64], int]] = field(default_factory=list)
+
+    @staticmethod
+    def _distinct(accesses: list[tuple[NDArray[np.uint64], int]]) -> int:
+        sizes = {size for _, size in accesses}
+        return sum(
+            size * len(np.unique(np.concatenate([at for at, width in accesses if width == size]))) for size in sizes
+        )
+
+    @property
+    def bytes_read(self) -> int:
+        """Each address once."""
+        return self._distinct(self.read)
+
+    @property
+    def bytes_written(self) -> int:
+        """Each address once."""
+        return self._distinct(self.written)
+
+    def times_read(self, x: Tensor) -> float:
+        """How often the elements of x were read on average: bytes of loads from its memory by its size."""
+        first, last = x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes()
+        loads = sum(int(((at >= first) & (at < last)).sum()) for at, _ in self.read)
+        return loads / x.numel()
+
+    def times_written(self, x: Tensor) -> float:
+        """How often the elements of x were written on average."""
+        first, last = x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes()
+        return sum(int(((at >= first) & (at < last)).sum()) for at, _ in self.written) / x.numel()
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Traffic]:
+    """What kernels that run in the interpreter meanwhile read and write."""
+    traffic, builder = Traffic(), InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def note(into: list[tuple[NDArray[np.uint64], int]], ptrs: Any, mask: Any) -> None:
+        addresses, live = np.broadcast_arrays(ptrs.data, mask.data)
+        into.append((addresses[live].ravel().astype(np.uint64), ptrs.get_element_ty().primitive_bitwidth // 8))
+
+    def masked_load(self: Any, ptrs: Any, mask: Any, *args: Any) -> Any:
+        note(traffic.read, ptrs, mask)
+        return load(self, ptrs, mask, *args)
+
+    def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
+        note(traffic.written, ptrs, mask)
+        return store(self, ptrs, value, mask, *args)
+
+    builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
+    try:
+        yield traffic
+    finally:
+        builder.create_masked_load, builder.create_masked_store = load, store

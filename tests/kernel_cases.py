@@ -1,0 +1,417 @@
+"""Random arguments for every kernel, of any size, with NaN in whatever a kernel must not read or leave unwritten."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mogle_rt.kernels.common import Cost
+from mogle_rt.kernels.gate_mix import (
+    gate_mix,
+    gate_mix_cost,
+    gate_mix_mean,
+    gate_mix_mean_cost,
+    gate_mix_mean_ref,
+    gate_mix_ref,
+    partial_sums,
+)
+from mogle_rt.kernels.joint_attention import joint_attention, joint_attention_cost, joint_attention_ref
+from mogle_rt.kernels.norm_modulate import norm_modulate, norm_modulate_cost, norm_modulate_ref
+from mogle_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cost, qk_norm_rope_ref
+from mogle_rt.kernels.region_expert_mix import region_expert_mix, region_expert_mix_cost, region_expert_mix_ref
+from mogle_rt.kernels.region_experts import region_experts, region_experts_cost, region_experts_ref
+from mogle_rt.kernels.residual_norm_modulate import (
+    residual,
+    residual_cost,
+    residual_norm_modulate,
+    residual_norm_modulate_cost,
+    residual_norm_modulate_ref,
+    residual_ref,
+)
+
+Arguments = dict[str, Any]
+
+# Largest relative RMS error against float64, by dtype: a few roundings of the result and of what lies between.
+RMS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+class Random:
+    """Tensors of one seed, dtype and device. Views keep NaN around them; see `guards_kept`."""
+
+    def __init__(self, seed: int, dtype: torch.dtype, device: str) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.dtype, self.device = dtype, device
+
+    def __call__(self, *shape: int, extra: int = 0, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal values; ``extra`` columns of NaN behind each row."""
+        values = torch.randn(shape, generator=self.generator) * scale
+        view = self.empty(*shape, extra=extra, dtype=dtype)
+        view.copy_(values)
+        return view
+
+    def empty(self, *shape: int, extra: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+        """NaN everywhere: an output."""
+        whole = (*shape[:-1], shape[-1] + extra)
+        buffer = torch.full(whole, float("nan"), dtype=dtype or self.dtype, device=self.device)
+        return buffer[..., : shape[-1]]
+
+
+def guards_kept(x: Tensor) -> bool:
+    """Whether a view is written whole, and all else of its buffer is NaN still."""
+    whole = x if x._base is None else x._base
+    return int(whole.isnan().sum()) == whole.numel() - x.numel() and not bool(x.isnan().any())
+
+
+def in_float64(arguments: Arguments) -> Arguments:
+    """The same values in float64."""
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel and how to make its arguments.
+
+    Attributes:
+        outputs: names of arguments that are written; scratch: those whose contents are the kernel's own affair.
+        make: arguments from a `Random` and sizes.
+        small: odd sizes, each a call; the first is used where one is enough.
+        full: FLUX.1-dev's, 512 x 512 pixels.
+    """
+
+    name: str
+    run: Callable[..., None]
+    reference: Callable[..., None]
+    cost: Callable[..., Cost]
+    outputs: tuple[str, ...]
+    make: Callable[..., Arguments]
+    small: tuple[dict[str, Any], ...]
+    full: dict[str, Any]
+    scratch: tuple[str, ...] = ()
+
+    def arguments(self, seed: int, dtype: torch.dtype, device: str = "cpu", **sizes: Any) -> Arguments:
+        """The same for the same seed."""
+        return self.make(Random(seed, dtype, device), **sizes)
+
+
+def _bounds(L: int, groups: int) -> list[int]:
+    """Ends of groups: odd places."""
+    return {1: [L], 2: [L // 3, L], 3: [L // 5, L // 2, L]}[groups]
+
+
+def _norm(
+    r: Random, *, L: int, B: int, D: int, R: int, G: int, lora_from: int, extra: int = 0, ends: list[int] | None = None
+) -> Arguments:
+    return {
+        "x": r(L, B, D, extra=extra) + 3.0 if extra == 0 else r(L, B, D, extra=extra).add_(3.0),
+        "scale": r(G, B, D, scale=0.3).add_(1.0),
+        "shift": r(G, B, D),
+        "bounds": ends or _bounds(L, G),
+        "out": r.empty(L, B, D + R, extra=extra),
+        "lora_down": r(D, R, scale=D**-0.5) if R else None,
+        "lora_from": lora_from,
+    }
+
+
+def _residual_norm(
+    r: Random,
+    *,
+    Q: int,
+    lora_up_from: int,
+    clip: bool = False,
+    L: int,
+    B: int,
+    D: int,
+    extra: int = 0,
+    G: int,
+    **rest: Any,
+) -> Arguments:
+    return _norm(r, L=L, B=B, D=D, G=G, extra=extra, **rest) | {
+        "y": r(L, B, D + Q, extra=extra, scale=1e5 if clip else 1.0),
+        "gate": r(G, B, D),
+        "lora_up": r(Q, D, scale=Q**-0.5) if Q else None,
+        "lora_up_from": lora_up_from,
+        "clip": clip,
+    }
+
+
+def _residual(r: Random, **sizes: Any) -> Arguments:
+    made = _residual_norm(r, R=0, lora_from=sizes["L"], **sizes)
+    return {name: made[name] for name in ("x", "y", "gate", "bounds", "lora_up", "lora_up_from", "clip")}
+
+
+def _qk(
+    r: Random,
+    *,
+    L: int,
+    B: int,
+    P: int,
+    W: int,
+    H: int,
+    d: int,
+    G: int,
+    extra: int = 0,
+    ends: list[int] | None = None,
+) -> Arguments:
+    angles = torch.rand((L, d // 2), generator=r.generator) * 6.3
+    rope = torch.cat([angles.cos(), angles.sin()], dim=-1).to(r.device)
+    buffer = r(L, B, P * H * d, extra=extra)
+    return {
+        "x": buffer.unflatten(-1, (P, H, d)),
+        "norm_weight": r(G, W, d, scale=0.3).add_(1.0),
+        "bounds": ends or _bounds(L, G),
+        "rope": rope,
+    }
+
+
+def _gate(r: Random, *, N: int, B: int, C: int, G: int, E: int, extra: int = 0) -> Arguments:
+    return {
+        "latents": r(N, B, C, extra=extra),
+        "gate_input": r(N, B, C, extra=extra),
+        "time": r(C),
+        "noise_weight": r(C, C, scale=C**-0.5),
+        "gate_in_weight": r(G, C, scale=C**-0.5),
+        "gate_in_bias": r(G),
+        "gate_out_weight": r(E, G, scale=G**-0.5, extra=extra),
+        "gate_out_bias": r(E),
+    }
+
+
+def _gate_mix(r: Random, *, N: int, B: int, C: int, G: int, E: int, extra: int = 0) -> Arguments:
+    return _gate(r, N=N, B=B, C=C, G=G, E=E, extra=extra) | {
+        "bank": r(N, B, E, C, extra=extra),
+        "out": r.empty(N, B, C, extra=extra),
+    }
+
+
+def _gate_mix_mean(r: Random, *, N: int, B: int, C: int, G: int, E: int, extra: int = 0) -> Arguments:
+    scratch = r.empty(partial_sums(N, B), B, E, dtype=torch.float32)
+    return _gate_mix(r, N=N, B=B, C=C, G=G, E=E, extra=extra) | {"sums": scratch}
+
+
+def _attention(
+    r: Random,
+    *,
+    Lq: int,
+    L: int,
+    B: int,
+    H: int,
+    d: int,
+    condition: int,
+    visibility: str,
+    log_scale: float = 0.0,
+    fused: bool = True,
+    extra: int = 0,
+) -> Arguments:
+    if fused:  # as one projection leaves them
+        q, k, v = r(L, B, 3 * H * d).unflatten(-1, (3, H, d)).unbind(2)
+    else:
+        q, k, v = (r(L, B, H, d, extra=extra) for _ in range(3))
+    return {
+        "q": q[:Lq],
+        "k": k,
+        "v": v,
+        "out": r.empty(Lq, B, H * d, extra=extra),
+        "condition_from": condition,
+        "visibility": visibility,
+        "log_scale": log_scale,
+    }
+
+
+GATE_SIZES = (
+    {"N": 37, "B": 1, "C": 24, "G": 10, "E": 20, "extra": 3},
+    {"N": 15, "B": 3, "C": 64, "G": 33, "E": 20},
+    {"N": 50, "B": 2, "C": 17, "G": 64, "E": 3, "extra": 1},
+    {"N": 1, "B": 1, "C": 4, "G": 2, "E": 1},
+)
+
+
+def _experts(r: Random, *, N: int, B: int, C: int, H: int, E: int, P: int, extra: int = 0) -> Arguments:
+    index = torch.randint(-1, P, (B, E), generator=r.generator, dtype=torch.int32)
+    index[0, 0] = P - 1  # at least one present, and the last plane in use
+    return {
+        "planes": r(P, N, C, extra=extra),
+        "index": index.to(r.device),
+        "absent": r(N, E, C, extra=extra),
+        "expert_in_weight": r(E, H, C, scale=C**-0.5, extra=extra),
+        "expert_in_bias": r(E, H),
+        "expert_out_weight": r(E, C, H, scale=H**-0.5),
+        "expert_out_bias": r(E, C),
+    }
+
+
+def _region_experts(r: Random, *, N: int, B: int, C: int, E: int, extra: int = 0, **rest: Any) -> Arguments:
+    return _experts(r, N=N, B=B, C=C, E=E, extra=extra, **rest) | {"bank": r.empty(N, B, E, C, extra=extra)}
+
+
+def _region_expert_mix(
+    r: Random, *, N: int, B: int, C: int, G: int, H: int, E: int, P: int, extra: int = 0
+) -> Arguments:
+    gate = _gate(r, N=N, B=B, C=C, G=G, E=E, extra=extra)
+    experts = _experts(r, N=N, B=B, C=C, H=H, E=E, P=P, extra=extra)
+    return gate | experts | {"out": r.empty(N, B, C, extra=extra)}
+
+
+CASES = [
+    Case(
+        "norm_modulate",
+        norm_modulate,
+        norm_modulate_ref,
+        norm_modulate_cost,
+        ("out",),
+        _norm,
+        (
+            {"L": 37, "B": 1, "D": 48, "R": 5, "G": 2, "lora_from": 20, "extra": 3},
+            {"L": 19, "B": 3, "D": 101, "R": 0, "G": 3, "lora_from": 0},
+            {"L": 33, "B": 2, "D": 64, "R": 17, "G": 1, "lora_from": 0},
+            {"L": 21, "B": 2, "D": 96, "R": 1, "G": 3, "lora_from": 21},
+            {"L": 1, "B": 1, "D": 7, "R": 3, "G": 1, "lora_from": 0},
+        ),
+        {"L": 2560, "B": 1, "D": 3072, "R": 16, "G": 2, "lora_from": 1536, "ends": [1536, 2560]},
+    ),
+    Case(
+        "residual_norm_modulate",
+        residual_norm_modulate,
+        residual_norm_modulate_ref,
+        residual_norm_modulate_cost,
+        ("x", "out"),
+        _residual_norm,
+        (
+            {"L": 37, "B": 1, "D": 48, "R": 5, "Q": 3, "G": 2, "lora_from": 20, "lora_up_from": 23, "extra": 3},
+            {"L": 18, "B": 3, "D": 101, "R": 0, "Q": 8, "G": 3, "lora_from": 0, "lora_up_from": 11},
+            {"L": 33, "B": 2, "D": 64, "R": 17, "Q": 0, "G": 1, "lora_from": 0, "lora_up_from": 0},
+            {"L": 21, "B": 2, "D": 96, "R": 0, "Q": 0, "G": 3, "lora_from": 0, "lora_up_from": 0},
+            {"L": 9, "B": 2, "D": 33, "R": 2, "Q": 20, "G": 2, "lora_from": 4, "lora_up_from": 0},
+        ),
+        {
+            "L": 2560, "B": 1, "D": 3072, "R": 16, "Q": 8, "G": 2, "lora_from": 1536, "lora_up_from": 1536,
+            "ends": [1536, 2560],
+        },
+    ),
+    Case(
+        "residual",
+        residual,
+        residual_ref,
+        residual_cost,
+        ("x",),
+        _residual,
+        (
+            {"L": 37, "B": 2, "D": 48, "Q": 3, "G": 2, "lora_up_from": 23, "extra": 3},
+            {"L": 17, "B": 1, "D": 101, "Q": 0, "G": 3, "lora_up_from": 0},
+        ),
+        {"L": 1024, "B": 1, "D": 3072, "Q": 8, "G": 1, "lora_up_from": 1024},
+    ),
+    Case(
+        "qk_norm_rope",
+        qk_norm_rope,
+        qk_norm_rope_ref,
+        qk_norm_rope_cost,
+        ("x",),
+        _qk,
+        (
+            {"L": 37, "B": 1, "P": 3, "W": 2, "H": 3, "d": 24, "G": 2, "extra": 5},
+            {"L": 11, "B": 3, "P": 3, "W": 2, "H": 5, "d": 16, "G": 3},
+            {"L": 13, "B": 2, "P": 1, "W": 1, "H": 1, "d": 2, "G": 1},
+            {"L": 6, "B": 2, "P": 2, "W": 1, "H": 24, "d": 66, "G": 2},
+        ),
+        {"L": 2560, "B": 1, "P": 3, "W": 2, "H": 24, "d": 128, "G": 2, "ends": [512, 2560]},
+    ),
+    Case(
+        "gate_mix",
+        gate_mix,
+        gate_mix_ref,
+        gate_mix_cost,
+        ("out",),
+        _gate_mix,
+        GATE_SIZES,
+        {"N": 1024, "B": 1, "C": 64, "G": 64, "E": 20},
+    ),
+    Case(
+        "gate_mix_mean",
+        gate_mix_mean,
+        gate_mix_mean_ref,
+        gate_mix_mean_cost,
+        ("out",),
+        _gate_mix_mean,
+        GATE_SIZES,
+        {"N": 1024, "B": 1, "C": 64, "G": 64, "E": 20},
+        scratch=("sums",),
+    ),
+    Case(
+        "region_experts",
+        region_experts,
+        region_experts_ref,
+        region_experts_cost,
+        ("bank",),
+        _region_experts,
+        (
+            {"N": 37, "B": 2, "C": 24, "H": 10, "E": 20, "P": 5, "extra": 3},
+            {"N": 70, "B": 1, "C": 64, "H": 32, "E": 3, "P": 2},
+            {"N": 15, "B": 3, "C": 17, "H": 33, "E": 4, "P": 1, "extra": 1},
+            {"N": 1, "B": 1, "C": 4, "H": 2, "E": 1, "P": 1},
+        ),
+        {"N": 1024, "B": 1, "C": 64, "H": 32, "E": 20, "P": 11},
+    ),
+    Case(
+        "region_expert_mix",
+        region_expert_mix,
+        region_expert_mix_ref,
+        region_expert_mix_cost,
+        ("out",),
+        _region_expert_mix,
+        (
+            {"N": 37, "B": 2, "C": 24, "G": 40, "H": 10, "E": 20, "P": 5, "extra": 3},
+            {"N": 50, "B": 1, "C": 64, "G": 64, "H": 32, "E": 3, "P": 2},
+            {"N": 15, "B": 3, "C": 17, "G": 5, "H": 33, "E": 4, "P": 1, "extra": 1},
+        ),
+        {"N": 1024, "B": 1, "C": 64, "G": 64, "H": 32, "E": 20, "P": 11},
+    ),
+    Case(
+        "joint_attention",
+        joint_attention,
+        joint_attention_ref,
+        joint_attention_cost,
+        ("out",),
+        _attention,
+        (
+            {
+                "Lq": 50, "L": 50, "B": 2, "H": 3, "d": 24, "condition": 29, "visibility": "scaled",
+                "log_scale": 0.7, "extra": 5,
+            },
+            {"Lq": 29, "L": 50, "B": 1, "H": 2, "d": 16, "condition": 29, "visibility": "scaled", "log_scale": -2.0},
+            {"Lq": 161, "L": 161, "B": 1, "H": 1, "d": 32, "condition": 70, "visibility": "separate"},
+            {"Lq": 161, "L": 161, "B": 1, "H": 1, "d": 8, "condition": 33, "visibility": "independent", "fused": False},
+            {"Lq": 20, "L": 37, "B": 2, "H": 1, "d": 17, "condition": 20, "visibility": "separate"},
+            {"Lq": 23, "L": 23, "B": 1, "H": 2, "d": 40, "condition": 23, "visibility": "joint", "fused": False},
+            {"Lq": 9, "L": 9, "B": 1, "H": 1, "d": 2, "condition": 0, "visibility": "separate", "extra": 1},
+        ),
+        {
+            "Lq": 2560, "L": 2560, "B": 1, "H": 24, "d": 128, "condition": 1536, "visibility": "scaled",
+            "log_scale": 0.5,
+        },
+    ),
+]  # fmt: skip
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def small_calls() -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Every kernel at each of its odd sizes."""
+    for case in CASES:
+        for sizes in case.small:
+            yield case, sizes
+
+
+def fresh_seed() -> int:
+    """Another one in each run, printed with a failure; MOGLE_RT_SEED repeats one."""
+    seed = int(os.environ.get("MOGLE_RT_SEED") or secrets.randbelow(2**31))
+    print(f"MOGLE_RT_SEED={seed}")
+    return seed
