@@ -13,6 +13,7 @@ from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import ModelConfig
 from mogle_rt.loading import LazyWeights, load_mogle, load_transformer
 from mogle_rt.modulation import ModulationTables, modulation_tables, time_embedding
+from mogle_rt.ops import choose
 from mogle_rt.sampling import Schedule
 from mogle_rt.step import Step, StepInputs
 from mogle_rt.transformer import Layout, rope_table
@@ -63,16 +64,26 @@ class TorchEngine:
         bundle: the weights.
         device, dtype: where and in what to compute.
         model: the reference's switches.
-        riding: see `Transformer`.
+        kernels: see `mogle_rt.ops.choose`.
+
+    Raises:
+        ConfigError: the kernels can't be had.
     """
 
     def __init__(
-        self, bundle: Bundle, device: torch.device, dtype: torch.dtype, model: ModelConfig, *, riding: bool = False
+        self,
+        bundle: Bundle,
+        device: torch.device,
+        dtype: torch.dtype,
+        model: ModelConfig,
+        *,
+        kernels: str | None = None,
     ) -> None:
+        self.ops = choose(kernels, device)
         self.device, self.dtype, self.model = device, dtype, model
         self.config = bundle.config.transformer
         self.weights = LazyWeights(bundle, device, dtype)
-        self.transformer = load_transformer(bundle, device, dtype, riding=riding)
+        self.transformer = load_transformer(bundle, device, dtype, riding=self.ops.RIDING)
         self.mogle = load_mogle(bundle, device, dtype, weight_is_scale=model.weight_is_scale)
         self._step: Step | None = None
         self._shapes: tuple[int, int, Layout] | None = None  # of that step
@@ -101,7 +112,7 @@ class TorchEngine:
             time_table=self.mogle.time_table(schedule.timesteps.to(self.device)),
             text=self.transformer.context_embedder(prompt_embeds.expand(batch, -1, -1).transpose(0, 1)),
             modulation=self._modulation(schedule, c.guidance_scale, pooled.expand(batch, -1)),
-            rope=rope_table(joint_ids.to(self.device), self.config.axes_dims_rope),
+            rope=self.ops.rope_buffer(rope_table(joint_ids.to(self.device), self.config.axes_dims_rope)),
             sigma_steps=schedule.sigmas.diff().to(self.device),
         )
         shapes = (batch, len(schedule), layout)
@@ -109,7 +120,7 @@ class TorchEngine:
             self._step.load(inputs)
         else:
             self._step = None  # its buffers go before new ones come
-            self._step = Step(self.transformer, self.mogle, inputs, layout)
+            self._step = Step(self.transformer, self.mogle, inputs, layout, self.ops)
         self._shapes = shapes
 
     def _modulation(self, schedule: Schedule, guidance_scale: float, pooled: Tensor) -> ModulationTables:

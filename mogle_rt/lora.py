@@ -13,6 +13,8 @@ import enum
 import torch
 from torch import Tensor, nn
 
+from mogle_rt.activation import gelu_
+
 
 class Ride(enum.Enum):
     """Where a layer's low-rank branch is computed."""
@@ -77,6 +79,7 @@ class Product:
         lora_from: the first of the l rows with LoRA; for layers without LoRA it says nothing.
         columns: of the layer's output, those that are wanted (not where the branch rides in the output).
         split: widths of the inputs that stand side by side; by default there is one.
+        gelu_scratch: the result goes through GELU (tanh form), for which this room, of out's shape, may be used.
     """
 
     def __init__(
@@ -87,11 +90,13 @@ class Product:
         *,
         columns: slice = slice(None),
         split: tuple[int, ...] | None = None,
+        gelu_scratch: Tensor | None = None,
     ) -> None:
         weight = layer.weight[columns].detach()
         widths = split or (weight.shape[1],)
         self._bias, self._weights = layer.bias[columns].detach(), [w.t() for w in weight.split(widths, dim=1)]
         self._out = flat(out)
+        self._scratch = None if gelu_scratch is None else flat(gelu_scratch)
         self._downs: list[Tensor] = []
         if isinstance(layer, LoraLinear) and layer.ride is Ride.NONE and lora_from < out.shape[0]:
             self._tail_from = lora_from * out.shape[1]
@@ -101,12 +106,17 @@ class Product:
     def __call__(self, *inputs: Tensor) -> None:
         """inputs: [l * B, …]."""
         first, *others = inputs
+        if self._scratch is not None and first.device.type != "cpu" and not self._downs:
+            # The GPU's library does it in the product's epilogue: no pass of its own.
+            torch._addmm_activation(self._bias, first, self._weights[0], use_gelu=True, out=self._out)
+            return
         torch.addmm(self._bias, first, self._weights[0], out=self._out)
         for x, weight in zip(others, self._weights[1:], strict=True):
             self._out.addmm_(x, weight)
-        if not self._downs:
-            return
-        low = torch.mm(first[self._tail_from :], self._downs[0])
-        for x, down in zip(others, self._downs[1:], strict=True):
-            low.addmm_(x[self._tail_from :], down)
-        self._tail.addmm_(low, self._up)
+        if self._downs:
+            low = torch.mm(first[self._tail_from :], self._downs[0])
+            for x, down in zip(others, self._downs[1:], strict=True):
+                low.addmm_(x[self._tail_from :], down)
+            self._tail.addmm_(low, self._up)
+        if self._scratch is not None:
+            gelu_(self._out, self._scratch)

@@ -14,7 +14,8 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from mogle_rt.config import NUM_EXPERTS, MogleConfig
-from mogle_rt.lora import empty_parameter, flat
+from mogle_rt.lora import empty_parameter
+from mogle_rt.ops import Ops
 
 
 class Bank(NamedTuple):
@@ -80,7 +81,7 @@ class MixtureOfExperts(nn.Module):
         hidden = self.time_in(sinusoid.to(self.time_in.weight.dtype))
         return self.time_out(F.silu(hidden))
 
-    def forward(self, latents: Tensor, bank: Bank, time: Tensor | None, out: Tensor) -> None:
+    def forward(self, latents: Tensor, bank: Bank, time: Tensor | None, out: Tensor, ops: Ops) -> None:
         """Condition tokens of one step.
 
         Args:
@@ -88,14 +89,11 @@ class MixtureOfExperts(nn.Module):
             bank: see `bank`.
             time: [1, 64], this step's row of `time_table`.
             out: [N, B, 64].
+            ops: see `mogle_rt.ops`.
         """
         if bank.gate_input is None or time is None:
             out.copy_(bank.outputs[:, :, 0])
             return
-        h = flat(bank.gate_input + time).addmm_(flat(latents), self.noise_proj.weight.t())
-        logits = self.gate_out(self.gate_in(h).relu_())
-        weights = logits.softmax(-1)  # [N * B, 20]
-        if self.weight_is_scale:
-            weights = weights.view(*latents.shape[:2], -1).mean(0, keepdim=True).expand(*latents.shape[:2], -1)
-        rows = out.shape[0] * out.shape[1]
-        torch.bmm(weights.reshape(rows, 1, -1), bank.outputs.flatten(0, 1), out=out.view(rows, 1, -1))
+        mix = ops.gate_mix_mean if self.weight_is_scale else ops.gate_mix
+        layers = (self.gate_in.weight, self.gate_in.bias, self.gate_out.weight, self.gate_out.bias)
+        mix(latents, bank.gate_input, time[0], self.noise_proj.weight, *layers, bank=bank.outputs, out=out)

@@ -1,143 +1,116 @@
-"""The step's operations in PyTorch, into buffers that they are given. Where fused kernels exist, they are chosen here.
-
-Activations are sequence-major, [L, B, D]: positions [text, image, condition], then images of the batch. So every
-stream is one block of rows for any batch. ``bounds`` are the ascending end positions of row groups that share a
-modulation (or a norm's weight); the last is L. Modulations are [G, B, D], one row a group and image.
-"""
+"""The one place that chooses between PyTorch's operations and the fused kernels. No silent fallback."""
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Iterator, Sequence
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+from typing import Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-LAYER_NORM_EPS = 1e-6
-QK_NORM_EPS = 1e-6
-FP16_MAX = 65504
+from mogle_rt.attention import AttentionPlan
+from mogle_rt.errors import ConfigError
 
-# gelu(x) = x * sigmoid(2 u), u = sqrt(2 / pi) * (x + 0.044715 x^3) = x * (GELU_A + GELU_B x^2) / 2
-GELU_A = 2 * math.sqrt(2 / math.pi)
-GELU_B = GELU_A * 0.044715
-_GELU_A = torch.tensor(GELU_A)
+VARIABLE = "MOGLE_RT_KERNELS"
+CHOICES = ("triton", "torch")
 
-
-def groups(bounds: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Number and rows of each group that has any."""
-    start = 0
-    for g, end in enumerate(bounds):
-        if end > start:
-            yield g, slice(start, end)
-        start = end
+logger = logging.getLogger(__name__)
 
 
-@functools.lru_cache(maxsize=8)
-def _identity(width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """LayerNorm's weight and bias. On the CPU, PyTorch's kernel takes half the time if it is given some."""
-    if device.type != "cpu":
-        return None, None
-    with torch.inference_mode():
-        return torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
+class Ops(Protocol):
+    """The operations of a step; `mogle_rt.torch_ops` says what each does. Activations are sequence-major.
+
+    ``RIDING``: the blocks' LoRA rides along in further columns, see `mogle_rt.lora`.
+    """
+
+    RIDING: bool
+
+    def rope_buffer(self, table: Tensor) -> Tensor: ...
+
+    def norm_modulate(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        bounds: Sequence[int],
+        out: Tensor,
+        lora_down: Tensor | None,
+        lora_from: int,
+    ) -> None: ...
+
+    def residual(
+        self,
+        x: Tensor,
+        y: Tensor,
+        gate: Tensor,
+        bounds: Sequence[int],
+        lora_up: Tensor | None,
+        lora_from: int,
+        clip: bool,
+    ) -> None: ...
+
+    def residual_norm_modulate(
+        self,
+        x: Tensor,
+        y: Tensor,
+        gate: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        bounds: Sequence[int],
+        out: Tensor,
+        lora_down: Tensor | None,
+        lora_from: int,
+        lora_up: Tensor | None,
+        lora_up_from: int,
+        clip: bool,
+    ) -> None: ...
+
+    def qk_norm_rope(self, x: Tensor, norm_weight: Tensor, bounds: Sequence[int], rope: Tensor) -> None: ...
+
+    def joint_attention(self, q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: AttentionPlan) -> Tensor: ...
+
+    def gate_mix(
+        self, latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor
+    ) -> None: ...
+
+    def gate_mix_mean(
+        self, latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor
+    ) -> None: ...
 
 
-def norm_modulate(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    bounds: Sequence[int],
-    out: Tensor,
-    lora_down: Tensor | None = None,
-    lora_from: int = 0,
-) -> None:
-    """AdaLN: out = LayerNorm(x) * scale + shift, and the LoRA's down-projection of it in further columns.
+def choose(kernels: str | None, device: torch.device) -> Ops:
+    """Operations for a device.
 
     Args:
-        x: [L, B, D]. scale (its 1 added), shift: [G, B, D].
-        out: [L, B, D + R].
-        lora_down: [D, R], for positions ``lora_from`` to the end; the others' columns become 0. None if R is 0.
+        kernels: "triton" or "torch"; None takes what the environment variable MOGLE_RT_KERNELS says, and without it
+            Triton on GPUs, PyTorch elsewhere.
+
+    Raises:
+        ConfigError: the choice is unknown, or Triton can't be had here.
     """
-    width = x.shape[-1]
-    normed = F.layer_norm(x, (width,), *_identity(width, x.device, x.dtype), eps=LAYER_NORM_EPS)
-    for g, rows in groups(bounds):
-        torch.addcmul(shift[g], normed[rows], scale[g], out=out[rows, :, :width])
-    if lora_down is not None:
-        out[:lora_from, :, width:] = 0
-        out[lora_from:, :, width:] = out[lora_from:, :, :width] @ lora_down
+    name = kernels or os.environ.get(VARIABLE) or None
+    source = "kernels" if kernels else VARIABLE
+    installed = importlib.util.find_spec("triton") is not None
+    if name is None:
+        name = "triton" if device.type == "cuda" and installed else "torch"
+        if device.type == "cuda" and not installed:
+            logger.warning("triton is not installed: a step will take PyTorch's own, slower operations")
+    if name not in CHOICES:
+        raise ConfigError(f"{source} must be one of {', '.join(map(repr, CHOICES))}, got {name!r}")
+    if name == "torch":
+        from mogle_rt import torch_ops
 
+        return cast(Ops, torch_ops)
+    if not installed:
+        raise ConfigError(f"{source}='triton', but triton is not installed; use 'torch'")
+    from mogle_rt import triton_ops
 
-def residual(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    bounds: Sequence[int],
-    lora_up: Tensor | None = None,
-    lora_from: int = 0,
-    clip: bool = False,
-) -> None:
-    """x += gate * y in place, y with the LoRA's up-projection of its further columns.
-
-    Args:
-        x: [L, B, D]. y: [L, B, D + Q]. gate: [G, B, D].
-        lora_up: [Q, D], for positions ``lora_from`` to the end. None if Q is 0.
-        clip: keep fp16 values finite, as the reference does at the end of a block.
-    """
-    width = x.shape[-1]
-    if lora_up is not None:
-        tail = y[lora_from:]
-        tail[..., :width] += tail[..., width:] @ lora_up
-    for g, rows in groups(bounds):
-        x[rows].addcmul_(gate[g], y[rows, :, :width])
-    if clip and x.dtype == torch.float16:
-        x.clamp_(-FP16_MAX, FP16_MAX)
-
-
-def gelu_(x: Tensor, scratch: Tensor) -> None:
-    """GELU in its tanh form, in place. scratch: as x; it may be overwritten."""
-    if x.device.type == "cpu":
-        # PyTorch's CPU kernel takes up to twice as long as these vectorised passes; the difference is in the last bits.
-        gate = torch.addcmul(_GELU_A, x, x, value=GELU_B, out=scratch)
-        x.mul_(gate.mul_(x).sigmoid_())
-    else:
-        torch.ops.aten.gelu_(x, approximate="tanh")
-
-
-def qk_norm_rope(x: Tensor, norm_weight: Tensor, bounds: Sequence[int], rope: Tensor) -> None:
-    """RMSNorm over each head of q and k, then rotation of neighbouring channel pairs; in place.
-
-    Args:
-        x: [L, B, P, H, d]. norm_weight: [G, W, d], for the first W of the P parts; the others (v) stay as they are.
-        rope: complex [L, 1, 1, 1, d / 2].
-    """
-    parts = norm_weight.shape[1]
-    qk = x[:, :, :parts]
-    norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32)
-    qk.mul_(norm.square_().mul_(1 / qk.shape[-1]).add_(QK_NORM_EPS).rsqrt_())
-    for g, rows in groups(bounds):
-        qk[rows].mul_(norm_weight[g, :, None])
-    if qk.dtype == torch.float32:
-        torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(rope)
-    else:
-        rotated = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))) * rope
-        qk.copy_(torch.view_as_real(rotated).flatten(-2))
-
-
-def residual_norm_modulate(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    bounds: Sequence[int],
-    out: Tensor,
-    lora_down: Tensor | None = None,
-    lora_from: int = 0,
-    lora_up: Tensor | None = None,
-    lora_up_from: int = 0,
-    clip: bool = False,
-) -> None:
-    """`residual`, then `norm_modulate` of the new x, over the same groups."""
-    residual(x, y, gate, bounds, lora_up, lora_up_from, clip)
-    norm_modulate(x, scale, shift, bounds, out, lora_down, lora_from)
+    if device.type not in ("cuda", "meta") and not (device.type == "cpu" and triton_ops.interpreted()):
+        raise ConfigError(
+            f"{source}='triton' can't run on {device}: Triton's kernels need a GPU (or, for tests, TRITON_INTERPRET=1); "
+            "use 'torch'"
+        )
+    return cast(Ops, triton_ops)

@@ -15,11 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mogle_rt import ops
-from mogle_rt.attention import joint_attention
 from mogle_rt.lora import LoraLinear, Product, flat
 from mogle_rt.modulation import ModulationTables
 from mogle_rt.mogle import Bank, MixtureOfExperts
+from mogle_rt.ops import Ops
 from mogle_rt.transformer import DoubleBlock, Layout, SingleBlock, Transformer
 
 
@@ -32,7 +31,7 @@ class StepInputs:
         time_table: [S, 64], the gate's time embeddings; None without a gate.
         text: [T, B, D], prompt embeddings after ``context_embedder``.
         modulation: AdaLN modulations of all steps.
-        rope: complex64 [L, 1, 1, 1, d / 2] of the joint sequence [text, image, condition].
+        rope: rotary table of the joint sequence [text, image, condition], [L, …] as `Ops.rope_buffer` makes it.
         sigma_steps: [S] float32, the next noise level minus this one, of every step.
     """
 
@@ -106,6 +105,7 @@ class Sublayer:
 
     norm: Norm
     addition: Addition
+    ops: Ops
 
     def run(self) -> None:
         raise NotImplementedError
@@ -114,7 +114,7 @@ class Sublayer:
         """Add the result to the residual stream; then the norm of the next link, in the same pass where rows agree."""
         a, n = self.addition, following
         if a.x is n.x and a.bounds == n.bounds:
-            ops.residual_norm_modulate(
+            self.ops.residual_norm_modulate(
                 a.x,
                 a.y,
                 a.gate,
@@ -129,20 +129,20 @@ class Sublayer:
                 a.clip,
             )
         else:
-            ops.residual(*a)
-            ops.norm_modulate(*n)
+            self.ops.residual(*a)
+            self.ops.norm_modulate(*n)
 
 
-def heads(x: Tensor, parts: int, count: int) -> Tensor:
-    """[l, B, P * H * d] -> [l, B, P, H, d]."""
-    return x.unflatten(-1, (parts, count, -1))
+def heads(x: Tensor, parts: int, size: int) -> Tensor:
+    """[l, B, P * H * d] -> [l, B, P, H, d], of heads of ``size`` d."""
+    return x.unflatten(-1, (parts, -1, size))
 
 
 class DoubleAttention(Sublayer):
     """Attention of a double block: q, k and v of text and of the rest, one attention, an output layer each."""
 
-    def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, count: int) -> None:
-        self.layout, self.rope, self.norm_qk = layout, rope, block.norm_qk
+    def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
+        self.ops, self.layout, self.rope, self.norm_qk = ops, layout, rope, block.norm_qk
         T, D, bounds, lora_from = layout.text, b.x.shape[-1], layout.double_bounds, layout.double_lora_from
         normed, y = b.normed[..., : block.qkv.in_columns], b.y[..., : block.out.out_columns]
         self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv.down_before, lora_from)
@@ -150,7 +150,7 @@ class DoubleAttention(Sublayer):
         self.normed_text, self.normed_rest = flat(normed[:T, :, :D]), flat(normed[T:])
         self.context_qkv = Product(block.context_qkv, b.qkv[:T])
         self.project_qkv = Product(block.qkv, b.qkv[T:], lora_from - T)
-        self.qkv = heads(b.qkv, 3, count)
+        self.qkv = heads(b.qkv, 3, block.norm_qk.shape[-1])
         self.q, self.k, self.v = self.qkv.unbind(2)
         self.context_out = Product(block.context_out, y[:T, :, :D])
         self.out = Product(block.out, y[T:], lora_from - T)
@@ -161,8 +161,8 @@ class DoubleAttention(Sublayer):
         layout = self.layout
         self.context_qkv(self.normed_text)
         self.project_qkv(self.normed_rest)
-        ops.qk_norm_rope(self.qkv, self.norm_qk, (layout.text, layout.total), self.rope)
-        attention = flat(joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan))
+        self.ops.qk_norm_rope(self.qkv, self.norm_qk, (layout.text, layout.total), self.rope)
+        attention = flat(self.ops.joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan))
         self.context_out(attention[: self.text_rows])
         self.out(attention[self.text_rows :])
         if self.shares_condition:
@@ -180,13 +180,15 @@ class DoubleAttention(Sublayer):
 class DoubleMlp(Sublayer):
     """MLPs of a double block: text's and the rest's."""
 
-    def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, layout: Layout) -> None:
+    def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, layout: Layout, ops: Ops) -> None:
+        self.ops = ops
         T, D, bounds, lora_from = layout.text, b.x.shape[-1], layout.double_bounds, layout.double_lora_from
         normed, y = b.normed[..., :D], b.y[..., : block.ff_out.out_columns]
         self.norm = Norm(b.x, mod[4], mod[3], bounds, normed)
         self.addition = Addition(b.x, y, mod[5], bounds, block.ff_out.up_after, lora_from)
         self.normed_text, self.normed_rest = flat(normed[:T]), flat(normed[T:])
-        self.context_in, self.ff_in = Product(block.context_ff_in, b.hidden[:T]), Product(block.ff_in, b.hidden[T:])
+        self.context_in = Product(block.context_ff_in, b.hidden[:T], gelu_scratch=b.scratch[:T])
+        self.ff_in = Product(block.ff_in, b.hidden[T:], gelu_scratch=b.scratch[T:])
         self.scratch, self.hidden, self.hidden_text, self.hidden_rest = (
             b.scratch,
             b.hidden,
@@ -199,7 +201,6 @@ class DoubleMlp(Sublayer):
     def run(self) -> None:
         self.context_in(self.normed_text)
         self.ff_in(self.normed_rest)
-        ops.gelu_(self.hidden, self.scratch)
         self.context_out(self.hidden_text)
         self.ff_out(self.hidden_rest)
 
@@ -207,47 +208,49 @@ class DoubleMlp(Sublayer):
 class Single(Sublayer):
     """A single block: attention and MLP side by side."""
 
-    def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, count: int) -> None:
-        self.layout, self.rope, self.norm_qk = layout, rope, block.norm_qk
+    def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
+        self.ops, self.layout, self.rope, self.norm_qk = ops, layout, rope, block.norm_qk
         D, bounds, lora_from = b.x.shape[-1], layout.single_bounds, layout.single_lora_from
         normed, y = b.normed[..., : block.qkv_mlp.in_columns], b.y[..., : block.out.out_columns]
         self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv_mlp.down_before, lora_from)
         self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from)
         self.normed = flat(normed)
         self.project_qkv = Product(block.qkv_mlp, b.qkv, lora_from, columns=slice(0, 3 * D))
-        self.project_mlp = Product(block.qkv_mlp, b.hidden, lora_from, columns=slice(3 * D, None))
-        self.scratch, self.hidden, self.hidden_rows = b.scratch, b.hidden, flat(b.hidden)
-        self.qkv = heads(b.qkv, 3, count)
+        mlp = slice(3 * D, None)
+        self.project_mlp = Product(block.qkv_mlp, b.hidden, lora_from, columns=mlp, gelu_scratch=b.scratch)
+        self.hidden_rows = flat(b.hidden)
+        self.qkv = heads(b.qkv, 3, block.norm_qk.shape[-1])
         self.q, self.k, self.v = self.qkv.unbind(2)
         self.out = Product(block.out, y, lora_from, split=(D, 4 * D))
 
     def run(self) -> None:
         layout = self.layout
         self.project_mlp(self.normed)
-        ops.gelu_(self.hidden, self.scratch)
         self.project_qkv(self.normed)
-        ops.qk_norm_rope(self.qkv, self.norm_qk, (layout.total,), self.rope)
-        attention = joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan)
+        self.ops.qk_norm_rope(self.qkv, self.norm_qk, (layout.total,), self.rope)
+        attention = self.ops.joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan)
         self.out(flat(attention), self.hidden_rows)
 
 
 class LastSingle(Sublayer):
     """The last single block, whose output is wanted in image rows: it needs their q and MLP only, and every k and v."""
 
-    def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, count: int) -> None:
-        self.layout, self.rope = layout, rope
+    def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
+        self.ops, self.layout, self.rope = ops, layout, rope
         D, lora_from = b.x.shape[-1], layout.single_lora_from
         image, image_lora_from = layout.image_rows, 0 if layout.latent_lora else layout.image
         normed, y = b.normed[..., : block.qkv_mlp.in_columns], b.y[image, :, : block.out.out_columns]
         self.norm = Norm(b.x, mod[1], mod[0], layout.single_bounds, normed, block.qkv_mlp.down_before, lora_from)
-        self.addition = Addition(b.image, y, mod[2], (layout.image,), block.out.up_after, image_lora_from)
+        self.addition = Addition(b.image, y, mod[2][:1], (layout.image,), block.out.up_after, image_lora_from)
         self.normed, self.normed_image = flat(normed), flat(normed[image])
+        size = block.norm_qk.shape[-1]
         q, kv, hidden = b.qkv[image, :, :D], b.qkv[:, :, D:], b.hidden[image]
         self.project_kv = Product(block.qkv_mlp, kv, lora_from, columns=slice(D, 3 * D))
         self.project_q = Product(block.qkv_mlp, q, image_lora_from, columns=slice(0, D))
-        self.project_mlp = Product(block.qkv_mlp, hidden, image_lora_from, columns=slice(3 * D, None))
-        self.scratch, self.hidden, self.hidden_rows = b.scratch[image], hidden, flat(hidden)
-        self.q_heads, self.kv_heads = heads(q, 1, count), heads(kv, 2, count)
+        mlp, scratch = slice(3 * D, None), b.scratch[image]
+        self.project_mlp = Product(block.qkv_mlp, hidden, image_lora_from, columns=mlp, gelu_scratch=scratch)
+        self.hidden_rows = flat(hidden)
+        self.q_heads, self.kv_heads = heads(q, 1, size), heads(kv, 2, size)
         self.q, (self.k, self.v) = self.q_heads[:, :, 0], self.kv_heads.unbind(2)
         self.norm_q, self.norm_k = block.norm_qk[:, :1], block.norm_qk[:, 1:]
         self.image_rope = rope[image]
@@ -256,13 +259,12 @@ class LastSingle(Sublayer):
     def run(self) -> None:
         layout = self.layout
         self.project_mlp(self.normed_image)
-        ops.gelu_(self.hidden, self.scratch)
         self.project_kv(self.normed)
         self.project_q(self.normed_image)
-        ops.qk_norm_rope(self.q_heads, self.norm_q, (layout.image,), self.image_rope)
-        ops.qk_norm_rope(self.kv_heads, self.norm_k, (layout.total,), self.rope)
+        self.ops.qk_norm_rope(self.q_heads, self.norm_q, (layout.image,), self.image_rope)
+        self.ops.qk_norm_rope(self.kv_heads, self.norm_k, (layout.total,), self.rope)
         # Image queries belong to "the rest" whatever is switched: the condition's own queries are simply absent.
-        attention = joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan)
+        attention = self.ops.joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan)
         self.out(flat(attention), self.hidden_rows)
 
 
@@ -273,24 +275,26 @@ class Step:
         transformer, mogle: the weights.
         inputs: of the first run; later ones of the same shapes are copied over them.
         layout: rows and switches.
+        ops: see `mogle_rt.ops`.
     """
 
-    def __init__(self, transformer: Transformer, mogle: MixtureOfExperts, inputs: StepInputs, layout: Layout) -> None:
-        self.mogle, self.inputs = mogle, inputs
+    def __init__(
+        self, transformer: Transformer, mogle: MixtureOfExperts, inputs: StepInputs, layout: Layout, ops: Ops
+    ) -> None:
+        self.mogle, self.inputs, self.ops = mogle, inputs, ops
         self.buffers = b = Buffers(transformer, layout, inputs.text.shape[1])
         self.modulation = inputs.modulation.buffers()
         self.time = None if inputs.time_table is None else inputs.time_table[:1].clone()
         self.sigma_step = inputs.sigma_steps[:1].clone()
-        count, rope = transformer.config.num_attention_heads, inputs.rope
         self.links: list[Sublayer] = []
         for block, mod in zip(transformer.blocks, self.modulation.double, strict=True):
             assert isinstance(block, DoubleBlock)
-            self.links.append(DoubleAttention(block, mod, b, rope, layout, count))
-            self.links.append(DoubleMlp(block, mod, b, layout))
+            self.links.append(DoubleAttention(block, mod, b, inputs.rope, layout, ops))
+            self.links.append(DoubleMlp(block, mod, b, layout, ops))
         for i, (block, mod) in enumerate(zip(transformer.single_blocks, self.modulation.single, strict=True)):
             assert isinstance(block, SingleBlock)
             kind = LastSingle if i == len(transformer.single_blocks) - 1 else Single
-            self.links.append(kind(block, mod, b, rope, layout, count))
+            self.links.append(kind(block, mod, b, inputs.rope, layout, ops))
         scale, shift = self.modulation.out
         last = Norm(b.image, scale, shift, (layout.image,), b.normed[layout.image_rows, :, : transformer.config.width])
         self.following = [link.norm for link in self.links[1:]] + [last]
@@ -321,13 +325,13 @@ class Step:
 
     def condition(self) -> None:
         """Latents -> condition tokens: gate and mix."""
-        self.mogle(self.buffers.latents, self.inputs.bank, self.time, out=self.buffers.condition)
+        self.mogle(self.buffers.latents, self.inputs.bank, self.time, self.buffers.condition, self.ops)
 
     def velocity(self) -> None:
         """Latents and condition tokens -> velocity: the transformer."""
         self.x_text.copy_(self.inputs.text)
         self.embed(self.tokens)
-        ops.norm_modulate(*self.links[0].norm)
+        self.ops.norm_modulate(*self.links[0].norm)
         for link, following in zip(self.links, self.following, strict=True):
             link.run()
             link.add_and_norm(following)

@@ -76,13 +76,13 @@ class Layout:
 
 
 def rope_table(ids: Tensor, axes_dims: tuple[int, ...]) -> Tensor:
-    """Rotary embedding of token ids. ids: [L, 3] -> complex64 [L, 1, 1, 1, d / 2], angles computed in float64."""
+    """Rotary embedding of token ids. ids: [L, 3] -> complex64 [L, d / 2], angles computed in float64."""
     precise = torch.float64 if ids.device.type != "mps" else torch.float32
     tables = [
         get_1d_rotary_pos_embed(dim, ids[:, axis].float(), theta=ROPE_THETA, use_real=False, freqs_dtype=precise)
         for axis, dim in enumerate(axes_dims)
     ]
-    return torch.cat(tables, dim=-1).to(torch.complex64)[:, None, None, None]
+    return torch.cat(tables, dim=-1).to(torch.complex64)
 
 
 class DoubleBlock(nn.Module):

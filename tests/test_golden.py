@@ -23,11 +23,11 @@ CPU = torch.device("cpu")
 Bundles = Callable[[str], Path]
 
 
-def run_steps(case: GoldenCase, bundle: Bundle, model: ModelConfig, *, riding: bool = False) -> dict[str, Tensor]:
+def run_steps(case: GoldenCase, bundle: Bundle, model: ModelConfig, kernels: str) -> dict[str, Tensor]:
     """The case's loop, with the names of the golden tensors."""
     height, width = case.size
     schedule = make_schedule(bundle.config.scheduler, case.settings["steps"], height * width // 256)
-    engine = TorchEngine(bundle, CPU, torch.float32, model, riding=riding)
+    engine = TorchEngine(bundle, CPU, torch.float32, model, kernels=kernels)
     engine.prepare(case.conditions, schedule)
     trace: dict[str, Tensor] = {}
     latents = case.tensors["noise"]
@@ -45,11 +45,11 @@ def test_every_case_is_here() -> None:
     assert seen == set(range(NUM_CLASSES))
 
 
-@pytest.mark.parametrize("riding", [False, True], ids=["lora in place", "lora riding along"])
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("name", CASES)
-def test_steps(name: str, riding: bool, golden_bundle: Bundles) -> None:
+def test_steps(name: str, kernels: str, golden_bundle: Bundles) -> None:
     case = GoldenCase.load(name)
-    trace = run_steps(case, Bundle(golden_bundle(case.settings["checkpoint"])), case.model, riding=riding)
+    trace = run_steps(case, Bundle(golden_bundle(case.settings["checkpoint"])), case.model, kernels)
     compared = [
         key for key in case.tensors if key.split(".")[0] in ("t", "latents", "cond", "noise_pred", "final_latents")
     ]

@@ -17,7 +17,9 @@ ROOT = Path(mogle_rt.__file__).parent
 LAYERS = [
     ["errors", "config"],
     ["cache", "schema", "storage", "devices", "gpus"],
-    ["masks", "models", "image_files", "sources", "checkpoint", "attention", "lora", "ops"],
+    ["masks", "models", "image_files", "sources", "checkpoint", "attention", "activation"],
+    ["lora", "torch_ops", "triton_ops"],
+    ["ops"],
     ["modulation", "mogle", "converter"],
     ["transformer", "conditioning", "text"],
     ["step"],

@@ -78,11 +78,11 @@ def test_without_condition_equals_diffusers(number: int, batch: int, tmp_path: P
         time_table=None,
         text=engine.transformer.context_embedder(text.transpose(0, 1)),
         modulation=tables,
-        rope=rope_table(torch.cat([torch.zeros(text_rows, 3), ids]), c.axes_dims_rope),
+        rope=engine.ops.rope_buffer(rope_table(torch.cat([torch.zeros(text_rows, 3), ids]), c.axes_dims_rope)),
         sigma_steps=torch.zeros(1),
     )
     layout = Layout(text=text_rows, image=len(ids), condition=0)
-    step = Step(engine.transformer, engine.mogle, inputs, layout)
+    step = Step(engine.transformer, engine.mogle, inputs, layout, engine.ops)
     step.buffers.latents.copy_(latents.transpose(0, 1))
     step.select()
     step.velocity()

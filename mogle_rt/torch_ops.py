@@ -1,0 +1,176 @@
+"""The step's operations in PyTorch, into buffers that they are given. See `mogle_rt.ops` for the choice.
+
+Activations are sequence-major, [L, B, D]: positions [text, image, condition], then images of the batch. So every
+stream is one block of rows for any batch. ``bounds`` are the ascending end positions of row groups that share a
+modulation (or a norm's weight); the last is L. Modulations are [G, B, D], one row a group and image.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mogle_rt.attention import joint_attention
+
+__all__ = ["RIDING", "joint_attention"]
+
+RIDING = False  # see `mogle_rt.lora`
+LAYER_NORM_EPS = 1e-6
+QK_NORM_EPS = 1e-6
+FP16_MAX = 65504
+
+
+def groups(bounds: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Number and rows of each group that has any."""
+    start = 0
+    for g, end in enumerate(bounds):
+        if end > start:
+            yield g, slice(start, end)
+        start = end
+
+
+@functools.lru_cache(maxsize=8)
+def _identity(width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """LayerNorm's weight and bias. On the CPU, PyTorch's kernel takes half the time if it is given some."""
+    if device.type != "cpu":
+        return None, None
+    with torch.inference_mode():
+        return torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
+
+
+def norm_modulate(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    bounds: Sequence[int],
+    out: Tensor,
+    lora_down: Tensor | None = None,
+    lora_from: int = 0,
+) -> None:
+    """AdaLN: out = LayerNorm(x) * scale + shift, and the LoRA's down-projection of it in further columns.
+
+    Args:
+        x: [L, B, D]. scale (its 1 added), shift: [G, B, D].
+        out: [L, B, D + R].
+        lora_down: [D, R], for positions ``lora_from`` to the end; the others' columns become 0. None if R is 0.
+    """
+    width = x.shape[-1]
+    normed = F.layer_norm(x, (width,), *_identity(width, x.device, x.dtype), eps=LAYER_NORM_EPS)
+    for g, rows in groups(bounds):
+        torch.addcmul(shift[g], normed[rows], scale[g], out=out[rows, :, :width])
+    if lora_down is not None:
+        out[:lora_from, :, width:] = 0
+        out[lora_from:, :, width:] = out[lora_from:, :, :width] @ lora_down
+
+
+def residual(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    bounds: Sequence[int],
+    lora_up: Tensor | None = None,
+    lora_from: int = 0,
+    clip: bool = False,
+) -> None:
+    """x += gate * y in place, y with the LoRA's up-projection of its further columns.
+
+    Args:
+        x: [L, B, D]. y: [L, B, D + Q]. gate: [G, B, D].
+        lora_up: [Q, D], for positions ``lora_from`` to the end. None if Q is 0.
+        clip: keep fp16 values finite, as the reference does at the end of a block.
+    """
+    width = x.shape[-1]
+    if lora_up is not None:
+        tail = y[lora_from:]
+        tail[..., :width] += tail[..., width:] @ lora_up
+    for g, rows in groups(bounds):
+        x[rows].addcmul_(gate[g], y[rows, :, :width])
+    if clip and x.dtype == torch.float16:
+        x.clamp_(-FP16_MAX, FP16_MAX)
+
+
+def rope_buffer(table: Tensor) -> Tensor:
+    """A rotary table, complex64 [L, d / 2], as `qk_norm_rope` takes it: complex [L, 1, 1, 1, d / 2]."""
+    return table[:, None, None, None]
+
+
+def qk_norm_rope(x: Tensor, norm_weight: Tensor, bounds: Sequence[int], rope: Tensor) -> None:
+    """RMSNorm over each head of q and k, then rotation of neighbouring channel pairs; in place.
+
+    Args:
+        x: [L, B, P, H, d]. norm_weight: [G, W, d], for the first W of the P parts; the others (v) stay as they are.
+        rope: complex [L, 1, 1, 1, d / 2].
+    """
+    parts = norm_weight.shape[1]
+    qk = x[:, :, :parts]
+    norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32)
+    qk.mul_(norm.square_().mul_(1 / qk.shape[-1]).add_(QK_NORM_EPS).rsqrt_())
+    for g, rows in groups(bounds):
+        qk[rows].mul_(norm_weight[g, :, None])
+    if qk.dtype == torch.float32:
+        torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(rope)
+    else:
+        rotated = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))) * rope
+        qk.copy_(torch.view_as_real(rotated).flatten(-2))
+
+
+def residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    bounds: Sequence[int],
+    out: Tensor,
+    lora_down: Tensor | None = None,
+    lora_from: int = 0,
+    lora_up: Tensor | None = None,
+    lora_up_from: int = 0,
+    clip: bool = False,
+) -> None:
+    """`residual`, then `norm_modulate` of the new x, over the same groups."""
+    residual(x, y, gate, bounds, lora_up, lora_up_from, clip)
+    norm_modulate(x, scale, shift, bounds, out, lora_down, lora_from)
+
+
+def gate_weights(
+    latents: Tensor,
+    gate_input: Tensor,
+    time: Tensor,
+    noise_weight: Tensor,
+    gate_in_weight: Tensor,
+    gate_in_bias: Tensor,
+    gate_out_weight: Tensor,
+    gate_out_bias: Tensor,
+) -> Tensor:
+    """softmax(Linear(relu(Linear(latents @ noise_weightᵀ + gate_input + time)))): [N, B, E]."""
+    N, B, C = latents.shape
+    h = (gate_input + time).view(N * B, C).addmm_(latents.view(N * B, C), noise_weight.t())
+    h = torch.addmm(gate_in_bias, h, gate_in_weight.t()).relu_()
+    return torch.addmm(gate_out_bias, h, gate_out_weight.t()).softmax(-1).view(N, B, -1)
+
+
+def gate_mix(latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor) -> None:
+    """The bank's experts, weighed by the gate.
+
+    Args:
+        latents: [N, B, C]. gate_input: [N, B, C], what no step changes. time: [C].
+        gate: weights, see `gate_weights`.
+        bank: [N, B, E, C]. out: [N, B, C].
+    """
+    _mix(gate_weights(latents, gate_input, time, *gate), bank, out)
+
+
+def gate_mix_mean(latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor) -> None:
+    """`gate_mix` with the weights averaged over the tokens of each image."""
+    weights = gate_weights(latents, gate_input, time, *gate)
+    _mix(weights.mean(0, keepdim=True).expand_as(weights), bank, out)
+
+
+def _mix(weights: Tensor, bank: Tensor, out: Tensor) -> None:
+    N, B, E, C = bank.shape
+    torch.bmm(weights.reshape(N * B, 1, E), bank.view(N * B, E, C), out=out.view(N * B, 1, C))

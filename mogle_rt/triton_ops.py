@@ -1,0 +1,97 @@
+"""The step's operations as fused kernels, each one custom operator that torch.export, torch.compile and fake tensors know.
+
+On a GPU (and in Triton's interpreter) an operator launches its kernel; on other devices it is the kernel's twin.
+What an operator takes at least in bytes and FLOPs, its kernel declares: `declared`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mogle_rt import attention
+from mogle_rt.attention import AttentionPlan
+from mogle_rt.kernels import gate_mix as gate_kernels
+from mogle_rt.kernels import norm_modulate as norm_kernels
+from mogle_rt.kernels import qk_norm_rope as rope_kernels
+from mogle_rt.kernels import residual_norm_modulate as residual_kernels
+from mogle_rt.kernels.common import Cost, interpreted
+
+__all__ = ["RIDING", "declared", "interpreted", "joint_attention"]
+
+RIDING = True
+_COSTS: dict[str, Callable[..., Cost]] = {}
+
+
+def _define(module: Any, name: str, schema: str) -> Callable[..., None]:
+    """The operator mogle_rt::``name`` of a module with ``name``, ``name``_ref and ``name``_cost."""
+    kernel, twin = getattr(module, name), getattr(module, f"{name}_ref")
+
+    def run(*args: Any) -> None:
+        first: Tensor = args[0]
+        (kernel if first.is_cuda or interpreted() else twin)(*args)
+
+    full = f"mogle_rt::{name}"
+    torch.library.define(full, f"({schema}) -> ()")
+    torch.library.impl(full, ("cpu", "cuda"), run)
+    torch.library.register_fake(full, lambda *args: None)
+    _COSTS[full] = getattr(module, f"{name}_cost")
+    packet: Any = getattr(torch.ops.mogle_rt, name)
+    operator: Callable[..., None] = packet.default
+    return operator
+
+
+def declared(operator: str, args: Sequence[Any]) -> Cost | None:
+    """What the operator "mogle_rt::…" takes at least with these arguments; None for other operators."""
+    cost = _COSTS.get(operator)
+    return None if cost is None else cost(*args)
+
+
+norm_modulate = _define(
+    norm_kernels,
+    "norm_modulate",
+    "Tensor x, Tensor scale, Tensor shift, SymInt[] bounds, Tensor(a!) out, Tensor? lora_down, SymInt lora_from",
+)
+residual = _define(
+    residual_kernels,
+    "residual",
+    "Tensor(a!) x, Tensor y, Tensor gate, SymInt[] bounds, Tensor? lora_up, SymInt lora_up_from, bool clip",
+)
+residual_norm_modulate = _define(
+    residual_kernels,
+    "residual_norm_modulate",
+    "Tensor(a!) x, Tensor y, Tensor gate, Tensor scale, Tensor shift, SymInt[] bounds, Tensor(b!) out, "
+    "Tensor? lora_down, SymInt lora_from, Tensor? lora_up, SymInt lora_up_from, bool clip",
+)
+qk_norm_rope = _define(rope_kernels, "qk_norm_rope", "Tensor(a!) x, Tensor norm_weight, SymInt[] bounds, Tensor rope")
+_GATE = (
+    "Tensor latents, Tensor gate_input, Tensor time, Tensor noise_weight, Tensor gate_in_weight, "
+    "Tensor gate_in_bias, Tensor gate_out_weight, Tensor gate_out_bias, Tensor bank"
+)
+_gate_mix = _define(gate_kernels, "gate_mix", f"{_GATE}, Tensor(a!) out")
+_gate_mix_mean = _define(gate_kernels, "gate_mix_mean", f"{_GATE}, Tensor(a!) sums, Tensor(b!) out")
+
+
+def rope_buffer(table: Tensor) -> Tensor:
+    """A rotary table, complex64 [L, d / 2], as `qk_norm_rope` takes it: fp32 [L, d], cosines, then sines."""
+    return torch.cat([table.real, table.imag], dim=1)
+
+
+def gate_mix(latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor) -> None:
+    """See `mogle_rt.torch_ops.gate_mix`."""
+    _gate_mix(latents, gate_input, time, *gate, bank, out)
+
+
+def gate_mix_mean(latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor) -> None:
+    """See `mogle_rt.torch_ops.gate_mix_mean`."""
+    N, B, E, _ = bank.shape
+    sums = torch.empty(gate_kernels.partial_sums(N, B), B, E, device=bank.device, dtype=torch.float32)
+    _gate_mix_mean(latents, gate_input, time, *gate, bank, sums, out)
+
+
+def joint_attention(q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: AttentionPlan) -> Tensor:
+    """See `mogle_rt.attention.joint_attention`: the library's flash attention."""
+    return attention.joint_attention(q, k, v, condition_from, plan)
