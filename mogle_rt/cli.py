@@ -140,6 +140,7 @@ def cost(
     text_tokens: Annotated[int, typer.Option(help="T5 tokens of the prompt.")] = 512,
     classes: Annotated[int, typer.Option(help="Classes in each mask; absent ones share one picture.")] = 12,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the bundle's, or bf16.")] = None,
+    kernels: Annotated[str | None, typer.Option(help="'triton' or 'torch': operations of a step.")] = None,
     gpu: Annotated[str | None, typer.Option(help="A card, e.g. 'RTX 4090': its limits, and what fits.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, FLOPs, milliseconds.")] = False,
 ) -> None:
@@ -157,7 +158,7 @@ def cost(
 
     options: dict[str, Any] = {"height": height, "width": width, "batch": batch, "steps": steps}
     options |= {"text_tokens": text_tokens, "classes": classes}
-    given = options if dtype is None else options | {"dtype": parse_dtype(dtype)}
+    given = options | {"kernels": kernels} | ({} if dtype is None else {"dtype": parse_dtype(dtype)})
     job = Job(**given) if checkpoint is None else Job.of(Bundle(checkpoint), **given)
     result = estimate(job)
     ways = {"mogle_rt": result.engine, "reference": result.reference}
@@ -235,6 +236,9 @@ def generate(
     model_config: Annotated[str | None, typer.Option(help="The reference's switches as JSON.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps; default: the best there is.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: what the device does fast.")] = None,
+    kernels: Annotated[
+        str | None, typer.Option(help="'triton' or 'torch': operations of a step; default: what suits the device.")
+    ] = None,
     metadata: Annotated[bool, typer.Option(help="Write prompt, seed and settings into the images.")] = True,
 ) -> None:
     """Draw faces from masks and a prompt."""
@@ -259,7 +263,7 @@ def generate(
         if path is not None:
             to_labels(path)  # a bad mask is told before the model is loaded
     start = time.perf_counter()
-    pipe = Pipeline(checkpoint, device=device, dtype=dtype, model_config=switches)
+    pipe = Pipeline(checkpoint, device=device, dtype=dtype, model_config=switches, kernels=kernels)
     seconds = {"load": time.perf_counter() - start}
     for i in range(0, len(jobs), batch_size):
         batch = jobs[i : i + batch_size]

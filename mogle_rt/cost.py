@@ -85,7 +85,7 @@ def estimate(job: Job) -> Estimate:
 
     with counting() as counter:
         bundle = WeightlessBundle(job.config, job.ranks)
-        engine = TorchEngine(bundle, meta, dtype, job.model)
+        engine = TorchEngine(bundle, meta, dtype, job.model, kernels=job.kernels)
         vae = nn.Module.to(autoencoder(job.config.vae), dtype).eval()  # diffusers' own `to` talks
         parameters = bundle.parameters() | {"vae": sum(p.numel() for p in vae.parameters())}
         resident, weights = counter.live, sum(parameters.values()) * dtype.itemsize

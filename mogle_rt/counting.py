@@ -112,6 +112,8 @@ class OpCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # questions about a tensor
+            return func(*args, **kwargs)
         if func not in self._basic:  # in inference mode, operations that are made of others come here whole
             with self:
                 out = func.decompose(*args, **kwargs)
@@ -130,6 +132,11 @@ class OpCounter(TorchDispatchMode):
     def _done(
         self, func: Any, args: Any, kwargs: Any, operands: list[Tensor], results: list[Tensor], out: Any
     ) -> Count:
+        if func.namespace == "mogle_rt":  # a fused kernel, which says itself what it takes
+            from mogle_rt import triton_ops
+
+            own = triton_ops.declared(func.overloadpacket._qualified_op_name, args)
+            return Count(launches=own.launches, flops=own.flops, read=own.read, written=own.written)
         packet = func.overloadpacket
         changed: list[Tensor] = []
         blind: list[Tensor] = []  # changed without being read
@@ -143,6 +150,8 @@ class OpCounter(TorchDispatchMode):
         if packet in GATHER:
             read += _touched(results) - _touched(operands[:1])
         # addmm_ has the formula of addmm; `out` is a buffer to the operation and a shape to the formula.
+        if packet is aten._addmm_activation:
+            packet = aten.addmm
         formula = flop_registry.get(packet) or flop_registry.get(getattr(aten, packet.__name__.rstrip("_"), None))
         options = {name: value for name, value in kwargs.items() if name != "out"}
         flops = int(formula(*args, **options, out_val=out)) if formula else 0
@@ -176,11 +185,11 @@ def _fused_attention(
 
 
 class _FusedAttention(TorchFunctionMode):
-    """PyTorch's attention stays one operation; on meta tensors it would be taken apart."""
+    """PyTorch's attention stays one operation; on meta and fake tensors it would be taken apart."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and _tensors((args, kwargs))[0].device.type == "meta":
+        if func is F.scaled_dot_product_attention and _tensors((args, kwargs))[0].device.type != "cpu":
             return _fused_attention(*args, **kwargs)[0]
         return func(*args, **kwargs)
 

@@ -11,12 +11,15 @@ from torch import Tensor
 from mogle_rt.attention import AttentionPlan
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import ModelConfig
+from mogle_rt.graphs import Runner, Runners
 from mogle_rt.loading import LazyWeights, load_mogle, load_transformer
 from mogle_rt.modulation import ModulationTables, modulation_tables, time_embedding
 from mogle_rt.ops import choose
 from mogle_rt.sampling import Schedule
 from mogle_rt.step import Step, StepInputs
 from mogle_rt.transformer import Layout, rope_table
+
+SHAPES_KEPT = 4  # on a GPU: shapes whose graphs are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +68,7 @@ class TorchEngine:
         device, dtype: where and in what to compute.
         model: the reference's switches.
         kernels: see `mogle_rt.ops.choose`.
+        cuda_graphs: replay steps as one CUDA graph where there is a CUDA device.
 
     Raises:
         ConfigError: the kernels can't be had.
@@ -78,6 +82,7 @@ class TorchEngine:
         model: ModelConfig,
         *,
         kernels: str | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         self.ops = choose(kernels, device)
         self.device, self.dtype, self.model = device, dtype, model
@@ -85,8 +90,8 @@ class TorchEngine:
         self.weights = LazyWeights(bundle, device, dtype)
         self.transformer = load_transformer(bundle, device, dtype, riding=self.ops.RIDING)
         self.mogle = load_mogle(bundle, device, dtype, weight_is_scale=model.weight_is_scale)
-        self._step: Step | None = None
-        self._shapes: tuple[int, int, Layout] | None = None  # of that step
+        self._runners = Runners(device, cuda_graphs, limit=SHAPES_KEPT if device.type == "cuda" else 1)
+        self._runner: Runner | None = None
 
     @torch.inference_mode()
     def prepare(self, conditions: Conditions, schedule: Schedule) -> None:
@@ -115,13 +120,12 @@ class TorchEngine:
             rope=self.ops.rope_buffer(rope_table(joint_ids.to(self.device), self.config.axes_dims_rope)),
             sigma_steps=schedule.sigmas.diff().to(self.device),
         )
-        shapes = (batch, len(schedule), layout)
-        if self._step is not None and self._shapes == shapes:
-            self._step.load(inputs)
-        else:
-            self._step = None  # its buffers go before new ones come
-            self._step = Step(self.transformer, self.mogle, inputs, layout, self.ops)
-        self._shapes = shapes
+        self._runner = None  # where its shapes are not kept, its buffers go before new ones come
+        self._runner = self._runners.get(
+            (batch, len(schedule), layout),
+            inputs,
+            lambda: Step(self.transformer, self.mogle, inputs, layout, self.ops),
+        )
 
     def _modulation(self, schedule: Schedule, guidance_scale: float, pooled: Tensor) -> ModulationTables:
         guidance = None
@@ -158,7 +162,12 @@ class TorchEngine:
     @torch.inference_mode()
     def advance(self) -> None:
         """One step of the loop, Euler update included."""
-        self.prepared.advance()
+        self._prepared_runner().advance()
+
+    @property
+    def execution(self) -> str:
+        """How steps are run, see `Runner`."""
+        return "not prepared" if self._runner is None else self._runner.execution
 
     def latents(self) -> Tensor:
         """[B, N, 64], after the last `advance`."""
@@ -166,14 +175,13 @@ class TorchEngine:
 
     @property
     def prepared(self) -> Step:
-        """The step of the prepared run.
+        """The step of the prepared run."""
+        return self._prepared_runner().step
 
-        Raises:
-            RuntimeError: `prepare` was not called.
-        """
-        if self._step is None:
+    def _prepared_runner(self) -> Runner:
+        if self._runner is None:
             raise RuntimeError("prepare() must be called before a step")
-        return self._step
+        return self._runner
 
 
 def _image_major(x: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ class Job:
         dtype: of weights and activations.
         classes: classes in each mask; all others are the same black picture. Faces' masks hold about a dozen.
         model, condition_scale: this engine's switches; the reference is counted at the released setting.
+        kernels: this engine's operations, see `mogle_rt.ops.choose`; the job is a GPU's.
 
     Raises:
         InputError: a size or count is out of range.
@@ -69,6 +70,7 @@ class Job:
     classes: int = 12
     model: ModelConfig = field(default_factory=ModelConfig)
     condition_scale: float = 1.0
+    kernels: str | None = None
 
     def __post_init__(self) -> None:
         for name, unit, most in (

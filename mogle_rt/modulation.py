@@ -59,17 +59,21 @@ class ModulationTables:
 
         def with_condition(table: Tensor, condition: Tensor | None) -> Tensor:
             blocks, chunks, groups, batch, width = table.shape[1:]
-            extra = 0 if condition is None else 1
-            buffer = table.new_empty(blocks, chunks, groups + extra, batch, width)
-            if condition is not None:
-                buffer[:, :, groups:] = condition
-            return buffer
+            return table.new_empty(blocks, chunks, groups + (condition is not None), batch, width)
 
-        return StepModulation(
+        buffers = StepModulation(
             double=with_condition(self.double, self.condition_double),
             single=with_condition(self.single, self.condition_single),
             out=self.out.new_empty(self.out.shape[1:]),
         )
+        self.fill_condition(buffers)
+        return buffers
+
+    def fill_condition(self, into: StepModulation) -> None:
+        """Write the condition's rows."""
+        for condition, buffer in ((self.condition_double, into.double), (self.condition_single, into.single)):
+            if condition is not None:
+                buffer[:, :, -1:] = condition
 
     def select(self, step: Tensor, into: StepModulation) -> None:
         """Write a step's rows. step: int64 [1] on the device."""

@@ -86,7 +86,7 @@ def choose(kernels: str | None, device: torch.device) -> Ops:
 
     Args:
         kernels: "triton" or "torch"; None takes what the environment variable MOGLE_RT_KERNELS says, and without it
-            Triton on GPUs, PyTorch elsewhere.
+            Triton on GPUs (and on the meta device, which stands for one), PyTorch elsewhere.
 
     Raises:
         ConfigError: the choice is unknown, or Triton can't be had here.
@@ -95,7 +95,7 @@ def choose(kernels: str | None, device: torch.device) -> Ops:
     source = "kernels" if kernels else VARIABLE
     installed = importlib.util.find_spec("triton") is not None
     if name is None:
-        name = "triton" if device.type == "cuda" and installed else "torch"
+        name = "triton" if device.type in ("cuda", "meta") and installed else "torch"
         if device.type == "cuda" and not installed:
             logger.warning("triton is not installed: a step will take PyTorch's own, slower operations")
     if name not in CHOICES:

@@ -50,11 +50,16 @@ class PipelineOutput(BaseOutput):  # type: ignore[misc]
 
 @dataclass
 class RunReport:
-    """What the last call did. ``seconds``: wall-clock time by stage (text, mask, prepare, denoise, decode)."""
+    """What the last call did.
+
+    ``execution``: how steps were run, "cuda graph" or "eager: …" with the reason. ``seconds``: wall-clock time by stage
+    (text, mask, prepare, denoise, decode).
+    """
 
     batch_size: int = 0
     steps: int = 0
     interrupted: bool = False
+    execution: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -66,6 +71,9 @@ class Pipeline:
         device: "cpu", "cuda", "cuda:N" or "mps"; None takes the best there is.
         dtype: "fp32", "bf16", "fp16" or a torch dtype; None takes what the device multiplies fast.
         model_config: the reference's switches, see `ModelConfig`; unknown names are refused.
+        kernels: "triton" or "torch", the operations of a step; None takes what the environment variable
+            MOGLE_RT_KERNELS says, and without it Triton's fused kernels on GPUs and PyTorch elsewhere.
+        cuda_graphs: replay the loop's steps as one CUDA graph, where there is a CUDA device.
         cache_bytes: how much the encodings of masks, and those of prompts, may each keep from call to call; 0 keeps
             none.
 
@@ -85,6 +93,8 @@ class Pipeline:
         dtype: str | torch.dtype | None = None,
         model_config: ModelConfig | Mapping[str, Any] | None = None,
         *,
+        kernels: str | None = None,
+        cuda_graphs: bool = True,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.model_config = ModelConfig.of(model_config)
@@ -95,7 +105,9 @@ class Pipeline:
         found = {n: self.bundle.tensors[f"vae.{n}"].shape for n in self.bundle.names("vae")}
         check_names(found, tensor_shapes(vae), f"{checkpoint} (vae)")
         self.vae = load_autoencoder(vae, self.bundle.part("vae", self.device, self.dtype))
-        self.engine = TorchEngine(self.bundle, self.device, self.dtype, self.model_config)
+        self.engine = TorchEngine(
+            self.bundle, self.device, self.dtype, self.model_config, kernels=kernels, cuda_graphs=cuda_graphs
+        )
         self.conditioning_cache = TensorCache(cache_bytes)
         self.prompt_cache = TensorCache(cache_bytes)
         self.conditioner = Conditioner(self.vae, self.conditioning_cache)
@@ -217,7 +229,7 @@ class Pipeline:
             )
         with self._stage("denoise"):
             packed = self._denoise(noise, schedule, callback_on_step_end)
-        report.interrupted = self._interrupt
+        report.interrupted, report.execution = self._interrupt, self.engine.execution
         if output_type == "latent":
             return PipelineOutput(images=packed)
         with self._stage("decode"):

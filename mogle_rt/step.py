@@ -303,13 +303,23 @@ class Step:
         self.tokens, self.last_normed, self.x_text = flat(b.tokens), flat(last.out), b.x[: layout.text]
 
     def load(self, inputs: StepInputs) -> None:
-        """Another run's inputs, of the same shapes, over the first one's: addresses stay."""
-        copies = zip(_tensors(self.inputs), _tensors(inputs), strict=True)
-        for mine, other in copies:
+        """Another run's inputs over the first one's: addresses stay.
+
+        Raises:
+            ValueError: a shape, dtype or device is another.
+        """
+        pairs = list(zip(tensors_of(self.inputs), tensors_of(inputs), strict=True))
+        for mine, other in pairs:
+            if (mine.shape, mine.dtype, mine.device) != (other.shape, other.dtype, other.device):
+                raise ValueError(f"step inputs must be {describe(mine)} as in the first run, got {describe(other)}")
+        for mine, other in pairs:
             mine.copy_(other)
-        modulation = self.inputs.modulation.buffers()
-        for buffer, filled in zip(_tensors(self.modulation), _tensors(modulation), strict=True):
-            buffer.copy_(filled)
+        self.inputs.modulation.fill_condition(self.modulation)
+
+    def addresses(self) -> list[int]:
+        """Where everything lies that the step reads or writes, weights aside."""
+        held = (self.inputs, self.modulation, self.time, self.sigma_step, list(vars(self.buffers).values()))
+        return [t.data_ptr() for t in tensors_of(held)]
 
     def seek(self, k: int) -> None:
         """Go to step k."""
@@ -346,10 +356,15 @@ class Step:
         self.buffers.index.add_(1)
 
 
-def _tensors(values: object) -> list[Tensor]:
+def describe(x: Tensor) -> str:
+    """For messages."""
+    return f"{list(x.shape)} {x.dtype} on {x.device}"
+
+
+def tensors_of(values: object) -> list[Tensor]:
     """All tensors of nested dataclasses and tuples, in order."""
     if isinstance(values, Tensor):
         return [values]
     if is_dataclass(values):
         values = [getattr(values, f.name) for f in fields(values)]
-    return [t for v in values for t in _tensors(v)] if isinstance(values, list | tuple) else []
+    return [t for v in values for t in tensors_of(v)] if isinstance(values, list | tuple) else []

@@ -44,10 +44,9 @@ def _define(module: Any, name: str, schema: str) -> Callable[..., None]:
     return operator
 
 
-def declared(operator: str, args: Sequence[Any]) -> Cost | None:
-    """What the operator "mogle_rt::…" takes at least with these arguments; None for other operators."""
-    cost = _COSTS.get(operator)
-    return None if cost is None else cost(*args)
+def declared(operator: str, args: Sequence[Any]) -> Cost:
+    """What the operator "mogle_rt::…" takes at least with these arguments."""
+    return _COSTS[operator](*args)
 
 
 norm_modulate = _define(

@@ -23,7 +23,7 @@ LAYERS = [
     ["modulation", "mogle", "converter"],
     ["transformer", "conditioning", "text"],
     ["step"],
-    ["loading", "sampling"],
+    ["loading", "sampling", "graphs"],
     ["engines"],
     ["pipeline"],
     ["counting", "job"],

@@ -1,0 +1,97 @@
+"""Fake CUDA tensors on a machine without CUDA: what a step would do on a GPU, told operation by operation.
+
+PyTorch's fake tensors carry shapes, dtypes and devices, no values. So whatever would wait for a value (`.item()`, a
+branch on a tensor, a shape that depends on data) fails on them, as it fails in the capture of a CUDA graph; copies
+between devices don't, and are looked for here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+GUARD = r"""
+#include <torch/extension.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+static c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> guard;
+void install() {
+  auto& slot = c10::impl::device_guard_impl_registry[static_cast<size_t>(c10::DeviceType::CUDA)];
+  if (slot.load() == nullptr) slot.store(&guard);
+}
+"""
+
+
+@lru_cache(maxsize=1)
+def install_guard() -> None:
+    """PyTorch's own no-op device guard for CUDA, which its CPU builds don't register. Compiled once a machine."""
+    if torch.version.cuda is not None:
+        return
+    from torch.utils.cpp_extension import CppExtension, load_inline  # noqa: F401 - the import tells if C++ is missing
+
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not headers.exists():
+        pytest.skip("compiling PyTorch's no-op CUDA guard needs Python's headers")
+    before = os.environ["PATH"]
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before}"  # ninja
+    try:
+        load_inline("mogle_rt_no_op_cuda_guard", GUARD, functions=["install"], verbose=False).install()
+    finally:
+        os.environ["PATH"] = before
+
+
+@dataclass
+class Trace(TorchDispatchMode):
+    """Notes every operation under it; refuses those between devices.
+
+    Attributes:
+        operations: name, and shapes and dtypes of what came out.
+    """
+
+    operations: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":  # questions about a tensor
+            return out
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+        # A CPU scalar is an argument of the launch, not a copy.
+        devices = {t.device.type for t in tensors if t.dim() or t.device.type != "cpu"}
+        if len(devices) > 1 or (devices and devices != {"cuda"}):
+            raise AssertionError(f"{func} works on {sorted(devices)}: a copy between host and device")
+        made = tuple((tuple(t.shape), t.dtype) for t in tree_leaves(out) if isinstance(t, Tensor))
+        self.operations.append((str(func), made))
+        return out
+
+
+def fake_mode() -> FakeTensorMode:
+    """Fake tensors, "cuda" included."""
+    install_guard()
+    return FakeTensorMode(allow_non_fake_inputs=False)
+
+
+def trace(step: Callable[[], object]) -> list[tuple[str, tuple[Any, ...]]]:
+    """The operations of a step.
+
+    Raises:
+        AssertionError: it copies between devices.
+        Exception: PyTorch's own, where it would wait for the device.
+    """
+    with Trace() as noted:
+        step()
+    return noted.operations

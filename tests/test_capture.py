@@ -1,0 +1,144 @@
+"""That the whole step can be captured in a CUDA graph, at FLUX.1-dev's full size, shown on fake CUDA tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from mogle_rt import schema
+from mogle_rt.config import FLUX_DEV, NUM_EXPERTS, ModelConfig, TransformerConfig
+from mogle_rt.counting import Count, counting
+from mogle_rt.engines import Conditions, TorchEngine
+from mogle_rt.job import FLUX_BUNDLE, Job, WeightlessBundle
+from mogle_rt.sampling import Schedule
+from mogle_rt.step import Step
+from tests.fake_cuda import fake_mode, trace
+
+CUDA = torch.device("cuda")
+FEW_BLOCKS = replace(FLUX_DEV, num_layers=2, num_single_layers=3)  # of full width, for what all blocks share
+
+
+@contextmanager
+def full_size(
+    model: ModelConfig | None = None,
+    kernels: str = "triton",
+    condition_scale: float = 1.0,
+    transformer: TransformerConfig = FLUX_DEV,
+) -> Iterator[tuple[Step, Callable[[], Count]]]:
+    """A prepared step of FLUX.1-dev, 512 x 512, bf16, on fake CUDA; and what was counted since it was last asked."""
+    ranks = dict.fromkeys(schema.lora_modules(transformer), 4)
+    job, batch = Job(config=replace(FLUX_BUNDLE, transformer=transformer), ranks=ranks), 1
+    with fake_mode(), counting() as counter, torch.inference_mode():
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(*shape, device=CUDA, dtype=job.dtype)
+
+        bundle = WeightlessBundle(job.config, job.ranks)
+        engine = TorchEngine(bundle, CUDA, job.dtype, model or ModelConfig(), kernels=kernels, cuda_graphs=False)
+        flux = job.config.transformer
+        conditions = Conditions(
+            mask_latents=empty(batch, NUM_EXPERTS, job.tokens, 64),
+            prompt_embeds=empty(batch, job.text_tokens, flux.joint_attention_dim),
+            pooled_prompt_embeds=empty(batch, flux.pooled_projection_dim),
+            guidance_scale=3.5,
+            grid=(32, 32),
+            condition_scale=condition_scale,
+        )
+        engine.prepare(conditions, Schedule(torch.empty(5), torch.empty(4), torch.empty(4)))
+        counter.take()
+        yield engine.prepared, counter.take
+
+
+SWITCHES = [
+    ({}, 1.0),
+    ({"add_cond_attn": True, "latent_lora": True, "weight_is_scale": True}, 1.0),
+    ({"independent_condition": True}, 1.0),
+    ({"union_cond_attn": False}, 1.0),
+    ({}, 2.0),
+]
+
+
+@pytest.mark.parametrize(("switches", "condition_scale"), SWITCHES, ids=str)
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_step_waits_for_nothing(switches: dict[str, bool], condition_scale: float, kernels: str) -> None:
+    """No synchronisation, no copy between devices, and every step does the same to memory of the same shapes."""
+    with full_size(ModelConfig(**switches), kernels, condition_scale, FEW_BLOCKS) as (step, _):
+        first = trace(step.advance)
+        assert trace(step.advance) == first
+    assert len(first) > 50
+
+
+def test_the_whole_model_waits_for_nothing() -> None:
+    with full_size() as (step, _):
+        first = trace(step.advance)
+        assert trace(step.advance) == first
+    assert len(first) > 500
+
+
+def test_counts_at_full_size() -> None:
+    """512 x 512, batch 1, bf16: the reference takes 9,632 launches and 215.8 GB a step."""
+    with full_size() as (step, taken):
+        step.advance()
+        count = taken()
+        step.condition()
+        mixture = taken()
+    assert count.launches <= 700
+    assert count.moved <= 45e9
+    assert mixture.launches == 1  # gate and mix; the experts are one launch an image
+
+
+def item(step: Step) -> None:
+    step.buffers.velocity.sum().item()
+
+
+def branch(step: Step) -> None:
+    if step.buffers.velocity.sum() > 0:
+        step.buffers.velocity.neg_()
+
+
+def to_host(step: Step) -> None:
+    step.buffers.velocity.cpu()
+
+
+def from_host(step: Step) -> None:
+    step.buffers.velocity.add_(torch.ones(64).to(CUDA))
+
+
+def data_dependent(step: Step) -> None:
+    step.buffers.velocity[step.buffers.velocity > 0].sum()
+
+
+FAULTS: list[tuple[Callable[[Step], None], type[Exception]]] = [
+    (item, DataDependentOutputException),
+    (branch, DataDependentOutputException),
+    (to_host, AssertionError),
+    (from_host, AssertionError),
+    (data_dependent, DynamicOutputShapeException),
+]
+
+
+@pytest.mark.parametrize(("fault", "error"), FAULTS, ids=lambda f: getattr(f, "__name__", ""))
+def test_planted_faults_are_caught(fault: Callable[[Step], None], error: type[Exception]) -> None:
+    def faulty() -> None:
+        step.velocity()
+        fault(step)
+
+    with full_size(transformer=FEW_BLOCKS) as (step, _), pytest.raises(error):
+        trace(faulty)
+
+
+def test_growing_step_is_caught() -> None:
+    """A step whose allocations differ from the last one's."""
+    held: list[Tensor] = []
+
+    def grows(step: Step) -> None:
+        held.append(step.buffers.velocity.new_empty(len(held) + 1))
+
+    with full_size(transformer=FEW_BLOCKS) as (step, _):
+        assert trace(lambda: grows(step)) != trace(lambda: grows(step))

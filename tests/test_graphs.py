@@ -1,0 +1,188 @@
+"""The loop over fixed buffers: reuse, refusal of changed inputs, fallback that is told; on a GPU, graphs themselves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mogle_rt import Pipeline
+from mogle_rt.checkpoint import Bundle
+from mogle_rt.config import ModelConfig
+from mogle_rt.engines import Conditions, TorchEngine
+from mogle_rt.errors import ConfigError
+from mogle_rt.graphs import GRAPH, Runner, why_eager
+from mogle_rt.ops import VARIABLE, choose
+from mogle_rt.sampling import denoise, make_schedule
+from tests.conftest import CASES, GoldenCase, assert_close
+from tests.test_golden import TOLERANCE, Bundles
+
+CPU = torch.device("cpu")
+GRID, STEPS = (2, 3), 3
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path) -> Bundle:
+    return Bundle(tiny_bundle)
+
+
+def run(engine: TorchEngine, bundle: Bundle, asked: Conditions, seed: int = 0) -> Tensor:
+    tokens = GRID[0] * GRID[1]
+    schedule = make_schedule(bundle.config.scheduler, STEPS, tokens)
+    engine.prepare(asked, schedule)
+    g = torch.Generator().manual_seed(seed)
+    noise = torch.randn(asked.mask_latents.shape[0], tokens, 64, generator=g)
+    return denoise(engine, noise.to(engine.device, engine.dtype), schedule)
+
+
+def asked_of(bundle: Bundle) -> Callable[..., Conditions]:
+    """Random conditions for a bundle, by seed, text tokens and batch."""
+    t = bundle.config.transformer
+
+    def make(seed: int, text: int = 5, batch: int = 1) -> Conditions:
+        g = torch.Generator().manual_seed(seed)
+        return Conditions(
+            mask_latents=torch.randn(batch, 20, GRID[0] * GRID[1], 64, generator=g),
+            prompt_embeds=torch.randn(batch, text, t.joint_attention_dim, generator=g),
+            pooled_prompt_embeds=torch.randn(batch, t.pooled_projection_dim, generator=g),
+            guidance_scale=3.0 + seed,
+            grid=GRID,
+            position_delta=(seed, 0),
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_runs_of_one_shape_share_their_buffers(bundle: Bundle, batch: int) -> None:
+    """The second run's result is a new engine's, through the first run's memory."""
+    asked = asked_of(bundle)
+    engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
+    run(engine, bundle, asked(1, batch=batch))
+    step, addresses = engine.prepared, engine.prepared.addresses()
+    second = run(engine, bundle, asked(2, batch=batch))
+    assert engine.prepared is step
+    assert step.addresses() == addresses
+    fresh = run(TorchEngine(bundle, CPU, torch.float32, ModelConfig()), bundle, asked(2, batch=batch))
+    assert torch.equal(second, fresh)
+    assert not torch.equal(second, run(engine, bundle, asked(1, batch=batch)))
+
+
+def test_another_shape_has_its_own_step(bundle: Bundle) -> None:
+    asked = asked_of(bundle)
+    engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
+    run(engine, bundle, asked(1))
+    step = engine.prepared
+    run(engine, bundle, asked(1, text=6))
+    assert engine.prepared is not step
+    assert len(engine._runners) == 1  # activations of old shapes don't stay
+
+
+def test_changed_inputs_are_refused(bundle: Bundle) -> None:
+    asked = asked_of(bundle)
+    engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
+    run(engine, bundle, asked(1))
+    step = engine.prepared
+    first = step.inputs
+    run(engine, bundle, asked(1, text=6))
+    with pytest.raises(ValueError, match=r"step inputs must be \[6, 1, \d+\] .* got \[5, 1, \d+\]"):
+        engine.prepared.load(first)
+
+
+def test_exchanged_buffer_is_refused(bundle: Bundle) -> None:
+    engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
+    run(engine, bundle, asked_of(bundle)(1))
+    engine.prepared.buffers.latents = engine.prepared.buffers.latents.clone()
+    with pytest.raises(RuntimeError, match="a buffer of the step was replaced"):
+        engine.advance()
+
+
+def test_failed_capture_is_told(
+    bundle: Bundle, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a graph can't be captured (here, as there is no CUDA), steps run eagerly, and everyone is told."""
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: (_ for _ in ()).throw(RuntimeError("no graphs today")))
+    engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
+    expected = run(engine, bundle, asked_of(bundle)(1))
+    runner = Runner(engine.prepared, reason=None)
+    monkeypatch.setattr(engine, "_runner", runner)
+    engine.start(torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(0)))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(STEPS):
+            engine.advance()
+    assert runner.execution.startswith("eager: capturing the step failed: ")
+    assert runner.execution in caplog.text
+    assert torch.equal(engine.latents(), expected)
+
+
+def test_the_reason_is_given(tiny_bundle: Path) -> None:
+    assert why_eager(torch.device("cuda"), True) is None
+    assert why_eager(torch.device("cuda"), False) == "cuda_graphs=False"
+    pipe = Pipeline(tiny_bundle, device="cpu")
+    pipe(None, None, 1, height=32, width=32, output_type="latent")
+    assert pipe.last_run.execution == "eager: CUDA graphs need a CUDA device, this is cpu"
+
+
+def test_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mogle_rt import triton_ops
+
+    def chosen(kernels: str | None, device: str) -> str:
+        module: object = choose(kernels, torch.device(device))
+        return vars(module)["__name__"].removeprefix("mogle_rt.")
+
+    monkeypatch.delenv(VARIABLE, raising=False)
+    names = [chosen(None, device) for device in ("cpu", "mps", "cuda", "meta")]
+    assert names == ["torch_ops", "torch_ops", "triton_ops", "triton_ops"]
+    assert chosen("torch", "cuda") == "torch_ops"
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert chosen(None, "cuda") == "torch_ops"
+    assert chosen("triton", "cuda") == "triton_ops"
+    monkeypatch.setenv(VARIABLE, "fast")
+    with pytest.raises(ConfigError, match="MOGLE_RT_KERNELS must be one of 'triton', 'torch', got 'fast'"):
+        choose(None, CPU)
+    monkeypatch.setattr(triton_ops, "interpreted", lambda: False)
+    with pytest.raises(ConfigError, match=r"kernels='triton' can't run on cpu: .* need a GPU"):
+        choose("triton", CPU)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="triton is not installed"):
+        choose("triton", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graph_equals_eager(bundle: Bundle, dtype: torch.dtype, kernels: str) -> None:
+    asked, cuda = asked_of(bundle), torch.device("cuda")
+    results = []
+    for graphs in (True, False):
+        engine = TorchEngine(bundle, cuda, dtype, ModelConfig(), kernels=kernels, cuda_graphs=graphs)
+        runs = [run(engine, bundle, asked(seed), seed) for seed in (1, 2, 1)]
+        assert (engine.execution == GRAPH) is graphs
+        assert torch.equal(runs[0], runs[2])
+        results.append(runs[:2])
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, rms=1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "rms"), [(torch.float32, 10 * TOLERANCE), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("name", CASES)
+def test_golden_on_a_gpu(name: str, dtype: torch.dtype, rms: float, golden_bundle: Bundles) -> None:
+    """Final latents through kernels and graphs."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    case = GoldenCase.load(name)
+    bundle = Bundle(golden_bundle(case.settings["checkpoint"]))
+    height, width = case.size
+    schedule = make_schedule(bundle.config.scheduler, case.settings["steps"], height * width // 256)
+    engine = TorchEngine(bundle, torch.device("cuda"), dtype, case.model)
+    engine.prepare(case.conditions, schedule)
+    final = denoise(engine, case.tensors["noise"].to("cuda", dtype), schedule)
+    assert engine.execution == GRAPH
+    assert_close(final.float().cpu(), case.tensors["final_latents"], rms=rms)
