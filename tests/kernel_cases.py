@@ -102,6 +102,12 @@ class Case:
         """The same for the same seed."""
         return self.make(Random(seed, dtype, device), **sizes)
 
+    def views(self, arguments: Arguments) -> tuple[list[Tensor], list[Tensor]]:
+        """Tensors that may be read, and that may be written."""
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        written = (*self.outputs, *self.scratch)
+        return [x for n, x in tensors.items() if n not in written], [tensors[name] for name in written]
+
 
 def _bounds(L: int, groups: int) -> list[int]:
     """Ends of groups: odd places."""
