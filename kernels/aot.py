@@ -6,12 +6,16 @@ The tools that come with Triton do all of it; no driver is needed. Not in the in
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mogle_rt.kernels.common import Launch
+from mogle_rt.kernels.workloads import DTYPES, workloads
 
 # Shared memory that a program may have, bytes: CUDA C++ Programming Guide, table "technical specifications per compute
 # capability" (maximum per thread block, without the 1 KiB that the system keeps); CDNA 3 ISA guide for gfx942.
@@ -52,7 +57,8 @@ class Resources:
     """What one kernel takes of one GPU.
 
     Attributes:
-        registers: of a thread. spills: bytes stored and loaded. stack, shared: bytes.
+        registers: of a thread. spills: loads and stores of local memory (on AMD, registers spilled). stack, shared:
+            bytes.
         instructions: how many of each that is worth knowing of.
     """
 
@@ -106,7 +112,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     options = {name: launch.meta[name] for name in ("num_warps", "num_stages") if name in launch.meta}
     if target.startswith("sm_"):
         compiled = triton.compile(_source(launch), target=GPUTarget("cuda", int(target[3:]), 32), options=options)
-        registers, spills, stack, instructions = _read_cuda(compiled, target)
+        registers, spills, stack, instructions = _read_cuda(compiled)
     else:
         if launch.meta.get("PRECISION") == "tf32x3":  # as `precision` has it on AMD
             launch = dataclasses.replace(launch, meta=launch.meta | {"PRECISION": "ieee"})
@@ -124,36 +130,39 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     )
 
 
+def _compile_workload(name: str, dtype: str, target: str) -> list[Resources]:
+    workload = next(w for w in workloads(DTYPES[dtype], "meta") if w.name == name)
+    return [compile_launch(launch, target) for launch in workload.launches()]
+
+
+def compile_all(
+    names: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]
+) -> list[tuple[str, str, Resources]]:
+    """Workload, dtype and `Resources` of every launch of these workloads, on all cores."""
+    jobs = list(itertools.product(names, dtypes, targets))
+    context = multiprocessing.get_context("spawn")  # a forked child would share the parent's threads' locks
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        done = list(pool.map(_compile_workload, *zip(*jobs, strict=True)))
+    return [(name, dtype, r) for (name, dtype, _), found in zip(jobs, done, strict=True) for r in found]
+
+
 def _tool(tool: Any, *arguments: str) -> str:
     done = subprocess.run([tool.path, *arguments], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 
 
-def _read_cuda(compiled: Any, target: str) -> tuple[int, int, int, dict[str, int]]:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder) / "kernel.cubin", Path(folder) / "kernel.ptx"
-        cubin.write_bytes(compiled.asm["cubin"])
-        ptx.write_text(compiled.asm["ptx"])
-        usage = _tool(knobs.nvidia.cuobjdump, "--dump-resource-usage", str(cubin))
-        sass = _tool(knobs.nvidia.nvdisasm, "-c", str(cubin))
-        # The cubin doesn't tell spills from a stack that was asked for; the assembler does.
-        number = int(target[3:])
-        assembler = knobs.nvidia.ptxas_blackwell if number >= 100 else knobs.nvidia.ptxas
-        name = f"{target}a" if number >= 90 else target
-        told = _tool(assembler, "-v", "--gpu-name", name, str(ptx), "-o", str(Path(folder) / "again"))
+def _read_cuda(compiled: Any) -> tuple[int, int, int, dict[str, int]]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _tool(knobs.nvidia.cuobjdump, "--dump-resource-usage", cubin.name)
+        sass = _tool(knobs.nvidia.nvdisasm, "-c", cubin.name)
     found: Counter[str] = Counter()
     for opcode, modifiers in CUDA_INSTRUCTIONS.findall(sass):
-        if opcode in WIDE and ".128" not in modifiers:
-            continue
-        found[WIDE.get(opcode, opcode)] += 1
-    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", told)
-    assert spilled
-    return (
-        _number(r"REG:(\d+)", usage),
-        int(spilled[1]) + int(spilled[2]) + _number(r"LOCAL:(\d+)", usage),
-        _number(r"STACK:(\d+)", usage),
-        dict(found),
-    )
+        if opcode not in WIDE or ".128" in modifiers:
+            found[WIDE.get(opcode, opcode)] += 1
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
+    return _number(r"REG:(\d+)", usage), spills, _number(r"STACK:(\d+)", usage), dict(found)
 
 
 def _read_hip(compiled: Any) -> tuple[int, int, int, dict[str, int]]:

@@ -81,7 +81,7 @@ def power_of_two(n: int, least: int = 1) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies fp32 values: as three TF32 products, relative RMS 1e-6 (on NVIDIA, "ieee" would spill)."""
+    """How `tl.dot` multiplies fp32 values: as three TF32 products, less terms of 2^-22; on NVIDIA "ieee" would spill."""
     return "ieee" if dtype == torch.float32 and torch.version.hip else "tf32x3" if dtype == torch.float32 else "tf32"
 
 

@@ -14,6 +14,10 @@ from mogle_rt.kernels.common import check, check_device, interpreted, nbytes, po
 
 LARGEST_WIDTH = 256  # of latents and the gate's layers: a program holds them whole
 
+# Triton lays all products of a chain out alike, and by the first that isn't wider than tall it would put the warps
+# below each other: with 16 rows each warp would then compute all of them. No matrix is narrower, therefore.
+WIDER_THAN_TALL = 32
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -77,9 +81,9 @@ class Gate:
             "C": C,
             "G": G,
             "E": E,
-            "C_BLOCK": power_of_two(C, 16),
-            "G_BLOCK": power_of_two(G, 16),
-            "E_BLOCK": power_of_two(E, 16),
+            "C_BLOCK": power_of_two(C, WIDER_THAN_TALL),
+            "G_BLOCK": power_of_two(G, WIDER_THAN_TALL),
+            "E_BLOCK": power_of_two(E, WIDER_THAN_TALL),
             "ROWS": rows(N, B),
             "PRECISION": precision(self.latents.dtype),
         }

@@ -400,7 +400,7 @@ def stream(x: Tensor, bounds: Sequence[int], residual: Residual | None, norm: No
         CLIP=residual is not None and residual.clip,
         PRECISION=precision(x.dtype),
         num_warps=t.warps,
-        num_stages=2,
+        num_stages=2 if residual is None else 3,
     )
 
 

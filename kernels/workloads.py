@@ -19,6 +19,7 @@ from mogle_rt.kernels.gate_mix import (
     gate_mix_ref,
     partial_sums,
 )
+from mogle_rt.kernels.gate_mix_embed import gate_mix_embed, gate_mix_embed_cost, gate_mix_embed_ref
 from mogle_rt.kernels.joint_attention import joint_attention, joint_attention_cost, joint_attention_ref
 from mogle_rt.kernels.norm_modulate import norm_modulate, norm_modulate_cost, norm_modulate_ref
 from mogle_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cost, qk_norm_rope_ref
@@ -33,6 +34,7 @@ from mogle_rt.kernels.residual_norm_modulate import (
     residual_ref,
 )
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TEXT, IMAGE = 512, 1024
 HEADS, HEAD = 24, 128
 WIDTH = HEADS * HEAD
@@ -142,6 +144,22 @@ def workloads(dtype: torch.dtype, device: str) -> list[Workload]:
                 "bank": bank,
                 "out": new(N, B, LATENT),
                 "sums": new(partial_sums(N, B), B, EXPERTS, dtype=torch.float32),
+            },
+        ),
+        Workload(
+            "gate_mix_embed",
+            gate_mix_embed,
+            gate_mix_embed_ref,
+            gate_mix_embed_cost,
+            gate
+            | {
+                "bank": bank,
+                "embed_weight": new(D, LATENT, scale=LATENT**-0.5),
+                "embed_bias": new(D),
+                "lora_down": new(LATENT, RANK, scale=LATENT**-0.5),
+                "lora_up": new(RANK, D),
+                "latent_lora": False,
+                "out": new(2 * N, B, D),
             },
         ),
         Workload("region_experts", region_experts, region_experts_ref, region_experts_cost, experts | {"bank": bank}),

@@ -1,4 +1,4 @@
-"""Triton's interpreter with bfloat16 that is right, and a record of what a kernel reads and writes.
+"""Triton's interpreter with bfloat16 that is right, and a watch over what a kernel reads and writes.
 
 Triton 3.7 computes on the raw bits of bfloat16 values; `correct_bfloat16` has it compute in fp32 and round, as GPUs do.
 """
@@ -6,7 +6,7 @@ Triton 3.7 computes on the raw bits of bfloat16 values; `correct_bfloat16` has i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,34 +117,55 @@ class Traffic:
         """Each address once."""
         return self._distinct(self.written)
 
-    def times_read(self, x: Tensor) -> float:
-        """How often the elements of x were read on average: bytes of loads from its memory by its size."""
-        first, last = x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes()
-        loads = sum(int(((at >= first) & (at < last)).sum()) for at, _ in self.read)
-        return loads / x.numel()
 
-    def times_written(self, x: Tensor) -> float:
-        """How often the elements of x were written on average."""
-        first, last = x.data_ptr(), x.data_ptr() + x.untyped_storage().nbytes()
-        return sum(int(((at >= first) & (at < last)).sum()) for at, _ in self.written) / x.numel()
+class OutOfBoundsError(AssertionError):
+    """A kernel reaches for memory that isn't an element of its arguments."""
+
+
+def _addresses(tensors: Sequence[Tensor]) -> NDArray[np.uint64]:
+    """First bytes of all elements of views, sorted."""
+    found = []
+    for x in tensors:
+        offsets = np.zeros((), dtype=np.int64)
+        for length, stride in zip(x.shape, x.stride(), strict=True):
+            offsets = offsets[..., None] + np.arange(length) * stride
+        found.append((x.data_ptr() + offsets.ravel() * x.element_size()).astype(np.uint64))
+    return np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[Traffic]:
-    """What kernels that run in the interpreter meanwhile read and write."""
+def recorded(readable: Sequence[Tensor] | None = None, writable: Sequence[Tensor] = ()) -> Iterator[Traffic]:
+    """What kernels that run in the interpreter meanwhile read and write.
+
+    Given ``readable``, every access is checked before it is made: an active lane must read an element of one of these
+    views (or of the writable ones), or write one of the ``writable`` ones; gaps between a view's rows are neither.
+
+    Raises:
+        OutOfBoundsError: (inside) it doesn't.
+    """
     traffic, builder = Traffic(), InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
+    may_read = None if readable is None else _addresses([*readable, *writable])
+    may_write = None if readable is None else _addresses(writable)
 
-    def note(into: list[tuple[NDArray[np.uint64], int]], ptrs: Any, mask: Any) -> None:
+    def note(kind: str, ptrs: Any, mask: Any) -> None:
         addresses, live = np.broadcast_arrays(ptrs.data, mask.data)
-        into.append((addresses[live].ravel().astype(np.uint64), ptrs.get_element_ty().primitive_bitwidth // 8))
+        active = addresses[live].ravel().astype(np.uint64)
+        allowed = may_read if kind == "read" else may_write
+        if allowed is not None:
+            outside = active[~np.isin(active, allowed)]
+            if len(outside):
+                raise OutOfBoundsError(f"{kind}s {len(outside)} of {len(active)} elements outside of its arguments")
+        getattr(traffic, "read" if kind == "read" else "written").append(
+            (active, ptrs.get_element_ty().primitive_bitwidth // 8)
+        )
 
     def masked_load(self: Any, ptrs: Any, mask: Any, *args: Any) -> Any:
-        note(traffic.read, ptrs, mask)
+        note("read", ptrs, mask)
         return load(self, ptrs, mask, *args)
 
     def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
-        note(traffic.written, ptrs, mask)
+        note("write", ptrs, mask)
         return store(self, ptrs, value, mask, *args)
 
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store

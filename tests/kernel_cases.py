@@ -21,6 +21,7 @@ from mogle_rt.kernels.gate_mix import (
     gate_mix_ref,
     partial_sums,
 )
+from mogle_rt.kernels.gate_mix_embed import gate_mix_embed, gate_mix_embed_cost, gate_mix_embed_ref
 from mogle_rt.kernels.joint_attention import joint_attention, joint_attention_cost, joint_attention_ref
 from mogle_rt.kernels.norm_modulate import norm_modulate, norm_modulate_cost, norm_modulate_ref
 from mogle_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cost, qk_norm_rope_ref
@@ -100,6 +101,12 @@ class Case:
     def arguments(self, seed: int, dtype: torch.dtype, device: str = "cpu", **sizes: Any) -> Arguments:
         """The same for the same seed."""
         return self.make(Random(seed, dtype, device), **sizes)
+
+    def views(self, arguments: Arguments) -> tuple[list[Tensor], list[Tensor]]:
+        """Tensors that may be read, and that may be written."""
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        written = (*self.outputs, *self.scratch)
+        return [x for n, x in tensors.items() if n not in written], [tensors[name] for name in written]
 
 
 def _bounds(L: int, groups: int) -> list[int]:
@@ -234,6 +241,20 @@ GATE_SIZES = (
 )
 
 
+def _gate_mix_embed(
+    r: Random, *, N: int, B: int, C: int, D: int, R: int, latent_lora: bool = False, extra: int = 0, **rest: int
+) -> Arguments:
+    made = _gate_mix(r, N=N, B=B, C=C, extra=extra, **rest)
+    return made | {
+        "embed_weight": r(D, C, scale=C**-0.5, extra=extra),
+        "embed_bias": r(D),
+        "lora_down": r(C, R, scale=C**-0.5) if R else None,
+        "lora_up": r(R, D, scale=R**-0.5, extra=extra) if R else None,
+        "latent_lora": latent_lora,
+        "out": r.empty(2 * N, B, D, extra=extra),
+    }
+
+
 def _experts(r: Random, *, N: int, B: int, C: int, H: int, E: int, P: int, extra: int = 0) -> Arguments:
     index = torch.randint(-1, P, (B, E), generator=r.generator, dtype=torch.int32)
     index[0, 0] = P - 1  # at least one present, and the last plane in use
@@ -344,6 +365,20 @@ CASES = [
         GATE_SIZES,
         {"N": 1024, "B": 1, "C": 64, "G": 64, "E": 20},
         scratch=("sums",),
+    ),
+    Case(
+        "gate_mix_embed",
+        gate_mix_embed,
+        gate_mix_embed_ref,
+        gate_mix_embed_cost,
+        ("out",),
+        _gate_mix_embed,
+        (
+            {"N": 37, "B": 1, "C": 24, "G": 10, "E": 20, "D": 141, "R": 4, "extra": 3},
+            {"N": 15, "B": 3, "C": 64, "G": 33, "E": 5, "D": 48, "R": 17, "latent_lora": True},
+            {"N": 18, "B": 2, "C": 17, "G": 64, "E": 3, "D": 33, "R": 0},
+        ),
+        {"N": 1024, "B": 1, "C": 64, "G": 64, "E": 20, "D": 3072, "R": 4},
     ),
     Case(
         "region_experts",

@@ -1,0 +1,94 @@
+"""``python -m mogle_rt.kernels``: what compilers make of every kernel, on a machine with or without a GPU.
+
+Each kernel is launched, on paper, at FLUX.1-dev's sizes (512 x 512 pixels, one image), compiled for each GPU and read
+back: registers, spills, shared memory, stack, instructions. A second table has the bytes and FLOPs that the work takes
+at least. ``--json`` prints both for programs. Exits with 1 where a kernel spills or takes more shared memory than the
+GPU has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mogle_rt.kernels.aot import SHARED_LIMITS, TARGETS, compile_all
+from mogle_rt.kernels.workloads import DTYPES, workloads
+
+# NVIDIA H100 SXM by its datasheet: bytes a second, dense bf16 operations a second.
+H100_BYTES, H100_FLOPS = 3.35e12, 989.4e12
+
+
+def costs(dtype: str) -> list[dict[str, Any]]:
+    """Declared cost of every workload, and the least time that an H100 takes for it, µs."""
+    rows = []
+    for work in workloads(DTYPES[dtype], "meta"):
+        cost = work.declared()
+        least = max(cost.moved / H100_BYTES, cost.flops / H100_FLOPS) * 1e6
+        rows.append({"workload": work.name, "dtype": dtype, **dataclasses.asdict(cost), "h100_us": least})
+    return rows
+
+
+def _print(compiled: list[dict[str, Any]], least: list[dict[str, Any]]) -> None:
+    console = Console()
+    table = Table(title="compiled", header_style="bold")
+    for name in ("kernel", "launched by", "dtype", "GPU"):
+        table.add_column(name)
+    for name in ("registers", "spills", "shared", "of", "stack", "warps"):
+        table.add_column(name, justify="right")
+    table.add_column("matrix instructions")
+    table.add_column("16-byte loads and stores", justify="right")
+    for r in compiled:
+        numbers = (r["registers"], r["spills"], r["shared"], SHARED_LIMITS[r["target"]], r["stack"], r["warps"])
+        style = "" if _good(r) else "red"
+        names = (r["kernel"], r["workload"], r["dtype"], r["target"])
+        table.add_row(*names, *map(str, numbers), r["tensor_cores"] or "none", str(r["wide"]), style=style)
+    console.print(table)
+    table = Table(title="least work, each byte once", header_style="bold")
+    for name in ("call", "dtype"):
+        table.add_column(name)
+    for name in ("launches", "MB read", "MB written", "MFLOP", "FLOP per byte", "H100: least µs"):
+        table.add_column(name, justify="right")
+    for r in least:
+        moved = r["read"] + r["written"]
+        values = (r["read"] / 1e6, r["written"] / 1e6, r["flops"] / 1e6, r["flops"] / moved, r["h100_us"])
+        table.add_row(r["workload"], r["dtype"], str(r["launches"]), *(f"{v:,.2f}" for v in values))
+    console.print(table)
+
+
+def _good(r: dict[str, Any]) -> bool:
+    return r["spills"] == 0 and r["shared"] <= SHARED_LIMITS[r["target"]]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code."""
+    names = [w.name for w in workloads(torch.bfloat16, "meta")]
+    parser = argparse.ArgumentParser(prog="python -m mogle_rt.kernels", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--kernel", choices=names, nargs="+", default=names, help="default: all")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"], help="default: bf16")
+    parser.add_argument("--target", choices=TARGETS, nargs="+", default=list(TARGETS), help="default: all")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    given = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: in the interpreter nothing can be compiled; unset it")
+    compiled = [
+        {"workload": name, "dtype": dtype, **dataclasses.asdict(r), "tensor_cores": r.tensor_cores, "wide": r.wide}
+        for name, dtype, r in compile_all(given.kernel, given.dtype, given.target)
+    ]
+    least = [row for dtype in given.dtype for row in costs(dtype) if row["workload"] in given.kernel]
+    if given.json:
+        print(json.dumps({"compiled": compiled, "least": least}))
+    else:
+        _print(compiled, least)
+    return 0 if all(map(_good, compiled)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
