@@ -113,7 +113,7 @@ class TorchEngine:
             add_cond_attn=self.model.add_cond_attn,
         )
         inputs = StepInputs(
-            bank=self.mogle.bank(mask_latents),
+            bank=self.mogle.bank(mask_latents, self.ops),
             time_table=self.mogle.time_table(schedule.timesteps.to(self.device)),
             text=self.transformer.context_embedder(prompt_embeds.expand(batch, -1, -1).transpose(0, 1)),
             modulation=self._modulation(schedule, c.guidance_scale, pooled.expand(batch, -1)),

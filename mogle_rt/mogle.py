@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
@@ -55,21 +54,17 @@ class MixtureOfExperts(nn.Module):
             self.gate_in = nn.Linear(C, G)
             self.gate_out = nn.Linear(G, NUM_EXPERTS)
 
-    def bank(self, mask_latents: Tensor) -> Bank:
+    def bank(self, mask_latents: Tensor, ops: Ops) -> Bank:
         """Once an image. mask_latents: [B, 20, N, 64], packed VAE latents of the palette picture and the 19 planes."""
-        outputs = mask_latents
         if self.config.has_expert:
-            B, E, N, C = mask_latents.shape
-            x = mask_latents.transpose(0, 1).reshape(E, B * N, C)
-            hidden = torch.baddbmm(self.expert_in_bias[:, None], x, self.expert_in.transpose(1, 2)).relu_()
-            y = torch.baddbmm(self.expert_out_bias[:, None], hidden, self.expert_out.transpose(1, 2))
-            outputs = y.view(E, B, N, C).transpose(0, 1)
-        outputs = outputs.permute(2, 0, 1, 3)
+            layers = (self.expert_in, self.expert_in_bias, self.expert_out, self.expert_out_bias)
+            outputs = ops.experts(mask_latents, *layers)
+        else:
+            outputs = mask_latents.permute(2, 0, 1, 3).contiguous()
         if not self.config.has_gating:
             return Bank(outputs.sum(2, keepdim=True), None)
-        # A token's experts side by side, so that a step's weighted sum is one small product a token.
         gate_input = mask_latents[:, 0].transpose(0, 1) + self.noise_proj.bias
-        return Bank(outputs.contiguous(), gate_input.contiguous())
+        return Bank(outputs, gate_input.contiguous())
 
     def time_table(self, timesteps: Tensor) -> Tensor | None:
         """The gate's time embedding of every step: [S] scheduler timesteps (0…1000) -> [S, 64]; None without a gate."""

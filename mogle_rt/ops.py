@@ -72,6 +72,10 @@ class Ops(Protocol):
 
     def joint_attention(self, q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: AttentionPlan) -> Tensor: ...
 
+    def experts(
+        self, x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor
+    ) -> Tensor: ...
+
     def gate_mix(
         self, latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor
     ) -> None: ...

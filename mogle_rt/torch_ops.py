@@ -137,6 +137,23 @@ def residual_norm_modulate(
     norm_modulate(x, scale, shift, bounds, out, lora_down, lora_from)
 
 
+def experts(x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor) -> Tensor:
+    """Linear(relu(Linear(x))) of every expert for its own picture, the *bank*.
+
+    Args:
+        x: [B, E, N, C], packed latents of the masks' pictures.
+        weight_in: [E, H, C], bias_in: [E, H]. weight_out: [E, C, H], bias_out: [E, C].
+
+    Returns:
+        [N, B, E, C]: a token's experts side by side, so that a step's weighted sum is one small product a token.
+    """
+    B, E, N, C = x.shape
+    rows = x.transpose(0, 1).reshape(E, B * N, C)
+    hidden = torch.baddbmm(bias_in[:, None], rows, weight_in.transpose(1, 2)).relu_()
+    y = torch.baddbmm(bias_out[:, None], hidden, weight_out.transpose(1, 2))
+    return y.view(E, B, N, C).permute(2, 1, 0, 3).contiguous()
+
+
 def gate_weights(
     latents: Tensor,
     gate_input: Tensor,

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from mogle_rt import attention
-from mogle_rt.attention import AttentionPlan
+from mogle_rt.attention import AttentionPlan, Visibility
 from mogle_rt.kernels import gate_mix as gate_kernels
+from mogle_rt.kernels import joint_attention as attention_kernels
 from mogle_rt.kernels import norm_modulate as norm_kernels
 from mogle_rt.kernels import qk_norm_rope as rope_kernels
+from mogle_rt.kernels import region_experts as expert_kernels
 from mogle_rt.kernels import residual_norm_modulate as residual_kernels
-from mogle_rt.kernels.common import Cost, interpreted
-
-__all__ = ["RIDING", "declared", "interpreted", "joint_attention"]
+from mogle_rt.kernels.common import Cost
+from mogle_rt.kernels.common import interpreted as interpreted
 
 RIDING = True
 _COSTS: dict[str, Callable[..., Cost]] = {}
@@ -74,6 +75,19 @@ _gate_mix = _define(gate_kernels, "gate_mix", f"{_GATE}, Tensor(a!) out")
 _gate_mix_mean = _define(gate_kernels, "gate_mix_mean", f"{_GATE}, Tensor(a!) sums, Tensor(b!) out")
 
 
+_region_experts = _define(
+    expert_kernels,
+    "region_experts",
+    "Tensor planes, Tensor index, Tensor absent, Tensor expert_in_weight, Tensor expert_in_bias, "
+    "Tensor expert_out_weight, Tensor expert_out_bias, Tensor(a!) bank",
+)
+_joint_attention = _define(
+    attention_kernels,
+    "joint_attention",
+    "Tensor q, Tensor k, Tensor v, Tensor(a!) out, SymInt condition_from, str visibility, float log_scale",
+)
+
+
 def rope_buffer(table: Tensor) -> Tensor:
     """A rotary table, complex64 [L, d / 2], as `qk_norm_rope` takes it: fp32 [L, d], cosines, then sines."""
     return torch.cat([table.real, table.imag], dim=1)
@@ -92,5 +106,22 @@ def gate_mix_mean(latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tens
 
 
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: AttentionPlan) -> Tensor:
-    """See `mogle_rt.attention.joint_attention`: the library's flash attention."""
-    return attention.joint_attention(q, k, v, condition_from, plan)
+    """See `mogle_rt.attention.joint_attention`.
+
+    The library's flash attention where everything sees everything; else one launch in place of up to four and a merge.
+    """
+    if plan.visibility is Visibility.JOINT or condition_from >= k.shape[0]:
+        return attention.joint_attention(q, k, v, condition_from, plan)
+    out = q.new_empty(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
+    _joint_attention(q, k, v, out, condition_from, plan.visibility.value, plan.log_scale)
+    return out
+
+
+def experts(x: Tensor, *layers: Tensor) -> Tensor:
+    """See `mogle_rt.torch_ops.experts`."""
+    B, E, N, C = x.shape
+    bank = x.new_empty(N, B, E, C)
+    index = torch.arange(B * E, device=x.device, dtype=torch.int32).view(B, E)
+    absent = x.new_empty(N, E, C)  # never read: the pictures of absent classes are among the others
+    _region_experts(x.flatten(0, 1), index, absent, *layers, bank)
+    return bank
