@@ -27,6 +27,8 @@ bench: $(STAMP)  ## the benchmarks, into benchmarks/RESULTS.md
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	rm -rf build/typed && mkdir -p build/typed/mogle_rt
+	ln -s $(CURDIR)/mogle_rt/* $(wildcard $(CURDIR)/kernels $(CURDIR)/export) build/typed/mogle_rt/
 	$(BIN)/mypy
 
 clean:

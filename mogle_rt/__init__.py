@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mogle_rt import errors
@@ -19,6 +20,10 @@ from mogle_rt.errors import (
 )
 
 __version__ = "0.1.0"
+
+# A wheel holds kernels/ and export/ inside this package; a checkout has them beside it.
+if not Path(__file__).with_name("kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
     from mogle_rt.config import ModelConfig

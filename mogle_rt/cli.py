@@ -235,6 +235,8 @@ def generate(
     model_config: Annotated[str | None, typer.Option(help="The reference's switches as JSON.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:N or mps; default: the best there is.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: what the device does fast.")] = None,
+    engine: Annotated[str, typer.Option(help="torch; from an export: onnxruntime, tensorrt, tensorrt-rtx.")] = "torch",
+    engine_path: Annotated[Path | None, typer.Option(help="The export's folder; default: the bundle's own.")] = None,
     metadata: Annotated[bool, typer.Option(help="Write prompt, seed and settings into the images.")] = True,
 ) -> None:
     """Draw faces from masks and a prompt."""
@@ -249,7 +251,7 @@ def generate(
         raise InputError(f"--prompt must be UTF-8 text, got {prompt!r}")
     jobs = list(_jobs(masks, num_images, seed, output))
     _check_writable(output)
-    switches = _parse_json(model_config)
+    switches = parse_json(model_config)
 
     from mogle_rt.image_files import save_image
     from mogle_rt.masks import to_labels
@@ -259,7 +261,14 @@ def generate(
         if path is not None:
             to_labels(path)  # a bad mask is told before the model is loaded
     start = time.perf_counter()
-    pipe = Pipeline(checkpoint, device=device, dtype=dtype, model_config=switches)
+    pipe = Pipeline(
+        checkpoint,
+        device=device,
+        dtype=dtype,
+        model_config=switches,
+        engine=engine,  # type: ignore[arg-type]
+        engine_path=engine_path,
+    )
     seconds = {"load": time.perf_counter() - start}
     for i in range(0, len(jobs), batch_size):
         batch = jobs[i : i + batch_size]
@@ -349,7 +358,8 @@ def _check_writable(output: Path) -> None:
         raise OutputError(f"{output}: can't be written: no permission in {folder}")
 
 
-def _parse_json(text: str | None) -> dict[str, Any] | None:
+def parse_json(text: str | None) -> dict[str, Any] | None:
+    """The value of --model-config."""
     if text is None:
         return None
     try:
@@ -374,10 +384,15 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point: errors are one line and a non-zero exit, never a traceback."""
+    """Entry point."""
+    run_app(app)
+
+
+def run_app(program: typer.Typer) -> None:
+    """Run a program: errors are one line and a non-zero exit, never a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        app()
+        program()
     except MogleError as error:
         _fail(str(error))
     except OSError as error:

@@ -26,7 +26,8 @@ from mogle_rt.checkpoint import Bundle, check_names
 from mogle_rt.conditioning import Conditioner, MaskPosterior, pack_latents, unpack_latents
 from mogle_rt.config import PATCH, VAE_SCALE, ModelConfig
 from mogle_rt.devices import choose_device, choose_dtype
-from mogle_rt.engines import Conditions, TorchEngine
+from mogle_rt.engine_choice import EngineName, StepEngine, engine_dtype, make_engine
+from mogle_rt.engines import Conditions
 from mogle_rt.errors import InputError, NumericalError
 from mogle_rt.masks import Labels, MaskLike, to_label_batch
 from mogle_rt.models import autoencoder_shapes, load_autoencoder
@@ -66,6 +67,8 @@ class Pipeline:
         device: "cpu", "cuda", "cuda:N" or "mps"; None takes the best there is.
         dtype: "fp32", "bf16", "fp16" or a torch dtype; None takes what the device multiplies fast.
         model_config: the reference's switches, see `ModelConfig`; unknown names are refused.
+        engine: what runs the steps: "torch", or, from an export, "onnxruntime", "tensorrt" or "tensorrt-rtx".
+        engine_path: the export's folder; None: the bundle's own. Its dtype is then the default.
         cache_bytes: how much the encodings of masks, and those of prompts, may each keep from call to call; 0 keeps
             none.
 
@@ -85,17 +88,21 @@ class Pipeline:
         dtype: str | torch.dtype | None = None,
         model_config: ModelConfig | Mapping[str, Any] | None = None,
         *,
+        engine: EngineName = "torch",
+        engine_path: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.model_config = ModelConfig.of(model_config)
         self.device = choose_device(device)
-        self.dtype = choose_dtype(dtype, self.device)
+        self.dtype = choose_dtype(engine_dtype(engine, engine_path, checkpoint, dtype), self.device)
         self.bundle = Bundle(checkpoint)
         vae_config = self.bundle.config.vae
         found = {n: self.bundle.tensors[f"vae.{n}"].shape for n in self.bundle.names("vae")}
         check_names(found, autoencoder_shapes(vae_config), f"{checkpoint} (vae)")
         self.vae = load_autoencoder(vae_config, self.bundle.part("vae", self.device, self.dtype))
-        self.engine = TorchEngine(self.bundle, self.device, self.dtype, self.model_config)
+        self.engine: StepEngine = make_engine(
+            engine, engine_path, self.bundle, self.device, self.dtype, self.model_config
+        )
         self.conditioning_cache = TensorCache(cache_bytes)
         self.prompt_cache = TensorCache(cache_bytes)
         self.conditioner = Conditioner(self.vae, self.conditioning_cache)
