@@ -26,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console(stderr=True, highlight=False, emoji=False)
+TABLE_WIDTH = 160  # columns, also where there is no terminal
 FORMATS = ("onnx", "tensorrt", "tensorrt-rtx")
 
 
@@ -49,7 +50,8 @@ def main(
     usual: Annotated[str, typer.Option("--opt", help="TensorRT: the size to be fastest at.")] = "512x512x1",
     largest: Annotated[str, typer.Option("--max", help="TensorRT: largest size and batch.")] = "1024x1024x4",
     target: Annotated[
-        str | None, typer.Option(help="TensorRT-RTX: compute capability to build for, e.g. 89; default: this GPU's.")
+        str | None,
+        typer.Option(help="TensorRT-RTX: compute capabilities to build for, e.g. 89,120; default: this GPU's."),
     ] = None,
     condition_scale: Annotated[
         bool, typer.Option("--condition-scale", help="TensorRT: an engine for condition_scale other than 1 too.")
@@ -57,7 +59,9 @@ def main(
     weight_streaming: Annotated[
         bool, typer.Option("--weight-streaming", help="TensorRT: weights may stay in the host's memory.")
     ] = False,
-    refit: Annotated[bool, typer.Option("--refit", help="TensorRT: weights may be exchanged later.")] = False,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="TensorRT: weights may be exchanged later; needs a GPU.")
+    ] = False,
     model_config: Annotated[str | None, typer.Option(help="The reference's switches as JSON.")] = None,
     verify: Annotated[bool, typer.Option(help="Run random inputs through the graphs and the torch engine.")] = True,
     check: Annotated[
@@ -84,9 +88,14 @@ def main(
     profile = tensorrt.Profile(
         smallest=tensorrt.Size.parse(smallest), usual=tensorrt.Size.parse(usual), largest=tensorrt.Size.parse(largest)
     )
-    packages = [PACKAGES[name] for name in chosen if name != "onnx"]
-    for package in packages:
-        tensorrt.parse_targets(target, package)  # told before anything is written
+    graphs = ("step", "step_scaled") if condition_scale else ("step",)
+    engines = [  # told before anything is written: a missing package, an unknown target
+        (PACKAGES[name], one, graph)
+        for name in chosen
+        if name != "onnx"
+        for one in tensorrt.parse_targets(target, PACKAGES[name])
+        for graph in graphs
+    ]
 
     from mogle_rt.checkpoint import Bundle
     from mogle_rt.export.exporter import export
@@ -114,32 +123,31 @@ def main(
     if verify:
         manifest = _verify(bundle, folder, manifest)
     source = bundle if manifest.weights.mode != "copy" else Bundle(folder / str(manifest.weights.file))
-    for package in packages:
-        for graph in ("step", "step_scaled") if condition_scale else ("step",):
-            begun = time.perf_counter()
-            with console.status(f"{package.name}: {graph}") as status:
+    for package, one, graph in engines:
+        begun, title = time.perf_counter(), f"{package.name} {one}: {graph}"
+        with console.status(title) as status:
 
-                def show(phase: str, done: int, steps: int, _status: Any = status, _title: str = graph) -> None:
-                    _status.update(f"{_title}: {phase} {done}/{steps}")
+            def show(phase: str, done: int, steps: int, _status: Any = status, _title: str = title) -> None:
+                _status.update(f"{_title}: {phase} {done}/{steps}")
 
-                manifest = tensorrt.build_engine(
-                    source,
-                    folder,
-                    manifest,
-                    package,
-                    graph=graph,
-                    profile=profile,
-                    target=target,
-                    weight_streaming=weight_streaming,
-                    refit=refit,
-                    progress=show,
-                )
-            path = folder / manifest.engines[-1].file
-            console.print(
-                f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - begun:.1f} s; all nodes taken",
-                soft_wrap=True,
-                markup=False,
+            manifest = tensorrt.build_engine(
+                source,
+                folder,
+                manifest,
+                package,
+                graph=graph,
+                profile=profile,
+                target=one,
+                weight_streaming=weight_streaming,
+                refit=refit,
+                progress=show,
             )
+        path = folder / manifest.engines[-1].file
+        console.print(
+            f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - begun:.1f} s; all nodes taken",
+            soft_wrap=True,
+            markup=False,
+        )
     typer.echo(folder)
 
 
@@ -165,7 +173,7 @@ def _report(results: list[Comparison]) -> None:
     for r in results:
         verdict = "ok" if r.passed else "FAILED"
         table.add_row(r.what, r.by, f"{r.rms:.1e}", f"{r.largest:.1e}", f"{r.tolerance:.0e}", verdict)
-    Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(table)
+    Console(stderr=True, width=TABLE_WIDTH, highlight=False, emoji=False).print(table)
     require(results)
 
 

@@ -153,7 +153,7 @@ def build_engine(
     *,
     graph: str = "step",
     profile: Profile,
-    target: str | None = None,
+    target: str,
     weight_streaming: bool = False,
     refit: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
@@ -165,9 +165,9 @@ def build_engine(
         folder, manifest: the export.
         graph: "step", or "step_scaled" for runs with a condition_scale.
         profile: sizes that it takes.
-        target: see `parse_targets`.
+        target: one of `parse_targets`.
         weight_streaming: weights may stay in the host's memory where the GPU's is too small.
-        refit: weights may be exchanged later.
+        refit: weights may be exchanged later; such an engine needs a GPU to be built.
         progress: called with a phase of the build, the steps done and how many there are.
 
     Returns:
@@ -176,9 +176,8 @@ def build_engine(
     Raises:
         RefusedNodesError: names every node that TensorRT doesn't take.
         ConfigError: TensorRT can't build it.
-        DeviceError, InputError: see `parse_targets`.
+        DeviceError: the package is missing, or ``refit`` without a GPU.
     """
-    targets = parse_targets(target, package)
     model = step_model(bundle, manifest, graph)
     spec = manifest.graphs[graph]
     shapes = {
@@ -191,7 +190,7 @@ def build_engine(
         folder,
         package,
         shapes,
-        targets=targets,
+        target=target,
         weight_streaming=weight_streaming,
         refit=refit,
         progress=progress,
@@ -199,7 +198,7 @@ def build_engine(
     header = EngineHeader(
         runtime=package.name,
         runtime_version=package.load().__version__,
-        targets=tuple(f"{t[2:-1]}.{t[-1]}" for t in targets),
+        target=f"{target[2:-1]}.{target[-1]}",
         graph=graph,
         dtype=manifest.dtype,
         bundle_sha256=manifest.bundle["sha256"],
@@ -209,7 +208,7 @@ def build_engine(
         weight_streaming=weight_streaming,
         refittable=refit,
     )
-    file = f"{graph}.{'-'.join(t.lower() for t in targets)}.{package.name}.engine"
+    file = f"{graph}.{target.lower()}.{package.name}.engine"
     write_engine(folder / file, header, memoryview(plan))
     entry = EngineSpec(file=file, graph=graph, header=header.to_dict())
     manifest = replace(manifest, engines=(*(e for e in manifest.engines if e.file != file), entry))
@@ -235,7 +234,7 @@ def build_plan(
     package: Package,
     shapes: Mapping[str, Sequence[Sequence[int]]],
     *,
-    targets: Sequence[str],
+    target: str,
     weight_streaming: bool = False,
     refit: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
@@ -245,11 +244,14 @@ def build_plan(
     Args:
         folder: where the graph's weights are.
         shapes: input -> smallest, usual and largest shape.
+        target: one of `parse_targets`.
 
     Raises:
         RefusedNodesError, ConfigError: see `build_engine`.
     """
     trt = package.load()
+    if refit and not torch.cuda.is_available():
+        raise DeviceError(f"{package.name} builds refittable engines on a machine with a GPU only; leave out --refit")
     logger = _logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -264,9 +266,8 @@ def build_plan(
     if refit:
         config.set_flag(trt.BuilderFlag.REFIT)
     if package.name == "tensorrt-rtx":
-        config.num_compute_capabilities = len(targets)
-        for i, target in enumerate(targets):
-            config.set_compute_capability(getattr(trt.ComputeCapability, target), i)
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, target), 0)
     if progress:
         config.progress_monitor = _monitor(trt, progress)
     profile = builder.create_optimization_profile()

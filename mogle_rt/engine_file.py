@@ -26,7 +26,7 @@ class EngineHeader:
 
     Attributes:
         runtime, runtime_version: "tensorrt" or "tensorrt-rtx", and the version that built it.
-        targets: compute capabilities, e.g. ["8.9"].
+        target: the compute capability of its GPU, e.g. "8.9".
         graph, dtype: the step's graph ("step" or "step_scaled") and what it computes in.
         bundle_sha256, graph_sha256: what it was built from.
         profile: input -> smallest, usual and largest shape.
@@ -37,7 +37,7 @@ class EngineHeader:
     format_version: int = FORMAT_VERSION
     runtime: str
     runtime_version: str
-    targets: tuple[str, ...]
+    target: str
     graph: str
     dtype: str
     bundle_sha256: str
@@ -48,8 +48,9 @@ class EngineHeader:
     refittable: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
+        """As JSON gives it back."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
 
 
 def write_engine(path: Path, header: EngineHeader, plan: memoryview) -> None:
@@ -71,22 +72,24 @@ def read_engine(path: Path) -> tuple[EngineHeader, int]:
         with path.open("rb") as file:
             start = file.read(len(MAGIC) + 8)
             length = int.from_bytes(start[len(MAGIC) :], "little")
-            if not start.startswith(MAGIC) or length > MAX_HEADER:
-                raise CheckpointError(f"{path}: not an engine file of mogle_rt")
-            raw = json.loads(file.read(length))
+            text = file.read(min(length, MAX_HEADER))
     except FileNotFoundError:
         raise CheckpointError(
             f"{path}: no such engine; build one: python -m mogle_rt.export --format tensorrt-rtx"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from None
+    if not start.startswith(MAGIC) or length > MAX_HEADER:
+        raise CheckpointError(f"{path}: not an engine file of mogle_rt")
+    try:
+        raw = json.loads(text)
     except ValueError:
         raise CheckpointError(f"{path}: damaged engine file: its header is not JSON") from None
     if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{path}: engine file of another version; build it again")
     try:
         profile = {name: tuple(tuple(shape) for shape in shapes) for name, shapes in raw["profile"].items()}
-        header = EngineHeader(**raw | {"targets": tuple(raw["targets"]), "profile": profile})
+        header = EngineHeader(**raw | {"profile": profile})
     except (TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged engine file: {type(error).__name__}: {error}") from None
     begin = len(MAGIC) + 8 + length

@@ -84,13 +84,29 @@ def manifest_dtype(manifest: Manifest) -> torch.dtype:
     return dtype
 
 
-def _onnxruntime() -> Any:
+def load_onnxruntime(device: torch.device, dtype: torch.dtype) -> Any:
+    """The module, able to run graphs of this dtype on this device.
+
+    Raises:
+        DeviceError: it is missing, or can't.
+    """
     try:
         import onnxruntime
     except ImportError as error:
         raise DeviceError(
             f"engine onnxruntime needs the package onnxruntime ({error}): pip install 'mogle-rt[export]'"
         ) from None
+    provider = PROVIDERS.get(device.type)
+    if provider is None:
+        raise DeviceError(f"engine onnxruntime runs on cpu or cuda, not on {device.type}")
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise DeviceError(
+            f"this onnxruntime has no {provider} (it has {', '.join(available)}); "
+            f"install onnxruntime-gpu, or use device cpu"
+        )
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        raise DeviceError("onnxruntime's CPU kernels don't take bf16; export with --dtype fp32, or use cuda")
     return onnxruntime
 
 
@@ -107,19 +123,10 @@ class Session:
     """
 
     def __init__(self, folder: Path, graph: GraphSpec, device: torch.device, weight_bytes: int) -> None:
-        ort = _onnxruntime()
+        ort = load_onnxruntime(device, TYPES[graph.outputs[0].dtype])
         self.device = device
         self.graph = graph
-        provider = PROVIDERS.get(device.type)
-        if provider is None:
-            raise DeviceError(f"engine onnxruntime runs on cpu or cuda, not on {device.type}")
-        if provider not in ort.get_available_providers():
-            raise DeviceError(
-                f"this onnxruntime has no {provider} (it has {', '.join(ort.get_available_providers())}); "
-                f"install onnxruntime-gpu, or use device cpu"
-            )
-        if device.type == "cpu" and any(t.dtype == "BFLOAT16" for t in (*graph.inputs, *graph.outputs)):
-            raise DeviceError("onnxruntime's CPU kernels don't take bf16; export with --dtype fp32, or use cuda")
+        provider = PROVIDERS[device.type]
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = torch.get_num_threads()
@@ -236,9 +243,13 @@ class OnnxEngine:
     Args:
         exported: the export.
         device: cpu or cuda; there, inputs and results stay on the GPU.
+
+    Raises:
+        DeviceError: see `load_onnxruntime`.
     """
 
     def __init__(self, exported: ExportedGraphs, device: torch.device) -> None:
+        load_onnxruntime(device, manifest_dtype(exported.manifest))  # told now rather than in the first call
         self.prepare_step = StepPreparation(exported, device)
         self.device = device
         self._step: Session | None = None

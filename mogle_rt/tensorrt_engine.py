@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import mmap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 from mogle_rt.engine_file import EngineHeader, read_engine
 from mogle_rt.engines import Conditions
 from mogle_rt.errors import CheckpointError, DeviceError, InputError
-from mogle_rt.manifest import EngineSpec
 from mogle_rt.onnx_engine import ExportedGraphs, StepPreparation
 from mogle_rt.sampling import Schedule
 
@@ -69,7 +69,6 @@ class TensorRTEngine:
         self._engines: dict[str, Any] = {}
         self._headers: dict[str, EngineHeader] = {}
         self._context: Any = None
-        self._graph = ""
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
         found = [e for e in exported.manifest.engines if e.header.get("runtime") == package.name]
@@ -78,36 +77,39 @@ class TensorRTEngine:
                 f"{exported.folder}: holds no {package.name} engine; build one: "
                 f"python -m mogle_rt.export {exported.manifest.bundle['name']} --format {package.name}"
             )
-        self._found = {e.graph: self._check(e) for e in found}
+        self._files = self._fitting({exported.folder / e.file: read_engine(exported.folder / e.file)[0] for e in found})
 
-    def _check(self, spec: EngineSpec) -> EngineSpec:
-        """The engine's header fits the export and this machine."""
-        path = self.exported.folder / spec.file
-        header, _ = read_engine(path)
-        if header.graph_sha256 != self.exported.graph(spec.graph).sha256:
-            raise CheckpointError(f"{path}: was built from another export of the graph; build it again")
+    def _fitting(self, found: dict[Path, EngineHeader]) -> dict[str, Path]:
+        """Engines that fit this GPU, package and export, by their graph."""
+        targets = " or ".join(sorted({header.target for header in found.values()}))
+        first = next(iter(found))
         if self.device.type != "cuda":
             raise DeviceError(
-                f"{path}: a {self.package.name} engine runs on a CUDA GPU of compute capability "
-                f"{' or '.join(header.targets)}, not on {self.device.type}; use engine torch or onnxruntime here"
+                f"{first}: a {self.package.name} engine runs on a CUDA GPU of compute capability {targets}, "
+                f"not on {self.device.type}; use engine torch or onnxruntime here"
             )
         have = ".".join(map(str, torch.cuda.get_device_capability(self.device)))
-        if have not in header.targets:
+        fitting = {path: header for path, header in found.items() if header.target == have}
+        if not fitting:
             raise DeviceError(
-                f"{path}: was built for compute capability {' or '.join(header.targets)}, "
-                f"{torch.cuda.get_device_name(self.device)} has {have}; build one with --target {have.replace('.', '')}"
+                f"{first}: was built for compute capability {targets}, {torch.cuda.get_device_name(self.device)} has "
+                f"{have}; build one with --target {have.replace('.', '')}"
             )
         version = self.package.load().__version__
-        if header.runtime_version != version:
-            raise DeviceError(
-                f"{path}: was built by {header.runtime} {header.runtime_version}, installed is {version}; build it again"
-            )
-        self._headers[spec.graph] = header
-        return spec
+        for path, header in fitting.items():
+            if header.graph_sha256 != self.exported.graph(header.graph).sha256:
+                raise CheckpointError(f"{path}: was built from another export of the graph; build it again")
+            if header.runtime_version != version:
+                raise DeviceError(
+                    f"{path}: was built by {header.runtime} {header.runtime_version}, installed is {version}; "
+                    f"build it again"
+                )
+            self._headers[header.graph] = header
+        return {header.graph: path for path, header in fitting.items()}
 
     def _engine(self, graph: str) -> Any:
         """The deserialised engine; one at a time is held."""
-        if graph not in self._found:
+        if graph not in self._files:
             raise CheckpointError(
                 f"{self.exported.folder}: holds no {self.package.name} engine of graph {graph!r}, which condition_scale "
                 f"other than 1 needs; build it with --condition-scale"
@@ -115,7 +117,7 @@ class TensorRTEngine:
         if graph not in self._engines:
             self._engines.clear()
             trt = self.package.load()
-            path = self.exported.folder / self._found[graph].file
+            path = self._files[graph]
             _, begin = read_engine(path)
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
