@@ -21,7 +21,7 @@ from mogle_rt.errors import (
 
 __version__ = "0.1.0"
 
-# A wheel holds kernels/ inside this package; a checkout has it beside it.
+# A wheel holds kernels/ and export/ inside this package; a checkout has them beside it.
 if not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 

@@ -239,6 +239,8 @@ def generate(
     kernels: Annotated[
         str | None, typer.Option(help="'triton' or 'torch': operations of a step; default: what suits the device.")
     ] = None,
+    engine: Annotated[str, typer.Option(help="torch; from an export: onnxruntime, tensorrt, tensorrt-rtx.")] = "torch",
+    engine_path: Annotated[Path | None, typer.Option(help="The export's folder; default: the bundle's own.")] = None,
     metadata: Annotated[bool, typer.Option(help="Write prompt, seed and settings into the images.")] = True,
 ) -> None:
     """Draw faces from masks and a prompt."""
@@ -253,7 +255,7 @@ def generate(
         raise InputError(f"--prompt must be UTF-8 text, got {prompt!r}")
     jobs = list(_jobs(masks, num_images, seed, output))
     _check_writable(output)
-    switches = _parse_json(model_config)
+    switches = parse_json(model_config)
 
     from mogle_rt.image_files import save_image
     from mogle_rt.masks import to_labels
@@ -263,7 +265,15 @@ def generate(
         if path is not None:
             to_labels(path)  # a bad mask is told before the model is loaded
     start = time.perf_counter()
-    pipe = Pipeline(checkpoint, device=device, dtype=dtype, model_config=switches, kernels=kernels)
+    pipe = Pipeline(
+        checkpoint,
+        device=device,
+        dtype=dtype,
+        model_config=switches,
+        kernels=kernels,
+        engine=engine,  # type: ignore[arg-type]
+        engine_path=engine_path,
+    )
     seconds = {"load": time.perf_counter() - start}
     for i in range(0, len(jobs), batch_size):
         batch = jobs[i : i + batch_size]
@@ -353,7 +363,8 @@ def _check_writable(output: Path) -> None:
         raise OutputError(f"{output}: can't be written: no permission in {folder}")
 
 
-def _parse_json(text: str | None) -> dict[str, Any] | None:
+def parse_json(text: str | None) -> dict[str, Any] | None:
+    """The value of --model-config."""
     if text is None:
         return None
     try:
@@ -378,10 +389,15 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point: errors are one line and a non-zero exit, never a traceback."""
+    """Entry point."""
+    run_app(app)
+
+
+def run_app(program: typer.Typer) -> None:
+    """Run a program: errors are one line and a non-zero exit, never a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        app()
+        program()
     except MogleError as error:
         _fail(str(error))
     except OSError as error:

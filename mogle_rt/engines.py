@@ -153,6 +153,10 @@ class TorchEngine:
         self.prepared.velocity()
         return _image_major(self.prepared.buffers.velocity)
 
+    def step(self, latents: Tensor, k: int) -> Tensor:
+        """Velocity at step k of the prepared run: [B, N, 64] -> [B, N, 64]."""
+        return self.velocity(latents, self.condition(latents, k), k)
+
     @torch.inference_mode()
     def start(self, latents: Tensor, k: int = 0) -> None:
         """Take latents [B, N, 64] into step k."""

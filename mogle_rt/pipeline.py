@@ -26,7 +26,8 @@ from mogle_rt.checkpoint import Bundle, check_names
 from mogle_rt.conditioning import Conditioner, MaskPosterior, pack_latents, unpack_latents
 from mogle_rt.config import PATCH, VAE_SCALE, ModelConfig
 from mogle_rt.devices import choose_device, choose_dtype
-from mogle_rt.engines import Conditions, TorchEngine
+from mogle_rt.engine_choice import Engine, EngineName, engine_dtype, make_engine
+from mogle_rt.engines import Conditions
 from mogle_rt.errors import InputError, NumericalError
 from mogle_rt.masks import Labels, MaskLike, to_label_batch
 from mogle_rt.models import autoencoder, load_autoencoder, tensor_shapes
@@ -72,8 +73,10 @@ class Pipeline:
         dtype: "fp32", "bf16", "fp16" or a torch dtype; None takes what the device multiplies fast.
         model_config: the reference's switches, see `ModelConfig`; unknown names are refused.
         kernels: "triton" or "torch", the operations of a step; None takes what the environment variable
-            MOGLE_RT_KERNELS says, and without it Triton's fused kernels on GPUs and PyTorch elsewhere.
-        cuda_graphs: replay the loop's steps as one CUDA graph, where there is a CUDA device.
+            MOGLE_RT_KERNELS says, and without it Triton's fused kernels on GPUs and PyTorch elsewhere. For "torch".
+        cuda_graphs: replay the loop's steps as one CUDA graph, where there is a CUDA device. For "torch".
+        engine: what runs the steps: "torch", or, from an export, "onnxruntime", "tensorrt" or "tensorrt-rtx".
+        engine_path: the export's folder; None: the bundle's own. Its dtype is then the default.
         cache_bytes: how much the encodings of masks, and those of prompts, may each keep from call to call; 0 keeps
             none.
 
@@ -95,18 +98,27 @@ class Pipeline:
         *,
         kernels: str | None = None,
         cuda_graphs: bool = True,
+        engine: EngineName = "torch",
+        engine_path: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.model_config = ModelConfig.of(model_config)
         self.device = choose_device(device)
-        self.dtype = choose_dtype(dtype, self.device)
+        self.dtype = choose_dtype(engine_dtype(engine, engine_path, checkpoint, dtype), self.device)
         self.bundle = Bundle(checkpoint)
         vae = autoencoder(self.bundle.config.vae)
         found = {n: self.bundle.tensors[f"vae.{n}"].shape for n in self.bundle.names("vae")}
         check_names(found, tensor_shapes(vae), f"{checkpoint} (vae)")
         self.vae = load_autoencoder(vae, self.bundle.part("vae", self.device, self.dtype))
-        self.engine = TorchEngine(
-            self.bundle, self.device, self.dtype, self.model_config, kernels=kernels, cuda_graphs=cuda_graphs
+        self.engine: Engine = make_engine(
+            engine,
+            engine_path,
+            self.bundle,
+            self.device,
+            self.dtype,
+            self.model_config,
+            kernels=kernels,
+            cuda_graphs=cuda_graphs,
         )
         self.conditioning_cache = TensorCache(cache_bytes)
         self.prompt_cache = TensorCache(cache_bytes)

@@ -1,0 +1,195 @@
+"""``python -m mogle_rt.export ckpt.safetensors``: graphs and engines that other runtimes and languages can run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mogle_rt.cli import parse_json, run_app
+from mogle_rt.errors import DeviceError, InputError
+
+if TYPE_CHECKING:
+    from mogle_rt.checkpoint import Bundle
+    from mogle_rt.export.verify import Comparison
+    from mogle_rt.manifest import Manifest
+
+app = typer.Typer(
+    name="mogle_rt.export",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(stderr=True, highlight=False, emoji=False)
+TABLE_WIDTH = 160  # columns, also where there is no terminal
+FORMATS = ("onnx", "tensorrt", "tensorrt-rtx")
+
+
+@app.command()
+def main(
+    checkpoint: Annotated[Path | None, typer.Argument(help="A bundle.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder; default: the bundle's own, where every loader finds it."),
+    ] = None,
+    formats: Annotated[
+        str, typer.Option("--format", help="onnx, tensorrt, tensorrt-rtx; several with commas.")
+    ] = "onnx",
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as stored. CPUs need fp32.")] = None,
+    opset: Annotated[int, typer.Option(help="ONNX opset; from 23 with fused attention.")] = 23,
+    weights: Annotated[
+        str,
+        typer.Option(help="link: point into the bundle; copy: beside the graphs, in --dtype; embed: in the graphs."),
+    ] = "link",
+    smallest: Annotated[str, typer.Option("--min", help="TensorRT: smallest WIDTHxHEIGHT[xBATCH].")] = "256x256x1",
+    usual: Annotated[str, typer.Option("--opt", help="TensorRT: the size to be fastest at.")] = "512x512x1",
+    largest: Annotated[str, typer.Option("--max", help="TensorRT: largest size and batch.")] = "1024x1024x4",
+    target: Annotated[
+        str | None,
+        typer.Option(help="TensorRT-RTX: compute capabilities to build for, e.g. 89,120; default: this GPU's."),
+    ] = None,
+    condition_scale: Annotated[
+        bool, typer.Option("--condition-scale", help="TensorRT: an engine for condition_scale other than 1 too.")
+    ] = False,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="TensorRT: weights may stay in the host's memory.")
+    ] = False,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="TensorRT: weights may be exchanged later; needs a GPU.")
+    ] = False,
+    model_config: Annotated[str | None, typer.Option(help="The reference's switches as JSON.")] = None,
+    verify: Annotated[bool, typer.Option(help="Run random inputs through the graphs and the torch engine.")] = True,
+    check: Annotated[
+        Path | None, typer.Option(help="Verify the export in this folder again, weights included.")
+    ] = None,
+) -> None:
+    """Export a bundle to ONNX and TensorRT, its weights by reference."""
+    chosen = [name.strip() for name in formats.split(",")]
+    for name in chosen:
+        if name not in FORMATS:
+            raise InputError(f"--format must be of {', '.join(FORMATS)}, got {name!r}")
+    switches = parse_json(model_config)
+    _require_onnx()
+    import mogle_rt.export.tensorrt as tensorrt
+    from mogle_rt.export.verify import check as check_again
+    from mogle_rt.tensorrt_engine import PACKAGES
+
+    if check is not None:
+        results = check_again(check, checkpoint, _say)
+        _report(results)
+        return
+    if checkpoint is None:
+        raise InputError("name a bundle, or a folder with --check")
+    profile = tensorrt.Profile(
+        smallest=tensorrt.Size.parse(smallest), usual=tensorrt.Size.parse(usual), largest=tensorrt.Size.parse(largest)
+    )
+    graphs = ("step", "step_scaled") if condition_scale else ("step",)
+    engines = [  # told before anything is written: a missing package, an unknown target
+        (PACKAGES[name], one, graph)
+        for name in chosen
+        if name != "onnx"
+        for one in tensorrt.parse_targets(target, PACKAGES[name])
+        for graph in graphs
+    ]
+
+    from mogle_rt.checkpoint import Bundle
+    from mogle_rt.export.exporter import export
+    from mogle_rt.manifest import Manifest
+
+    start = time.perf_counter()
+    bundle = Bundle(checkpoint)
+    folder = export(
+        checkpoint,
+        output,
+        dtype=dtype,
+        opset=opset,
+        weights=weights,  # type: ignore[arg-type]
+        model_config=switches,
+        progress=_say,
+    )
+    manifest = Manifest.read(folder)
+    written = sum((folder / g.file).stat().st_size for g in manifest.graphs.values())
+    console.print(
+        f"{folder}: {len(manifest.graphs)} graphs, {written / 1e6:.1f} MB, {manifest.dtype}, weights: "
+        f"{manifest.weights.file or 'embedded'}, in {time.perf_counter() - start:.1f} s",
+        soft_wrap=True,
+        markup=False,
+    )
+    if verify:
+        manifest = _verify(bundle, folder, manifest)
+    source = bundle if manifest.weights.mode != "copy" else Bundle(folder / str(manifest.weights.file))
+    for package, one, graph in engines:
+        begun, title = time.perf_counter(), f"{package.name} {one}: {graph}"
+        with console.status(title) as status:
+
+            def show(phase: str, done: int, steps: int, _status: Any = status, _title: str = title) -> None:
+                _status.update(f"{_title}: {phase} {done}/{steps}")
+
+            manifest = tensorrt.build_engine(
+                source,
+                folder,
+                manifest,
+                package,
+                graph=graph,
+                profile=profile,
+                target=one,
+                weight_streaming=weight_streaming,
+                refit=refit,
+                progress=show,
+            )
+        path = folder / manifest.engines[-1].file
+        console.print(
+            f"{path}: {path.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - begun:.1f} s; all nodes taken",
+            soft_wrap=True,
+            markup=False,
+        )
+    typer.echo(folder)
+
+
+def _verify(bundle: Bundle, folder: Path, manifest: Manifest) -> Manifest:
+    """Compare, enter the result into the manifest, tell it."""
+    from mogle_rt.export.verify import summary
+    from mogle_rt.export.verify import verify as run
+
+    results = run(bundle, folder, manifest, _say)
+    manifest = replace(manifest, verified=summary(results))
+    manifest.write(folder)
+    _report(results)
+    return manifest
+
+
+def _report(results: list[Comparison]) -> None:
+    """The errors as a table; a failure as an error."""
+    from mogle_rt.export.verify import require
+
+    table = Table(
+        "compared with the torch engine", "by", "RMS error", "largest", "allowed RMS", "", box=None, pad_edge=False
+    )
+    for r in results:
+        verdict = "ok" if r.passed else "FAILED"
+        table.add_row(r.what, r.by, f"{r.rms:.1e}", f"{r.largest:.1e}", f"{r.tolerance:.0e}", verdict)
+    Console(stderr=True, width=TABLE_WIDTH, highlight=False, emoji=False).print(table)
+    require(results)
+
+
+def _say(what: str) -> None:
+    if console.is_terminal:
+        console.print(f"  {what}", markup=False)
+
+
+def _require_onnx() -> None:
+    """onnx and onnxruntime are an extra."""
+    for package in ("onnx", "onnxruntime"):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise DeviceError(f"export needs the package {package} ({error}): pip install 'mogle-rt[export]'") from None
+
+
+if __name__ == "__main__":
+    run_app(app)

@@ -1,0 +1,256 @@
+"""`export`: a bundle's graphs, their weights by reference, and the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from mogle_rt import __version__
+from mogle_rt.checkpoint import Bundle, BundleConfig
+from mogle_rt.config import DTYPE_NAMES, ModelConfig
+from mogle_rt.devices import parse_dtype
+from mogle_rt.errors import CheckpointError, InputError, OutputError
+from mogle_rt.export.graph import DEFAULT_OPSET, NEWEST_OPSET, OLDEST_OPSET, GraphBuilder
+from mogle_rt.export.prepare import PrepareGraph, build_experts, condition_row_names, modulation_row_names
+from mogle_rt.export.step import StepGraph
+from mogle_rt.export.vae import VaeGraph
+from mogle_rt.export.weights import MODES, Mode, Weights, place_weights
+from mogle_rt.manifest import (
+    NAME,
+    GraphSpec,
+    Manifest,
+    TensorSpec,
+    WeightsSpec,
+    file_sha256,
+    header_sha256,
+)
+from mogle_rt.storage import atomic_write
+
+GRAPHS = ("vae_encoder", "experts", "prepare", "step", "step_scaled", "vae_decoder")
+SHORT_NAMES = {getattr(torch, long): short for short, long in DTYPE_NAMES.items()}
+
+DRIVE = (
+    "pictures: of each mask, number 0 in palette colours, numbers 1 to 19 the planes of the classes (255 where the class "
+    "is, else 0, in all three channels); uint8 [P, H, W, 3], H and W multiples of 16; equal pictures need be encoded once",
+    "vae_encoder(pictures) -> latents [P, N, 64], N = H / 16 * W / 16; gather them to mask_latents [B, 20, N, 64]",
+    "experts(mask_latents) -> bank, gate_input",
+    "prepare(prompt_embeds (T5), pooled_prompt_embeds (CLIP), model_timesteps, timesteps, guidance = 1000 * "
+    "guidance_scale, grid = (H / 16, W / 16), position_delta = (0, 0), position_scale = 1) -> text, time_table, "
+    "modulation, condition_modulation, rope_cos, rope_sin; sequence = T + 2 N",
+    "latents = standard normal noise [B, N, 64]",
+    "for k in 0 ... S - 1: step(latents, step = k, all of the above) -> velocity; latents += (sigma[k + 1] - sigma[k]) * "
+    "velocity, in float32, then rounded to the graphs' dtype",
+    "where condition_scale is not 1, step_scaled in step's place, with log_condition_scale = log(condition_scale), "
+    "-10000 for 0",
+    "vae_decoder(latents, grid) -> images [B, 3, H, W] in [0, 1]",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What to export.
+
+    Attributes:
+        dtype: of the graphs' inputs, outputs and arithmetic.
+        opset: of the graphs, `OLDEST_OPSET` to `NEWEST_OPSET`; from 23 they use the fused operators.
+        weights: see `mogle_rt.export.weights.place_weights`.
+        model: the reference's switches, built into the graphs.
+
+    Raises:
+        InputError: the opset or the way of weights is unknown.
+    """
+
+    dtype: torch.dtype
+    opset: int = DEFAULT_OPSET
+    weights: Mode = "link"
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __post_init__(self) -> None:
+        if not OLDEST_OPSET <= self.opset <= NEWEST_OPSET:
+            raise InputError(f"opset must be from {OLDEST_OPSET} to {NEWEST_OPSET}, got {self.opset}")
+        if self.weights not in MODES:
+            raise InputError(f"weights must be link, copy or embed, got {self.weights!r}")
+
+
+def build_graph(
+    name: str, config: BundleConfig, weights: Weights, options: ExportOptions, *, fused_attention: bool = True
+) -> onnx.ModelProto:
+    """One of `GRAPHS`, in memory.
+
+    Args:
+        fused_attention: see `GraphBuilder`.
+    """
+    g = GraphBuilder(name, dtype=options.dtype, opset=options.opset, weights=weights, fused_attention=fused_attention)
+    if name == "experts":
+        return build_experts(g, config)
+    if name == "prepare":
+        return PrepareGraph(g, config, options.model).build()
+    if name in ("step", "step_scaled"):
+        return StepGraph(g, config, options.model, scaled=name == "step_scaled").build()
+    vae = VaeGraph(g, config)
+    return vae.build_encoder() if name == "vae_encoder" else vae.build_decoder()
+
+
+def bundle_dtype(bundle: Bundle) -> torch.dtype:
+    """What the transformer is stored in."""
+    return bundle.tensors["transformer.x_embedder.weight"].dtype
+
+
+def export_folder(bundle: Bundle, output: str | Path | None) -> Path:
+    """The folder asked for; by default the bundle's own, the one place that every loader takes.
+
+    Raises:
+        OutputError: it is a file, or holds the export of another bundle.
+    """
+    folder = bundle.path.resolve().parent if output is None else Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file, not a folder")
+    try:
+        other = Manifest.read(folder).bundle["name"] if (folder / NAME).exists() else None
+    except CheckpointError as error:
+        raise OutputError(f"{folder}: choose another folder: {error}") from None
+    if other not in (None, bundle.path.resolve().name):
+        raise OutputError(f"{folder}: holds the export of {other}; choose another folder with -o")
+    return folder
+
+
+def export_onnx(
+    bundle: Bundle, folder: Path, options: ExportOptions, progress: Callable[[str], None] | None = None
+) -> Manifest:
+    """Write graphs and manifest. Reads headers only: seconds and little memory at any size, unless weights are copied.
+
+    Args:
+        folder: made if it isn't there.
+        progress: called with each file's name before it is made.
+
+    Raises:
+        OutputError: the folder can't be written to, or the bundle can't be linked into it.
+        InputError: the weights are too many to embed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: can't be made: {error.strerror or error}") from None
+    graphs: dict[str, GraphSpec] = {}
+    if progress:
+        progress("weights")
+    with place_weights(bundle, folder, options.weights, options.dtype) as weights:
+        for name in GRAPHS:
+            if progress:
+                progress(f"{name}.onnx")
+            model = build_graph(name, bundle.config, weights, options)
+            graphs[name] = write_graph(model, folder / f"{name}.onnx")
+        manifest = Manifest(
+            software={"mogle_rt": __version__, "onnx": onnx.__version__, "torch": torch.__version__},
+            dtype=SHORT_NAMES[options.dtype],
+            opset=options.opset,
+            bundle={"name": bundle.path.resolve().name, "sha256": bundle.content_hash},
+            weights=describe_weights(folder, weights, options.weights),
+            model_config=options.model.to_dict(),
+            config=_json_config(bundle.config),
+            graphs=graphs,
+            schedule=_schedule(bundle.config),
+            drive=DRIVE,
+            modulation_rows=tuple(modulation_row_names(bundle.config.transformer)),
+            condition_modulation_rows=tuple(condition_row_names(bundle.config.transformer)),
+        )
+        manifest.write(folder)
+    return manifest
+
+
+def write_graph(model: onnx.ModelProto, path: Path) -> GraphSpec:
+    """Write a graph; its description for the manifest."""
+    with atomic_write(path) as file:
+        file.write(model.SerializeToString())
+    return GraphSpec(
+        file=path.name,
+        sha256=file_sha256(path),
+        inputs=tuple(tensor_spec(v) for v in model.graph.input),
+        outputs=tuple(tensor_spec(v) for v in model.graph.output),
+    )
+
+
+def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    """An input or output as the manifest describes it."""
+    kind = value.type.tensor_type
+    return TensorSpec(
+        name=value.name,
+        dtype=onnx.TensorProto.DataType.Name(kind.elem_type),
+        shape=tuple(d.dim_param or d.dim_value for d in kind.shape.dim),
+    )
+
+
+def describe_weights(folder: Path, weights: Weights, mode: str) -> WeightsSpec:
+    """The weights' file as the manifest describes it."""
+    if weights.location is None:
+        return WeightsSpec(mode=mode)
+    path = folder / weights.location
+    return WeightsSpec(
+        mode=mode,
+        file=weights.location,
+        bytes=path.stat().st_size,
+        header_sha256=header_sha256(path),
+        sha256=weights.sha256,
+    )
+
+
+def _json_config(config: BundleConfig) -> dict[str, Any]:
+    """Transformer, mixture, scheduler and VAE."""
+    raw = replace(config, text_encoder=None, text_encoder_2=None).to_dict()
+    return {name: value for name, value in raw.items() if value is not None}
+
+
+def _schedule(config: BundleConfig) -> Mapping[str, Any]:
+    return {
+        "scheduler": config.scheduler.to_dict(),
+        "formulas": [
+            "in float64: s = linspace(1, 1 / S, S), S steps",
+            "use_dynamic_shifting: mu = base_shift + (max_shift - base_shift) / (max_image_seq_len - "
+            "base_image_seq_len) * (N - base_image_seq_len), N image tokens; exponential: s = exp(mu) / (exp(mu) + "
+            "(1 / s - 1)), linear: s = mu / (mu + (1 / s - 1)); otherwise s = shift * s / (1 + (shift - 1) * s)",
+            "sigma = s rounded to float32, then 0; timesteps = sigma * num_train_timesteps in float32; model_timesteps = "
+            "timesteps / 1000 * 1000 in float32",
+        ],
+    }
+
+
+def export(
+    checkpoint: str | Path,
+    output: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    opset: int = DEFAULT_OPSET,
+    weights: Mode = "link",
+    model_config: ModelConfig | Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """Export a bundle to ONNX; `mogle_rt.export.verify.verify` compares the result with the torch engine.
+
+    Args:
+        checkpoint: a bundle.
+        output: a folder; by default the bundle's own.
+        dtype: bf16, fp16 or fp32; by default the stored one.
+        opset, weights, model_config: see `ExportOptions`.
+        progress: see `export_onnx`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        MogleError: see `ExportOptions`, `export_folder`, `export_onnx` and `Bundle`.
+    """
+    bundle = Bundle(checkpoint)
+    options = ExportOptions(
+        dtype=bundle_dtype(bundle) if dtype is None else parse_dtype(dtype),
+        opset=opset,
+        weights=weights,
+        model=ModelConfig.of(model_config),
+    )
+    folder = export_folder(bundle, output)
+    export_onnx(bundle, folder, options, progress)
+    return folder

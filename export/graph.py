@@ -1,0 +1,282 @@
+"""Building ONNX graphs by hand: nodes, constants, weights by reference, and the layers that all graphs are made of.
+
+Only operators of the standard domain are used. Where the opset has fused ones (Attention, RMSNormalization,
+RotaryEmbedding from 23, GroupNormalization from 21, Gelu from 20) they are taken, otherwise their plain parts.
+Symbols of shapes: B images, N image tokens, T text tokens, L rows of a sequence, D width, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from mogle_rt import __version__
+from mogle_rt.export.weights import Weights
+
+ONNX_TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.float64: TensorProto.DOUBLE,
+    torch.int64: TensorProto.INT64,
+    torch.uint8: TensorProto.UINT8,
+}
+OLDEST_OPSET, NEWEST_OPSET, DEFAULT_OPSET = 18, 25, 23
+NORM_EPS = 1e-6  # of LayerNorm and RMSNorm
+FP16_LARGEST = 65504.0
+LARGEST_FUSED_HEAD = 256  # runtimes' attention kernels end there; the VAE's one head is wider
+
+Shape = Sequence[int | str]
+
+
+class GraphBuilder:
+    """A graph under construction. Values are known by their names.
+
+    Args:
+        name: the graph's.
+        dtype: what it computes in; weights stored otherwise are cast.
+        opset: see the module.
+        weights: where weights lie.
+        fused_attention: take the Attention operator if the opset has it (TensorRT refuses it in float32).
+    """
+
+    def __init__(
+        self, name: str, *, dtype: torch.dtype, opset: int, weights: Weights, fused_attention: bool = True
+    ) -> None:
+        self.name, self.dtype, self.opset, self.weights = name, dtype, opset, weights
+        self.fused = opset >= 23
+        self.fused_attention = fused_attention and self.fused
+        self.nodes: list[onnx.NodeProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self.initializers: dict[str, onnx.TensorProto] = {}
+        self._casts: dict[str, str] = {}
+        self._ints: dict[tuple[str | int, ...], str] = {}
+        self._names: dict[str, int] = {}
+        self._scopes: list[str] = []
+
+    # Names, values, nodes
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Nodes made inside are named after ``name``: what a runtime refuses is then found in the model."""
+        self._scopes.append(name)
+        try:
+            yield
+        finally:
+            self._scopes.pop()
+
+    def _unique(self, word: str) -> str:
+        name = "/".join((*self._scopes, word))
+        count = self._names.get(name, 0)
+        self._names[name] = count + 1
+        return name if count == 0 else f"{name}_{count}"
+
+    def input(self, name: str, shape: Shape, dtype: torch.dtype | None = None) -> str:
+        """Declare an input. Texts in the shape are dynamic axes."""
+        self.inputs.append(helper.make_tensor_value_info(name, ONNX_TYPES[dtype or self.dtype], list(shape)))
+        return name
+
+    def output(self, value: str, name: str, shape: Shape, dtype: torch.dtype | None = None) -> None:
+        """Declare a value as an output called ``name``."""
+        self.nodes.append(helper.make_node("Identity", [value], [name], name=self._unique(f"{name}/Identity")))
+        self.outputs.append(helper.make_tensor_value_info(name, ONNX_TYPES[dtype or self.dtype], list(shape)))
+
+    def nodes_of(self, op: str, inputs: Sequence[str], count: int, **attributes: Any) -> list[str]:
+        """Add a node with several outputs."""
+        name = self._unique(op)
+        outputs = [name if count == 1 else f"{name}.{i}" for i in range(count)]
+        self.nodes.append(helper.make_node(op, list(inputs), outputs, name=name, **attributes))
+        return outputs
+
+    def node(self, op: str, *inputs: str, **attributes: Any) -> str:
+        """Add a node with one output."""
+        return self.nodes_of(op, inputs, 1, **attributes)[0]
+
+    def const(self, value: object, dtype: torch.dtype | None = None) -> str:
+        """A small constant inside the graph; ints are int64, floats the graph's dtype unless said otherwise."""
+        array = np.asarray(value)
+        if dtype is None:
+            dtype = torch.int64 if array.dtype.kind == "i" else self.dtype
+        kind = ONNX_TYPES[dtype]
+        array = array.astype(helper.tensor_dtype_to_np_dtype(kind))
+        name = f"const/{onnx.TensorProto.DataType.Name(kind).lower()}{list(array.shape)}_{_digest(array)}"
+        if name not in self.initializers:
+            self.initializers[name] = onnx.numpy_helper.from_array(array, name)
+        return name
+
+    def weight(self, name: str) -> str:
+        """A tensor of the bundle, by its full name there, in the graph's dtype."""
+        if name not in self.initializers:
+            self.initializers[name] = self.weights.initializer(name)
+        if self.initializers[name].data_type == ONNX_TYPES[self.dtype]:
+            return name
+        if name not in self._casts:
+            self._casts[name] = f"{name}.cast"
+            to = ONNX_TYPES[self.dtype]
+            self.nodes.append(helper.make_node("Cast", [name], [self._casts[name]], name=f"{name}/Cast", to=to))
+        return self._casts[name]
+
+    def model(self) -> onnx.ModelProto:
+        """The finished model, without what no output needs."""
+        needed = {o.name for o in self.outputs}
+        kept: list[onnx.NodeProto] = []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.output):
+                needed.update(node.input)
+                kept.append(node)
+        initializers = [t for name, t in self.initializers.items() if name in needed]
+        graph = helper.make_graph(kept[::-1], self.name, self.inputs, self.outputs, initializer=initializers)
+        opsets = [helper.make_opsetid("", self.opset)]
+        return helper.make_model(
+            graph,
+            opset_imports=opsets,
+            ir_version=helper.find_min_ir_version_for(opsets),
+            producer_name="mogle_rt",
+            producer_version=__version__,
+        )
+
+    # Shapes
+
+    def size(self, x: str, axis: int) -> str:
+        """Size of an axis: int64 [1]."""
+        return self.node("Shape", x, start=axis, end=axis + 1)
+
+    def ints(self, *parts: str | int) -> str:
+        """int64 vector of numbers and of values of shape [1]; the same parts give the same value."""
+        if parts not in self._ints:
+            values = (p if isinstance(p, str) else self.const([p]) for p in parts)
+            self._ints[parts] = self.node("Concat", *values, axis=0)
+        return self._ints[parts]
+
+    def reshape(self, x: str, shape: Sequence[int] | str) -> str:
+        """Reshape; 0 keeps an axis, -1 is what remains."""
+        return self.node("Reshape", x, shape if isinstance(shape, str) else self.const(list(shape)))
+
+    def rows(self, x: str, start: str | int, end: str | int, axis: int = 1) -> str:
+        """x[start:end] along an axis; bounds are numbers or values of shape [1]."""
+        bounds = (self.const([b]) if isinstance(b, int) else b for b in (start, end))
+        return self.node("Slice", x, *bounds, self.const([axis]))
+
+    def concat(self, parts: Sequence[str], axis: int) -> str:
+        """Concatenation; of one part, the part itself."""
+        return parts[0] if len(parts) == 1 else self.node("Concat", *parts, axis=axis)
+
+    # Arithmetic
+
+    def cast(self, x: str, dtype: torch.dtype) -> str:
+        """In another dtype."""
+        return self.node("Cast", x, to=ONNX_TYPES[dtype])
+
+    def to_float32(self, x: str) -> str:
+        """A value of the graph's dtype in float32."""
+        return x if self.dtype == torch.float32 else self.cast(x, torch.float32)
+
+    def from_float32(self, x: str) -> str:
+        """The way back."""
+        return x if self.dtype == torch.float32 else self.cast(x, self.dtype)
+
+    def add(self, a: str, b: str) -> str:
+        """a + b."""
+        return self.node("Add", a, b)
+
+    def mul(self, a: str, b: str) -> str:
+        """a * b."""
+        return self.node("Mul", a, b)
+
+    def silu(self, x: str) -> str:
+        """x * sigmoid(x)."""
+        return self.mul(x, self.node("Sigmoid", x))
+
+    def gelu(self, x: str) -> str:
+        """GELU in its tanh form."""
+        if self.opset >= 20:
+            return self.node("Gelu", x, approximate="tanh")
+        cubic = self.mul(self.mul(x, x), self.mul(x, self.const(0.044715)))
+        inner = self.mul(self.add(x, cubic), self.const(math.sqrt(2 / math.pi)))
+        return self.mul(self.mul(x, self.const(0.5)), self.add(self.node("Tanh", inner), self.const(1.0)))
+
+    def clip(self, x: str) -> str:
+        """float16 rows are kept finite, as in the reference."""
+        if self.dtype != torch.float16:
+            return x
+        return self.node("Clip", x, self.const(-FP16_LARGEST), self.const(FP16_LARGEST))
+
+    # Layers
+
+    def gemm(self, x: str, weight: str, bias: str | None = None) -> str:
+        """x Wᵀ + b of rows. x: [rows, in], weight: [out, in] as stored; bias: [out], or [rows, out] to add to."""
+        return self.node("Gemm", x, weight, *([] if bias is None else [bias]), transB=1)
+
+    def linear(self, x: str, layer: str, *, lora: str | None = None, bias: bool = True) -> str:
+        """A layer of the bundle on rows: x Wᵀ + b, and + x Aᵀ Bᵀ where ``lora`` names its branch."""
+        y = self.gemm(x, self.weight(f"{layer}.weight"), self.weight(f"{layer}.bias") if bias else None)
+        if lora is None:
+            return y
+        low = self.gemm(x, self.weight(f"{lora}.lora_A.weight"))
+        return self.gemm(low, self.weight(f"{lora}.lora_B.weight"), y)
+
+    def layer_norm(self, x: str, width: int) -> str:
+        """LayerNorm over the last axis, without weights."""
+        return self.node(
+            "LayerNormalization", x, self.const(np.ones(width, dtype=np.float32)), axis=-1, epsilon=NORM_EPS
+        )
+
+    def norm_modulate(self, x: str, scale: str, shift: str, width: int) -> str:
+        """LayerNorm(x) * scale + shift."""
+        return self.add(self.mul(self.layer_norm(x, width), scale), shift)
+
+    def gated(self, x: str, gate: str, y: str) -> str:
+        """x + gate * y."""
+        return self.add(x, self.mul(gate, y))
+
+    def rms_norm(self, x: str, weight: str) -> str:
+        """RMSNorm over the last axis."""
+        if self.fused:
+            return self.node("RMSNormalization", x, weight, axis=-1, epsilon=NORM_EPS)
+        precise = self.to_float32(x)
+        mean = self.node("ReduceMean", self.mul(precise, precise), self.const([-1]), keepdims=1)
+        root = self.node("Sqrt", self.add(mean, self.const(NORM_EPS, torch.float32)))
+        return self.mul(self.from_float32(self.node("Div", precise, root)), weight)
+
+    def rope(self, x: str, tables: tuple[str, str], heads: int, head_size: int) -> str:
+        """Rotate neighbouring channel pairs, in float32. x: [B, L, H * d], tables: cosines and sines [B, L, d / 2]."""
+        x = self.to_float32(x)
+        if self.fused:
+            return self.from_float32(self.node("RotaryEmbedding", x, *tables, interleaved=1, num_heads=heads))
+        cos, sin = (self.node("Unsqueeze", t, self.const([2])) for t in tables)  # [B, L, 1, d / 2]
+        pairs = self.reshape(x, (0, 0, heads, head_size // 2, 2))
+        even, odd = (
+            self.node("Squeeze", part, self.const([4]))
+            for part in self.nodes_of("Split", [pairs], 2, axis=4, num_outputs=2)
+        )
+        real = self.node("Sub", self.mul(even, cos), self.mul(odd, sin))
+        imaginary = self.add(self.mul(even, sin), self.mul(odd, cos))
+        joined = self.concat([self.node("Unsqueeze", part, self.const([4])) for part in (real, imaginary)], axis=4)
+        return self.from_float32(self.reshape(joined, (0, 0, heads * head_size)))
+
+    def attention(self, q: str, k: str, v: str, heads: int, head_size: int, bias: str | None = None) -> str:
+        """softmax(q kᵀ / √d + bias) v. q, k, v: [B, L, H * d]; bias, float32: broadcasts against [B, H, Lq, Lk]."""
+        if self.fused_attention and bias is None and head_size <= LARGEST_FUSED_HEAD:
+            return self.node("Attention", q, k, v, q_num_heads=heads, kv_num_heads=heads)
+        q, k, v = (self.reshape(x, (0, 0, heads, head_size)) for x in (q, k, v))
+        q = self.mul(self.node("Transpose", q, perm=[0, 2, 1, 3]), self.const(head_size**-0.5))
+        scores = self.to_float32(self.node("MatMul", q, self.node("Transpose", k, perm=[0, 2, 3, 1])))
+        if bias is not None:
+            scores = self.add(scores, bias)
+        weights = self.from_float32(self.node("Softmax", scores, axis=-1))
+        out = self.node("MatMul", weights, self.node("Transpose", v, perm=[0, 2, 1, 3]))
+        return self.reshape(self.node("Transpose", out, perm=[0, 2, 1, 3]), (0, 0, heads * head_size))
+
+
+def _digest(array: NDArray[np.generic]) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=6).hexdigest()

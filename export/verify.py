@@ -1,0 +1,423 @@
+"""Random inputs through exported graphs and through the torch engine: are the graphs right?
+
+float32 and float16 graphs run in onnxruntime; bfloat16, which its CPU kernels don't take, in ONNX's reference evaluator.
+What is too large for that is built once more in float32, over the same weights; and of a model that is too large for
+memory, one double and one single block are taken, each alone, at full width. The torch engine computes in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from mogle_rt.checkpoint import Bundle
+from mogle_rt.conditioning import pack_latents, unpack_latents
+from mogle_rt.config import NUM_EXPERTS, PATCH, ModelConfig
+from mogle_rt.engines import Conditions, TorchEngine
+from mogle_rt.errors import CheckpointError, NumericalError
+from mogle_rt.export.exporter import ExportOptions, build_graph
+from mogle_rt.export.weights import Weights
+from mogle_rt.manifest import Manifest, manifest_path
+from mogle_rt.models import autoencoder, load_autoencoder
+from mogle_rt.onnx_engine import NO_ATTENTION, Session, manifest_dtype
+from mogle_rt.sampling import make_schedule
+from mogle_rt.schema import transformer_tensors
+
+CPU = torch.device("cpu")
+# Largest relative RMS error; the largest single one, relative to the largest value, may be LARGEST times that.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+VAE_TOLERANCES = {
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 8e-2,
+}  # GroupNorm of flat pictures is tender
+LARGEST = 20
+STEPS = 3
+EVALUATED = 5_000_000  # parameters up to which the reference evaluator is quick enough
+WHOLE = 500_000_000  # parameters up to which the whole model is run
+
+Run = Callable[[str, Mapping[str, Tensor]], dict[str, Tensor]]  # graph, inputs -> outputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One comparison, and whether the error is what the dtype explains.
+
+    Attributes:
+        what: graph and sizes. by: what ran the graph. rms, largest: relative errors. tolerance: of the RMS error.
+    """
+
+    what: str
+    by: str
+    rms: float
+    largest: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """NaN passes nothing."""
+        return self.rms <= self.tolerance and self.largest <= LARGEST * self.tolerance
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a random run: images, rows and columns of tokens, text tokens."""
+
+    batch: int
+    grid: tuple[int, int]
+    text: int
+    scale: float = 1.0
+
+    @property
+    def title(self) -> str:
+        size = f"{self.grid[1] * PATCH}x{self.grid[0] * PATCH}"
+        scaled = f", condition_scale {self.scale:g}" if self.scale != 1 else ""
+        return f"{size}, batch {self.batch}, {self.text} text tokens{scaled}"
+
+    def conditions(self, bundle: Bundle) -> Conditions:
+        """Random ones, the same each time."""
+        t, g = bundle.config.transformer, torch.Generator().manual_seed(7)
+        tokens = math.prod(self.grid)
+        return Conditions(
+            mask_latents=torch.randn(self.batch, NUM_EXPERTS, tokens, t.in_channels, generator=g),
+            prompt_embeds=torch.randn(self.batch, self.text, t.joint_attention_dim, generator=g),
+            pooled_prompt_embeds=torch.randn(self.batch, t.pooled_projection_dim, generator=g),
+            guidance_scale=3.5,
+            grid=self.grid,
+            condition_scale=self.scale,
+            position_delta=(1, -2),
+            position_scale=1.5,
+        )
+
+    def latents(self, bundle: Bundle) -> Tensor:
+        """Random noise [B, N, 64]."""
+        shape = self.batch, math.prod(self.grid), bundle.config.transformer.in_channels
+        return torch.randn(shape, generator=torch.Generator().manual_seed(8))
+
+
+CASES = (
+    Case(1, (2, 3), 5),
+    Case(2, (4, 2), 9),
+    Case(1, (3, 3), 4, scale=0.6),
+    Case(2, (2, 4), 7, scale=1.7),
+)
+
+
+def verify(
+    bundle: Bundle, folder: Path, manifest: Manifest, progress: Callable[[str], None] | None = None
+) -> list[Comparison]:
+    """Compare an export with the torch engine.
+
+    Args:
+        bundle: what was exported.
+        folder, manifest: the export.
+        progress: called with each comparison's name before it is made.
+    """
+    model = ModelConfig.from_mapping(manifest.model_config)
+    results = []
+    for part, name in _parts(bundle):
+        run, by, computed = _runner(part, bundle, folder, manifest)
+        prefix = f"step{name}, "
+        outputs = []
+        for case in CASES:
+            if progress:
+                progress(prefix + case.title)
+            outputs.append(_step(part, case, run))
+        del run
+        tolerance = TOLERANCES[_coarsest(bundle, manifest, computed)]
+        engine = TorchEngine(part, CPU, torch.float32, model)
+        for case, output in zip(CASES, outputs, strict=True):
+            expected = _torch_step(engine, part, case)
+            results.append(_compare(prefix + case.title, by, output, expected, tolerance))
+        del engine
+    if progress:
+        progress("vae")
+    run, by, computed = _vae_runner(bundle, folder, manifest)
+    return results + _compare_vae(bundle, run, by, VAE_TOLERANCES[_coarsest(bundle, manifest, computed)])
+
+
+def check(
+    path: str | Path, checkpoint: str | Path | None, progress: Callable[[str], None] | None = None
+) -> list[Comparison]:
+    """Verify an export again, after reading all of its files.
+
+    Args:
+        path: its folder.
+        checkpoint: the bundle; needed where the weights were embedded.
+
+    Raises:
+        CheckpointError: a file is missing, moved or changed.
+    """
+    manifest, folder = Manifest.read(path), manifest_path(path).parent
+    manifest.check_files(folder)
+    if checkpoint is None:
+        if manifest.weights.file is None:
+            raise CheckpointError(f"{folder}: its weights are embedded; name the bundle {manifest.bundle['name']} too")
+        bundle = Bundle(folder / manifest.weights.file)
+    else:
+        bundle = Bundle(checkpoint)
+        if bundle.content_hash not in (manifest.bundle["sha256"], manifest.weights.sha256):
+            raise CheckpointError(f"{folder}: was exported from another bundle than {checkpoint}")
+    if progress:
+        progress(f"contents of {bundle.path}")
+    bundle.verify()
+    if manifest.weights.file is not None and not bundle.path.samefile(folder / manifest.weights.file):
+        Bundle(folder / manifest.weights.file).verify()
+    return verify(bundle, folder, manifest, progress)
+
+
+def summary(results: list[Comparison]) -> tuple[Mapping[str, Any], ...]:
+    """For the manifest."""
+    return tuple(asdict(r) | {"passed": r.passed} for r in results)
+
+
+def require(results: list[Comparison]) -> None:
+    """Raise if a comparison failed.
+
+    Raises:
+        NumericalError: names the worst.
+    """
+    failed = [r for r in results if not r.passed]
+    if failed:
+        worst = max(failed, key=lambda r: math.inf if math.isnan(r.rms) else r.rms / r.tolerance)
+        raise NumericalError(
+            f"{len(failed)} of {len(results)} comparisons failed; {worst.what}: relative RMS error {worst.rms:.2g} "
+            f"(at most {worst.tolerance:g}), largest {worst.largest:.2g}"
+        )
+
+
+# What is run
+
+
+def _coarsest(bundle: Bundle, manifest: Manifest, computed: torch.dtype) -> torch.dtype:
+    """What rounds most: the arithmetic, or weights that were copied or embedded in another dtype than they had."""
+    dtype = manifest_dtype(manifest)
+    rounded = manifest.weights.mode != "link" and any(i.dtype != dtype for i in bundle.tensors.values())
+    return max((computed, dtype) if rounded else (computed,), key=TOLERANCES.__getitem__)
+
+
+def _parameters(bundle: Bundle) -> int:
+    shapes = transformer_tensors(bundle.config.transformer)
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _parts(bundle: Bundle) -> Iterator[tuple[Bundle, str]]:
+    """The bundle; of a very large one, a double block and a single block alone."""
+    t = bundle.config.transformer
+    if _parameters(bundle) <= WHOLE:
+        yield bundle, ""
+        return
+    if t.num_layers:
+        yield select_blocks(bundle, double=[0], single=[]), " (double block 0 alone)"
+    if t.num_single_layers:
+        last = t.num_single_layers - 1
+        yield select_blocks(bundle, double=[], single=[last]), f" (single block {last} alone)"
+
+
+def select_blocks(bundle: Bundle, *, double: list[int], single: list[int]) -> Bundle:
+    """A view of a bundle that has only some of its blocks."""
+    part = copy.copy(bundle)
+    t = replace(bundle.config.transformer, num_layers=len(double), num_single_layers=len(single))
+    part.config = replace(bundle.config, transformer=t)
+    part.tensors = {}
+    for name, info in bundle.tensors.items():
+        for stack, chosen in (("transformer_blocks", double), ("single_transformer_blocks", single)):
+            owner, _, rest = name.partition(f".{stack}.")
+            if rest and owner in ("transformer", "lora"):
+                number, _, leaf = rest.partition(".")
+                if int(number) in chosen:
+                    part.tensors[f"{owner}.{stack}.{chosen.index(int(number))}.{leaf}"] = info
+                break
+        else:
+            part.tensors[name] = info
+    return part
+
+
+def _runner(part: Bundle, bundle: Bundle, folder: Path, manifest: Manifest) -> tuple[Run, str, torch.dtype]:
+    """What runs the step's graphs, its name, and the dtype in which it computes."""
+    dtype = manifest_dtype(manifest)
+    if dtype == torch.bfloat16 and _parameters(part) <= EVALUATED:
+        return _evaluate(part, manifest, dtype), "reference evaluator", dtype
+    if part is bundle and dtype != torch.bfloat16:
+        return _run_files(folder, manifest), "onnxruntime", dtype
+    return _run_built(part, folder, manifest), "onnxruntime in float32", torch.float32
+
+
+def _vae_runner(bundle: Bundle, folder: Path, manifest: Manifest) -> tuple[Run, str, torch.dtype]:
+    dtype = manifest_dtype(manifest)
+    if dtype != torch.bfloat16:
+        return _run_files(folder, manifest), "onnxruntime", dtype
+    return _run_built(bundle, folder, manifest), "onnxruntime in float32", torch.float32
+
+
+def _run_files(folder: Path, manifest: Manifest) -> Run:
+    """The exported files themselves."""
+    sessions: dict[str, Session] = {}
+
+    def run(graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if graph not in sessions:
+            sessions[graph] = Session(folder, manifest.graphs[graph], CPU, manifest.weights.bytes)
+        return _run_session(sessions[graph].session, inputs)
+
+    return run
+
+
+def _run_built(part: Bundle, folder: Path, manifest: Manifest) -> Run:
+    """The same graphs, of some of the blocks or in float32, built in memory over the weights in the folder."""
+    import onnxruntime
+
+    options = _options(manifest, torch.float32)
+    source = _placed(part, folder, manifest)
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 4
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    settings.add_session_config_entry("session.disable_prepacking", "1")
+
+    def run(graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        model = build_graph(graph, part.config, source, options)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+        return _run_session(session, inputs)
+
+    return run
+
+
+def _placed(part: Bundle, folder: Path, manifest: Manifest) -> Weights:
+    """The weights of some blocks, where the export has them."""
+    tensors = part.tensors
+    if manifest.weights.mode == "copy":
+        t = part.config.transformer
+        whole = Bundle(folder / str(manifest.weights.file))
+        last = whole.config.transformer.num_single_layers - 1
+        same = t == whole.config.transformer
+        tensors = (
+            whole.tensors
+            if same
+            else select_blocks(whole, double=[0][: t.num_layers], single=[last][: t.num_single_layers]).tensors
+        )
+    return Weights(tensors, manifest.weights.file, part, torch.float32, "")
+
+
+def _evaluate(part: Bundle, manifest: Manifest, dtype: torch.dtype) -> Run:
+    """ONNX's reference evaluator, on the same graphs with the weights inside."""
+    from onnx.reference import ReferenceEvaluator
+
+    options = _options(manifest, dtype)
+    evaluators: dict[str, tuple[onnx.ModelProto, ReferenceEvaluator]] = {}
+
+    def run(graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if graph not in evaluators:
+            model = build_graph(graph, part.config, Weights(part.tensors, None, part, dtype, ""), options)
+            evaluators[graph] = model, ReferenceEvaluator(model)
+        model, evaluator = evaluators[graph]
+        feeds = {}
+        for value in model.graph.input:
+            kind = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+            feeds[value.name] = _numpy(inputs[value.name]).astype(kind)
+        results: Any = evaluator.run(None, feeds)
+        names = [o.name for o in model.graph.output]
+        return {n: torch.from_numpy(np.asarray(r).astype(np.float32)) for n, r in zip(names, results, strict=True)}
+
+    return run
+
+
+def _options(manifest: Manifest, dtype: torch.dtype) -> ExportOptions:
+    return ExportOptions(dtype=dtype, opset=manifest.opset, model=ModelConfig.from_mapping(manifest.model_config))
+
+
+def _run_session(session: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    kinds = {
+        "tensor(float)": np.float32,
+        "tensor(float16)": np.float16,
+        "tensor(int64)": np.int64,
+        "tensor(uint8)": np.uint8,
+    }
+    feeds = {i.name: _numpy(inputs[i.name]).astype(kinds[i.type]) for i in session.get_inputs()}
+    results = session.run(None, feeds)
+    return {o.name: torch.from_numpy(r).float() for o, r in zip(session.get_outputs(), results, strict=True)}
+
+
+def _numpy(value: Tensor) -> Any:
+    return (value.float() if value.is_floating_point() else value).numpy()
+
+
+# Both sides
+
+
+def _step(bundle: Bundle, case: Case, run: Run) -> dict[str, Tensor]:
+    """Experts, preparation and a step, by the graphs."""
+    c, schedule = case.conditions(bundle), make_schedule(bundle.config.scheduler, STEPS, math.prod(case.grid))
+    inputs: dict[str, Tensor] = {
+        "mask_latents": c.mask_latents,
+        "prompt_embeds": c.prompt_embeds,
+        "pooled_prompt_embeds": c.pooled_prompt_embeds,
+        "model_timesteps": schedule.model_timesteps,
+        "timesteps": schedule.timesteps,
+        "guidance": torch.tensor([c.guidance_scale * 1000]),
+        "grid": torch.tensor(c.grid),
+        "position_delta": torch.tensor(c.position_delta, dtype=torch.float32),
+        "position_scale": torch.tensor([c.position_scale]),
+        "log_condition_scale": torch.tensor([max(NO_ATTENTION, math.log(c.condition_scale))]),
+        "latents": case.latents(bundle),
+        "step": torch.tensor([1]),
+    }
+    inputs |= run("experts", inputs)
+    inputs |= run("prepare", inputs)
+    return run("step" if case.scale == 1 else "step_scaled", inputs)
+
+
+def _torch_step(engine: TorchEngine, bundle: Bundle, case: Case) -> dict[str, Tensor]:
+    latents = case.latents(bundle)
+    with torch.no_grad():
+        engine.prepare(case.conditions(bundle), make_schedule(bundle.config.scheduler, STEPS, math.prod(case.grid)))
+        condition = engine.condition(latents, 1)
+        return {"condition": condition, "velocity": engine.velocity(latents, condition, 1)}
+
+
+def _compare_vae(bundle: Bundle, run: Run, by: str, tolerance: float) -> list[Comparison]:
+    """Encoder and decoder beside diffusers' module."""
+    vae = load_autoencoder(autoencoder(bundle.config.vae), bundle.part("vae", CPU, torch.float32))
+    results = []
+    g = torch.Generator().manual_seed(9)
+    for count, (height, width) in ((1, (32, 48)), (2, (64, 32))):
+        grid = height // PATCH, width // PATCH
+        title = f"{width}x{height}, batch {count}"
+        pictures = torch.randint(0, 256, (count, height, width, 3), generator=g, dtype=torch.uint8)
+        latents = torch.randn(count, math.prod(grid), bundle.config.transformer.in_channels, generator=g)
+        with torch.no_grad():
+            x = pictures.permute(0, 3, 1, 2).float().contiguous() / 255 * 2 - 1
+            mean = vae.encode(x).latent_dist.mode()
+            encoded = pack_latents((mean - vae.config.shift_factor) * vae.config.scaling_factor)
+            z = unpack_latents(latents, height, width) / vae.config.scaling_factor + vae.config.shift_factor
+            image = (vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
+        outputs = run("vae_encoder", {"pictures": pictures})
+        results.append(_compare(f"vae_encoder, {title}", by, outputs, {"latents": encoded}, tolerance))
+        outputs = run("vae_decoder", {"latents": latents, "grid": torch.tensor(grid)})
+        results.append(_compare(f"vae_decoder, {title}", by, outputs, {"images": image}, tolerance))
+    return results
+
+
+def _compare(
+    what: str, by: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float
+) -> Comparison:
+    """The worst of several tensors."""
+    errors = [_errors(got[name].double(), value.double()) for name, value in expected.items()]
+    rms, largest = (max(e, key=lambda v: math.inf if math.isnan(v) else v) for e in zip(*errors, strict=True))
+    return Comparison(what=what, by=by, rms=rms, largest=largest, tolerance=tolerance)
+
+
+def _errors(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Relative RMS error, and the largest error relative to the largest value. Zeros that are zeros have none."""
+    if a.shape != b.shape:
+        return math.inf, math.inf
+    tiny = torch.finfo(torch.float32).tiny
+    rms = (a - b).norm() / b.norm().clamp_min(tiny)
+    return float(rms), float((a - b).abs().max() / b.abs().max().clamp_min(tiny))

@@ -1,0 +1,193 @@
+"""Weights of a graph: pointed to in the bundle, in a copy beside the graph, or written into the graph.
+
+What loaders demand of external data (onnx 1.23, onnxruntime 1.31, TensorRT-RTX 1.7): a name without a folder, and
+
+| the file beside the graph is | onnxruntime, TensorRT | onnx.load, onnx.checker |
+|---|---|---|
+| an ordinary file (the bundle itself, a copy, a clone of a copy-on-write file system) | yes | yes |
+| a hard link to the bundle | yes | no, and the bundle itself no longer either |
+| a symbolic link | no | no |
+
+So graphs go beside the bundle unless another folder is asked for; there the bundle is cloned if the file system can,
+else hard-linked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import onnx
+import torch
+
+from mogle_rt.checkpoint import FORMAT, FORMAT_VERSION, Bundle, describe
+from mogle_rt.errors import InputError, OutputError
+from mogle_rt.manifest import header_sha256
+from mogle_rt.storage import TensorInfo, atomic_write, header_room, read_chunks, write_header
+
+Mode = Literal["link", "copy", "embed"]
+MODES = ("link", "copy", "embed")
+EXPORTED_PARTS = ("transformer", "lora", "mogle", "vae")
+COPY_NAME = "weights.safetensors"
+EMBED_LIMIT = 2_000_000_000  # bytes; a protobuf message ends at 2 GiB
+ALIGNMENT = 4096
+FICLONE = 0x40049409  # Linux's request to share a file's blocks
+
+ONNX_TYPES = {
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights of a graph lie.
+
+    Attributes:
+        tensors: every weight's dtype, shape and place in the file.
+        location: the file's name, beside the graph; None where the weights go into the graph.
+        bundle: read for embedding.
+        dtype: what embedded weights are converted to.
+        sha256: the content hash of the file.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    location: str | None
+    bundle: Bundle
+    dtype: torch.dtype
+    sha256: str
+
+    def initializer(self, name: str) -> onnx.TensorProto:
+        """The tensor as an ONNX initializer of the same name."""
+        info = self.tensors[name]
+        tensor = onnx.TensorProto(name=name, dims=info.shape)
+        if self.location is None:
+            value = self.bundle.load([name], torch.device("cpu"), self.dtype)
+            tensor.data_type = ONNX_TYPES[self.dtype]
+            tensor.raw_data = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            return tensor
+        tensor.data_type = ONNX_TYPES[info.dtype]
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, text in (
+            ("location", self.location),
+            ("offset", str(info.begin)),
+            ("length", str(info.end - info.begin)),
+        ):
+            tensor.external_data.add(key=key, value=text)
+        return tensor
+
+
+def exported_names(bundle: Bundle) -> list[str]:
+    """Tensors of the bundle that graphs read, in the order of the file."""
+    return [name for name in bundle.tensors if name.split(".", 1)[0] in EXPORTED_PARTS]
+
+
+@contextmanager
+def place_weights(bundle: Bundle, folder: Path, mode: Mode, dtype: torch.dtype) -> Iterator[Weights]:
+    """Put weights where graphs in ``folder`` find them; what was put there is removed if the block fails.
+
+    Args:
+        mode: "link" points into the bundle (weights stay in the stored dtype, and graphs cast them if they compute in
+            another), "copy" writes `COPY_NAME` in ``dtype``, "embed" writes them into the graphs in ``dtype``.
+
+    Raises:
+        InputError: the weights are too many to embed.
+        OutputError: the folder is on another file system than the bundle and the mode is "link"; or can't be written.
+    """
+    if mode == "embed":
+        size = sum(bundle.tensors[n].numel for n in exported_names(bundle)) * dtype.itemsize
+        if size > EMBED_LIMIT:
+            raise InputError(
+                f"weights of {size / 1e9:.1f} GB can't be embedded: an ONNX file ends at 2 GB; link or copy them"
+            )
+        yield Weights(bundle.tensors, None, bundle, dtype, "")
+        return
+    name = bundle.path.resolve().name if mode == "link" else COPY_NAME
+    target = folder / name
+    had = target.exists()
+    try:
+        if mode == "link":
+            _link(bundle.path.resolve(), target)
+            yield Weights(bundle.tensors, name, bundle, dtype, bundle.content_hash)
+        else:
+            copied = _copy(bundle, target, dtype)
+            yield Weights(copied.tensors, name, bundle, dtype, copied.content_hash)
+    except BaseException:
+        if not had:
+            target.unlink(missing_ok=True)
+        raise
+
+
+def _link(path: Path, target: Path) -> None:
+    """The bundle under its own name beside the graphs."""
+    if target.is_symlink():
+        raise OutputError(
+            f"{target}: is a symbolic link, which no loader follows; export to {path.parent}, or with weights copy"
+        )
+    if target.exists():
+        if not target.samefile(path) and not _same(path, target):
+            raise OutputError(f"{target}: another file of the bundle's name is there; choose another folder")
+        return
+    if _clone(path, target):
+        return
+    try:
+        os.link(path, target)
+    except OSError as error:
+        raise OutputError(
+            f"{target.parent}: the bundle can't be linked into it ({error.strerror}); choose a folder on its file system, "
+            f"export beside the bundle by giving none, or take weights copy"
+        ) from None
+
+
+def _same(path: Path, target: Path) -> bool:
+    """Whether the target is a clone or copy of the bundle, by its header."""
+    return path.stat().st_size == target.stat().st_size and header_sha256(path) == header_sha256(target)
+
+
+def _clone(path: Path, target: Path) -> bool:
+    """Share the file's blocks, where the file system can: an ordinary file that costs nothing."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return False
+    try:
+        with path.open("rb") as source, target.open("xb") as copy:
+            fcntl.ioctl(copy.fileno(), FICLONE, source.fileno())
+        return True
+    except OSError:
+        target.unlink(missing_ok=True)
+        return False
+
+
+def _copy(bundle: Bundle, target: Path, dtype: torch.dtype) -> Bundle:
+    """Write the weights that graphs read, in ``dtype``: a bundle without text encoders."""
+    if target.exists() and target.samefile(bundle.path):
+        raise OutputError(f"{target}: is the bundle itself; choose another folder")
+    config = replace(bundle.config, text_encoder=None, text_encoder_2=None)
+    config_text = json.dumps(config.to_dict())
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "config": config_text, "sha256": "0" * 64}
+    names = exported_names(bundle)
+    start = position = header_room(names, metadata)
+    tensors: dict[str, TensorInfo] = {}
+    for name in names:
+        info = bundle.tensors[name]
+        tensors[name] = TensorInfo(dtype, info.shape, position, position + info.numel * dtype.itemsize)
+        position = tensors[name].end
+    digest = hashlib.sha256(config_text.encode())
+    with atomic_write(target) as file:
+        file.seek(start)
+        for name, info in tensors.items():
+            digest.update(describe(name, info))
+            for chunk in read_chunks(bundle.path, bundle.tensors[name], once=True):
+                raw = chunk.to(dtype).view(torch.uint8).numpy().data
+                digest.update(raw)
+                file.write(raw)
+        write_header(file, tensors, metadata | {"sha256": digest.hexdigest()}, start)
+    return Bundle(target)

@@ -1,0 +1,84 @@
+"""Which engine runs the step: torch, or an export run by onnxruntime or TensorRT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+
+from mogle_rt import sampling
+from mogle_rt.checkpoint import Bundle
+from mogle_rt.config import ModelConfig
+from mogle_rt.engines import Conditions, TorchEngine
+from mogle_rt.errors import ConfigError
+from mogle_rt.manifest import Manifest
+from mogle_rt.onnx_engine import ExportedGraphs, OnnxEngine, manifest_dtype
+from mogle_rt.sampling import Schedule
+from mogle_rt.tensorrt_engine import PACKAGES, TensorRTEngine
+
+EngineName = Literal["torch", "onnxruntime", "tensorrt", "tensorrt-rtx"]
+ENGINES = ("torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
+
+
+class Engine(sampling.Engine, Protocol):
+    """What the pipeline asks of an engine: the loop's part, and before it, what no step changes.
+
+    ``execution`` says how steps are run.
+    """
+
+    @property
+    def execution(self) -> str: ...
+
+    def prepare(self, conditions: Conditions, schedule: Schedule) -> object: ...
+
+
+def export_folder(path: str | Path | None, checkpoint: str | Path) -> Path:
+    """Where the export is; by default beside the bundle, as `python -m mogle_rt.export` leaves it."""
+    return Path(checkpoint).resolve().parent if path is None else Path(path)
+
+
+def engine_dtype(
+    name: str, path: str | Path | None, checkpoint: str | Path, dtype: str | torch.dtype | None
+) -> str | torch.dtype | None:
+    """The dtype asked for; by default, of an export, the one that it was made in.
+
+    Raises:
+        ConfigError: an unknown engine, or a path where none is needed.
+        CheckpointError: there is no export.
+    """
+    if name not in ENGINES:
+        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")
+    if name == "torch":
+        if path is not None:
+            raise ConfigError(f"engine torch takes no engine_path, got {str(path)!r}; name another engine with it")
+        return dtype
+    return manifest_dtype(Manifest.read(export_folder(path, checkpoint))) if dtype is None else dtype
+
+
+def make_engine(
+    name: str,
+    path: str | Path | None,
+    bundle: Bundle,
+    device: torch.device,
+    dtype: torch.dtype,
+    model: ModelConfig,
+    *,
+    kernels: str | None = None,
+    cuda_graphs: bool = True,
+) -> Engine:
+    """The engine, ready to `prepare`.
+
+    Args:
+        name, path: see `Pipeline`.
+        bundle, device, dtype, model, kernels, cuda_graphs: see `TorchEngine`.
+
+    Raises:
+        CheckpointError, ConfigError, DeviceError: the export doesn't fit the bundle, the options or this machine.
+    """
+    if name == "torch":
+        return TorchEngine(bundle, device, dtype, model, kernels=kernels, cuda_graphs=cuda_graphs)
+    exported = ExportedGraphs(export_folder(path, bundle.path), bundle, model, dtype)
+    if name == "onnxruntime":
+        return OnnxEngine(exported, device)
+    return TensorRTEngine(exported, device, PACKAGES[name])

@@ -1,0 +1,298 @@
+"""A step engine on exported graphs, run by onnxruntime. The same contract as the torch engine's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mogle_rt.checkpoint import Bundle
+from mogle_rt.config import DTYPE_NAMES, ModelConfig
+from mogle_rt.engines import Conditions
+from mogle_rt.errors import CheckpointError, ConfigError, DeviceError
+from mogle_rt.manifest import GraphSpec, Manifest, manifest_path
+from mogle_rt.sampling import Schedule, VelocityLoop
+
+TYPES = {
+    "FLOAT": torch.float32,
+    "FLOAT16": torch.float16,
+    "BFLOAT16": torch.bfloat16,
+    "INT64": torch.int64,
+    "UINT8": torch.uint8,
+}
+ONNX_NUMBERS = {torch.float32: 1, torch.uint8: 2, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PREPACK_BYTES = 1 << 30  # weights up to this size are rearranged for speed, larger ones stay mapped from their file
+NO_ATTENTION = -1e4  # log(condition_scale) for 0: its exponential is 0 in every dtype
+
+
+class ExportedGraphs:
+    """An export that fits a bundle and what is asked of it.
+
+    Args:
+        path: the folder of the export, or its manifest.
+        bundle: must be the one that was exported.
+        model, dtype: must be those of the export.
+
+    Raises:
+        CheckpointError: files are missing or changed, or the export is of another bundle.
+        ConfigError: switches or dtype are others.
+    """
+
+    def __init__(self, path: str | Path, bundle: Bundle, model: ModelConfig, dtype: torch.dtype) -> None:
+        self.manifest = Manifest.read(path)
+        self.folder = manifest_path(path).parent
+        self.manifest.check_files(self.folder)
+        if bundle.content_hash not in (self.manifest.bundle["sha256"], self.manifest.weights.sha256):
+            raise CheckpointError(
+                f"{self.folder}: was exported from another bundle ({self.manifest.bundle['name']}) than {bundle.path}"
+            )
+        if dict(self.manifest.model_config) != model.to_dict():
+            other = [n for n, value in model.to_dict().items() if self.manifest.model_config.get(n) != value]
+            raise ConfigError(
+                f"{self.folder}: was exported with {other[0]} = {self.manifest.model_config.get(other[0])}, asked for is "
+                f"{getattr(model, other[0])}; export with --model-config, or pass the same model_config"
+            )
+        if manifest_dtype(self.manifest) != dtype:
+            raise ConfigError(
+                f"{self.folder}: was exported in {self.manifest.dtype}, asked for is "
+                f"{str(dtype).removeprefix('torch.')}; export with that --dtype"
+            )
+
+    def graph(self, name: str) -> GraphSpec:
+        """A graph of the manifest.
+
+        Raises:
+            CheckpointError: the export holds none of this name.
+        """
+        if name not in self.manifest.graphs:
+            raise CheckpointError(f"{self.folder}: the export holds no graph {name!r}; export again")
+        return self.manifest.graphs[name]
+
+
+def manifest_dtype(manifest: Manifest) -> torch.dtype:
+    """What the graphs compute in."""
+    name = DTYPE_NAMES.get(manifest.dtype)
+    if name is None:
+        raise CheckpointError(f"damaged manifest: dtype {manifest.dtype!r}")
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def load_onnxruntime(device: torch.device, dtype: torch.dtype) -> Any:
+    """The module, able to run graphs of this dtype on this device.
+
+    Raises:
+        DeviceError: it is missing, or can't.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DeviceError(
+            f"engine onnxruntime needs the package onnxruntime ({error}): pip install 'mogle-rt[export]'"
+        ) from None
+    provider = PROVIDERS.get(device.type)
+    if provider is None:
+        raise DeviceError(f"engine onnxruntime runs on cpu or cuda, not on {device.type}")
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise DeviceError(
+            f"this onnxruntime has no {provider} (it has {', '.join(available)}); "
+            f"install onnxruntime-gpu, or use device cpu"
+        )
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        raise DeviceError("onnxruntime's CPU kernels don't take bf16; export with --dtype fp32, or use cuda")
+    return onnxruntime
+
+
+class Session:
+    """A graph in onnxruntime, on one device, without a silent change of the device.
+
+    Args:
+        folder, graph: where the graph's file and its weights are.
+        weight_bytes: size of the weights, see `PREPACK_BYTES`.
+
+    Raises:
+        DeviceError: onnxruntime is missing, or can't run the graph on the device.
+        CheckpointError: it refuses the graph.
+    """
+
+    def __init__(self, folder: Path, graph: GraphSpec, device: torch.device, weight_bytes: int) -> None:
+        ort = load_onnxruntime(device, TYPES[graph.outputs[0].dtype])
+        self.device = device
+        self.graph = graph
+        provider = PROVIDERS[device.type]
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = torch.get_num_threads()
+        if weight_bytes > PREPACK_BYTES:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        chosen: Any = (provider, {"device_id": device.index or 0}) if device.type == "cuda" else provider
+        try:
+            self.session = ort.InferenceSession(str(folder / graph.file), options, providers=[chosen])
+        except Exception as error:  # onnxruntime has its own classes for each kind
+            raise CheckpointError(f"{folder / graph.file}: onnxruntime refuses it: {_first_line(error)}") from None
+        got = self.session.get_providers()
+        if got[0] != provider:
+            raise DeviceError(
+                f"onnxruntime fell back from {provider} to {got[0]}: its libraries or driver are missing for {device}; "
+                f"mend them, or ask for device cpu"
+            )
+
+    def outputs(self, **axes: int) -> dict[str, Tensor]:
+        """Empty tensors for the results. Axes: the sizes that the graph's dynamic axes have in this run."""
+        return {t.name: self._empty(t.sizes(**axes), t.dtype) for t in self.graph.outputs}
+
+    def _empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
+        return torch.empty(shape, dtype=TYPES[dtype], device=self.device)
+
+    def binding(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Any:
+        """Names bound to the tensors' memory: nothing is copied. Inputs the graph doesn't have are left out."""
+        binding = self.session.io_binding()
+        place = (self.device.type, self.device.index or 0)
+        for spec in self.graph.inputs:
+            value = inputs[spec.name]
+            assert value.is_contiguous(), spec.name
+            assert value.dtype == TYPES[spec.dtype], spec.name
+            binding.bind_input(spec.name, *place, ONNX_NUMBERS[value.dtype], tuple(value.shape), value.data_ptr())
+        for name, value in outputs.items():
+            binding.bind_output(name, *place, ONNX_NUMBERS[value.dtype], tuple(value.shape), value.data_ptr())
+        return binding
+
+    def run(self, binding: Any) -> None:
+        """Run on bound tensors.
+
+        Raises:
+            DeviceError: onnxruntime failed.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # onnxruntime has a stream of its own
+        try:
+            self.session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+        except Exception as error:  # onnxruntime has its own classes for each kind
+            raise DeviceError(f"{self.graph.file}: onnxruntime failed: {_first_line(error)}") from None
+
+    def __call__(self, inputs: Mapping[str, Tensor], **axes: int) -> dict[str, Tensor]:
+        """Run once. Inputs on any device; results are new tensors on the session's."""
+        placed = {t.name: inputs[t.name].to(self.device, TYPES[t.dtype]).contiguous() for t in self.graph.inputs}
+        results = self.outputs(**axes)
+        self.run(self.binding(placed, results))
+        return results
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+class StepPreparation:
+    """What all engines on exported graphs share: everything that no step changes, by ``experts`` and ``prepare``.
+
+    On a GPU the weights of these two graphs are let go after use.
+    """
+
+    def __init__(self, exported: ExportedGraphs, device: torch.device) -> None:
+        self.exported, self.device = exported, device
+        self._sessions: dict[str, Session] = {}
+
+    def session(self, name: str) -> Session:
+        """A graph's session; kept on a CPU, where weights are pages of their file."""
+        if name in self._sessions:
+            return self._sessions[name]
+        session = Session(
+            self.exported.folder, self.exported.graph(name), self.device, self.exported.manifest.weights.bytes
+        )
+        if self.device.type == "cpu":
+            self._sessions[name] = session
+        return session
+
+    def __call__(self, conditions: Conditions, schedule: Schedule) -> dict[str, Tensor]:
+        """Every input of the step but the latents and the step's number, on the device."""
+        c = conditions
+        batch, tokens = c.mask_latents.shape[0], c.mask_latents.shape[2]
+        text_tokens = c.prompt_embeds.shape[1]
+        axes = {"batch": batch, "tokens": tokens, "text_tokens": text_tokens, "steps": len(schedule)}
+        bank = self.session("experts")({"mask_latents": c.mask_latents}, **axes)
+        prepared = self.session("prepare")(
+            {
+                "prompt_embeds": c.prompt_embeds.expand(batch, -1, -1),
+                "pooled_prompt_embeds": c.pooled_prompt_embeds.expand(batch, -1),
+                "model_timesteps": schedule.model_timesteps,
+                "timesteps": schedule.timesteps,
+                "guidance": torch.tensor([c.guidance_scale * 1000.0]),
+                "grid": torch.tensor(c.grid),
+                "position_delta": torch.tensor(c.position_delta, dtype=torch.float32),
+                "position_scale": torch.tensor([c.position_scale], dtype=torch.float32),
+            },
+            sequence=text_tokens + 2 * tokens,
+            **axes,
+        )
+        scale = c.condition_scale
+        log_scale = max(NO_ATTENTION, math.log(scale)) if scale > 0 else NO_ATTENTION
+        return bank | prepared | {"log_condition_scale": torch.tensor([log_scale], device=self.device)}
+
+
+class OnnxEngine(VelocityLoop):
+    """Face-MoGLE's step by onnxruntime, from an export.
+
+    Args:
+        exported: the export.
+        device: cpu or cuda; there, inputs and results stay on the GPU.
+
+    Raises:
+        DeviceError: see `load_onnxruntime`.
+    """
+
+    def __init__(self, exported: ExportedGraphs, device: torch.device) -> None:
+        load_onnxruntime(device, manifest_dtype(exported.manifest))  # told now rather than in the first call
+        self.prepare_step = StepPreparation(exported, device)
+        self.device = device
+        self._step: Session | None = None
+        self._binding: Any = None
+        self._inputs: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+
+    def prepare(self, conditions: Conditions, schedule: Schedule) -> None:
+        """Compute the step's constant inputs, and bind them."""
+        self.follow(schedule, self.device)
+        name = "step" if conditions.condition_scale == 1 else "step_scaled"
+        self._inputs = self.prepare_step(conditions, schedule)
+        if self._step is None or self._step.graph.file != self.prepare_step.exported.graph(name).file:
+            self._step = self._binding = None  # one model's weights in memory at a time
+            self._step = self.prepare_step.session(name)
+        batch, _, tokens, channels = conditions.mask_latents.shape
+        dtype = TYPES[self._step.graph.outputs[0].dtype]
+        self._inputs["latents"] = torch.empty(batch, tokens, channels, dtype=dtype, device=self.device)
+        self._inputs["step"] = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._outputs = self._step.outputs(batch=batch, tokens=tokens)
+        self._binding = self._step.binding(self._inputs, self._outputs)
+
+    @property
+    def execution(self) -> str:
+        """How steps are run."""
+        return f"onnxruntime on {self.device.type}"
+
+    @torch.inference_mode()
+    def step(self, latents: Tensor, k: int) -> Tensor:
+        """Velocity at step k of the prepared run: [B, N, 64] -> [B, N, 64]."""
+        self.run(latents, k)
+        return self._outputs["velocity"].clone()
+
+    @torch.inference_mode()
+    def condition(self, latents: Tensor, k: int) -> Tensor:
+        """Condition tokens of step k: [B, N, 64] -> [B, N, 64]. Runs the whole step."""
+        self.run(latents, k)
+        return self._outputs["condition"].clone()
+
+    def run(self, latents: Tensor, k: int) -> None:
+        """Step k, into the bound results."""
+        if self._step is None or self._binding is None:
+            raise RuntimeError("prepare() must be called before step()")
+        self._inputs["latents"].copy_(latents)
+        self._inputs["step"].fill_(k)
+        self._step.run(self._binding)
