@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from mogle_rt.arguments import Generators, check_options, check_tensor, common_count, generator_list, prompt_list
 from mogle_rt.cache import TensorCache
 from mogle_rt.checkpoint import Bundle, check_names
 from mogle_rt.conditioning import Conditioner, MaskPosterior, pack_latents, unpack_latents
@@ -28,14 +27,13 @@ from mogle_rt.config import PATCH, VAE_SCALE, ModelConfig
 from mogle_rt.devices import choose_device, choose_dtype
 from mogle_rt.engine_choice import Engine, EngineName, engine_dtype, make_engine
 from mogle_rt.engines import Conditions
-from mogle_rt.errors import InputError, NumericalError
+from mogle_rt.errors import InputError
 from mogle_rt.masks import Labels, MaskLike, to_label_batch
 from mogle_rt.models import autoencoder, load_autoencoder, tensor_shapes
 from mogle_rt.sampling import Schedule, denoise, make_schedule
 from mogle_rt.text import MAX_SEQUENCE_LENGTH, TextEncoders
 
 OutputType = Literal["pil", "np", "pt", "latent"]
-Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Any]], Mapping[str, Any] | None]
 
 CACHE_BYTES = 256 << 20
@@ -194,7 +192,7 @@ class Pipeline:
             CheckpointError: a prompt was given, and the bundle has no text encoders.
             NumericalError: the result is not finite.
         """
-        _check_options(
+        check_options(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             height=height,
@@ -211,10 +209,10 @@ class Pipeline:
         self._interrupt = False
         grid = (height // PATCH, width // PATCH)
         labels = self._labels(mask, height, width)
-        prompts = _prompt_list(prompt, prompt_embeds, pooled_prompt_embeds)
-        pairs = _common_count(len(labels), len(prompts) if prompt_embeds is None else prompt_embeds.shape[0])
+        prompts = prompt_list(prompt, prompt_embeds, pooled_prompt_embeds)
+        pairs = common_count(len(labels), len(prompts) if prompt_embeds is None else prompt_embeds.shape[0])
         batch = pairs * num_images_per_prompt
-        generators = _generator_list(generator, batch)
+        generators = generator_list(generator, batch)
         report = self.last_run = RunReport(batch_size=batch, steps=num_inference_steps)
 
         schedule = make_schedule(self.bundle.config.scheduler, num_inference_steps, grid[0] * grid[1])
@@ -258,8 +256,8 @@ class Pipeline:
     ) -> tuple[Tensor, Tensor]:
         if embeds is not None and pooled is not None:
             config = self.bundle.config.transformer
-            _check_tensor("prompt_embeds", embeds, (None, None, config.joint_attention_dim))
-            _check_tensor("pooled_prompt_embeds", pooled, (embeds.shape[0], config.pooled_projection_dim))
+            check_tensor("prompt_embeds", embeds, (None, None, config.joint_attention_dim))
+            check_tensor("pooled_prompt_embeds", pooled, (embeds.shape[0], config.pooled_projection_dim))
             return embeds, pooled
         known = {p: found for p in prompts if (found := self.prompt_cache.get((p, max_sequence_length))) is not None}
         new = [p for p in dict.fromkeys(prompts) if p not in known]
@@ -290,7 +288,7 @@ class Pipeline:
         channels = self.bundle.config.transformer.in_channels
         tokens = height // PATCH * (width // PATCH)
         if latents is not None:
-            _check_tensor("latents", latents, (batch, tokens, channels))
+            check_tensor("latents", latents, (batch, tokens, channels))
             return latents.to(self.device, self.dtype)
         shape = (batch, channels // 4, height // VAE_SCALE, width // VAE_SCALE)
         # Always drawn in float32: one seed is one noise in every dtype.
@@ -309,7 +307,7 @@ class Pipeline:
                         raise InputError(f"callback_on_step_end must return a dict or None, got {kind}")
                     replaced = returned.get("latents", latents)
                     if replaced is not latents:
-                        _check_tensor("latents from callback_on_step_end", replaced, tuple(latents.shape))
+                        check_tensor("latents from callback_on_step_end", replaced, tuple(latents.shape))
                         latents = replaced.to(latents)
                 bar.update()
                 return None if self._interrupt else latents
@@ -335,92 +333,3 @@ class Pipeline:
 def _expand(x: Tensor, batch: int) -> Tensor:
     """Repeat each of n rows batch / n times, so that images of one prompt are neighbours."""
     return x if x.shape[0] == batch else x.repeat_interleave(batch // x.shape[0], dim=0)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_options(
-    *,
-    num_inference_steps: int,
-    guidance_scale: float,
-    height: int,
-    width: int,
-    num_images_per_prompt: int,
-    condition_scale: float,
-    position_delta: tuple[int, int],
-    position_scale: float,
-    max_sequence_length: int,
-    output_type: str,
-    mask_posterior: str,
-) -> None:
-    for name, number in (
-        ("num_inference_steps", num_inference_steps),
-        ("num_images_per_prompt", num_images_per_prompt),
-        ("max_sequence_length", max_sequence_length),
-    ):
-        if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
-            raise InputError(f"{name} must be a positive integer, got {number!r}")
-    if max_sequence_length > MAX_SEQUENCE_LENGTH:
-        raise InputError(f"max_sequence_length can be at most {MAX_SEQUENCE_LENGTH}, got {max_sequence_length}")
-    for name, size in (("height", height), ("width", width)):
-        if not isinstance(size, Integral) or isinstance(size, bool) or size < PATCH or size % PATCH:
-            near = max(PATCH, round(size / PATCH) * PATCH) if _is_number(size) else 512
-            raise InputError(f"{name} must be a multiple of {PATCH}, got {size!r}; the nearest is {near}")
-    for name, value in (("guidance_scale", guidance_scale), ("condition_scale", condition_scale)):
-        if not _is_number(value) or value < 0:
-            raise InputError(f"{name} must be a finite number of 0 or more, got {value!r}")
-    if not _is_number(position_scale) or position_scale <= 0:
-        raise InputError(f"position_scale must be a positive number, got {position_scale!r}")
-    if not isinstance(position_delta, Sequence) or [_is_number(v) for v in position_delta] != [True, True]:
-        raise InputError(f"position_delta must be two numbers (rows, columns), got {position_delta!r}")
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise InputError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
-    if mask_posterior not in ("mean", "sample"):
-        raise InputError(f"mask_posterior must be 'mean' or 'sample', got {mask_posterior!r}")
-
-
-def _prompt_list(prompt: str | Sequence[str] | None, embeds: Tensor | None, pooled: Tensor | None) -> list[str]:
-    if (embeds is None) != (pooled is None):
-        raise InputError("prompt_embeds and pooled_prompt_embeds go together; one of them is missing")
-    if embeds is not None:
-        if prompt is not None:
-            raise InputError("give a prompt or prompt_embeds, not both")
-        return []
-    prompts = [""] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
-    if not prompts:
-        raise InputError("the list of prompts is empty")
-    for one in prompts:
-        if not isinstance(one, str):
-            raise InputError(f"prompt must be a text or a list of texts, got {type(one).__name__}")
-    return prompts
-
-
-def _common_count(masks: int, prompts: int) -> int:
-    if masks != prompts and 1 not in (masks, prompts):
-        raise InputError(f"{masks} masks and {prompts} prompts don't pair up: give equally many, or one of either")
-    return max(masks, prompts)
-
-
-def _generator_list(generator: Generators, batch: int) -> list[torch.Generator] | None:
-    if generator is None or isinstance(generator, torch.Generator):
-        return None
-    generators = list(generator)
-    if len(generators) != batch or not all(isinstance(g, torch.Generator) for g in generators):
-        raise InputError(
-            f"generator must be one torch.Generator or a list of {batch} (one an image), got {generator!r}"
-        )
-    return generators
-
-
-def _check_tensor(name: str, value: Any, shape: tuple[int | None, ...]) -> None:
-    if not isinstance(value, Tensor):
-        raise InputError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.ndim != len(shape) or any(s not in (None, v) for s, v in zip(shape, value.shape, strict=True)):
-        wanted = ", ".join("any" if s is None else str(s) for s in shape)
-        raise InputError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
-    if not value.is_floating_point():
-        raise InputError(f"{name} must be floating point, got {value.dtype}")
-    if not bool(torch.isfinite(value).all()):
-        raise NumericalError(f"{name} holds NaN or infinite values")

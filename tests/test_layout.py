@@ -22,7 +22,7 @@ LAYERS = [
     ["ops"],
     ["modulation", "mogle", "converter"],
     ["transformer", "conditioning", "text"],
-    ["step"],
+    ["step", "arguments"],
     ["loading", "sampling", "graphs"],
     ["engines", "manifest", "engine_file"],
     ["onnx_engine"],

@@ -1,0 +1,131 @@
+"""What a call of the pipeline is given: checked at once, with one clear line for what is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from mogle_rt.config import PATCH
+from mogle_rt.errors import InputError, NumericalError
+from mogle_rt.text import MAX_SEQUENCE_LENGTH
+
+Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_options(
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    height: int,
+    width: int,
+    num_images_per_prompt: int,
+    condition_scale: float,
+    position_delta: tuple[int, int],
+    position_scale: float,
+    max_sequence_length: int,
+    output_type: str,
+    mask_posterior: str,
+) -> None:
+    """Options of a call.
+
+    Raises:
+        InputError: one is out of range.
+    """
+    for name, number in (
+        ("num_inference_steps", num_inference_steps),
+        ("num_images_per_prompt", num_images_per_prompt),
+        ("max_sequence_length", max_sequence_length),
+    ):
+        if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
+            raise InputError(f"{name} must be a positive integer, got {number!r}")
+    if max_sequence_length > MAX_SEQUENCE_LENGTH:
+        raise InputError(f"max_sequence_length can be at most {MAX_SEQUENCE_LENGTH}, got {max_sequence_length}")
+    for name, size in (("height", height), ("width", width)):
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < PATCH or size % PATCH:
+            near = max(PATCH, round(size / PATCH) * PATCH) if _is_number(size) else 512
+            raise InputError(f"{name} must be a multiple of {PATCH}, got {size!r}; the nearest is {near}")
+    for name, value in (("guidance_scale", guidance_scale), ("condition_scale", condition_scale)):
+        if not _is_number(value) or value < 0:
+            raise InputError(f"{name} must be a finite number of 0 or more, got {value!r}")
+    if not _is_number(position_scale) or position_scale <= 0:
+        raise InputError(f"position_scale must be a positive number, got {position_scale!r}")
+    if not isinstance(position_delta, Sequence) or [_is_number(v) for v in position_delta] != [True, True]:
+        raise InputError(f"position_delta must be two numbers (rows, columns), got {position_delta!r}")
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise InputError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+    if mask_posterior not in ("mean", "sample"):
+        raise InputError(f"mask_posterior must be 'mean' or 'sample', got {mask_posterior!r}")
+
+
+def prompt_list(prompt: str | Sequence[str] | None, embeds: Tensor | None, pooled: Tensor | None) -> list[str]:
+    """Prompts as a list, empty where embeddings are given.
+
+    Raises:
+        InputError: neither a text nor a list of texts, or prompts and embeddings together.
+    """
+    if (embeds is None) != (pooled is None):
+        raise InputError("prompt_embeds and pooled_prompt_embeds go together; one of them is missing")
+    if embeds is not None:
+        if prompt is not None:
+            raise InputError("give a prompt or prompt_embeds, not both")
+        return []
+    prompts = [""] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise InputError("the list of prompts is empty")
+    for one in prompts:
+        if not isinstance(one, str):
+            raise InputError(f"prompt must be a text or a list of texts, got {type(one).__name__}")
+    return prompts
+
+
+def common_count(masks: int, prompts: int) -> int:
+    """How many pairs of mask and prompt.
+
+    Raises:
+        InputError: the counts differ, and neither is 1.
+    """
+    if masks != prompts and 1 not in (masks, prompts):
+        raise InputError(f"{masks} masks and {prompts} prompts don't pair up: give equally many, or one of either")
+    return max(masks, prompts)
+
+
+def generator_list(generator: Generators, batch: int) -> list[torch.Generator] | None:
+    """One generator for each image, or None where one or none serves all.
+
+    Raises:
+        InputError: another number of generators, or something else.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return None
+    generators = list(generator)
+    if len(generators) != batch or not all(isinstance(g, torch.Generator) for g in generators):
+        raise InputError(
+            f"generator must be one torch.Generator or a list of {batch} (one an image), got {generator!r}"
+        )
+    return generators
+
+
+def check_tensor(name: str, value: Any, shape: tuple[int | None, ...]) -> None:
+    """A finite floating point tensor of a shape, None standing for any size.
+
+    Raises:
+        InputError: it is something else. NumericalError: it is not finite.
+    """
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.ndim != len(shape) or any(s not in (None, v) for s, v in zip(shape, value.shape, strict=True)):
+        wanted = ", ".join("any" if s is None else str(s) for s in shape)
+        raise InputError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
+    if not value.is_floating_point():
+        raise InputError(f"{name} must be floating point, got {value.dtype}")
+    if not bool(torch.isfinite(value).all()):
+        raise NumericalError(f"{name} holds NaN or infinite values")
