@@ -160,7 +160,7 @@ def joint_attention(
     check("out", out, (queries, B, out.shape[-1]), q)
     if B * H == 0:
         return
-    kind = VISIBILITIES[visibility if condition_from < keys else "joint"]
+    kind = VISIBILITIES[visibility if condition_from < keys else "joint"].value
     t = tiles(queries, d, q.dtype)
     launch(
         _joint_attention_kernel,
@@ -201,11 +201,11 @@ def joint_attention_ref(
     key_in = torch.arange(keys, device=q.device)[None, :] >= condition_from
     bias = torch.zeros(queries, keys, dtype=exact, device=q.device)
     if visibility == "scaled":
-        bias[row_in != key_in] = log_scale
+        bias = bias.masked_fill(row_in != key_in, log_scale)
     elif visibility == "separate":
-        bias[row_in != key_in] = -torch.inf
+        bias = bias.masked_fill(row_in != key_in, -torch.inf)
     elif visibility == "independent":
-        bias[row_in & ~key_in] = -torch.inf
+        bias = bias.masked_fill(row_in & ~key_in, -torch.inf)
     scores = torch.einsum("qbhd,kbhd->bhqk", q.to(exact), k.to(exact)) * d**-0.5 + bias
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
     mixed = torch.einsum("bhqk,kbhd->qbhd", weights.to(q.dtype).to(exact), v.to(exact))
