@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
@@ -35,7 +34,7 @@ class Ops(Protocol):
         x: Tensor,
         scale: Tensor,
         shift: Tensor,
-        bounds: Sequence[int],
+        bounds: tuple[int, ...],
         out: Tensor,
         lora_down: Tensor | None,
         lora_from: int,
@@ -46,7 +45,7 @@ class Ops(Protocol):
         x: Tensor,
         y: Tensor,
         gate: Tensor,
-        bounds: Sequence[int],
+        bounds: tuple[int, ...],
         lora_up: Tensor | None,
         lora_from: int,
         clip: bool,
@@ -59,7 +58,7 @@ class Ops(Protocol):
         gate: Tensor,
         scale: Tensor,
         shift: Tensor,
-        bounds: Sequence[int],
+        bounds: tuple[int, ...],
         out: Tensor,
         lora_down: Tensor | None,
         lora_from: int,
@@ -68,7 +67,7 @@ class Ops(Protocol):
         clip: bool,
     ) -> None: ...
 
-    def qk_norm_rope(self, x: Tensor, norm_weight: Tensor, bounds: Sequence[int], rope: Tensor) -> None: ...
+    def qk_norm_rope(self, x: Tensor, norm_weight: Tensor, bounds: tuple[int, ...], rope: Tensor) -> None: ...
 
     def joint_attention(self, q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: AttentionPlan) -> Tensor: ...
 

@@ -8,7 +8,6 @@ modulation (or a norm's weight); the last is L. Modulations are [G, B, D], one r
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +23,10 @@ QK_NORM_EPS = 1e-6
 FP16_MAX = 65504
 
 
-def groups(bounds: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Number and rows of each group that has any."""
-    start = 0
-    for g, end in enumerate(bounds):
-        if end > start:
-            yield g, slice(start, end)
-        start = end
+@functools.lru_cache(maxsize=64)
+def _sizes(bounds: tuple[int, ...]) -> list[int]:
+    """Rows of each group."""
+    return [end - start for start, end in zip((0, *bounds), bounds, strict=False)]
 
 
 @functools.lru_cache(maxsize=8)
@@ -46,7 +42,7 @@ def norm_modulate(
     x: Tensor,
     scale: Tensor,
     shift: Tensor,
-    bounds: Sequence[int],
+    bounds: tuple[int, ...],
     out: Tensor,
     lora_down: Tensor | None = None,
     lora_from: int = 0,
@@ -59,9 +55,11 @@ def norm_modulate(
         lora_down: [D, R], for positions ``lora_from`` to the end; the others' columns become 0. None if R is 0.
     """
     width = x.shape[-1]
-    normed = F.layer_norm(x, (width,), *_identity(width, x.device, x.dtype), eps=LAYER_NORM_EPS)
-    for g, rows in groups(bounds):
-        torch.addcmul(shift[g], normed[rows], scale[g], out=out[rows, :, :width])
+    normed, sizes = F.layer_norm(x, (width,), *_identity(width, x.device, x.dtype), eps=LAYER_NORM_EPS), _sizes(bounds)
+    modulated = out if lora_down is None else out[..., :width]
+    parts = (shift.unbind(), normed.split(sizes), scale.unbind(), modulated.split(sizes))
+    for shifted, rows, scaled, into in zip(*parts, strict=True):
+        torch.addcmul(shifted, rows, scaled, out=into)
     if lora_down is not None:
         out[:lora_from, :, width:] = 0
         out[lora_from:, :, width:] = out[lora_from:, :, :width] @ lora_down
@@ -71,7 +69,7 @@ def residual(
     x: Tensor,
     y: Tensor,
     gate: Tensor,
-    bounds: Sequence[int],
+    bounds: tuple[int, ...],
     lora_up: Tensor | None = None,
     lora_from: int = 0,
     clip: bool = False,
@@ -87,8 +85,10 @@ def residual(
     if lora_up is not None:
         tail = y[lora_from:]
         tail[..., :width] += tail[..., width:] @ lora_up
-    for g, rows in groups(bounds):
-        x[rows].addcmul_(gate[g], y[rows, :, :width])
+        y = y[..., :width]
+    sizes = _sizes(bounds)
+    for rows, gated, added in zip(x.split(sizes), gate.unbind(), y.split(sizes), strict=True):
+        rows.addcmul_(gated, added)
     if clip and x.dtype == torch.float16:
         x.clamp_(-FP16_MAX, FP16_MAX)
 
@@ -98,7 +98,7 @@ def rope_buffer(table: Tensor) -> Tensor:
     return table[:, None, None, None]
 
 
-def qk_norm_rope(x: Tensor, norm_weight: Tensor, bounds: Sequence[int], rope: Tensor) -> None:
+def qk_norm_rope(x: Tensor, norm_weight: Tensor, bounds: tuple[int, ...], rope: Tensor) -> None:
     """RMSNorm over each head of q and k, then rotation of neighbouring channel pairs; in place.
 
     Args:
@@ -109,8 +109,8 @@ def qk_norm_rope(x: Tensor, norm_weight: Tensor, bounds: Sequence[int], rope: Te
     qk = x[:, :, :parts]
     norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32)
     qk.mul_(norm.square_().mul_(1 / qk.shape[-1]).add_(QK_NORM_EPS).rsqrt_())
-    for g, rows in groups(bounds):
-        qk[rows].mul_(norm_weight[g, :, None])
+    for rows, weight in zip(qk.split(_sizes(bounds)), norm_weight.unsqueeze(2).unbind(), strict=True):
+        rows.mul_(weight)
     if qk.dtype == torch.float32:
         torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(rope)
     else:
@@ -124,7 +124,7 @@ def residual_norm_modulate(
     gate: Tensor,
     scale: Tensor,
     shift: Tensor,
-    bounds: Sequence[int],
+    bounds: tuple[int, ...],
     out: Tensor,
     lora_down: Tensor | None = None,
     lora_from: int = 0,
