@@ -47,6 +47,8 @@ HAIR_WORDS = {
     "long wavy": "long wavy {c} hair",
 }
 
+NOUNS = {"man": ("man", "man", "guy"), "woman": ("woman", "woman", "lady")}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attributes:
@@ -77,66 +79,73 @@ class Attributes:
 
 def caption(a: Attributes, rng: np.random.Generator, keep: float = 0.82) -> str:
     """A few varied sentences that name most attributes: each with probability ``keep``."""
+    return describe(a, rng, keep)[0]
 
-    def named(probability: float = keep) -> bool:
+
+def describe(a: Attributes, rng: np.random.Generator, keep: float = 0.82) -> tuple[str, dict[str, str]]:
+    """A caption, and the attributes that it names with their values."""
+    said: dict[str, str] = {}
+
+    def chance(probability: float) -> bool:
         return bool(rng.random() < probability)
+
+    def named(attribute: str, probability: float = keep) -> bool:
+        value = getattr(a, attribute)
+        if not value or not chance(probability):
+            return False
+        said[attribute] = "yes" if value is True else value
+        return True
 
     def one(*words: str) -> str:
         return words[rng.integers(len(words))]
 
-    nouns = {"man": ("man", "man", "guy"), "woman": ("woman", "woman", "lady")}[a.sex]
-    noun = one(*nouns) if named(0.93) else "person"
-    age = a.age if named() else ""
-    subject = " ".join(w for w in (age, noun) if w)
-    article = "an" if subject[0] in "aeiou" else "a"
+    noun = one(*NOUNS[a.sex]) if named("sex", 0.93) else "person"
+    subject = f"{a.age} {noun}" if named("age") else noun
     opening = one("", "", "a photo of ", "a portrait of ", "the face of ")
-    start = f"{opening}{article} {subject}"
+    start = f"{opening}{'an' if subject[0] in 'aeiou' else 'a'} {subject}"
 
     features: list[str] = []
-    if named():
+    if named("skin"):
         features.append(one(f"{a.skin} skin", f"a {a.skin} complexion"))
     if a.hair_style == "bald":
-        if named() and not a.hat:
+        if not a.hat and named("hair_style"):
             features.append(one("no hair", "a bald head"))
-    elif a.hair and named(0.88):
-        words = HAIR_WORDS[a.hair_style]
-        if not named(0.8):
-            words = "{c} hair"
-        text = words.format(c=a.hair)
-        features.append(text + (one(" and a fringe", " with bangs") if a.fringe and named(0.7) else ""))
-    if named(0.6):
+    elif named("hair", 0.88):
+        words = HAIR_WORDS[a.hair_style] if named("hair_style", 0.8) else "{c} hair"
+        fringe = one(" and a fringe", " with bangs") if named("fringe", 0.7) else ""
+        features.append(words.format(c=a.hair) + fringe)
+    if named("eyes", 0.6):
         features.append(f"{a.eyes} eyes")
-    if a.beard and named():
-        features.append({"beard": "a full beard", "stubble": "stubble", "mustache": "a mustache"}[a.beard])
-    if a.lips and named():
+    if named("beard"):
+        features.append({"beard": "a full beard", "stubble": "stubble", "mustache": "a mustache"}[str(a.beard)])
+    if named("lips"):
         features.append(one(f"{a.lips} lips", f"{a.lips} lipstick"))
 
     worn: list[str] = []
-    if a.clothes and named(0.88):
+    if named("clothes", 0.88):
         worn.append(one(f"a {a.clothes} shirt", f"{a.clothes} clothes", f"a {a.clothes} top"))
-    if a.hat and named(0.88):
+    if named("hat", 0.88):
         worn.append(f"a {a.hat} hat")
-    if a.glasses and named(0.88):
-        worn.append(a.glasses)
-    if a.earrings and named():
+    if named("glasses", 0.88):
+        worn.append(str(a.glasses))
+    if named("earrings"):
         worn.append("earrings")
-    if a.necklace and named():
+    if named("necklace"):
         worn.append("a necklace")
 
     doing: list[str] = []
-    if a.smile and named():
+    if named("smile"):
         doing.append("smiling")
-    if a.mouth_open and named():
+    if named("mouth_open"):
         doing.append("with an open mouth")
-    if a.looks != "front" and named(0.4):
+    if a.looks != "front" and named("looks", 0.4):
         doing.append(f"looking {a.looks}")
-    background = f"{one('on', 'in front of', 'before', 'with')} a {a.background} {one('background', 'wall')}"
+    place = f"{one('on', 'in front of', 'before', 'with')} a {a.background} {one('background', 'wall')}"
     rng.shuffle(features)
     rng.shuffle(worn)
-    last = named(0.88)
+    last = named("background", 0.88)
 
-    pronoun = {"man": "he", "woman": "she"}[a.sex] if noun != "person" else "this person"
-    if rng.random() < 0.5:  # one sentence
+    if chance(0.5):  # one sentence
         text = start
         if features:
             text += f" with {_join(features)}"
@@ -144,18 +153,44 @@ def caption(a: Attributes, rng: np.random.Generator, keep: float = 0.82) -> str:
             text += f", wearing {_join(worn)}"
         if doing:
             text += f", {_join(doing)}"
-        return text + (f", {background}" if last else "") + one("", ".")
-    parts = [start + (f" {background}" if last and rng.random() < 0.5 else "")]
-    said = " a " in parts[0][len(start) :]
+        return text + (f", {place}" if last else "") + one("", "."), said
+    early = last and chance(0.5)
+    parts = [f"{start} {place}" if early else start]
+    pronoun = {"man": "he", "woman": "she"}[a.sex] if noun != "person" else "this person"
     if features:
         parts.append(f"{pronoun} has {_join(features)}")
     if worn:
         parts.append(f"{pronoun} {one('wears', 'is wearing')} {_join(worn)}")
     if doing:
         parts.append(f"{pronoun} is {_join(doing)}")
-    if last and not said:
+    if last and not early:
         parts.append(one(f"the background is {a.background}", f"a {a.background} background"))
-    return ". ".join(p[0].upper() + p[1:] for p in parts) + "."
+    return ". ".join(p[0].upper() + p[1:] for p in parts) + ".", said
+
+
+SYNONYMS = (
+    ("gray", "grey"),
+    ("blond", "blonde"),
+    ("red hair", "ginger hair"),
+    ("mustache", "moustache"),
+    ("a full beard", "a beard"),
+    ("shirt", "sweater"),
+    ("shirt", "jacket"),
+    ("top", "dress"),
+    ("light skin", "pale skin"),
+    ("young ", "young, "),
+    ("old ", "elderly "),
+    ("in front of", "against"),
+    ("smiling", "laughing"),
+)
+
+
+def reword(text: str, rng: np.random.Generator) -> str:
+    """The same said in other words, or in small letters: what people type who have not read these captions."""
+    for word, other in SYNONYMS:
+        if rng.random() < 0.15:
+            text = text.replace(word, other)
+    return text.lower() if rng.random() < 0.4 else text
 
 
 def _join(words: list[str]) -> str:
