@@ -480,8 +480,8 @@ def _visible(a: Attributes, labels: Bytes, size: int) -> Attributes:
         values["hair"] = None
     if area[CLOTH] < 60:
         values["clothes"] = None
-    values["necklace"] = a.necklace and area[NECKLACE] > 12
-    values["earrings"] = a.earrings and area[EARRING] > 6
+    values["necklace"] = bool(a.necklace and area[NECKLACE] > 12)
+    values["earrings"] = bool(a.earrings and area[EARRING] > 6)
     return Attributes(**values)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,17 @@ def write_clip_tokenizer(folder: Path, texts: list[str]) -> int:
 
 def write_t5_tokenizer(folder: Path, texts: list[str]) -> int:
     """tokenizer.json, as T5's published tokenizer has it. Returns the vocabulary's size."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = Tokenizer(models.Unigram())
+    words = sorted({word for text in texts for word in re.findall(r"[\w-]+", text)})
+    letters = [chr(c) for c in range(33, 127)]
+    special = ["<pad>", "</s>", "<unk>"]
+    # Every known word is one token, marks are tokens of their own, and what is unknown is spelled.
+    pieces = [(f"▁{w}", -1.0) for w in words] + [(x, -4.0 if x in ",.;:!?" else -12.0) for x in ["▁", *letters]]
+    tokenizer = Tokenizer(models.Unigram([(s, 0.0) for s in special] + pieces, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    letters = [chr(c) for c in range(33, 127)]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=600, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", initial_alphabet=letters
-    )
-    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
