@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mogle_rt.cache import TensorCache
-from mogle_rt.checkpoint import Bundle, check_names
+from mogle_rt.checkpoint import MAX_TEXT_TOKENS, Bundle, check_names
 from mogle_rt.conditioning import Conditioner, MaskPosterior, pack_latents, unpack_latents
 from mogle_rt.config import PATCH, VAE_SCALE, ModelConfig
 from mogle_rt.devices import choose_device, choose_dtype
@@ -31,7 +31,7 @@ from mogle_rt.errors import InputError, NumericalError
 from mogle_rt.masks import Labels, MaskLike, to_label_batch
 from mogle_rt.models import autoencoder_shapes, load_autoencoder
 from mogle_rt.sampling import Schedule, denoise, make_schedule
-from mogle_rt.text import MAX_SEQUENCE_LENGTH, TextEncoders
+from mogle_rt.text import TextEncoders
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -62,7 +62,7 @@ class Pipeline:
     """Face-MoGLE from a bundle.
 
     Args:
-        checkpoint: a bundle, see ``mogle-rt convert``.
+        checkpoint: a bundle, see ``mogle-rt convert``; or ``demo``, the small one in the package (128 x 128 pixels).
         device: "cpu", "cuda", "cuda:N" or "mps"; None takes the best there is.
         dtype: "fp32", "bf16", "fp16" or a torch dtype; None takes what the device multiplies fast.
         model_config: the reference's switches, see `ModelConfig`; unknown names are refused.
@@ -125,8 +125,8 @@ class Pipeline:
         prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 28,
         guidance_scale: float = 3.5,
-        height: int = 512,
-        width: int = 512,
+        height: int | None = None,
+        width: int | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -135,7 +135,7 @@ class Pipeline:
         condition_scale: float = 1.0,
         position_delta: tuple[int, int] = (0, 0),
         position_scale: float = 1.0,
-        max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+        max_sequence_length: int | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
         mask_posterior: MaskPosterior = "mean",
@@ -149,7 +149,7 @@ class Pipeline:
                 and one prompt with several masks.
             num_inference_steps: denoising steps S.
             guidance_scale: FLUX's distilled guidance; models without it ignore it.
-            height, width: pixels, multiples of 16.
+            height, width: pixels, multiples of 16; None takes 512, or the VAE's own size where that is less.
             num_images_per_prompt: images for each pair of mask and prompt.
             generator: a generator for the noise, or a list with one for each image.
             latents: packed noise [B, N, 64] in place of drawn noise, N = height / 16 * width / 16.
@@ -157,7 +157,7 @@ class Pipeline:
             condition_scale: strength of attention between the condition and the rest; 1 is the model's own, 0 none.
             position_delta: moves the condition by (rows, columns) of tokens.
             position_scale: size of a condition token in image tokens.
-            max_sequence_length: T5 tokens, at most 512.
+            max_sequence_length: T5 tokens, at most 512; None takes as many as the bundle's tokenizer says (FLUX's: 512).
             output_type: "pil", "np" [B, H, W, 3], "pt" [B, 3, H, W], both in [0, 1], or "latent" (packed).
             callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": …})`` after each step; may
                 return new latents in such a dict. Setting ``pipe.interrupt = True`` in it ends the loop there.
@@ -170,6 +170,10 @@ class Pipeline:
             CheckpointError: a prompt was given, and the bundle has no text encoders.
             NumericalError: the result is not finite.
         """
+        size = self.bundle.default_size
+        height, width = size if height is None else height, size if width is None else width
+        if max_sequence_length is None:
+            max_sequence_length = self.bundle.default_text_tokens
         _check_options(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
@@ -338,8 +342,8 @@ def _check_options(
     ):
         if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
             raise InputError(f"{name} must be a positive integer, got {number!r}")
-    if max_sequence_length > MAX_SEQUENCE_LENGTH:
-        raise InputError(f"max_sequence_length can be at most {MAX_SEQUENCE_LENGTH}, got {max_sequence_length}")
+    if max_sequence_length > MAX_TEXT_TOKENS:
+        raise InputError(f"max_sequence_length can be at most {MAX_TEXT_TOKENS}, got {max_sequence_length}")
     for name, size in (("height", height), ("width", width)):
         if not isinstance(size, Integral) or isinstance(size, bool) or size < PATCH or size % PATCH:
             near = max(PATCH, round(size / PATCH) * PATCH) if _is_number(size) else 512

@@ -17,6 +17,7 @@ from mogle_rt.config import NUM_EXPERTS, MogleConfig, TransformerConfig
 from mogle_rt.engines import token_ids
 from mogle_rt.loading import EXPERT_NAMES
 from mogle_rt.schema import SINUSOID_DIM
+from mogle_rt.transformer import rope_table
 
 CONFIG = TransformerConfig(
     num_layers=2,
@@ -68,19 +69,23 @@ class LoraLinear(nn.Module):
         return F.linear(F.linear(x, self.lora_down), torch.block_diag(*self.lora_up))
 
     def forward(self, x: Tensor, rows_from: int) -> Tensor:
-        """x: [B, L, in]; the LoRA acts on rows ``rows_from`` to the end."""
-        y = F.linear(x, self.weight, self.bias)
-        return torch.cat([y[:, :rows_from], y[:, rows_from:] + self.lora(x[:, rows_from:])], 1)
+        """x: [B, L, in]; the LoRA acts on rows ``rows_from`` to the end.
+
+        As one product, [x, xA] [W, B]ᵀ with xA zero elsewhere: cheaper to differentiate than an addition to some rows.
+        """
+        low = F.linear(x.split([rows_from, x.shape[1] - rows_from], 1)[1], self.lora_down)
+        wide = torch.cat([x, F.pad(low, (0, 0, rows_from, 0))], -1)
+        return F.linear(wide, torch.cat([self.weight, torch.block_diag(*self.lora_up)], 1), self.bias)
 
 
-def norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=EPS)
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """AdaLN: LayerNorm(x) (1 + scale) + shift."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """x: [B, H, L, d], rope: cosine and sine [L, d]."""
-    a, b = x[..., ::2], x[..., 1::2]
-    return x * rope[0] + torch.stack([-b, a], -1).flatten(-2) * rope[1]
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Neighbouring channel pairs turned. x: [B, L, 2, H, d], rope: complex [L, 1, 1, d / 2]."""
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rope).flatten(-2)
 
 
 class Normed(nn.Module):
@@ -90,17 +95,20 @@ class Normed(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(2, head))
 
-    def forward(self, x: Tensor, which: int) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight[which], EPS)
+    def forward(self, qk: Tensor) -> Tensor:
+        """qk: [B, L, 2, H, d]."""
+        return F.rms_norm(qk, qk.shape[-1:], eps=EPS) * self.weight[:, None]
 
 
-def heads(x: Tensor, count: int) -> Tensor:
-    """[B, L, H * d] -> [B, H, L, d]."""
-    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+def heads(x: Tensor, parts: int, count: int) -> Tensor:
+    """[B, L, P * H * d] -> [B, L, P, H, d]."""
+    return x.unflatten(-1, (parts, count, -1))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+def attend(qk: Tensor, v: Tensor) -> Tensor:
+    """qk: [B, L, 2, H, d], v: [B, L, H, d] -> [B, L, H * d]."""
+    q, k = qk.transpose(1, 3).unbind(2)
+    return F.scaled_dot_product_attention(q, k, v.transpose(1, 2)).transpose(1, 2).flatten(2)
 
 
 class DoubleBlock(nn.Module):
@@ -116,7 +124,7 @@ class DoubleBlock(nn.Module):
         self.context_ff_in, self.context_ff_out = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
 
     def forward(
-        self, x: Tensor, text: Tensor, temb: Tensor, temb0: Tensor, rope: tuple[Tensor, Tensor]
+        self, x: Tensor, text: Tensor, temb: Tensor, temb0: Tensor, rope: Tensor
     ) -> tuple[Tensor, Tensor]:
         """x: [B, 2 N, D], image, then condition. temb, temb0: [B, D] after SiLU, of the step and of timestep 0."""
         n, H = x.shape[1] // 2, self.count
@@ -128,20 +136,19 @@ class DoubleBlock(nn.Module):
         def grouped(x: Tensor) -> Tensor:
             return x.unflatten(1, (2, n))
 
-        normed = (grouped(norm(x)) * (1 + mod[1]) + mod[0]).flatten(1, 2)
-        q, k, v = (heads(t, H) for t in self.qkv(normed, n).chunk(3, -1))
-        tq, tk, tv = (heads(t, H) for t in self.context_qkv(norm(text) * (1 + context[1]) + context[0]).chunk(3, -1))
-        q = torch.cat([self.context_norm_qk(tq, 0), self.norm_qk(q, 0)], 2)
-        k = torch.cat([self.context_norm_qk(tk, 1), self.norm_qk(k, 1)], 2)
-        attention = attend(rotate(q, rope), rotate(k, rope), torch.cat([tv, v], 2))
-        T = text.shape[1]
-        x = x + (grouped(self.out(attention[:, T:], n)) * mod[2]).flatten(1, 2)
-        text = text + self.context_out(attention[:, :T]) * context[2]
-        normed = (grouped(norm(x)) * (1 + mod[4]) + mod[3]).flatten(1, 2)
-        y = self.ff_out(F.gelu(self.ff_in(normed), approximate="tanh"), n)
-        x = x + (grouped(y) * mod[5]).flatten(1, 2)
-        y = self.context_ff_in(norm(text) * (1 + context[4]) + context[3])
-        return x, text + self.context_ff_out(F.gelu(y, approximate="tanh")) * context[5]
+        D = x.shape[-1]
+        normed = modulate(grouped(x), mod[1], mod[0]).flatten(1, 2)
+        qk, v = self.qkv(normed, n).split([2 * D, D], -1)
+        context_qk, context_v = self.context_qkv(modulate(text, context[1], context[0])).split([2 * D, D], -1)
+        qk = torch.cat([self.context_norm_qk(heads(context_qk, 2, H)), self.norm_qk(heads(qk, 2, H))], 1)
+        v = heads(torch.cat([context_v, v], 1), 1, H)[:, :, 0]
+        told, seen = attend(rotate(qk, rope), v).split([text.shape[1], 2 * n], 1)
+        x = torch.addcmul(grouped(x), grouped(self.out(seen, n)), mod[2])
+        text = torch.addcmul(text, self.context_out(told), context[2])
+        y = self.ff_out(F.gelu(self.ff_in(modulate(x, mod[4], mod[3]).flatten(1, 2)), approximate="tanh"), n)
+        x = torch.addcmul(x, grouped(y), mod[5]).flatten(1, 2)
+        y = F.gelu(self.context_ff_in(modulate(text, context[4], context[3])), approximate="tanh")
+        return x, torch.addcmul(text, self.context_ff_out(y), context[5])
 
 
 class SingleBlock(nn.Module):
@@ -153,19 +160,44 @@ class SingleBlock(nn.Module):
         self.norm_qk = Normed(config.attention_head_dim)
         self.qkv_mlp, self.out = LoraLinear(D, D, D, D, 4 * D), LoraLinear(5 * D, D)
 
-    def forward(self, x: Tensor, n: int, temb: Tensor, temb0: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, n: int, temb: Tensor, temb0: Tensor, rope: Tensor) -> Tensor:
         """x: [B, T + 2 N, D]: text, image, condition."""
+        h, gate = self._normed(x, n, temb, temb0)
+        D, rest = self.width, x.shape[1] - n
+        qk, v, mlp = self.qkv_mlp(h, rest).split([2 * D, D, 4 * D], -1)
+        qk = rotate(self.norm_qk(heads(qk, 2, self.count)), rope)
+        attention = attend(qk, heads(v, 1, self.count)[:, :, 0])
+        y = self.out(torch.cat([attention, F.gelu(mlp, approximate="tanh")], -1), rest)
+        return torch.addcmul(x, y, gate)
+
+    def image_rows(self, x: Tensor, n: int, temb: Tensor, temb0: Tensor, rope: Tensor) -> Tensor:
+        """The same for the image's rows alone, [B, N, D]: all that is asked of the last block."""
+        h, gate = self._normed(x, n, temb, temb0)
+        D, rest, layer = self.width, x.shape[1] - n, self.qkv_mlp
+        rows = [rest - n, n, n]
+        low = F.linear(h.split([rest, n], 1)[1], layer.lora_down)
+        wide = torch.cat([h, F.pad(low, (0, 0, rest, 0))], -1)
+        weight = torch.cat([layer.weight, torch.block_diag(*layer.lora_up)], 1)
+        kv = F.linear(wide, weight[D : 3 * D], layer.bias[D : 3 * D])
+        image = h.split(rows, 1)[1]
+        q, mlp = F.linear(image, layer.weight[:D], layer.bias[:D]), F.linear(image, layer.weight[3 * D :], layer.bias[3 * D :])
+        k, v = heads(kv, 2, self.count).unbind(2)
+        q = heads(q, 1, self.count)[:, :, 0]
+        q, k = (F.rms_norm(t, t.shape[-1:], self.norm_qk.weight[i], EPS)[:, :, None] for i, t in enumerate((q, k)))
+        q, k = rotate(q, rope.split(rows)[1]), rotate(k, rope)
+        attention = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q[:, :, 0], k[:, :, 0], v)))
+        joined = torch.cat([attention.transpose(1, 2).flatten(2), F.gelu(mlp, approximate="tanh")], -1)
+        y = F.linear(joined, self.out.weight, self.out.bias)
+        return torch.addcmul(x.split(rows, 1)[1], y, gate.split(rows, 1)[1])
+
+    def _normed(self, x: Tensor, n: int, temb: Tensor, temb0: Tensor) -> tuple[Tensor, Tensor]:
+        """AdaLN of all rows, and the gates of all rows: [B, L, D] both."""
         rest = x.shape[1] - n
         m = F.linear(temb, self.modulation.weight, self.modulation.bias)[:, None].chunk(3, -1)
         m0 = F.linear(temb0, self.modulation.weight, self.modulation.bias) + self.modulation.lora(temb0)
-        c = m0[:, None].chunk(3, -1)
-        h = norm(x)
-        h = torch.cat([h[:, :rest] * (1 + m[1]) + m[0], h[:, rest:] * (1 + c[1]) + c[0]], 1)
-        q, k, v, mlp = self.qkv_mlp(h, rest).split([self.width, self.width, self.width, 4 * self.width], -1)
-        q, k = self.norm_qk(heads(q, self.count), 0), self.norm_qk(heads(k, self.count), 1)
-        attention = attend(rotate(q, rope), rotate(k, rope), heads(v, self.count))
-        y = self.out(torch.cat([attention, F.gelu(mlp, approximate="tanh")], -1), rest)
-        return x + torch.cat([y[:, :rest] * m[2], y[:, rest:] * c[2]], 1)
+        pairs = zip(m, m0[:, None].chunk(3, -1), strict=True)
+        shift, scale, gate = (torch.cat([a.expand(-1, rest, -1), b.expand(-1, n, -1)], 1) for a, b in pairs)
+        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale), gate
 
 
 class Mixture(nn.Module):
@@ -211,16 +243,10 @@ class FaceMogle(nn.Module):
             if any(word in name for word in ("modulation.weight", "modulation.bias", "norm_out", "proj_out")):
                 nn.init.zeros_(parameter)
 
-    def rope(self, text: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [L, d] of the joint sequence: text has ids 0, the condition those of the image."""
+    def rope(self, text: int, grid: tuple[int, int]) -> Tensor:
+        """Rotary table of the joint sequence: text has ids 0, the condition those of the image."""
         ids = token_ids(grid)
-        ids = torch.cat([torch.zeros(text, 3), ids, ids]).double()
-        angles = [
-            ids[:, i : i + 1] / 10_000 ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
-            for i, d in enumerate(self.config.axes_dims_rope)
-        ]
-        angle = torch.cat(angles, 1).repeat_interleave(2, 1)
-        return angle.cos().float(), angle.sin().float()
+        return rope_table(torch.cat([torch.zeros(text, 3), ids, ids]), self.config.axes_dims_rope)
 
     def forward(
         self,
@@ -229,7 +255,7 @@ class FaceMogle(nn.Module):
         masks: Tensor,
         sequence: Tensor,
         pooled: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Tensor,
     ) -> Tensor:
         """Velocity [B, N, 64].
 
@@ -246,12 +272,12 @@ class FaceMogle(nn.Module):
         text = self.context_embedder(sequence)
         for block in self.blocks:
             x, text = block(x, text, temb, temb0, rope)
-        T = text.shape[1]
         x = torch.cat([text, x], 1)
-        for block in self.single_blocks:
+        for block in self.single_blocks[:-1]:
             x = block(x, n, temb, temb0, rope)
+        x = self.single_blocks[-1].image_rows(x, n, temb, temb0, rope)
         scale, shift = self.norm_out(temb)[:, None].chunk(2, -1)
-        return self.proj_out(norm(x[:, T : T + n]) * (1 + scale) + shift)
+        return self.proj_out(modulate(x, scale, shift))
 
 
 def _layers(model: FaceMogle) -> list[tuple[nn.Module, tuple[str, ...]]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +24,14 @@ from examples.demo_checkpoint.model import FaceMogle, load_parts
 from examples.demo_checkpoint.muon import Muon
 from examples.demo_checkpoint.renders import Renders
 from examples.demo_checkpoint.train_text import TOKENS, Reader, captions
-from examples.demo_checkpoint.training import Average, Clock, learning_rate, save_state
+from examples.demo_checkpoint.training import Average, Clock, Team, in_team, learning_rate, save_state
 
 BATCH = 16
 CAPTIONS = 4  # of each picture
 SHIFT = 0.4675  # mean of the logit-normal noise levels: FLUX's shift at 64 tokens
 HIGH = 0.25  # share of noise levels drawn evenly from 0.8 to 1, where global colours are decided
 DROPPED = 0.1  # share without text, without mask, with some regions only
-EVERY = 200  # steps between evaluations
+MEASURE_EVERY, SAVE_EVERY = 200, 200  # steps
 
 
 @dataclass
@@ -94,7 +95,7 @@ def drop_masks(index: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def flow_loss(
-    model: nn.Module, data: Data, i: Tensor, rope: tuple[Tensor, Tensor], generator: torch.Generator, *, drop: bool
+    model: nn.Module, data: Data, i: Tensor, rope: Tensor, generator: torch.Generator, *, drop: bool
 ) -> Tensor:
     """Mean squared error of the velocity, for renders ``i``."""
     x, index = data.faces[i].float(), data.index[i]
@@ -112,65 +113,90 @@ def flow_loss(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Data, rope: tuple[Tensor, Tensor]) -> float:
+def evaluate(model: nn.Module, data: Data, rope: Tensor) -> float:
     """Loss on held-out renders, always with the same noise."""
     generator = torch.Generator().manual_seed(7)
     parts = torch.arange(len(data)).split(32)
     return sum(float(flow_loss(model, data, i, rope, generator, drop=False)) * len(i) for i in parts) / len(data)
 
 
-def train(args: argparse.Namespace) -> None:
+def train(team: Team, args: argparse.Namespace) -> None:
+    """Train, or go on training; process 0 measures and exports the average."""
     torch.manual_seed(0)
     reader = Reader(args.folder / "text")
     data = Data.load(args.folder / "train_latents.pt", args.folder / "train.npz", reader, CAPTIONS, seed=1)
-    held_out = Data.load(args.folder / "held_out_latents.pt", args.folder / "held_out.npz", reader, 1, seed=2)
     model = FaceMogle()
     if args.from_bundle:
         load_parts(model, read_weights(args.from_bundle))
+    parameters = list(model.parameters())
     by_adam = [p for n, p in model.named_parameters() if "proj_out" in n or "norm_qk" in n]
-    optimizer = Muon(model.parameters(), lr=args.lr, weight_decay=0.02, adam=by_adam)
-    average = Average(model, 0.998)
+    optimizer = Muon(team.share(parameters), lr=args.lr, weight_decay=0.02, adam=by_adam)
     rope = model.rope(TOKENS, (8, 8))
     clock, step, done = Clock(args.minutes * 60), 0, 0.0
-    state_path = args.folder / "train.state"
-    if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
+    state_path = args.folder / f"train.state{team.rank}"
+    state = torch.load(state_path, weights_only=True) if state_path.exists() else None
+    if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        average.module.load_state_dict(state["average"])
-        average.count = step = state["step"]
-        clock.elapsed = state["elapsed"]
-    generator = torch.Generator().manual_seed(1000 + step)
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{count:,} parameters, {len(data)} renders, {len(data.rows)} condition pictures, step {step}", flush=True)
-    losses: list[float] = []
-    saved = exported = clock.elapsed
+        clock.elapsed, step = state["elapsed"], state["step"]
+    watch = Watch(model, reader, rope, args, state) if team.rank == 0 else None
+    generator = torch.Generator().manual_seed(1_000_000 * team.rank + step)
+    if team.rank == 0:
+        count = sum(p.numel() for p in parameters)
+        print(f"{count:,} parameters, {len(data)} renders, {len(data.rows)} pictures, step {step}", flush=True)
     while done < 1:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * learning_rate(done, step, warm_up=150, constant=0.4) * (1 if group["muon"] else 0.5)
-        i = torch.randint(len(data), (BATCH,), generator=generator)
+        i = torch.randint(len(data), (BATCH // team.size,), generator=generator)
         loss = flow_loss(model, data, i, rope, generator, drop=True)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        team.average_gradients(parameters)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        average.update(model)
-        losses.append(float(loss))
+        team.exchange(parameters)
         step += 1
-        done = clock.tick()
+        done = team.all(clock.tick())
+        last = done >= 1
+        if step % SAVE_EVERY == 0 or last:
+            tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save_state(state_path, tensors | (watch.state() if watch else {}) | {"elapsed": clock.elapsed, "step": step})
+        if watch:
+            watch(step, clock.elapsed, done, float(loss.detach()))
+
+
+class Watch:
+    """What process 0 does beside training: average the weights, print losses, write bundles."""
+
+    def __init__(
+        self,
+        model: FaceMogle,
+        reader: Reader,
+        rope: Tensor,
+        args: argparse.Namespace,
+        state: dict[str, Any] | None,
+    ) -> None:
+        self.model, self.rope, self.args = model, rope, args
+        self.average = Average(model, 0.998)
+        if state is not None:
+            self.average.module.load_state_dict(state["average"])
+            self.average.count = state["step"]
+        self.held_out = Data.load(args.folder / "held_out_latents.pt", args.folder / "held_out.npz", reader, 1, seed=2)
+        self.losses: list[float] = []
+
+    def state(self) -> dict[str, Any]:
+        return {"average": self.average.module.state_dict()}
+
+    def __call__(self, step: int, elapsed: float, done: float, loss: float) -> None:
+        self.average.update(self.model)
+        self.losses.append(loss)
         if step % 50 == 0:
-            print(f"{step} {clock.elapsed:.0f}s {done:.3f} loss {np.mean(losses[-50:]):.4f}", flush=True)
-        if step % EVERY == 0:
-            print(f"  held out {evaluate(average.module, held_out, rope):.4f}", flush=True)
-        if clock.elapsed - saved > 180 or done >= 1:
-            saved = clock.elapsed
-            tensors = {"model": model, "optimizer": optimizer, "average": average.module}
-            state = {name: part.state_dict() for name, part in tensors.items()}
-            save_state(state_path, state | {"elapsed": clock.elapsed, "step": step})
-        if clock.elapsed - exported > args.export_every * 60 or done >= 1:
-            exported = clock.elapsed
-            export(average.module, args.folder / "vae", args.folder / "text", args.bundle)
-            print(f"  {args.bundle} written at step {step}", flush=True)
+            print(f"{step} {elapsed:.0f}s {done:.3f} loss {np.mean(self.losses[-50:]):.4f}", flush=True)
+        if step % MEASURE_EVERY == 0 or done >= 1:
+            print(f"  held out {evaluate(self.average.module, self.held_out, self.rope):.4f}", flush=True)
+        if step % SAVE_EVERY == 0 or done >= 1:
+            export(self.average.module, self.args.folder / "vae", self.args.folder / "text", self.args.bundle)
+            print(f"  {self.args.bundle} written at step {step}", flush=True)
 
 
 def main() -> None:
@@ -180,8 +206,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--from-bundle", type=Path)
     parser.add_argument("--bundle", type=Path, default=Path("build/demo/demo.safetensors"))
-    parser.add_argument("--export-every", type=float, default=5, help="minutes")
-    train(parser.parse_args())
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+    in_team(args.processes, train, args)
 
 
 if __name__ == "__main__":

@@ -185,6 +185,7 @@ def train(data: Renders, output: Path, minutes: float) -> None:
     print(f"words {words}, T5 tokens: mean {lengths.mean():.1f}, cut {float((lengths == TOKENS).float().mean()):.3f}")
     parameters = [*reader.clip.parameters(), *reader.t5.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    torch.set_num_threads(1)
     clock, step, done = Clock(minutes * 60), 0, 0.0
     while done < 1:
         for group in optimizer.param_groups:
@@ -198,7 +199,7 @@ def train(data: Renders, output: Path, minutes: float) -> None:
         step += 1
         done = clock.tick()
         if step % 100 == 0:
-            print(f"{step} {clock.elapsed:.0f}s loss {float(loss):.4f} right {right}", flush=True)
+            print(f"{step} {clock.elapsed:.0f}s loss {float(loss.detach()):.4f} right {right}", flush=True)
     for part, model in (("text_encoder", reader.clip), ("text_encoder_2", reader.t5)):
         model.half().save_pretrained(output / part)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from examples.demo_checkpoint.muon import Muon
 from examples.demo_checkpoint.renders import Renders, palette_pictures, pictures, planes, psnr
-from examples.demo_checkpoint.training import Clock, learning_rate, save_state
+from examples.demo_checkpoint.training import Clock, Team, in_team, learning_rate, save_state
 
 CONFIG: dict[str, Any] = {
     "in_channels": 3,
@@ -68,49 +68,52 @@ def batch(data: Renders, count: int, size: int, rng: np.random.Generator) -> Ten
     return torch.cat(crops).contiguous(memory_format=torch.channels_last)
 
 
-def train(data: Renders, output: Path, minutes: float, lr: float) -> Any:
-    """Train, or go on training, and return the VAE."""
+def train(team: Team, args: argparse.Namespace) -> None:
+    """Train, or go on training; process 0 finishes and saves."""
+    data, output = Renders(args.data), args.output
     torch.manual_seed(0)
     vae = make_vae()
-    optimizer = Muon(vae.parameters(), lr=lr)
-    clock, step, done = Clock(minutes * 60), 0, 0.0
-    state_path = output.with_suffix(".state")
+    parameters = list(vae.parameters())
+    optimizer = Muon(team.share(parameters), lr=args.lr)
+    clock, step, done = Clock(args.minutes * 60), 0, 0.0
+    state_path = output.with_suffix(f".state{team.rank}")
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         vae.load_state_dict(state["vae"])
         optimizer.load_state_dict(state["optimizer"])
         clock.elapsed, step = state["elapsed"], state["step"]
-    rng = np.random.default_rng(step)
-    saved = clock.elapsed
+    torch.manual_seed(1000 * step + team.rank)
+    rng = np.random.default_rng([step, team.rank])
     while done < 1:
         for group in optimizer.param_groups:
-            group["lr"] = lr * learning_rate(done, step, warm_up=100, constant=0.25)
-        x = batch(data, *((8, 64) if done < SMALL_UNTIL else (2, 128)), rng)
+            group["lr"] = args.lr * learning_rate(done, step, warm_up=100, constant=0.25)
+        count, size = (8, 64) if done < SMALL_UNTIL else (2, 128)
+        x = batch(data, count // team.size, size, rng)
         posterior = vae.encode(x).latent_dist
         error = vae.decode(posterior.sample()).sample - x
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         loss = error.abs().mean() + 0.5 * edges + KL_WEIGHT * kl
         optimizer.zero_grad()
+        vae.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        team.average_gradients(parameters)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        team.exchange(parameters)
         step += 1
-        done = clock.tick()
-        if step % 100 == 0:
+        done = team.all(clock.tick())
+        if step % 100 == 0 and team.rank == 0:
             quality = -10 * float(torch.log10((error.detach() / 2).square().mean() + 1e-8))
-            print(
-                f"{step} {clock.elapsed:.0f}s L1 {float(error.detach().abs().mean()):.4f} kl {float(kl):.2f} "
-                f"std {float(posterior.std.mean()):.3f} PSNR {quality:.1f}",
-                flush=True,
-            )
-        if clock.elapsed - saved > 180:
-            saved = clock.elapsed
-            save_state(
-                state_path,
-                {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "elapsed": saved, "step": step},
-            )
-    return vae.eval()
+            l1, std = float(error.detach().abs().mean()), float(posterior.std.detach().mean())
+            print(f"{step} {clock.elapsed:.0f}s L1 {l1:.4f} kl {float(kl.detach()):.2f} std {std:.3f} PSNR {quality:.1f}", flush=True)
+        if step % 500 == 0:
+            state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
+            save_state(state_path, state | {"elapsed": clock.elapsed, "step": step})
+    if team.rank == 0:
+        held_out = Renders(args.held_out)
+        held_out.images, held_out.labels = held_out.images[:60], held_out.labels[:60]
+        finish(vae.eval(), held_out, output)
 
 
 @torch.no_grad()
@@ -137,11 +140,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/demo/vae"))
     parser.add_argument("--minutes", type=float, default=18)
     parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
-    vae = train(Renders(args.data), args.output, args.minutes, args.lr)
-    held_out = Renders(args.held_out)
-    held_out.images, held_out.labels = held_out.images[:60], held_out.labels[:60]
-    finish(vae, held_out, args.output)
+    in_team(args.processes, train, args)
 
 
 if __name__ == "__main__":
