@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -32,14 +33,19 @@ def export(model: FaceMogle, vae: Path, text: Path, output: Path) -> Path:
     Args:
         vae: a diffusers folder. text: a folder with the four text parts.
     """
-    parts = {part: {n: t.contiguous() for n, t in named.items()} for part, named in to_parts(model).items()}
+    return write_bundle(to_parts(model), model.config.to_dict(), vae, text, output)
+
+
+def write_bundle(parts: Parts, config: dict[str, Any], vae: Path, text: Path, output: Path) -> Path:
+    """The same from tensors by published name. config: of the transformer."""
+    parts = {part: {n: t.contiguous() for n, t in named.items()} for part, named in parts.items()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         flux = folder / "flux"
         (flux / "transformer").mkdir(parents=True)
         (flux / "scheduler").mkdir()
         save_file(parts["transformer"], flux / "transformer/diffusion_pytorch_model.safetensors")
-        config = {"_class_name": "FluxTransformer2DModel"} | model.config.to_dict()
+        config = {"_class_name": "FluxTransformer2DModel"} | config
         (flux / "transformer/config.json").write_text(json.dumps(config))
         (flux / "scheduler/scheduler_config.json").write_text(json.dumps(SCHEDULER))
         shutil.copytree(vae, flux / "vae")
@@ -53,9 +59,31 @@ def export(model: FaceMogle, vae: Path, text: Path, output: Path) -> Path:
         )
 
 
-def read_weights(bundle: Path) -> Parts:
+def read_weights(bundle: Path | str) -> Parts:
     """A bundle's transformer, LoRA and mixture in float32, by published name."""
     opened = Bundle(bundle)
     return {
         part: opened.part(part, torch.device("cpu"), torch.float32) for part in ("transformer", "lora", "mogle")
     }
+
+
+def unpack(bundle: Path | str, folder: Path) -> None:
+    """A bundle's VAE (``vae``) and text parts (``text/…``) as folders of a FLUX checkpoint: what training reads."""
+    opened = Bundle(bundle)
+    parts = {"vae": folder / "vae", **{part: folder / "text" / part for part in TEXT_PARTS}}
+    configs = {
+        "vae": ("config.json", opened.config.vae),
+        "text_encoder": ("config.json", opened.config.text_encoder),
+        "text_encoder_2": ("config.json", opened.config.text_encoder_2),
+    }
+    for part, target in parts.items():
+        target.mkdir(parents=True, exist_ok=True)
+        if part not in configs:
+            for name, content in opened.files(part).items():
+                (target / name).write_bytes(content)
+            continue
+        name, config = configs[part]
+        (target / name).write_text(json.dumps(config))
+        weights = "diffusion_pytorch_model.safetensors" if part == "vae" else "model.safetensors"
+        tensors = {n: opened.tensor(f"{part}.{n}").clone() for n in opened.names(part)}
+        save_file(tensors, target / weights, metadata={"format": "pt"})

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from examples.demo_checkpoint.attributes import Attributes
@@ -25,32 +27,44 @@ from examples.demo_checkpoint.muon import Muon
 from examples.demo_checkpoint.renders import Renders
 from examples.demo_checkpoint.train_text import TOKENS, Reader, captions
 from examples.demo_checkpoint.training import Average, Clock, Team, in_team, learning_rate, save_state
+from mogle_rt.conditioning import unpack_latents
+from mogle_rt.config import NUM_CLASSES, VAE_SCALE
 
 BATCH = 16
 CAPTIONS = 4  # of each picture
 SHIFT = 0.4675  # mean of the logit-normal noise levels: FLUX's shift at 64 tokens
 HIGH = 0.25  # share of noise levels drawn evenly from 0.8 to 1, where global colours are decided
+SIDE = 16  # latent cells a side
+REGION_WEIGHT = 0.5  # of the error of region averages, see `flow_loss`
 DROPPED = 0.1  # share without text, without mask, with some regions only
 MEASURE_EVERY, SAVE_EVERY = 200, 200  # steps
 
 
 @dataclass
 class Data:
-    """Latents and embeddings of n renders: see `latents.encode`. sequence: [n, K, T, J], pooled: [n, K, P]."""
+    """Latents and embeddings of n renders: see `latents.encode`.
+
+    Attributes:
+        regions: [n, 19, 256], averages over each region's latent cells; all 0 for regions of less than 3 cells.
+        sequence: [n, K, T, J], pooled: [n, K, P], of K captions.
+        nothing: the empty prompt's.
+    """
 
     faces: Tensor
     rows: Tensor
     index: Tensor
+    regions: Tensor
     sequence: Tensor
     pooled: Tensor
-    nothing: tuple[Tensor, Tensor]  # the empty prompt's
+    nothing: tuple[Tensor, Tensor]
 
     @classmethod
     @torch.no_grad()
     def load(cls, latents: Path, renders: Path, reader: Reader, per_picture: int, seed: int) -> Data:
         stored = torch.load(latents, weights_only=True)
         count = len(stored["faces"])
-        people = [Attributes(**a) for a in Renders(renders).attributes[:count]]
+        data = Renders(renders)
+        people = [Attributes(**a) for a in data.attributes[:count]]
         rng = np.random.default_rng(seed)
         sequences, vectors = [], []
         for start in range(0, count, 64):
@@ -60,8 +74,8 @@ class Data:
             vectors.append(torch.stack([v for _, v in made], 1))
         sequence, pooled = reader([""])
         return cls(
-            stored["faces"], stored["rows"], stored["index"], torch.cat(sequences), torch.cat(vectors),
-            (sequence[0], pooled[0]),
+            stored["faces"], stored["rows"], stored["index"], region_averages(data.labels[:count]),
+            torch.cat(sequences), torch.cat(vectors), (sequence[0], pooled[0]),
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -70,6 +84,14 @@ class Data:
     def text(self, i: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         k = torch.randint(self.sequence.shape[1], (len(i),), generator=generator)
         return self.sequence[i, k].float(), self.pooled[i, k]
+
+
+def region_averages(labels: NDArray[np.uint8]) -> Tensor:
+    """[n, H, W] -> [n, 19, H / 8 * W / 8], see `Data`."""
+    cells = torch.stack([F.avg_pool2d(torch.from_numpy(labels == c).float(), VAE_SCALE) for c in range(NUM_CLASSES)], 1)
+    inside = (cells > 0.5).flatten(2).float()
+    count = inside.sum(-1, keepdim=True)
+    return torch.where(count >= 3, inside / count.clamp(min=1), 0)
 
 
 def noise_levels(count: int, generator: torch.Generator) -> Tensor:
@@ -96,8 +118,12 @@ def drop_masks(index: Tensor, generator: torch.Generator) -> Tensor:
 
 def flow_loss(
     model: nn.Module, data: Data, i: Tensor, rope: Tensor, generator: torch.Generator, *, drop: bool
-) -> Tensor:
-    """Mean squared error of the velocity, for renders ``i``."""
+) -> tuple[Tensor, Tensor]:
+    """Mean squared error of the velocity, for renders ``i``; and of its averages over the mask's regions.
+
+    A region's colour is its average, a small part of the error and the slowest to be learned. Both errors are least for
+    the same velocity, the expected one.
+    """
     x, index = data.faces[i].float(), data.index[i]
     sequence, pooled = data.text(i, generator)
     if drop:
@@ -109,15 +135,20 @@ def flow_loss(
     noise = torch.randn(x.shape, generator=generator)
     noisy = torch.lerp(x, noise, sigma[:, None, None])
     velocity = model(noisy, sigma, data.rows[index].float(), sequence, pooled, rope)
-    return (velocity - (noise - x)).square().mean()
+    error = velocity - (noise - x)
+    cells = unpack_latents(error, 8 * SIDE, 8 * SIDE).flatten(2)  # [B, 16, 256]
+    averages = data.regions[i] @ cells.mT  # [B, 19, 16]
+    present = (data.regions[i].sum(-1) > 0).sum()
+    return error.square().mean(), averages.square().sum() / (present * averages.shape[-1])
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Data, rope: Tensor) -> float:
-    """Loss on held-out renders, always with the same noise."""
+def evaluate(model: nn.Module, data: Data, rope: Tensor) -> list[float]:
+    """Losses on held-out renders, always with the same noise."""
     generator = torch.Generator().manual_seed(7)
     parts = torch.arange(len(data)).split(32)
-    return sum(float(flow_loss(model, data, i, rope, generator, drop=False)) * len(i) for i in parts) / len(data)
+    losses = [torch.stack(flow_loss(model, data, i, rope, generator, drop=False)) for i in parts]
+    return torch.stack(losses).mean(0).tolist()
 
 
 def train(team: Team, args: argparse.Namespace) -> None:
@@ -148,9 +179,9 @@ def train(team: Team, args: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * learning_rate(done, step, warm_up=150, constant=0.4) * (1 if group["muon"] else 0.5)
         i = torch.randint(len(data), (BATCH // team.size,), generator=generator)
-        loss = flow_loss(model, data, i, rope, generator, drop=True)
+        loss, region_loss = flow_loss(model, data, i, rope, generator, drop=True)
         model.zero_grad()
-        loss.backward()
+        (loss + REGION_WEIGHT * region_loss).backward()
         team.average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -162,7 +193,7 @@ def train(team: Team, args: argparse.Namespace) -> None:
             tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(state_path, tensors | (watch.state() if watch else {}) | {"elapsed": clock.elapsed, "step": step})
         if watch:
-            watch(step, clock.elapsed, done, float(loss.detach()))
+            watch(step, clock.elapsed, done, [float(loss.detach()), float(region_loss.detach())])
 
 
 class Watch:
@@ -182,18 +213,18 @@ class Watch:
             self.average.module.load_state_dict(state["average"])
             self.average.count = state["step"]
         self.held_out = Data.load(args.folder / "held_out_latents.pt", args.folder / "held_out.npz", reader, 1, seed=2)
-        self.losses: list[float] = []
+        self.losses: list[list[float]] = []
 
     def state(self) -> dict[str, Any]:
         return {"average": self.average.module.state_dict()}
 
-    def __call__(self, step: int, elapsed: float, done: float, loss: float) -> None:
+    def __call__(self, step: int, elapsed: float, done: float, loss: list[float]) -> None:
         self.average.update(self.model)
         self.losses.append(loss)
         if step % 50 == 0:
-            print(f"{step} {elapsed:.0f}s {done:.3f} loss {np.mean(self.losses[-50:]):.4f}", flush=True)
+            print(f"{step} {elapsed:.0f}s {done:.3f} loss {np.mean(self.losses[-50:], 0).round(4)}", flush=True)
         if step % MEASURE_EVERY == 0 or done >= 1:
-            print(f"  held out {evaluate(self.average.module, self.held_out, self.rope):.4f}", flush=True)
+            print(f"  held out {np.round(evaluate(self.average.module, self.held_out, self.rope), 4)}", flush=True)
         if step % SAVE_EVERY == 0 or done >= 1:
             export(self.average.module, self.args.folder / "vae", self.args.folder / "text", self.args.bundle)
             print(f"  {self.args.bundle} written at step {step}", flush=True)

@@ -21,12 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.demo_checkpoint.attributes import Attributes, describe, reword
+from examples.demo_checkpoint.muon import Muon
 from examples.demo_checkpoint.renders import Renders
 from examples.demo_checkpoint.training import Clock, learning_rate
 from mogle_rt.models import load_tokenizer
 
 TOKENS = 48  # T5's, the most that a prompt may have
 WIDTH = 128  # of both encoders
+LR = 4e-3
 NAMES = (
     "sex", "age", "skin", "hair_style", "hair", "fringe", "eyes", "beard", "lips", "glasses", "hat", "earrings",
     "necklace", "smile", "mouth_open", "clothes", "background", "looks",
@@ -120,8 +122,8 @@ class Reader:
 
         self.tokenizers = [load_tokenizer(part, files(part)) for part in ("tokenizer", "tokenizer_2")]
         self.clip, self.t5 = encoders or (
-            CLIPTextModel.from_pretrained(folder / "text_encoder"),
-            T5EncoderModel.from_pretrained(folder / "text_encoder_2"),
+            CLIPTextModel.from_pretrained(folder / "text_encoder").float(),
+            T5EncoderModel.from_pretrained(folder / "text_encoder_2").float(),
         )
 
     def ids(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -136,6 +138,8 @@ class Reader:
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """T5's sequence [B, TOKENS, J] and CLIP's pooled vector [B, P]."""
         clip_ids, t5_ids = self.ids(texts)
+        last = int((clip_ids == clip_ids[0, -1]).int().argmax(1).max())  # CLIP is causal: nothing comes after the end
+        clip_ids = clip_ids[:, : last + 1]
         return self.t5(t5_ids)[0], self.clip(clip_ids).pooler_output
 
 
@@ -177,20 +181,25 @@ def train(data: Renders, output: Path, minutes: float) -> None:
     rng = np.random.default_rng(0)
     people = [Attributes(**a) for a in data.attributes]
     corpus = [reword(text, rng) for row in data.captions for text in row]
-    words = write_clip_tokenizer(output / "tokenizer", corpus), write_t5_tokenizer(output / "tokenizer_2", corpus)
     values = {name: sorted({_value(a, name) for a in people} - {""}) for name in NAMES}
     torch.manual_seed(0)
-    reader, heads = Reader(output, make_encoders(*words)), Heads(values)
+    if (output / "text_encoder").exists():  # goes on
+        reader = Reader(output)
+    else:
+        words = write_clip_tokenizer(output / "tokenizer", corpus), write_t5_tokenizer(output / "tokenizer_2", corpus)
+        reader = Reader(output, make_encoders(*words))
+    heads = Heads(values)
     lengths = (reader.ids(corpus[:3000])[1] != 0).sum(1).float()
-    print(f"words {words}, T5 tokens: mean {lengths.mean():.1f}, cut {float((lengths == TOKENS).float().mean()):.3f}")
+    print(f"T5 tokens: mean {lengths.mean():.1f}, cut {float((lengths == TOKENS).float().mean()):.3f}")
     parameters = [*reader.clip.parameters(), *reader.t5.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    tables = [p for model in (reader.clip, reader.t5) for n, p in model.named_parameters() if "embed" in n or "bias" in n]
+    optimizer = Muon(parameters, lr=LR, weight_decay=0.01, adam=[*tables, *heads.parameters(), reader.t5.shared.weight])
     torch.set_num_threads(1)
     clock, step, done = Clock(minutes * 60), 0, 0.0
     while done < 1:
         for group in optimizer.param_groups:
-            group["lr"] = 1.5e-3 * learning_rate(done, step, warm_up=50, constant=0.3)
-        texts, named = captions([people[i] for i in rng.integers(0, len(people), 64)], rng)
+            group["lr"] = LR * learning_rate(done, step, warm_up=30, constant=0.3) * (1 if group["muon"] else 0.5)
+        texts, named = captions([people[i] for i in rng.integers(0, len(people), 48)], rng)
         loss, right = score(reader, heads, texts, named)
         optimizer.zero_grad()
         loss.backward()
@@ -198,7 +207,7 @@ def train(data: Renders, output: Path, minutes: float) -> None:
         optimizer.step()
         step += 1
         done = clock.tick()
-        if step % 100 == 0:
+        if step % 50 == 0:
             print(f"{step} {clock.elapsed:.0f}s loss {float(loss.detach()):.4f} right {right}", flush=True)
     for part, model in (("text_encoder", reader.clip), ("text_encoder_2", reader.t5)):
         model.half().save_pretrained(output / part)
