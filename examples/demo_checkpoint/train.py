@@ -37,7 +37,7 @@ HIGH = 0.25  # share of noise levels drawn evenly from 0.8 to 1, where global co
 SIDE = 16  # latent cells a side
 REGION_WEIGHT = 0.5  # of the error of region averages, see `flow_loss`
 DROPPED = 0.1  # share without text, without mask, with some regions only
-MEASURE_EVERY, SAVE_EVERY = 200, 200  # steps
+MEASURE_EVERY, SAVE_EVERY = 100, 100  # steps
 
 
 @dataclass
@@ -163,7 +163,7 @@ def train(team: Team, args: argparse.Namespace) -> None:
     by_adam = [p for n, p in model.named_parameters() if "proj_out" in n or "norm_qk" in n]
     optimizer = Muon(team.share(parameters), lr=args.lr, weight_decay=0.02, adam=by_adam)
     rope = model.rope(TOKENS, (8, 8))
-    clock, step, done = Clock(args.minutes * 60), 0, 0.0
+    clock, step, done = Clock(args.minutes * 60, until=args.until), 0, 0.0
     state_path = args.folder / f"train.state{team.rank}"
     state = torch.load(state_path, weights_only=True) if state_path.exists() else None
     if state is not None:
@@ -234,6 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("build/demo"))
     parser.add_argument("--minutes", type=float, default=60, help="of training in all; time while stopped doesn't count")
+    parser.add_argument("--until", type=float, help="Unix time at which to end, in the place of --minutes")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--from-bundle", type=Path)
     parser.add_argument("--bundle", type=Path, default=Path("build/demo/demo.safetensors"))

@@ -20,18 +20,24 @@ LONGEST_STEP = 20.0  # seconds; what is longer was a stop
 
 
 class Clock:
-    """Seconds of training so far: of the steps alone, stops and pauses left out, saved and restored with the state."""
+    """Seconds of training so far: of the steps alone, stops and pauses left out, saved and restored with the state.
 
-    def __init__(self, budget: float, elapsed: float = 0.0) -> None:
-        self.budget, self.elapsed = budget, elapsed
+    Args:
+        budget: seconds of training, after which it ends.
+        until: Unix time at which it ends in the budget's place, however long it was stopped.
+    """
+
+    def __init__(self, budget: float, *, until: float | None = None) -> None:
+        self.budget, self.until, self.elapsed = budget, until, 0.0
         self._last = time.monotonic()
 
     def tick(self) -> float:
-        """After a step: the part of the budget that is spent, 0 to 1."""
+        """After a step: the part of the training that is done, 0 to 1."""
         now = time.monotonic()
         self.elapsed += min(now - self._last, LONGEST_STEP)
         self._last = now
-        return min(1.0, self.elapsed / self.budget)
+        left = self.budget - self.elapsed if self.until is None else self.until - time.time()
+        return self.elapsed / (self.elapsed + max(0.0, left))
 
 
 def learning_rate(done: float, step: int, *, warm_up: int, constant: float) -> float:
