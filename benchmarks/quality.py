@@ -19,17 +19,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from scipy.linalg import sqrtm
 from torch import Tensor
 
 from benchmarks.segmenter import Segmenter, load_segmenter
 from mogle_rt import Pipeline
 from mogle_rt.config import NUM_CLASSES
+from mogle_rt.masks import colorize
 
 COLOUR_TABLE = Path(__file__).with_name("colours.npz")
 REGIONS = {"background": (0,), "hair": (13,), "clothes": (18,), "skin": (1, 2), "lips": (11, 12), "hat": (14,)}
 LEAST_PIXELS = {"lips": 12}  # of a region, for its colour to count; others: 40
 NEIGHBOURS = 15
+SHOWN = 12  # cases in the picture
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
@@ -238,8 +241,13 @@ def reconstruct(pipe: Pipeline, images: Bytes) -> Bytes:
     return made.round().byte().permute(0, 2, 3, 1).numpy()
 
 
-def measure(bundle: str, cases: Cases, sizes: argparse.Namespace) -> dict[str, Any]:
-    """All runs, by name. What is printed comes as it is done."""
+def picture(rows: list[Bytes]) -> Image.Image:
+    """Rows of pictures, one under the other."""
+    return Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in rows]))
+
+
+def measure(bundle: str, cases: Cases, sizes: argparse.Namespace) -> tuple[dict[str, Any], list[Bytes]]:
+    """All runs, by name, and rows of example pictures. What is printed comes as it is done."""
     from benchmarks.ablations import ablated
 
     pipe = Pipeline(bundle, device="cpu", dtype="fp32")
@@ -247,6 +255,7 @@ def measure(bundle: str, cases: Cases, sizes: argparse.Namespace) -> dict[str, A
     judge = Judge(cases.images)
     main, some, few = cases.first(sizes.count), cases.first(sizes.some), cases.first(sizes.few)
     report: dict[str, Any] = {"bundle_sha256": pipe.bundle.content_hash}
+    rows = [main.images[:SHOWN], colorize(main.labels[:SHOWN])]
 
     def put(name: str, value: dict[str, Any]) -> None:
         report[name] = value
@@ -258,10 +267,13 @@ def measure(bundle: str, cases: Cases, sizes: argparse.Namespace) -> dict[str, A
         chosen = main if steps == 28 else some
         images, seconds = draw(pipe, chosen, steps)
         put(f"mask and prompt, {steps} steps", judge(images, chosen) | {"seconds": seconds})
+        rows.append(images[:SHOWN])
         for name, mask, prompt in (("mask only", True, False), ("prompt only", False, True)):
             chosen = some if steps == 28 else few
             images, seconds = draw(pipe, chosen, steps, mask=mask, prompt=prompt)
             put(f"{name}, {steps} steps", judge(images, chosen, masked=mask, prompted=prompt) | {"seconds": seconds})
+            if steps == 28:
+                rows.append(images[:SHOWN])
     base = draw(pipe, few, 28)[0]
     edits = np.stack([more_hair(one) for one in few.labels])
     edited = draw(pipe, few, 28, labels=edits)[0]
@@ -277,7 +289,7 @@ def measure(bundle: str, cases: Cases, sizes: argparse.Namespace) -> dict[str, A
     for name, other in ablated(bundle).items():
         images, _ = draw(other, few, 28)
         put(f"ablation: {name}", judge(images, few))
-    return report
+    return report, rows
 
 
 def main() -> None:
@@ -289,8 +301,9 @@ def main() -> None:
     parser.add_argument("--some", type=int, default=100, help="cases of other step counts and of mask or prompt only")
     parser.add_argument("--few", type=int, default=50, help="cases of edits and ablations")
     args = parser.parse_args()
-    report = measure(args.bundle, load_cases(args.renders), args)
+    report, rows = measure(args.bundle, load_cases(args.renders), args)
     args.report.write_text(json.dumps(report, indent=1) + "\n")
+    picture(rows).save(args.report.with_suffix(".png"))
 
 
 if __name__ == "__main__":

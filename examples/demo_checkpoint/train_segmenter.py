@@ -1,4 +1,4 @@
-"""Train the segmentation network that measures the demo checkpoint's quality, on renders.
+"""Make what measures the demo checkpoint's quality, from renders: a segmentation network and a table of colours.
 
     python -m examples.demo_checkpoint.train_segmenter --minutes 5
 
@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+from benchmarks.quality import COLOUR_TABLE, REGIONS, region_colour
 from benchmarks.segmenter import WEIGHTS, Segmenter
 from examples.demo_checkpoint.muon import Muon
 from examples.demo_checkpoint.renders import Renders, pictures
@@ -46,12 +49,29 @@ def train(data: Renders, minutes: float) -> Segmenter:
     return model.eval()
 
 
+def colour_table(data: Renders) -> dict[str, NDArray[Any]]:
+    """Mean colours of regions beside the names that their attributes have."""
+    table: dict[str, NDArray[Any]] = {}
+    for attribute in REGIONS:
+        found = [
+            (colour, person[attribute])
+            for image, labels, person in zip(data.images, data.labels, data.attributes, strict=True)
+            if person[attribute] and (colour := region_colour(image, labels, attribute)) is not None
+        ]
+        table[f"{attribute}_colours"] = np.array([c for c, _ in found]).round().astype(np.uint8)
+        table[f"{attribute}_names"] = np.array([n for _, n in found])
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("build/demo/train.npz"))
     parser.add_argument("--minutes", type=float, default=5)
     args = parser.parse_args()
-    model = train(Renders(args.data), args.minutes)
+    data = Renders(args.data)
+    np.savez_compressed(COLOUR_TABLE, **colour_table(data))
+    torch.set_num_threads(1)
+    model = train(data, args.minutes)
     save_file({n: t.half().contiguous() for n, t in model.state_dict().items()}, WEIGHTS)
 
 
