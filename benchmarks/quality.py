@@ -277,10 +277,12 @@ def measure(bundle: str, cases: Cases, sizes: argparse.Namespace) -> tuple[dict[
     base = draw(pipe, few, 28)[0]
     edits = np.stack([more_hair(one) for one in few.labels])
     edited = draw(pipe, few, 28, labels=edits)[0]
-    outside = [
-        psnr_outside(a, b, grow(x != y, 3)) for a, b, x, y in zip(base, edited, edits, few.labels, strict=True)
+    outside = [psnr_outside(a, b, grow(x != y, 3)) for a, b, x, y in zip(base, edited, edits, few.labels, strict=True)]
+    inside = [
+        float((judge.labels(b[None])[0][x != y] == 13).mean())
+        for b, x, y in zip(edited, edits, few.labels, strict=True)
+        if (x != y).any()
     ]
-    inside = [float((judge.labels(b[None])[0][x != y] == 13).mean()) for b, x, y in zip(edited, edits, few.labels, strict=True) if (x != y).any()]
     put("edit", {"psnr_outside": float(np.mean(outside)), "hair_inside": float(np.mean(inside))})
     dozen = few.first(10)
     spread = {"mask and prompt": {}, "mask only": {"prompt": False}, "prompt only": {"mask": False}}

@@ -34,7 +34,9 @@ def _rows(report: dict[str, Any], names: list[str]) -> list[str]:
         miou = f"{r['miou']:.3f} | {r['miou'] / truth:.0%}" if "miou" in r else "– | –"
         colours = " | ".join(_share(r["colours"][c]) if "colours" in r else "–" for c in COLOURS)
         seconds = f"{r['seconds']:.2f}" if "seconds" in r else "–"
-        lines.append(f"| {name} | {r['images']} | {miou} | {r['faces']:.0%} | {r['frechet']:.3f} | {seconds} | {colours} |")
+        lines.append(
+            f"| {name} | {r['images']} | {miou} | {r['faces']:.0%} | {r['frechet']:.3f} | {seconds} | {colours} |"
+        )
     return lines
 
 

@@ -299,7 +299,9 @@ def generate(
 
 @app.command()
 def examples(
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write masks and prompts into.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder to write masks and prompts into.")
+    ] = None,
 ) -> None:
     """List the example masks and prompts in the package, or write them into a folder."""
     from mogle_rt.demo import examples as shipped

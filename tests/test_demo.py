@@ -10,8 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.quality import ColourJudge, draw, face_like, grow, iou, psnr_outside, region_colour, to_tensor
 from benchmarks.quality import Cases as QualityCases
+from benchmarks.quality import ColourJudge, draw, face_like, grow, iou, psnr_outside, region_colour, to_tensor
 from benchmarks.segmenter import load_segmenter
 from examples.demo import longer_hair
 from examples.demo_checkpoint.attributes import COLOURS, Attributes, describe
@@ -32,6 +32,7 @@ from mogle_rt.sampling import make_schedule
 from tests.conftest import assert_close
 
 STEPS = 14
+MIOU, COLOUR_SHARE = 0.5, 0.7  # at least, of the committed weights at STEPS steps
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,9 @@ def test_the_training_forward_is_the_runtimes(pipe: Pipeline) -> None:
     masks, x = torch.randn(2, 20, 64, 64, generator=g), torch.randn(2, 64, 64, generator=g)
     sequence, pooled = torch.randn(2, 48, 128, generator=g), torch.randn(2, 128, generator=g)
     schedule = make_schedule(pipe.bundle.config.scheduler, 3, 64)
-    conditions = Conditions(mask_latents=masks, prompt_embeds=sequence, pooled_prompt_embeds=pooled, guidance_scale=3.5, grid=(8, 8))
+    conditions = Conditions(
+        mask_latents=masks, prompt_embeds=sequence, pooled_prompt_embeds=pooled, guidance_scale=3.5, grid=(8, 8)
+    )
     pipe.engine.prepare(conditions, schedule)
     rope = model.rope(48, (8, 8))
     for k in range(3):
@@ -136,7 +139,12 @@ def test_gradients_reach_every_weight() -> None:
         out.square().mean().backward()
         # Of the last block, only what image rows need: its q, MLP and output have no LoRA there.
         last = f"single_blocks.{CONFIG.num_single_layers - 1}"
-        unused = {f"{last}.qkv_mlp.lora_up.0", f"{last}.qkv_mlp.lora_up.3", f"{last}.out.lora_up.0", f"{last}.out.lora_down"}
+        unused = {
+            f"{last}.qkv_mlp.lora_up.0",
+            f"{last}.qkv_mlp.lora_up.3",
+            f"{last}.out.lora_up.0",
+            f"{last}.out.lora_down",
+        }
         for name, p in model.named_parameters():
             moved = p.grad is not None and bool(p.grad.abs().max() > 0)
             assert moved != (name in unused), name
@@ -180,7 +188,9 @@ def test_the_name_demo_beside_a_folder_of_that_name(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     assert Bundle("demo").path == demo.BUNDLE
-    result = CliRunner().invoke(app, ["generate", "demo", "-p", "a man", "-o", "face.png", "--steps", "1", "--seed", "1"])
+    result = CliRunner().invoke(
+        app, ["generate", "demo", "-p", "a man", "-o", "face.png", "--steps", "1", "--seed", "1"]
+    )
     assert result.exit_code == 0, result.output
     assert (tmp_path / "face.png").exists()
     assert "no file" in str(CliRunner().invoke(app, ["info", "demo2"]).exception)
@@ -189,8 +199,8 @@ def test_the_name_demo_beside_a_folder_of_that_name(tmp_path: Path, monkeypatch:
 def test_captions_name_what_they_say() -> None:
     rng = np.random.default_rng(0)
     a = Attributes(
-        sex="woman", age="old", skin="dark", hair_style="long", hair="gray", fringe=True, eyes="blue", beard=None, lips="red",
-        glasses="round glasses", hat="green", earrings=True, necklace=True, smile=True, mouth_open=True, clothes="yellow",
+        sex="woman", age="old", skin="dark", hair_style="long", hair="gray", fringe=True, eyes="blue", beard=None,
+        lips="red", glasses="round glasses", hat="green", earrings=True, necklace=True, smile=True, mouth_open=True, clothes="yellow",
         background="purple", looks="left",
     )  # fmt: skip
     seen: set[str] = set()

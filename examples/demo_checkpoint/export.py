@@ -62,9 +62,7 @@ def write_bundle(parts: Parts, config: dict[str, Any], vae: Path, text: Path, ou
 def read_weights(bundle: Path | str) -> Parts:
     """A bundle's transformer, LoRA and mixture in float32, by published name."""
     opened = Bundle(bundle)
-    return {
-        part: opened.part(part, torch.device("cpu"), torch.float32) for part in ("transformer", "lora", "mogle")
-    }
+    return {part: opened.part(part, torch.device("cpu"), torch.float32) for part in ("transformer", "lora", "mogle")}
 
 
 def unpack(bundle: Path | str, folder: Path) -> None:

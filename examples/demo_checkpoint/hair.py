@@ -164,7 +164,9 @@ def hairstyle(model: HeadModel, style: str, fringe: bool, rng: np.random.Generat
 def hat(model: HeadModel, over: float, rng: np.random.Generator) -> list[Shape]:
     """A knitted cap or a brimmed hat over hair that is ``over`` thick."""
     height = rng.uniform(7.72, 7.9)
-    line = np.array([height, height, height - 0.03, height - 0.1, height - 0.15, height - 0.2, height - 0.25, height - 0.3])
+    line = np.array(
+        [height, height, height - 0.03, height - 0.1, height - 0.15, height - 0.2, height - 0.25, height - 0.3]
+    )
     crown = shell(model, line, over + rng.uniform(0.12, 0.22), rng, edge=over + 0.07)
     if rng.random() < 0.5:
         return [crown]

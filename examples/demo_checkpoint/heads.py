@@ -146,7 +146,9 @@ class HeadModel:
         row, column = ((1 - uv[..., 1]) * size).astype(int), (uv[..., 0] * size).astype(int)
         return mask[row.clip(0, size - 1), column.clip(0, size - 1)]
 
-    def person(self, rng: np.random.Generator, races: Floats, male: bool, old: float, smile: float, jaw: float) -> Floats:
+    def person(
+        self, rng: np.random.Generator, races: Floats, male: bool, old: float, smile: float, jaw: float
+    ) -> Floats:
         """Vertices [V, 3] of a person with random features.
 
         Args:

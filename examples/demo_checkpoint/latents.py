@@ -1,6 +1,6 @@
 """Encode renders for the diffusion training: faces, and the 20 condition pictures of each mask, by the runtime's rules.
 
-    python -m examples.demo_checkpoint.latents --data build/demo/train.npz --output build/demo/train_latents.pt
+python -m examples.demo_checkpoint.latents --data build/demo/train.npz --output build/demo/train_latents.pt
 """
 
 from __future__ import annotations

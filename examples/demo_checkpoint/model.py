@@ -123,9 +123,7 @@ class DoubleBlock(nn.Module):
         self.context_qkv, self.context_out = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.context_ff_in, self.context_ff_out = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
 
-    def forward(
-        self, x: Tensor, text: Tensor, temb: Tensor, temb0: Tensor, rope: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, text: Tensor, temb: Tensor, temb0: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
         """x: [B, 2 N, D], image, then condition. temb, temb0: [B, D] after SiLU, of the step and of timestep 0."""
         n, H = x.shape[1] // 2, self.count
         image = F.linear(temb, self.modulation.weight, self.modulation.bias)
@@ -180,7 +178,10 @@ class SingleBlock(nn.Module):
         weight = torch.cat([layer.weight, torch.block_diag(*layer.lora_up)], 1)
         kv = F.linear(wide, weight[D : 3 * D], layer.bias[D : 3 * D])
         image = h.split(rows, 1)[1]
-        q, mlp = F.linear(image, layer.weight[:D], layer.bias[:D]), F.linear(image, layer.weight[3 * D :], layer.bias[3 * D :])
+        q, mlp = (
+            F.linear(image, layer.weight[:D], layer.bias[:D]),
+            F.linear(image, layer.weight[3 * D :], layer.bias[3 * D :]),
+        )
         k, v = heads(kv, 2, self.count).unbind(2)
         q = heads(q, 1, self.count)[:, :, 0]
         q, k = (F.rms_norm(t, t.shape[-1:], self.norm_qk.weight[i], EPS)[:, :, None] for i, t in enumerate((q, k)))
@@ -206,9 +207,7 @@ class Mixture(nn.Module):
     def __init__(self, config: MogleConfig) -> None:
         super().__init__()
         C, H, E = config.latent_dim, config.expert_dim, NUM_EXPERTS
-        self.expert_in, self.expert_out = (
-            nn.Parameter(torch.randn(E, o, i) / i**0.5) for o, i in ((H, C), (C, H))
-        )
+        self.expert_in, self.expert_out = (nn.Parameter(torch.randn(E, o, i) / i**0.5) for o, i in ((H, C), (C, H)))
         self.expert_in_bias, self.expert_out_bias = (nn.Parameter(torch.zeros(E, o)) for o in (H, C))
         self.timestep_embedding = Mlp(C, C)
         self.noise_proj, self.gate_in = nn.Linear(C, C), nn.Linear(C, config.gate_dim)

@@ -28,7 +28,7 @@ from examples.demo_checkpoint.attributes import (
     Attributes,
     caption,
 )
-from examples.demo_checkpoint.hair import CENTRE_Z, Shape, azimuth, hairstyle, hat, smooth
+from examples.demo_checkpoint.hair import Shape, azimuth, hairstyle, hat, smooth
 from examples.demo_checkpoint.heads import HeadModel, head_model
 from examples.demo_checkpoint.raster import rasterise, vertex_normals
 
@@ -127,7 +127,9 @@ def draw_scene(rng: np.random.Generator, model: HeadModel) -> Scene:
     shapes = [(HAIR_GROUP, s) for s in hairstyle(model, style, fringe, rng)]
     with_hat = bool(rng.random() < 0.16) and style not in ("curly", "bun")
     if with_hat:
-        shapes += [(HAT_GROUP, s) for s in hat(model, 0.05 if style in ("bald", "very short", "balding") else 0.14, rng)]
+        shapes += [
+            (HAT_GROUP, s) for s in hat(model, 0.05 if style in ("bald", "very short", "balding") else 0.14, rng)
+        ]
     yaw, pitch, roll = rng.uniform(-0.5, 0.5), rng.uniform(-0.14, 0.16), rng.normal(0, 0.05)
     looks = "left" if yaw > 0.25 else "right" if yaw < -0.25 else "front"
     light = np.array([rng.uniform(-0.8, 0.8), rng.uniform(0.1, 0.8), 0.8])
@@ -243,7 +245,10 @@ class Renderer:
             ],
             1,
         )
-        edge1, edge2 = screen[all_faces[:, 1]] - screen[all_faces[:, 0]], screen[all_faces[:, 2]] - screen[all_faces[:, 0]]
+        edge1, edge2 = (
+            screen[all_faces[:, 1]] - screen[all_faces[:, 0]],
+            screen[all_faces[:, 2]] - screen[all_faces[:, 0]],
+        )
         front = edge1[:, 0] * edge2[:, 1] - edge1[:, 1] * edge2[:, 0] < 0
         use = front | (all_group >= 5)
         return Mesh(all_base, all_faces, all_group, np.concatenate(field), screen, normal, use, scale)
@@ -269,7 +274,9 @@ class Renderer:
                 image[ring] = (scene.colours["gold"] * (1.15 - 0.5 * distance / 0.12)[..., None])[ring]
                 labels[ring] = EARRING
 
-    def _glasses(self, scene: Scene, mesh: Mesh, image: Floats, labels: Bytes, depth: Floats, y: Floats, x: Floats) -> None:
+    def _glasses(
+        self, scene: Scene, mesh: Mesh, image: Floats, labels: Bytes, depth: Floats, y: Floats, x: Floats
+    ) -> None:
         """Frames in the plane of the face: two rims, a bridge, temples to the ears; tinted lenses if sunglasses."""
         scale, turn = mesh.scale, scene.turn
         across, up = turn[:2, 0] * [1, -1], turn[:2, 1] * [1, -1]
@@ -329,9 +336,7 @@ class Mesh:
 class Pixels:
     """The P pixels that show the mesh: where on the base head they are, their class, their colour."""
 
-    def __init__(
-        self, model: HeadModel, mesh: Mesh, scene: Scene, number: NDArray[np.int64], weights: Floats
-    ) -> None:
+    def __init__(self, model: HeadModel, mesh: Mesh, scene: Scene, number: NDArray[np.int64], weights: Floats) -> None:
         self.scene = scene
         corners, w = mesh.faces[number], weights[..., None]
         self.group = mesh.group[number]
@@ -415,16 +420,22 @@ class Pixels:
         c[face] *= 1 - 0.22 * lid[face, None]
         c[k == NOSE] *= np.array([1.0, 0.965, 0.96])
         if scene.attributes.age == "old":
-            lines = np.exp(-((np.abs(y - 7.72 - 0.02 * np.sin(7 * ax)) % 0.11 - 0.055) / 0.015) ** 2) * (y > 7.6) * (ax < 0.5)
+            lines = (
+                np.exp(-(((np.abs(y - 7.72 - 0.02 * np.sin(7 * ax)) % 0.11 - 0.055) / 0.015) ** 2))
+                * (y > 7.6)
+                * (ax < 0.5)
+            )
             fold = np.exp(-(((ax - 0.3 - (6.95 - y) * 0.35) / 0.025) ** 2)) * (y > 6.55) * (y < 6.98) * (z > 1)
             c[face] *= 1 - 0.13 * (lines + 1.3 * fold).clip(0, 1)[face, None]
         if scene.attributes.beard:
             chin = smooth((6.72 + 0.75 * (ax - 0.32).clip(0, 1) - y) / 0.08) * (ax < 0.85)
             strip = (ax < 0.34) & (z > 1)
             lip = smooth((0.08 - abs(y - 6.735 + 0.12 * ax)) / 0.04) * strip
-            amount = {"beard": np.maximum(chin, lip) * 0.88, "stubble": np.maximum(chin, lip) * 0.35, "mustache": lip * 0.9}[
-                scene.attributes.beard
-            ]
+            amount = {
+                "beard": np.maximum(chin, lip) * 0.88,
+                "stubble": np.maximum(chin, lip) * 0.35,
+                "mustache": lip * 0.9,
+            }[scene.attributes.beard]
             amount = amount * (k == SKIN)
             grain = 0.8 + 0.1 * np.sin(90 * ax) * np.sin(80 * y)
             hair = scene.colours["hair"] if scene.attributes.hair else np.array([60.0, 42, 34])
@@ -440,9 +451,13 @@ class Pixels:
                          azimuth(p) * 1.2) + 0.25 * p[:, 2]  # fmt: skip
         streaks = np.zeros(len(p))
         for frequency, size in ((9, 0.05), (23, 0.07), (51, 0.06)):
-            streaks += size * np.sin(angle * frequency + rng.uniform(0, 6) + 0.6 * np.sin(4 * p[:, 1] + rng.uniform(0, 6)))
+            streaks += size * np.sin(
+                angle * frequency + rng.uniform(0, 6) + 0.6 * np.sin(4 * p[:, 1] + rng.uniform(0, 6))
+            )
         if self.scene.attributes.hair_style == "curly":
-            streaks = 0.12 * np.sin(15 * p[:, 0] + 4 * np.sin(13 * p[:, 1])) * np.sin(14 * p[:, 1] + 3 * np.sin(12 * p[:, 2]))
+            streaks = (
+                0.12 * np.sin(15 * p[:, 0] + 4 * np.sin(13 * p[:, 1])) * np.sin(14 * p[:, 1] + 3 * np.sin(12 * p[:, 2]))
+            )
         shine = 0.16 * np.exp(-(((p[:, 1] - 8.12 + 0.25 * p[:, 0] ** 2) / 0.12) ** 2))
         depth = np.where(self.inside[hair], 0.5, 1.0) * (0.86 + 0.14 * smooth((p[:, 1] - 5.2) / 2.5))
         c[hair] = c[hair] * ((1 + streaks + shine) * depth)[:, None]

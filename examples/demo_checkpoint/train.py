@@ -191,7 +191,9 @@ def train(team: Team, args: argparse.Namespace) -> None:
         last = done >= 1
         if step % SAVE_EVERY == 0 or last:
             tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            save_state(state_path, tensors | (watch.state() if watch else {}) | {"elapsed": clock.elapsed, "step": step})
+            save_state(
+                state_path, tensors | (watch.state() if watch else {}) | {"elapsed": clock.elapsed, "step": step}
+            )
         if watch:
             watch(step, clock.elapsed, done, [float(loss.detach()), float(region_loss.detach())])
 
@@ -233,7 +235,9 @@ class Watch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("build/demo"))
-    parser.add_argument("--minutes", type=float, default=60, help="of training in all; time while stopped doesn't count")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="of training in all; time while stopped doesn't count"
+    )
     parser.add_argument("--until", type=float, help="Unix time at which to end, in the place of --minutes")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--from-bundle", type=Path)

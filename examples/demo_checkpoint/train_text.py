@@ -192,7 +192,9 @@ def train(data: Renders, output: Path, minutes: float) -> None:
     lengths = (reader.ids(corpus[:3000])[1] != 0).sum(1).float()
     print(f"T5 tokens: mean {lengths.mean():.1f}, cut {float((lengths == TOKENS).float().mean()):.3f}")
     parameters = [*reader.clip.parameters(), *reader.t5.parameters(), *heads.parameters()]
-    tables = [p for model in (reader.clip, reader.t5) for n, p in model.named_parameters() if "embed" in n or "bias" in n]
+    tables = [
+        p for model in (reader.clip, reader.t5) for n, p in model.named_parameters() if "embed" in n or "bias" in n
+    ]
     optimizer = Muon(parameters, lr=LR, weight_decay=0.01, adam=[*tables, *heads.parameters(), reader.t5.shared.weight])
     torch.set_num_threads(1)
     clock, step, done = Clock(minutes * 60), 0, 0.0

@@ -106,7 +106,10 @@ def train(team: Team, args: argparse.Namespace) -> None:
         if step % 100 == 0 and team.rank == 0:
             quality = -10 * float(torch.log10((error.detach() / 2).square().mean() + 1e-8))
             l1, std = float(error.detach().abs().mean()), float(posterior.std.detach().mean())
-            print(f"{step} {clock.elapsed:.0f}s L1 {l1:.4f} kl {float(kl.detach()):.2f} std {std:.3f} PSNR {quality:.1f}", flush=True)
+            print(
+                f"{step} {clock.elapsed:.0f}s L1 {l1:.4f} kl {float(kl.detach()):.2f} std {std:.3f} PSNR {quality:.1f}",
+                flush=True,
+            )
         if step % 500 == 0:
             state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(state_path, state | {"elapsed": clock.elapsed, "step": step})
