@@ -13,10 +13,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(STAMP)  ## draw an image from a mask file and a prompt, into demo/
-	$(BIN)/mogle-rt generate examples/tiny.safetensors --mask examples/mask.png \
-	    --prompt "a young woman with long blond hair and red lips" \
-	    --height 256 --width 256 --seed 1 --output demo/face.png
+demo: $(STAMP)  ## draw faces from the package's masks and prompts, into demo/grid.png
+	$(BIN)/python examples/demo.py demo/grid.png
 
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest

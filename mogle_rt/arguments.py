@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from mogle_rt.checkpoint import MAX_TEXT_TOKENS
 from mogle_rt.config import PATCH
 from mogle_rt.errors import InputError, NumericalError
-from mogle_rt.text import MAX_SEQUENCE_LENGTH
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
@@ -47,8 +47,8 @@ def check_options(
     ):
         if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
             raise InputError(f"{name} must be a positive integer, got {number!r}")
-    if max_sequence_length > MAX_SEQUENCE_LENGTH:
-        raise InputError(f"max_sequence_length can be at most {MAX_SEQUENCE_LENGTH}, got {max_sequence_length}")
+    if max_sequence_length > MAX_TEXT_TOKENS:
+        raise InputError(f"max_sequence_length can be at most {MAX_TEXT_TOKENS}, got {max_sequence_length}")
     for name, size in (("height", height), ("width", width)):
         if not isinstance(size, Integral) or isinstance(size, bool) or size < PATCH or size % PATCH:
             near = max(PATCH, round(size / PATCH) * PATCH) if _is_number(size) else 512

@@ -18,6 +18,7 @@ import torch
 
 from mogle_rt import schema
 from mogle_rt.config import MogleConfig, Options, SchedulerConfig, TransformerConfig
+from mogle_rt.demo import bundle_path
 from mogle_rt.errors import CheckpointError, ConfigError
 from mogle_rt.storage import MappedFile, TensorInfo, read_chunks, read_header
 
@@ -25,6 +26,8 @@ FORMAT = "mogle_rt"
 FORMAT_VERSION = 1
 PARTS = ("transformer", "lora", "mogle", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 TEXT_PARTS = PARTS[4:]
+DEFAULT_SIZE = 512  # pixels
+MAX_TEXT_TOKENS = 512  # T5's, FLUX's most
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -80,13 +83,16 @@ class BundleConfig(Options):
 class Bundle:
     """An open bundle. Opening reads the header only and checks every name, shape and size in it.
 
+    Args:
+        path: of the file, or ``demo`` for the checkpoint in the package.
+
     Raises:
         CheckpointError: see `mogle_rt.storage.read_header`; or not a bundle, of a newer format, or its tensors don't
             fit its configuration.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = bundle_path(path)
         self.tensors, metadata = read_header(self.path)
         if metadata.get("format") != FORMAT:
             raise CheckpointError(
@@ -111,6 +117,21 @@ class Bundle:
         """Whether prompts can be given as text."""
         configs = (self.config.text_encoder, self.config.text_encoder_2)
         return None not in configs and all(self.names(part) for part in TEXT_PARTS)
+
+    @property
+    def default_size(self) -> int:
+        """Pixels of an image's side where none is asked for: 512, or less if the VAE was made for less."""
+        size = self.config.vae.get("sample_size")
+        return min(size, DEFAULT_SIZE) if isinstance(size, int) and size > 0 else DEFAULT_SIZE
+
+    @property
+    def default_text_tokens(self) -> int:
+        """T5 tokens where no number is asked for: what its tokenizer says, at most 512 (which FLUX's says)."""
+        try:
+            length = json.loads(self.files("tokenizer_2")["tokenizer_config.json"])["model_max_length"]
+        except (KeyError, ValueError):
+            return MAX_TEXT_TOKENS
+        return min(length, MAX_TEXT_TOKENS) if isinstance(length, int) and length > 0 else MAX_TEXT_TOKENS
 
     def lora_ranks(self) -> dict[str, int]:
         """Rank of the LoRA on each layer."""

@@ -1,4 +1,4 @@
-"""The command line: ``mogle-rt convert | generate | info | cost``."""
+"""The command line: ``mogle-rt convert | generate | info | cost | examples``."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def convert(
 
 @app.command()
 def info(
-    checkpoint: Annotated[Path, typer.Argument(help="A bundle.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A bundle, or demo.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read the whole file and check its hash.")] = False,
 ) -> None:
     """Print what is in a bundle."""
@@ -98,7 +98,7 @@ def info(
     ablation = [word for word, absent in (("no gating", not m.has_gating), ("no experts", not m.has_expert)) if absent]
     ranks = sorted(set(bundle.lora_ranks().values()))
     rows: dict[str, str] = {
-        "file": f"{checkpoint}, {_bytes(checkpoint.stat().st_size)}",
+        "file": f"{bundle.path}, {_bytes(bundle.path.stat().st_size)}",
         "format": f"mogle_rt bundle, version {FORMAT_VERSION}",
         "architecture": f"FLUX, width {t.width} ({t.num_attention_heads} heads x {t.attention_head_dim}), "
         f"{t.num_layers} double and {t.num_single_layers} single blocks, "
@@ -217,7 +217,7 @@ def _limits(card: Gpu, way: Cost, itemsize: int) -> dict[str, float]:
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A bundle.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A bundle; demo is the one in the package.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Image (.png, .jpg), or a folder for several.")],
     mask: Annotated[
         list[Path] | None, typer.Option("--mask", "-m", help="Mask or folder of masks; repeatable.")
@@ -228,8 +228,8 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(help="Seed of the first image; the next have the next. Default: drawn.")
     ] = None,
-    height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 512,
-    width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 512,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16; default: the bundle's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16; default: the bundle's.")] = None,
     num_images: Annotated[int, typer.Option("--num-images", "-n", help="Images for each mask.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Images computed at once.")] = 1,
     condition_scale: Annotated[float, typer.Option(help="Strength of the mask; 1 is the model's own.")] = 1.0,
@@ -297,7 +297,7 @@ def generate(
                 "mask": mask_path.name if mask_path else None,
                 "steps": steps,
                 "guidance_scale": guidance,
-                "size": [width, height],
+                "size": list(image.size),
                 "condition_scale": condition_scale,
                 "model_config": pipe.model_config.to_dict(),
                 "dtype": str(pipe.dtype).removeprefix("torch."),
@@ -309,6 +309,26 @@ def generate(
     stages = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     count = "1 image" if len(jobs) == 1 else f"{len(jobs)} images"
     console.print(f"{count} in {sum(seconds.values()):.2f} s (seed {seed}): {stages}", soft_wrap=True)
+
+
+@app.command()
+def examples(
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder to write masks and prompts into.")
+    ] = None,
+) -> None:
+    """List the example masks and prompts in the package, or write them into a folder."""
+    from mogle_rt.demo import examples as shipped
+    from mogle_rt.demo import write_examples
+
+    if output is not None:
+        for path in write_examples(output):
+            typer.echo(path)
+        return
+    table = Table("name", "prompt", box=None, pad_edge=False)
+    for example in shipped():
+        table.add_row(example.name, example.prompt)
+    Console(soft_wrap=True, highlight=False, emoji=False).print(table)
 
 
 def _generator(pipe: Pipeline, seed: int) -> torch.Generator:

@@ -31,7 +31,7 @@ from mogle_rt.errors import InputError
 from mogle_rt.masks import Labels, MaskLike, to_label_batch
 from mogle_rt.models import autoencoder, load_autoencoder, tensor_shapes
 from mogle_rt.sampling import Schedule, denoise, make_schedule
-from mogle_rt.text import MAX_SEQUENCE_LENGTH, TextEncoders
+from mogle_rt.text import TextEncoders
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Any]], Mapping[str, Any] | None]
@@ -66,7 +66,7 @@ class Pipeline:
     """Face-MoGLE from a bundle.
 
     Args:
-        checkpoint: a bundle, see ``mogle-rt convert``.
+        checkpoint: a bundle, see ``mogle-rt convert``; or ``demo``, the small one in the package (128 x 128 pixels).
         device: "cpu", "cuda", "cuda:N" or "mps"; None takes the best there is.
         dtype: "fp32", "bf16", "fp16" or a torch dtype; None takes what the device multiplies fast.
         model_config: the reference's switches, see `ModelConfig`; unknown names are refused.
@@ -147,8 +147,8 @@ class Pipeline:
         prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 28,
         guidance_scale: float = 3.5,
-        height: int = 512,
-        width: int = 512,
+        height: int | None = None,
+        width: int | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -157,7 +157,7 @@ class Pipeline:
         condition_scale: float = 1.0,
         position_delta: tuple[int, int] = (0, 0),
         position_scale: float = 1.0,
-        max_sequence_length: int = MAX_SEQUENCE_LENGTH,
+        max_sequence_length: int | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
         mask_posterior: MaskPosterior = "mean",
@@ -171,7 +171,7 @@ class Pipeline:
                 and one prompt with several masks.
             num_inference_steps: denoising steps S.
             guidance_scale: FLUX's distilled guidance; models without it ignore it.
-            height, width: pixels, multiples of 16.
+            height, width: pixels, multiples of 16; None takes 512, or the VAE's own size where that is less.
             num_images_per_prompt: images for each pair of mask and prompt.
             generator: a generator for the noise, or a list with one for each image.
             latents: packed noise [B, N, 64] in place of drawn noise, N = height / 16 * width / 16.
@@ -179,7 +179,7 @@ class Pipeline:
             condition_scale: strength of attention between the condition and the rest; 1 is the model's own, 0 none.
             position_delta: moves the condition by (rows, columns) of tokens.
             position_scale: size of a condition token in image tokens.
-            max_sequence_length: T5 tokens, at most 512.
+            max_sequence_length: T5 tokens, at most 512; None takes as many as the bundle's tokenizer says (FLUX's: 512).
             output_type: "pil", "np" [B, H, W, 3], "pt" [B, 3, H, W], both in [0, 1], or "latent" (packed).
             callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": …})`` after each step; may
                 return new latents in such a dict. Setting ``pipe.interrupt = True`` in it ends the loop there.
@@ -192,6 +192,10 @@ class Pipeline:
             CheckpointError: a prompt was given, and the bundle has no text encoders.
             NumericalError: the result is not finite.
         """
+        size = self.bundle.default_size
+        height, width = size if height is None else height, size if width is None else width
+        if max_sequence_length is None:
+            max_sequence_length = self.bundle.default_text_tokens
         check_options(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,

@@ -14,8 +14,6 @@ from mogle_rt.models import load_text_encoder, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-MAX_SEQUENCE_LENGTH = 512
-
 
 class TextEncoders:
     """CLIP and T5 with their tokenizers.

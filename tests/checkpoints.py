@@ -1,14 +1,9 @@
-"""Random Face-MoGLE checkpoints of any shape, laid out as the reference's users hold their files.
-
-``python -m tests.checkpoints examples/tiny.safetensors`` makes the untrained bundle that `make demo` uses.
-"""
+"""Random Face-MoGLE checkpoints of any shape, laid out as the reference's users hold their files."""
 
 from __future__ import annotations
 
 import json
-import sys
-import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -217,16 +212,3 @@ def write_t5_tokenizer(folder: Path) -> int:
         json.dumps(names | {"model_max_length": 512, "extra_ids": 0, "tokenizer_class": "T5Tokenizer"})
     )
     return tokenizer.get_vocab_size()
-
-
-def main() -> None:
-    """Write the demo bundle."""
-    output = Path(sys.argv[1])
-    with tempfile.TemporaryDirectory() as folder:
-        config = replace(TINY, num_attention_heads=4, joint_attention_dim=48, pooled_projection_dim=32)
-        write_checkpoint(Path(folder), config, seed=1, text_encoders=True).convert(output, dtype="fp16")
-    print(output, output.stat().st_size)
-
-
-if __name__ == "__main__":
-    main()

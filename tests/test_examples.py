@@ -1,28 +1,35 @@
-"""What the repository ships for `make demo` is whole and works."""
+"""What the repository's examples do: the mask is its script's, and `make demo` draws its picture."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+from PIL import Image
 
+import examples.demo
 from examples.mask import face
-from mogle_rt import Pipeline
-from mogle_rt.checkpoint import Bundle
+from mogle_rt import demo
 from mogle_rt.masks import to_labels
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def test_the_demo_bundle_is_what_its_hash_says() -> None:
-    Bundle(EXAMPLES / "tiny.safetensors").verify()
 
 
 def test_the_mask_is_what_its_script_draws() -> None:
     assert np.array_equal(to_labels(EXAMPLES / "mask.png"), face())
 
 
-def test_mask_and_prompt_give_an_image() -> None:
-    pipe = Pipeline(EXAMPLES / "tiny.safetensors", device="cpu", dtype="fp32")
-    images = pipe(EXAMPLES / "mask.png", "a young woman", 2, height=64, width=64, output_type="np").images
-    assert np.std(np.asarray(images)) > 0.01
+def test_make_demo_draws_every_example_and_the_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = [e for e in demo.examples() if e.name in ("hat", examples.demo.EDITED)]
+    monkeypatch.setattr(examples.demo, "examples", lambda: two)
+    monkeypatch.setattr(sys, "argv", ["demo.py", str(tmp_path / "demo" / "grid.png")])
+    examples.demo.main()
+    picture = np.asarray(Image.open(tmp_path / "demo" / "grid.png"))
+    tile = examples.demo.TILE
+    assert picture.shape[1] == 3 * (tile + examples.demo.GAP) - examples.demo.GAP  # two examples and the edit
+    for column in range(3):
+        left = column * (tile + examples.demo.GAP)
+        image = picture[tile + examples.demo.GAP : 2 * tile + examples.demo.GAP, left : left + tile]
+        assert image.std() > 20

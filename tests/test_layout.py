@@ -16,7 +16,7 @@ ROOT = Path(mogle_rt.__file__).parent
 # Each line may import only from lines above it (and, within a line, nothing of the same line unless listed).
 LAYERS = [
     ["errors", "config"],
-    ["cache", "schema", "storage", "devices", "gpus"],
+    ["cache", "schema", "storage", "devices", "gpus", "demo"],
     ["masks", "models", "image_files", "sources", "checkpoint", "attention", "activation"],
     ["lora", "torch_ops", "triton_ops"],
     ["ops"],

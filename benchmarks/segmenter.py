@@ -1,0 +1,67 @@
+"""A small U-Net that labels pictures of the demo checkpoint's kind with the 19 classes. It was trained on renders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mogle_rt.config import NUM_CLASSES
+
+WEIGHTS = Path(__file__).with_name("segmenter.safetensors")
+CHANNELS = (16, 32, 48, 64)
+
+
+def _stage(inner: int, outer: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for channels in (inner, outer):
+        layers += [nn.Conv2d(channels, outer, 3, padding=1), nn.GroupNorm(4, outer), nn.SiLU()]
+    return nn.Sequential(*layers)
+
+
+class Segmenter(nn.Module):
+    """Logits [B, 19, H, W] of pictures [B, 3, H, W] in [-1, 1]. Pixels' coordinates are two more channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        c = CHANNELS
+        self.stem = nn.Conv2d(5, c[0], 3, padding=1)
+        self.down = nn.ModuleList(_stage(c[max(0, i - 1)], c[i]) for i in range(len(c)))
+        self.up = nn.ModuleList(_stage(c[i] + c[i + 1], c[i]) for i in range(len(c) - 1))
+        self.head = nn.Conv2d(c[0], NUM_CLASSES, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self._run(x)[0])
+
+    def features(self, x: Tensor) -> Tensor:
+        """Means and deviations of the two deepest maps over the picture, [B, 2 * (48 + 64)]: for Fréchet distances."""
+        maps = self._run(x)[1]
+        return torch.cat([part for m in maps for part in (m.mean((2, 3)), m.std((2, 3)))], 1)
+
+    def _run(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        B, _, H, W = x.shape
+        rows, columns = torch.meshgrid(torch.linspace(-1, 1, H), torch.linspace(-1, 1, W), indexing="ij")
+        place = torch.stack([rows, columns]).expand(B, -1, -1, -1)
+        x = self.stem(torch.cat([x, place], 1))
+        maps = []
+        for i, stage in enumerate(self.down):
+            x = stage(x if i == 0 else F.max_pool2d(x, 2))
+            maps.append(x)
+        for i in reversed(range(len(self.up))):
+            x = self.up[i](torch.cat([maps[i], F.interpolate(x, scale_factor=2.0)], 1))
+        return x, maps[-2:]
+
+    @torch.no_grad()
+    def labels(self, x: Tensor) -> Tensor:
+        """The likeliest class of each pixel, [B, H, W]."""
+        return torch.cat([self(part).argmax(1) for part in x.split(8)])
+
+
+def load_segmenter() -> Segmenter:
+    """The trained network."""
+    model = Segmenter()
+    model.load_state_dict({n: t.float() for n, t in load_file(WEIGHTS).items()})
+    return model.eval().requires_grad_(False)

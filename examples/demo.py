@@ -1,0 +1,89 @@
+"""Draw the package's examples with the checkpoint in the package, into one picture: `make demo`.
+
+    python examples/demo.py demo/grid.png
+
+Columns are examples: mask over image, the prompt below. The last two columns are an edit: the same seed and prompt, and
+the same mask but for its hair.
+"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from scipy.ndimage import binary_dilation
+
+from mogle_rt import Pipeline
+from mogle_rt.demo import Example, examples
+from mogle_rt.masks import colorize, to_labels
+
+SEED = 3
+TILE, GAP, TEXT = 192, 8, 92  # pixels: a picture as shown, between pictures, for a prompt
+HAIR, BACKGROUND = 13, 0
+EDITED = "short"  # the example whose hair is changed
+Labels = NDArray[np.uint8]
+
+
+def longer_hair(labels: Labels, pixels: int = 26) -> Labels:
+    """Hair grown downwards and outwards over background, neck and clothes, below its middle."""
+    hair = labels == HAIR
+    rows = np.nonzero(hair)[0]
+    middle = int(np.median(rows))
+    lower = hair.copy()
+    lower[:middle] = False
+    down = np.zeros((2 * pixels + 1, 5), bool)
+    down[: pixels + 1] = True  # a pixel is taken if hair is above it
+    grown = binary_dilation(lower, down[::-1])
+    edited = labels.copy()
+    edited[grown & np.isin(labels, (BACKGROUND, 17, 18))] = HAIR
+    return edited
+
+
+def draw(pipe: Pipeline, labels: Labels, prompt: str) -> Image.Image:
+    """One image."""
+    image: Image.Image = pipe(labels, prompt, generator=torch.Generator().manual_seed(SEED)).images[0]
+    return image
+
+
+def column(labels: Labels, image: Image.Image, text: str) -> Image.Image:
+    """Mask over image over text."""
+    tile = Image.new("RGB", (TILE, 2 * TILE + GAP + TEXT), "white")
+    tile.paste(Image.fromarray(colorize(labels)).resize((TILE, TILE), Image.Resampling.NEAREST), (0, 0))
+    tile.paste(image.resize((TILE, TILE), Image.Resampling.BICUBIC), (0, TILE + GAP))
+    ImageDraw.Draw(tile).multiline_text((0, 2 * TILE + 2 * GAP), "\n".join(textwrap.wrap(text, 33)), fill="black")
+    return tile
+
+
+def grid(pipe: Pipeline, shown: list[Example]) -> Image.Image:
+    """All columns side by side."""
+    columns = []
+    for example in shown:
+        labels = to_labels(example.mask)
+        columns.append(column(labels, draw(pipe, labels, example.prompt), example.prompt))
+        if example.name == EDITED:
+            edited = longer_hair(labels)
+            text = "the same prompt and seed, another hair region"
+            columns.append(column(edited, draw(pipe, edited, example.prompt), text))
+    width = len(columns) * (TILE + GAP) - GAP
+    picture = Image.new("RGB", (width, columns[0].height), "white")
+    for i, one in enumerate(columns):
+        picture.paste(one, (i * (TILE + GAP), 0))
+    return picture
+
+
+def main() -> None:
+    output = Path(sys.argv[1] if len(sys.argv) > 1 else "demo/grid.png")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    pipe = Pipeline("demo", device="cpu")
+    shown = sorted(examples(), key=lambda e: e.name == EDITED)  # the edited one last, beside its edit
+    grid(pipe, shown).save(output)
+    print(output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Hair and hats as geometry: a shell over the scalp, a curtain around the head, a bun, a brim.
+
+All shapes are made on the base head and moved with it. A *field* is positive where the shape is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from examples.demo_checkpoint.heads import HeadModel
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+CENTRE_Z = 0.35  # the skull's vertical axis
+AZIMUTHS = np.radians([0, 30, 55, 72, 84, 100, 125, 180])  # from the front, at which a hairline's height is given
+
+
+@dataclass
+class Shape:
+    """A mesh on the base head.
+
+    Attributes:
+        points: [V, 3], on the base head. faces: [F, 3]. field: [V].
+        shell: [V] vertex of the head that a point rests on, or None for a free shape; thickness: [V] above it.
+    """
+
+    points: Floats
+    faces: Ints
+    field: Floats
+    shell: Ints | None = None
+    thickness: Floats | None = None
+
+
+def azimuth(points: Floats) -> Floats:
+    """Angle around the skull's axis: 0 at the front, positive to the head's left, ±π at the back."""
+    return np.arctan2(points[:, 0], points[:, 2] - CENTRE_Z)
+
+
+def smooth(x: Floats) -> Floats:
+    """0 below 0, 1 above 1, smooth between."""
+    x = x.clip(0, 1)
+    return x * x * (3 - 2 * x)
+
+
+def _noise(rng: np.random.Generator, points: Floats, waves: int, frequency: float) -> Floats:
+    """Smooth noise of unit size."""
+    total = np.zeros(len(points))
+    for _ in range(waves):
+        total += np.sin(points @ rng.normal(0, frequency, 3) + rng.uniform(0, 6.3))
+    return total / waves**0.5
+
+
+def shell(
+    model: HeadModel, line: Floats, thickness: float, rng: np.random.Generator, *, curls: float = 0.0, edge: float = 0.0
+) -> Shape:
+    """A layer over the scalp, above a line.
+
+    Args:
+        line: heights at `AZIMUTHS`. thickness: far from the line. edge: thickness at the line.
+        curls: size of lumps.
+    """
+    faces = model.faces[model.scalp]
+    used, inverse = np.unique(faces, return_inverse=True)
+    points = model.vertices[used]
+    angle = azimuth(points)
+    field = points[:, 1] - np.interp(np.abs(angle), AZIMUTHS, line) + 0.02 * np.sin(9 * angle + rng.uniform(0, 6))
+    body = smooth(field / 0.45)
+    thick = edge + (thickness - edge) * body
+    if curls:
+        thick = thick + curls * body * _noise(rng, points, 6, 7.0)
+    return Shape(points, inverse.reshape(-1, 3), field, used, thick)
+
+
+def _grid(rows: int, columns: int, offset: int = 0) -> Ints:
+    i, j = np.meshgrid(np.arange(rows - 1), np.arange(columns - 1), indexing="ij")
+    a = (i * columns + j).reshape(-1) + offset
+    return np.concatenate([np.stack([a, a + 1, a + columns], 1), np.stack([a + 1, a + columns + 1, a + columns], 1)])
+
+
+def curtain(rng: np.random.Generator, bottom: float, opening: float, width: float, waves: float) -> Shape:
+    """Hair that falls around the back and the sides.
+
+    Args:
+        bottom: height where it ends. opening: half of the angle left open at the front, radians.
+        width: above the head's own. waves: size of waves.
+    """
+    rows, columns = 26, 56
+    angle = np.linspace(opening, 2 * np.pi - opening, columns)
+    height = np.linspace(8.05, bottom - 0.15, rows)
+    levels = [4.6, 5.4, 6.0, 6.4, 6.9, 7.4, 7.8, 8.05]
+    rx = np.interp(height, levels, [1.12, 1.05, 0.92, 0.88, 0.92, 0.9, 0.8, 0.66])[:, None] + width
+    rz = np.interp(height, levels, [0.72, 0.8, 0.85, 0.92, 1.0, 1.05, 0.98, 0.8])[:, None] + width
+    top = smooth((8.0 - height) / 0.5)[:, None]
+    ripple = waves * top * np.sin(5.5 * height[:, None] + 1.5 * np.sin(3 * angle) + rng.uniform(0, 6))
+    strands = 0.025 * np.sin(17 * angle + rng.uniform(0, 6)) * top
+    radius = 1 + ripple + strands
+    x, z = rx * np.sin(angle) * radius, CENTRE_Z - 0.1 + rz * np.cos(angle) * radius
+    y = np.broadcast_to(height[:, None], x.shape)
+    ragged = 0.05 * np.sin(13 * angle + rng.uniform(0, 6)) + 0.04 * np.sin(29 * angle + rng.uniform(0, 6))
+    field = y - bottom - ragged
+    edge = np.minimum(angle - opening, 2 * np.pi - opening - angle)
+    field = np.minimum(field, 2 * (edge - 0.09 * (1 + np.sin(4.1 * y + rng.uniform(0, 6))) * top))
+    points = np.stack([x, y, z], -1).reshape(-1, 3)
+    return Shape(points, _grid(rows, columns), field.reshape(-1))
+
+
+def ball(centre: tuple[float, float, float], radius: float) -> Shape:
+    """A bun."""
+    rows, columns = 12, 20
+    a = np.linspace(0, np.pi, rows)[:, None]
+    b = np.linspace(0, 2 * np.pi, columns)
+    lumps = radius * (1 + 0.06 * np.sin(6 * a + 3 * b))
+    points = np.stack([lumps * np.sin(a) * np.cos(b), lumps * np.cos(a) + 0 * b, lumps * np.sin(a) * np.sin(b)], -1)
+    return Shape(points.reshape(-1, 3) + centre, _grid(rows, columns), np.ones(rows * columns))
+
+
+def brim(height: float, width: float, tilt: float) -> Shape:
+    """A hat's brim."""
+    rows, columns = 4, 48
+    out = np.linspace(0, 1, rows)[:, None]
+    angle = np.linspace(0, 2 * np.pi, columns)
+    x = (0.86 + width * out) * np.sin(angle)
+    z = CENTRE_Z + (1.02 + width * out) * np.cos(angle)
+    y = height + tilt * (z - CENTRE_Z) - 0.08 * out + 0 * angle
+    return Shape(np.stack([x, y, z], -1).reshape(-1, 3), _grid(rows, columns), np.ones(rows * columns))
+
+
+def hairstyle(model: HeadModel, style: str, fringe: bool, rng: np.random.Generator) -> list[Shape]:
+    """Shapes of a style of `attributes.STYLES`."""
+    if style == "bald":
+        return []
+    top = rng.uniform(7.78, 7.98)
+    line = np.array([top, top - 0.02, top - 0.12, 7.45, 7.15, 7.3, 7.0, 6.75])
+    if fringe:
+        line[:3] = rng.uniform(7.56, 7.66) + np.array([0, 0.02, 0.02])
+    if style == "very short":
+        line[3:] += np.array([0, 0.05, 0.1, 0.1, 0.1])
+        return [shell(model, line, rng.uniform(0.04, 0.07), rng, edge=0.012)]
+    if style == "balding":
+        line[:4] = [9, 9, 8.5, 7.6]
+        part = shell(model, line, rng.uniform(0.06, 0.12), rng, edge=0.01)
+        part.field = np.minimum(part.field, rng.uniform(7.75, 8.0) - part.points[:, 1])
+        return [part]
+    edge = 0.07 if fringe else 0.03
+    if style == "short":
+        return [shell(model, line, rng.uniform(0.13, 0.27), rng, edge=edge, curls=rng.choice([0, 0.02]))]
+    if style == "curly":
+        line[4:] -= 0.15
+        thick = rng.uniform(0.3, 0.55)
+        return [shell(model, line, thick, rng, edge=0.1, curls=0.13 * thick / 0.4)]
+    if style == "bun":
+        head = shell(model, line, rng.uniform(0.06, 0.1), rng, edge=0.02)
+        return [head, ball((0, rng.uniform(8.6, 8.72), rng.uniform(-0.1, 0.3)), rng.uniform(0.3, 0.42))]
+    cap = shell(model, line - np.array([0, 0, 0, 0, 0.1, 0.3, 0.3, 0.3]), rng.uniform(0.12, 0.22), rng, edge=edge)
+    bottom = {"medium": (6.0, 6.45), "long": (4.9, 5.5), "long wavy": (4.9, 5.5)}[style]
+    waves = {"medium": rng.choice([0.0, 0.03]), "long": 0.0, "long wavy": rng.uniform(0.06, 0.1)}[style]
+    return [cap, curtain(rng, rng.uniform(*bottom), rng.uniform(0.95, 1.25), rng.uniform(0.02, 0.12), waves)]
+
+
+def hat(model: HeadModel, over: float, rng: np.random.Generator) -> list[Shape]:
+    """A knitted cap or a brimmed hat over hair that is ``over`` thick."""
+    height = rng.uniform(7.72, 7.9)
+    line = np.array(
+        [height, height, height - 0.03, height - 0.1, height - 0.15, height - 0.2, height - 0.25, height - 0.3]
+    )
+    crown = shell(model, line, over + rng.uniform(0.12, 0.22), rng, edge=over + 0.07)
+    if rng.random() < 0.5:
+        return [crown]
+    assert crown.thickness is not None
+    crown.thickness += 0.25 * smooth((crown.points[:, 1] - 8.0) / 0.4)
+    return [crown, brim(height, rng.uniform(0.28, 0.5), 0.12)]

@@ -1,0 +1,138 @@
+"""What all trainings share: a clock that stops when the process does, a schedule, a moving average, saved states."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import nn
+
+LONGEST_STEP = 20.0  # seconds; what is longer was a stop
+
+
+class Clock:
+    """Seconds of training so far: of the steps alone, stops and pauses left out, saved and restored with the state.
+
+    Args:
+        budget: seconds of training, after which it ends.
+        until: Unix time at which it ends in the budget's place, however long it was stopped.
+    """
+
+    def __init__(self, budget: float, *, until: float | None = None) -> None:
+        self.budget, self.until, self.elapsed = budget, until, 0.0
+        self._last = time.monotonic()
+
+    def tick(self) -> float:
+        """After a step: the part of the training that is done, 0 to 1."""
+        now = time.monotonic()
+        self.elapsed += min(now - self._last, LONGEST_STEP)
+        self._last = now
+        left = self.budget - self.elapsed if self.until is None else self.until - time.time()
+        return self.elapsed / (self.elapsed + max(0.0, left))
+
+
+def learning_rate(done: float, step: int, *, warm_up: int, constant: float) -> float:
+    """Factor of the learning rate: linear over ``warm_up`` steps, 1 until ``constant`` of the budget, cosine to 0.01."""
+    start = min(1.0, (step + 1) / warm_up)
+    if done <= constant:
+        return start
+    return start * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * (done - constant) / (1 - constant))))
+
+
+class Average:
+    """Exponential moving average of a module's parameters; young averages forget faster."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.decay, self.count = decay, 0
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.count += 1
+        keep = min(self.decay, (1 + self.count) / (10 + self.count))
+        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - keep)
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+class Team:
+    """Processes of one thread each that train one model: on a shared machine far faster than threads within operations.
+
+    Each takes its part of a batch. Gradients are averaged; each process updates its share of the parameters and the
+    others take them over.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def all(self, done: float) -> float:
+        """Process 0's number, in all of them."""
+        if self.size == 1:
+            return done
+        value = torch.tensor(done, dtype=torch.float64)
+        dist.broadcast(value, 0)
+        return float(value)
+
+    def share(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Those that this process updates: large ones dealt out in turn."""
+        return self._shares(parameters)[self.rank]
+
+    def _shares(self, parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+        ordered = sorted(parameters, key=lambda p: -p.numel())
+        return [ordered[rank :: self.size] for rank in range(self.size)]
+
+    def average_gradients(self, parameters: list[nn.Parameter]) -> None:
+        """The mean of all processes' gradients, in each."""
+        if self.size == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.reshape(-1) for g in gradients]).div_(self.size)
+        dist.all_reduce(flat)
+        for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            g.copy_(part.view(g.shape))
+
+    @torch.no_grad()
+    def exchange(self, parameters: list[nn.Parameter]) -> None:
+        """After an update: everybody's share to everybody."""
+        if self.size == 1:
+            return
+        for rank, share in enumerate(self._shares(parameters)):
+            flat = torch.cat([p.reshape(-1) for p in share])
+            dist.broadcast(flat, rank)
+            if rank != self.rank:
+                for p, part in zip(share, flat.split([p.numel() for p in share]), strict=True):
+                    p.copy_(part.view(p.shape))
+
+
+def _member(rank: int, size: int, meeting: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    work(Team(rank, size), *arguments)
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def in_team(size: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Run ``work(team, *arguments)`` in ``size`` processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = (size, f"{folder}/meeting", work, arguments)
+        if size == 1:
+            _member(0, *options)
+        else:
+            torch.multiprocessing.spawn(_member, options, size)
