@@ -15,10 +15,9 @@ from mogle_rt.checkpoint import Bundle
 
 def ablated(bundle: str) -> dict[str, Pipeline]:
     """Pipelines by what they lack."""
-    options = {"device": "cpu", "dtype": "fp32"}
     result = {
-        "regions black (global expert sees the mask)": Pipeline(bundle, **options),
-        "scalar gate": Pipeline(bundle, **options, model_config={"weight_is_scale": True}),
+        "regions black (global expert sees the mask)": Pipeline(bundle, "cpu", "fp32"),
+        "scalar gate": Pipeline(bundle, "cpu", "fp32", model_config={"weight_is_scale": True}),
     }
     first = result["regions black (global expert sees the mask)"]
     first.conditioner = without_regions(first)  # type: ignore[assignment]
@@ -33,7 +32,7 @@ def ablated(bundle: str) -> dict[str, Pipeline]:
             else:
                 parts["mogle"] = {n: t for n, t in parts["mogle"].items() if not n.startswith("gating.")}
             path = write_bundle(parts, config, folder / "vae", folder / "text", folder / f"{len(result)}.safetensors")
-            result[name] = Pipeline(path, **options)
+            result[name] = Pipeline(path, "cpu", "fp32")
     for pipe in result.values():
         pipe.set_progress_bar_config(disable=True)
     return result

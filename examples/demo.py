@@ -36,9 +36,9 @@ def longer_hair(labels: Labels, pixels: int = 26) -> Labels:
     middle = int(np.median(rows))
     lower = hair.copy()
     lower[:middle] = False
-    down = np.zeros((2 * pixels + 1, 5), bool)
-    down[: pixels + 1] = True  # a pixel is taken if hair is above it
-    grown = binary_dilation(lower, down[::-1])
+    grown = binary_dilation(lower, iterations=3)
+    for _ in range(pixels):
+        grown[1:] |= grown[:-1]
     edited = labels.copy()
     edited[grown & np.isin(labels, (BACKGROUND, 17, 18))] = HAIR
     return edited
@@ -46,7 +46,8 @@ def longer_hair(labels: Labels, pixels: int = 26) -> Labels:
 
 def draw(pipe: Pipeline, labels: Labels, prompt: str) -> Image.Image:
     """One image."""
-    image: Image.Image = pipe(labels, prompt, generator=torch.Generator().manual_seed(SEED)).images[0]
+    image = pipe(labels, prompt, generator=torch.Generator().manual_seed(SEED)).images[0]
+    assert isinstance(image, Image.Image)
     return image
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import importlib.util
+import itertools
 import os
 from pathlib import Path
 
@@ -86,7 +87,7 @@ class HeadModel:
                     group = GROUPS.get(words[0], -1)
                 elif kind == "f" and group >= 0:
                     pairs = [[int(n) - 1 for n in w.split("/")[:2]] for w in words]
-                    for second, third in zip(pairs[1:], pairs[2:], strict=False):
+                    for second, third in itertools.pairwise(pairs[1:]):
                         faces.append([pairs[0][0], second[0], third[0]])
                         corners.append([pairs[0][1], second[1], third[1]])
                         groups.append(group)

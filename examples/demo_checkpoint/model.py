@@ -186,8 +186,9 @@ class SingleBlock(nn.Module):
         q = heads(q, 1, self.count)[:, :, 0]
         q, k = (F.rms_norm(t, t.shape[-1:], self.norm_qk.weight[i], EPS)[:, :, None] for i, t in enumerate((q, k)))
         q, k = rotate(q, rope.split(rows)[1]), rotate(k, rope)
-        attention = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q[:, :, 0], k[:, :, 0], v)))
-        joined = torch.cat([attention.transpose(1, 2).flatten(2), F.gelu(mlp, approximate="tanh")], -1)
+        q, k, v = (t.transpose(1, 2) for t in (q[:, :, 0], k[:, :, 0], v))
+        attention = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        joined = torch.cat([attention, F.gelu(mlp, approximate="tanh")], -1)
         y = F.linear(joined, self.out.weight, self.out.bias)
         return torch.addcmul(x.split(rows, 1)[1], y, gate.split(rows, 1)[1])
 
@@ -274,7 +275,9 @@ class FaceMogle(nn.Module):
         x = torch.cat([text, x], 1)
         for block in self.single_blocks[:-1]:
             x = block(x, n, temb, temb0, rope)
-        x = self.single_blocks[-1].image_rows(x, n, temb, temb0, rope)
+        last = self.single_blocks[-1]
+        assert isinstance(last, SingleBlock)
+        x = last.image_rows(x, n, temb, temb0, rope)
         scale, shift = self.norm_out(temb)[:, None].chunk(2, -1)
         return self.proj_out(modulate(x, scale, shift))
 
@@ -296,9 +299,10 @@ def _layers(model: FaceMogle) -> list[tuple[nn.Module, tuple[str, ...]]]:
     ):
         for i, block in enumerate(stack):
             found += [(block.get_submodule(name), f.at(i).sources) for name, f in fused.items()]
-            found.append((block.modulation, (f"{kind}.{i}.{'norm1' if stack is model.blocks else 'norm'}.linear",)))
+            norm = "norm1" if stack is model.blocks else "norm"
+            found.append((block.get_submodule("modulation"), (f"{kind}.{i}.{norm}.linear",)))
             if stack is model.blocks:
-                found.append((block.context_modulation, (f"{kind}.{i}.norm1_context.linear",)))
+                found.append((block.get_submodule("context_modulation"), (f"{kind}.{i}.norm1_context.linear",)))
     return found
 
 

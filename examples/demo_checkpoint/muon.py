@@ -40,7 +40,8 @@ class Muon(torch.optim.Optimizer):
         adam: Iterable[Tensor] = (),
     ) -> None:
         by_adam = {id(p) for p in adam}
-        matrices, rest = [], []
+        matrices: list[Tensor] = []
+        rest: list[Tensor] = []
         for p in params:
             plain = p.ndim < 2 or min(p.shape[-2:] if p.ndim == 3 else (p.shape[0], p[0].numel())) <= 3
             (rest if plain or id(p) in by_adam else matrices).append(p)

@@ -468,7 +468,7 @@ class Pixels:
 
     def _shade(self, c: Floats, k: Bytes) -> Floats:
         scene = self.scene
-        half = scene.light + [0, 0, 1]
+        half = scene.light + np.array([0, 0, 1])
         half /= np.linalg.norm(half)
         light = scene.ambient + (1.06 - scene.ambient) * (self.normal @ scene.light).clip(0, 1)
         gloss = (self.normal @ half).clip(0, 1) ** 22 * 26

@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5)
     args = parser.parse_args()
     data = Renders(args.data)
-    np.savez_compressed(COLOUR_TABLE, **colour_table(data))
+    np.savez_compressed(COLOUR_TABLE, allow_pickle=False, **colour_table(data))
     torch.set_num_threads(1)
     model = train(data, args.minutes)
     save_file({n: t.half().contiguous() for n, t in model.state_dict().items()}, WEIGHTS)

@@ -9,12 +9,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+import torch.multiprocessing.spawn as mp
 from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
 
 LONGEST_STEP = 20.0  # seconds; what is longer was a stop
 
@@ -48,11 +50,11 @@ def learning_rate(done: float, step: int, *, warm_up: int, constant: float) -> f
     return start * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * (done - constant) / (1 - constant))))
 
 
-class Average:
+class Average(Generic[M]):
     """Exponential moving average of a module's parameters; young averages forget faster."""
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+    def __init__(self, module: M, decay: float) -> None:
+        self.module: M = copy.deepcopy(module).eval().requires_grad_(False)
         self.decay, self.count = decay, 0
 
     @torch.no_grad()
@@ -135,4 +137,4 @@ def in_team(size: int, work: Callable[..., None], *arguments: Any) -> None:
         if size == 1:
             _member(0, *options)
         else:
-            torch.multiprocessing.spawn(_member, options, size)
+            mp.spawn(_member, options, size)  # type: ignore[no-untyped-call]
