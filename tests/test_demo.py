@@ -24,7 +24,7 @@ from examples.demo_checkpoint.training import Average, Clock, learning_rate, sav
 from mogle_rt import Pipeline, demo
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.cli import app
-from mogle_rt.engines import Conditions
+from mogle_rt.engines import Conditions, TorchEngine
 from mogle_rt.errors import InputError
 from mogle_rt.masks import to_labels
 from mogle_rt.models import load_tokenizer
@@ -118,10 +118,12 @@ def test_the_training_forward_is_the_runtimes(pipe: Pipeline) -> None:
     conditions = Conditions(
         mask_latents=masks, prompt_embeds=sequence, pooled_prompt_embeds=pooled, guidance_scale=3.5, grid=(8, 8)
     )
-    pipe.engine.prepare(conditions, schedule)
+    engine = pipe.engine
+    assert isinstance(engine, TorchEngine)
+    engine.prepare(conditions, schedule)
     rope = model.rope(48, (8, 8))
     for k in range(3):
-        expected = pipe.engine.step(x, k)
+        expected = engine.step(x, k)
         sigma = schedule.sigmas[k].expand(2)
         assert_close(model(x, sigma, masks, sequence, pooled, rope), expected, rms=1e-5)
         half = model(x, torch.stack([sigma[0], sigma[0] / 2]), masks, sequence, pooled, rope)

@@ -137,4 +137,4 @@ def in_team(size: int, work: Callable[..., None], *arguments: Any) -> None:
         if size == 1:
             _member(0, *options)
         else:
-            mp.spawn(_member, options, size)  # type: ignore[no-untyped-call]
+            mp.spawn(_member, options, size)
