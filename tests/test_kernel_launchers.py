@@ -23,8 +23,7 @@ from mogle_rt.kernels.region_experts import region_experts_cost
 from mogle_rt.kernels.workloads import workloads
 from tests.conftest import assert_close
 from tests.interpreter import recorded, rounded, widened
-from tests.kernel_cases import BY_NAME, CASES, Case
-from tests.test_kernel_faults import planted
+from tests.kernel_cases import BY_NAME, CASES, Case, planted
 from tests.test_kernels import in_the_interpreter
 
 Change = Callable[[Any], Any]
