@@ -162,7 +162,7 @@ def expert_outputs(
         into = load_transposed(in_ptr + expert * in_e, in_stride, c, h, C, H)
         hidden = tl.dot(x, into, input_precision=PRECISION)
         hidden += tl.load(in_bias_ptr + expert * in_bias_e + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
-        hidden = tl.maximum(hidden, 0.0).to(planes_ptr.dtype.element_ty)
+        hidden = tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL).to(planes_ptr.dtype.element_ty)
         out = load_transposed(out_ptr + expert * out_e, out_stride, h, c, H, C)
         y = tl.dot(hidden, out, input_precision=PRECISION)
         y += tl.load(out_bias_ptr + expert * out_bias_e + c, mask=c < C, other=0.0).to(tl.float32)[None, :]

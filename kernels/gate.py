@@ -165,7 +165,7 @@ def gate_weights(
     into = load_transposed(in_ptr, in_stride, c, g, C, G)
     hidden = tl.dot(h.to(dtype), into, input_precision=PRECISION)
     hidden += tl.load(in_bias_ptr + g, mask=g < G, other=0.0).to(tl.float32)[None, :]
-    hidden = tl.maximum(hidden, 0.0)
+    hidden = tl.maximum(hidden, 0.0, propagate_nan=tl.PropagateNan.ALL)
     out = load_transposed(out_ptr, out_stride, g, e, G, E)
     logits = tl.dot(hidden.to(dtype), out, input_precision=PRECISION)
     logits += tl.load(out_bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)[None, :]

@@ -1,9 +1,10 @@
 """The whole mixture in one launch: experts of the present regions, gate, softmax and weighted sum.
 
 Nothing is written but the condition tokens, and nothing is kept between steps but the pictures' latents. Against
-`region_experts` once and `gate_mix` every step, a step computes the present experts again and reads each distinct
-picture once where the bank has one block an expert and image. By counted bytes it is worth it where images share
-pictures or absent regions (batches); a single image moves as much either way, and `gate_mix` computes less.
+`region_experts` once and `gate_mix` every step, a step computes the present experts again, and reads each distinct
+picture and absent row once where the bank has one block for every expert and image. Counted for 512 x 512 pixels in
+bf16 with 11 pictures a mask: one image 3.1 MB and 114 MFLOP a step against 3.0 MB and 22 MFLOP, so `gate_mix` serves;
+four masks 8.6 MB against 12.1, four images of one mask 4.3 MB against 12.1, so this kernel serves batches.
 """
 
 from __future__ import annotations

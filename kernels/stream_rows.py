@@ -76,7 +76,7 @@ def _updated(x, y, gate, x_ptr, at, mask, CLIP: tl.constexpr):
     """x + gate * y, rounded and written to x; what was written, in fp32."""
     x += gate * y
     if CLIP:
-        x = tl.clamp(x, -65504.0, 65504.0)
+        x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
     rounded = x.to(x_ptr.dtype.element_ty)
     tl.store(x_ptr + at, rounded, mask=mask)
     return rounded.to(tl.float32)

@@ -28,12 +28,12 @@ def _is_bfloat16(value: Any) -> bool:
     return isinstance(value, TensorHandle) and value.dtype.scalar == tl.bfloat16
 
 
-def _widened(handle: Any) -> Any:
+def widened(handle: Any) -> Any:
     """bfloat16 bits as fp32 values."""
     return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
-def _rounded(handle: Any) -> Any:
+def rounded(handle: Any) -> Any:
     """fp32 values as bfloat16 bits, to nearest even."""
     bits = np.ascontiguousarray(handle.data.astype(np.float32)).view(np.uint32)
     bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -45,10 +45,10 @@ def _in_fp32(name: str, old: Callable[..., Any]) -> Callable[..., Any]:
         narrow = [_is_bfloat16(a) for a in args]
         if not any(narrow):
             return old(self, *args, **kwargs)
-        result = old(self, *(_widened(a) if n else a for a, n in zip(args, narrow, strict=True)), **kwargs)
+        result = old(self, *(widened(a) if n else a for a, n in zip(args, narrow, strict=True)), **kwargs)
         if name.startswith("fcmp") or (name == "dot" and not narrow[2]):  # a dot's third is its fp32 sum
             return result
-        return _rounded(result)
+        return rounded(result)
 
     return new
 
@@ -69,9 +69,9 @@ def correct_bfloat16() -> None:
     def cast_impl(self: Any, src: Any, to: Any) -> Any:
         source, target = src.dtype.scalar, to.scalar
         if source == tl.bfloat16 and target != tl.bfloat16:
-            return _widened(src) if target == tl.float32 else cast(self, _widened(src), to)
+            return widened(src) if target == tl.float32 else cast(self, widened(src), to)
         if target == tl.bfloat16 and source != tl.bfloat16:
-            return _rounded(src if source == tl.float32 else cast(self, src, tl.float32))
+            return rounded(src if source == tl.float32 else cast(self, src, tl.float32))
         return cast(self, src, to)
 
     def create_fp_to_fp(self: Any, src: Any, to: Any, rounding: Any) -> Any:
@@ -81,8 +81,8 @@ def correct_bfloat16() -> None:
     def reduce_sum(self: Any, x: Any) -> Any:
         if not _is_bfloat16(x.handle):
             return total(self, x)
-        wide = np.sum(_widened(x.handle).data, axis=self.axis, keepdims=self.keep_dims)
-        return self.to_tensor(_rounded(TensorHandle(wide, tl.float32)).data, x.dtype)
+        wide = np.sum(widened(x.handle).data, axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(rounded(TensorHandle(wide, tl.float32)).data, x.dtype)
 
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = create_fp_to_fp

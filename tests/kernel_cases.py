@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -450,3 +454,18 @@ def fresh_seed() -> int:
     seed = int(os.environ.get("MOGLE_RT_SEED") or secrets.randbelow(2**31))
     print(f"MOGLE_RT_SEED={seed}")
     return seed
+
+
+def planted(module: Any, old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module with every ``old`` in its source replaced."""
+    source = Path(module.__file__).read_text()
+    assert old in source, old
+    path = folder / f"faulty_{Path(module.__file__).name}"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    faulty = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, faulty)
+    spec.loader.exec_module(faulty)
+    return faulty

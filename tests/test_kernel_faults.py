@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +11,10 @@ import torch
 
 from mogle_rt.kernels import experts, gate, gate_mix, joint_attention, qk_norm_rope, region_experts, stream_rows
 from tests.interpreter import recorded
-from tests.kernel_cases import BY_NAME
+from tests.kernel_cases import BY_NAME, planted
 from tests.test_kernels import check, in_the_interpreter
 
 pytestmark = in_the_interpreter
-
-
-def planted(module: Any, old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module with every ``old`` in its source replaced."""
-    source = Path(module.__file__).read_text()
-    assert old in source, old
-    path = folder / f"faulty_{Path(module.__file__).name}"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    faulty = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, path.stem, faulty)
-    spec.loader.exec_module(faulty)
-    return faulty
 
 
 # Case, module with the fault, its source before and after, and (module, name) of what runs it.

@@ -12,6 +12,7 @@ from mogle_rt.kernels.common import interpreted
 from mogle_rt.kernels.workloads import DTYPES, workloads
 from tests.conftest import assert_close
 from tests.kernel_cases import BY_NAME, RMS, Case, fresh_seed
+from tests.test_kernel_launchers import NAN_CASES, nan_reaches_outputs
 from tests.test_kernels import CALLS, check
 
 pytestmark = [
@@ -41,6 +42,11 @@ def test_equals_its_twin_at_full_size(name: str, dtype: str) -> None:
     twin.reference(**twin.arguments)
     for out in BY_NAME[name].outputs:
         assert_close(mine.arguments[out].float(), twin.arguments[out].float(), rms=RMS[DTYPES[dtype]])
+
+
+@pytest.mark.parametrize("case", NAN_CASES, ids=lambda c: c.name)
+def test_nan_is_not_hidden(case: Case) -> None:
+    nan_reaches_outputs(case, "cuda")
 
 
 @pytest.mark.parametrize("name", NAMES)
