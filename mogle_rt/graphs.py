@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mogle_rt.step import Step, StepInputs
 
@@ -29,62 +31,85 @@ def why_eager(device: torch.device, cuda_graphs: bool) -> str | None:
     return None if device.type == "cuda" else f"CUDA graphs need a CUDA device, this is {device.type}"
 
 
+class Pool:
+    """The memory that graphs share."""
+
+    def __init__(self) -> None:
+        self.handle: Any = torch.cuda.graph_pool_handle()
+
+    def renew(self) -> None:
+        """Another one, after a failed capture: it may have taken the old one with it."""
+        self.handle = torch.cuda.graph_pool_handle()
+
+
 class Runner:
     """Runs one step again and again.
 
     Args:
         step: what is run.
         reason: why not in a graph; None captures one at the first `advance`.
-        pool: the memory that graphs share.
+        pool: for graphs.
 
     Attributes:
         execution: how steps are run: "cuda graph", or "eager: …" with the reason.
     """
 
-    def __init__(self, step: Step, reason: str | None, pool: Any = None) -> None:
+    def __init__(self, step: Step, reason: str | None, pool: Pool | None = None) -> None:
         self.step, self._pool = step, pool
         self.execution = GRAPH if reason is None else f"eager: {reason}"
-        self._addresses: list[int] | None = None  # at the first step
+        self._addresses: list[int] | None = None  # at the first start
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._device = step.buffers.latents.device
 
-    def advance(self) -> None:
-        """One step.
+    def start(self, latents: Tensor, k: int) -> None:
+        """Go to step k with these latents, [N, B, 64].
 
         Raises:
-            RuntimeError: a buffer was exchanged for another since the first step.
+            RuntimeError: a buffer was exchanged for another since the first start.
         """
         addresses = self.step.addresses()
         self._addresses = self._addresses or addresses
         if addresses != self._addresses:
             raise RuntimeError("a buffer of the step was replaced: inputs must be copied into it, see Step.load")
-        if self.execution == GRAPH and self._graph is None:
-            self._capture()
-        if self._graph is None:
-            self.step.advance()
-        else:
-            self._graph.replay()
+        self.step.buffers.latents.copy_(latents)
+        self.step.seek(k)
+
+    def advance(self) -> None:
+        """One step."""
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            if self.execution == GRAPH and self._graph is None:
+                self._capture()
+            if self._graph is None:
+                self.step.advance()
+            else:
+                self._graph.replay()
 
     def _capture(self) -> None:
         """Warm up, then capture; what the warm-up changed is put back. A failure is told, and steps run eagerly."""
         changing = (self.step.buffers.latents, self.step.buffers.index)
         saved = [t.clone() for t in changing]
-        device = saved[0].device
         try:
-            stream = torch.cuda.Stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    self.step.buffers.index.copy_(saved[1])
-                    self.step.advance()
-            torch.cuda.current_stream(device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                self.step.advance()
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
+            outer = torch.cuda.current_stream(self._device)
+            stream.wait_stream(outer)
+            try:
+                with torch.cuda.stream(stream):
+                    for _ in range(WARM_UP):
+                        self.step.buffers.index.copy_(saved[1])
+                        self.step.advance()
+                    handle = None if self._pool is None else self._pool.handle
+                    # Other threads may use the GPU meanwhile.
+                    with torch.cuda.graph(graph, pool=handle, stream=stream, capture_error_mode="thread_local"):
+                        self.step.advance()
+            finally:
+                outer.wait_stream(stream)
             self._graph = graph
         except RuntimeError as error:  # torch's and the driver's errors are such
-            reason = " ".join(str(error).split("\n", 1)[0].split())
-            self.execution = f"eager: capturing the step failed: {reason}"
+            cause = error.__context__ or error  # what broke the capture, not what its end said of it
+            self.execution = f"eager: capturing the step failed: {' '.join(str(cause).split(chr(10), 1)[0].split())}"
             logger.warning("steps run one by one, which is slower: %s", self.execution)
+            if self._pool is not None:
+                self._pool.renew()
         for t, before in zip(changing, saved, strict=True):
             t.copy_(before)
 
@@ -100,11 +125,16 @@ class Runners:
 
     def __init__(self, device: torch.device, cuda_graphs: bool, limit: int) -> None:
         self._reason, self._limit = why_eager(device, cuda_graphs), limit
-        self._pool = torch.cuda.graph_pool_handle() if self._reason is None else None
+        self._pool = Pool() if self._reason is None else None
         self._runners: OrderedDict[Hashable, Runner] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._runners)
+
+    def find(self, shapes: Hashable) -> Step | None:
+        """The step of these shapes, if there is one."""
+        runner = self._runners.get(shapes)
+        return None if runner is None else runner.step
 
     def get(self, shapes: Hashable, inputs: StepInputs, make: Callable[[], Step]) -> Runner:
         """The runner of these shapes, with these inputs; a step is made where there is none."""

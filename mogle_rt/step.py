@@ -31,6 +31,7 @@ class StepInputs:
         time_table: [S, 64], the gate's time embeddings; None without a gate.
         text: [T, B, D], prompt embeddings after ``context_embedder``.
         modulation: AdaLN modulations of all steps.
+        modulation_of: what they were made from: the model's timesteps [S], 1000 guidance_scale [], pooled prompts [B, P].
         rope: rotary table of the joint sequence [text, image, condition], [L, …] as `Ops.rope_buffer` makes it.
         sigma_steps: [S] float32, the next noise level minus this one, of every step.
     """
@@ -39,6 +40,7 @@ class StepInputs:
     time_table: Tensor | None
     text: Tensor
     modulation: ModulationTables
+    modulation_of: tuple[Tensor, Tensor, Tensor]
     rope: Tensor
     sigma_steps: Tensor
 
@@ -53,6 +55,7 @@ class Buffers:
             hidden, in the memory of qkv: an activation is done before q, k and v come or after they are used.
         velocity: [N, B, 64].
         index: int64 [1], the step's number.
+        clips: whether x is kept in fp16's range at the end of a block, as the reference does in fp16.
     """
 
     def __init__(self, transformer: Transformer, layout: Layout, batch: int) -> None:
@@ -73,6 +76,7 @@ class Buffers:
         self.qkv = self.scratch.view(-1)[: layout.total * batch * 3 * D].view(layout.total, batch, 3 * D)
         self.image = self.x[layout.image_rows]
         self.velocity = rows(layout.image, C)
+        self.clips = like.dtype == torch.float16
         self.index = torch.zeros(1, dtype=torch.int64, device=like.device)
 
 
@@ -97,7 +101,7 @@ class Addition(NamedTuple):
     bounds: tuple[int, ...]
     lora_up: Tensor | None = None
     lora_from: int = 0
-    clip: bool = True  # at the end of a block, as the reference does
+    clip: bool = False
 
 
 class Sublayer:
@@ -146,7 +150,7 @@ class DoubleAttention(Sublayer):
         T, D, bounds, lora_from = layout.text, b.x.shape[-1], layout.double_bounds, layout.double_lora_from
         normed, y = b.normed[..., : block.qkv.in_columns], b.y[..., : block.out.out_columns]
         self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv.down_before, lora_from)
-        self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from, clip=False)
+        self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from)
         self.normed_text, self.normed_rest = flat(normed[:T, :, :D]), flat(normed[T:])
         self.context_qkv = Product(block.context_qkv, b.qkv[:T])
         self.project_qkv = Product(block.qkv, b.qkv[T:], lora_from - T)
@@ -185,16 +189,11 @@ class DoubleMlp(Sublayer):
         T, D, bounds, lora_from = layout.text, b.x.shape[-1], layout.double_bounds, layout.double_lora_from
         normed, y = b.normed[..., :D], b.y[..., : block.ff_out.out_columns]
         self.norm = Norm(b.x, mod[4], mod[3], bounds, normed)
-        self.addition = Addition(b.x, y, mod[5], bounds, block.ff_out.up_after, lora_from)
+        self.addition = Addition(b.x, y, mod[5], bounds, block.ff_out.up_after, lora_from, b.clips)
         self.normed_text, self.normed_rest = flat(normed[:T]), flat(normed[T:])
         self.context_in = Product(block.context_ff_in, b.hidden[:T], gelu_scratch=b.scratch[:T])
         self.ff_in = Product(block.ff_in, b.hidden[T:], gelu_scratch=b.scratch[T:])
-        self.scratch, self.hidden, self.hidden_text, self.hidden_rest = (
-            b.scratch,
-            b.hidden,
-            flat(b.hidden[:T]),
-            flat(b.hidden[T:]),
-        )
+        self.hidden_text, self.hidden_rest = flat(b.hidden[:T]), flat(b.hidden[T:])
         self.context_out = Product(block.context_ff_out, y[:T, :, :D])
         self.ff_out = Product(block.ff_out, y[T:], lora_from - T)
 
@@ -213,7 +212,7 @@ class Single(Sublayer):
         D, bounds, lora_from = b.x.shape[-1], layout.single_bounds, layout.single_lora_from
         normed, y = b.normed[..., : block.qkv_mlp.in_columns], b.y[..., : block.out.out_columns]
         self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv_mlp.down_before, lora_from)
-        self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from)
+        self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from, b.clips)
         self.normed = flat(normed)
         self.project_qkv = Product(block.qkv_mlp, b.qkv, lora_from, columns=slice(0, 3 * D))
         mlp = slice(3 * D, None)
@@ -241,7 +240,7 @@ class LastSingle(Sublayer):
         image, image_lora_from = layout.image_rows, 0 if layout.latent_lora else layout.image
         normed, y = b.normed[..., : block.qkv_mlp.in_columns], b.y[image, :, : block.out.out_columns]
         self.norm = Norm(b.x, mod[1], mod[0], layout.single_bounds, normed, block.qkv_mlp.down_before, lora_from)
-        self.addition = Addition(b.image, y, mod[2][:1], (layout.image,), block.out.up_after, image_lora_from)
+        self.addition = Addition(b.image, y, mod[2][:1], (layout.image,), block.out.up_after, image_lora_from, b.clips)
         self.normed, self.normed_image = flat(normed), flat(normed[image])
         size = block.norm_qk.shape[-1]
         q, kv, hidden = b.qkv[image, :, :D], b.qkv[:, :, D:], b.hidden[image]
@@ -313,7 +312,8 @@ class Step:
             if (mine.shape, mine.dtype, mine.device) != (other.shape, other.dtype, other.device):
                 raise ValueError(f"step inputs must be {describe(mine)} as in the first run, got {describe(other)}")
         for mine, other in pairs:
-            mine.copy_(other)
+            if mine is not other:
+                mine.copy_(other)
         self.inputs.modulation.fill_condition(self.modulation)
 
     def addresses(self) -> list[int]:

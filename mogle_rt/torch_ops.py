@@ -79,7 +79,7 @@ def residual(
     Args:
         x: [L, B, D]. y: [L, B, D + Q]. gate: [G, B, D].
         lora_up: [Q, D], for positions ``lora_from`` to the end. None if Q is 0.
-        clip: keep fp16 values finite, as the reference does at the end of a block.
+        clip: keep values within fp16's range, as the reference does at the end of a block in fp16.
     """
     width = x.shape[-1]
     if lora_up is not None:
@@ -89,7 +89,7 @@ def residual(
     sizes = _sizes(bounds)
     for rows, gated, added in zip(x.split(sizes), gate.unbind(), y.split(sizes), strict=True):
         rows.addcmul_(gated, added)
-    if clip and x.dtype == torch.float16:
+    if clip:
         x.clamp_(-FP16_MAX, FP16_MAX)
 
 

@@ -98,7 +98,7 @@ def test_exchanged_buffer_is_refused(bundle: Bundle) -> None:
     run(engine, bundle, asked_of(bundle)(1))
     engine.prepared.buffers.latents = engine.prepared.buffers.latents.clone()
     with pytest.raises(RuntimeError, match="a buffer of the step was replaced"):
-        engine.advance()
+        engine.start(torch.zeros(1, 6, 64))
 
 
 def test_failed_capture_is_told(

@@ -244,9 +244,9 @@ class FaceMogle(nn.Module):
                 nn.init.zeros_(parameter)
 
     def rope(self, text: int, grid: tuple[int, int]) -> Tensor:
-        """Rotary table of the joint sequence: text has ids 0, the condition those of the image."""
+        """Rotary table of the joint sequence, [L, 1, 1, d / 2]: text has ids 0, the condition those of the image."""
         ids = token_ids(grid)
-        return rope_table(torch.cat([torch.zeros(text, 3), ids, ids]), self.config.axes_dims_rope)
+        return rope_table(torch.cat([torch.zeros(text, 3), ids, ids]), self.config.axes_dims_rope)[:, None, None]
 
     def forward(
         self,
