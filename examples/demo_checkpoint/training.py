@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing.spawn as mp
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -137,4 +137,4 @@ def in_team(size: int, work: Callable[..., None], *arguments: Any) -> None:
         if size == 1:
             _member(0, *options)
         else:
-            mp.spawn(_member, options, size)
+            spawn(_member, options, size)
