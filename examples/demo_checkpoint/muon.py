@@ -7,19 +7,21 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from examples.demo_checkpoint.training import PRODUCTS
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrix, about. matrix: [..., m, n]; stacks are done one by one."""
     tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if tall else matrix
+    x = (matrix.mT if tall else matrix).to(PRODUCTS)
     x = x / (x.flatten(-2).norm(dim=-1)[..., None, None] + 1e-7)
     a, b, c = COEFFICIENTS
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):

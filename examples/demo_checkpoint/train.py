@@ -26,7 +26,7 @@ from examples.demo_checkpoint.model import FaceMogle, load_parts
 from examples.demo_checkpoint.muon import Muon
 from examples.demo_checkpoint.renders import Renders
 from examples.demo_checkpoint.train_text import TOKENS, Reader, captions
-from examples.demo_checkpoint.training import Average, Clock, Team, in_team, learning_rate, save_state
+from examples.demo_checkpoint.training import PRODUCTS, Average, Clock, Team, in_team, learning_rate, save_state
 from mogle_rt.conditioning import unpack_latents
 from mogle_rt.config import NUM_CLASSES, VAE_SCALE
 
@@ -134,8 +134,9 @@ def flow_loss(
     sigma = noise_levels(len(i), generator)
     noise = torch.randn(x.shape, generator=generator)
     noisy = torch.lerp(x, noise, sigma[:, None, None])
-    velocity = model(noisy, sigma, data.rows[index].float(), sequence, pooled, rope)
-    error = velocity - (noise - x)
+    with torch.autocast("cpu", PRODUCTS, enabled=PRODUCTS.itemsize < 4):
+        velocity = model(noisy, sigma, data.rows[index].float(), sequence, pooled, rope)
+    error = velocity.float() - (noise - x)
     cells = unpack_latents(error, 8 * SIDE, 8 * SIDE).flatten(2)  # [B, 16, 256]
     averages = data.regions[i] @ cells.mT  # [B, 19, 16]
     present = (data.regions[i].sum(-1) > 0).sum()

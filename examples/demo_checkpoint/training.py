@@ -18,6 +18,8 @@ from torch.multiprocessing.spawn import spawn
 
 M = TypeVar("M", bound=nn.Module)
 
+# Twice as fast as float32 where a CPU multiplies it natively, hundreds of times slower elsewhere.
+PRODUCTS = torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
 LONGEST_STEP = 20.0  # seconds; what is longer was a stop
 
 
