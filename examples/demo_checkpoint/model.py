@@ -307,10 +307,15 @@ def _layers(model: FaceMogle) -> list[tuple[nn.Module, tuple[str, ...]]]:
 
 
 def _norms(model: FaceMogle) -> list[tuple[Tensor, tuple[str, ...]]]:
+    """Weights [2, d] of q's and k's norms with the stored layers that they are made of; text's stand first there."""
     found: list[tuple[Tensor, tuple[str, ...]]] = []
-    for stack, norms in ((model.blocks, schema.DOUBLE_NORM_FUSED), (model.single_blocks, schema.SINGLE_NORM_FUSED)):
-        for i, block in enumerate(stack):
-            found += [(block.get_parameter(f"{name}.weight"), f.at(i).sources) for name, f in norms.items()]
+    for i, block in enumerate(model.blocks):
+        names = schema.DOUBLE_NORM_FUSED["norm_qk"].at(i).sources
+        found.append((block.get_parameter("context_norm_qk.weight"), names[:2]))
+        found.append((block.get_parameter("norm_qk.weight"), names[2:]))
+    for i, block in enumerate(model.single_blocks):
+        names = schema.SINGLE_NORM_FUSED["norm_qk"].at(i).sources
+        found.append((block.get_parameter("norm_qk.weight"), names))
     return found
 
 
