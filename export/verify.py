@@ -384,7 +384,7 @@ def _torch_step(engine: TorchEngine, bundle: Bundle, case: Case) -> dict[str, Te
 
 def _compare_vae(bundle: Bundle, run: Run, by: str, tolerance: float) -> list[Comparison]:
     """Encoder and decoder beside diffusers' module."""
-    vae = load_autoencoder(autoencoder(bundle.config.vae), bundle.part("vae", CPU, torch.float32))
+    vae = load_autoencoder(autoencoder(bundle.config.vae), bundle.part("vae", CPU, torch.float32), str(bundle.path))
     results = []
     g = torch.Generator().manual_seed(9)
     for count, (height, width) in ((1, (32, 48)), (2, (64, 32))):

@@ -94,6 +94,7 @@ class Bundle:
     def __init__(self, path: str | Path) -> None:
         self.path = bundle_path(path)
         self.tensors, metadata = read_header(self.path)
+        self._names: dict[str, list[str]] = {part: [] for part in PARTS}
         if metadata.get("format") != FORMAT:
             raise CheckpointError(
                 f"{self.path}: a safetensors file, but not a mogle_rt bundle; make one with `mogle-rt convert`"
@@ -109,8 +110,7 @@ class Bundle:
 
     def names(self, part: str) -> list[str]:
         """Names of a part's tensors, without the part's prefix."""
-        prefix = f"{part}."
-        return [n.removeprefix(prefix) for n in self.tensors if n.startswith(prefix)]
+        return self._names[part]
 
     @property
     def has_text_encoders(self) -> bool:
@@ -142,9 +142,11 @@ class Bundle:
         return {name: shape[0] if shape else 0 for name, shape in shapes.items()}
 
     def _check_tensors(self) -> None:
-        stray = [n for n in self.tensors if n.split(".", 1)[0] not in PARTS]
-        if stray:
-            raise CheckpointError(f"{self.path}: unexpected tensor {stray[0]!r}")
+        for full in self.tensors:
+            part, _, name = full.partition(".")
+            if part not in PARTS:
+                raise CheckpointError(f"{self.path}: unexpected tensor {full!r}")
+            self._names[part].append(name)
         check_names(self._shapes("transformer"), schema.transformer_tensors(self.config.transformer), self.path)
         check_names(self._shapes("mogle"), schema.mogle_tensors(self.config.mogle), self.path)
         ranks = self.lora_ranks()

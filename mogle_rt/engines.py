@@ -127,6 +127,7 @@ class TorchEngine:
             rope=self.ops.rope_buffer(rope_table(joint_ids.to(self.device), self.config.axes_dims_rope)),
             sigma_steps=schedule.sigmas.diff().to(self.device),
         )
+        self.weights.release("transformer.context_embedder.weight")  # no step needs it
         self._runner = None  # where its shapes are not kept, its buffers go before new ones come
         self._runner = self._runners.get(
             shapes,

@@ -50,8 +50,7 @@ def load_transformer(bundle: Bundle, device: torch.device, dtype: torch.dtype, *
     ``riding``: see `Transformer`. It costs a copy of the weights, which a GPU's are in any case.
     """
     config = bundle.config.transformer
-    with torch.device("meta"):
-        model = Transformer(config, bundle.lora_ranks(), riding=riding)
+    model = Transformer(config, bundle.lora_ranks(), riding=riding)
 
     def stack(names: Iterable[str]) -> Tensor:
         return bundle.load([f"transformer.{n}" for n in names], device, dtype)
@@ -102,8 +101,7 @@ def load_lora(
 def load_mogle(bundle: Bundle, device: torch.device, dtype: torch.dtype, *, weight_is_scale: bool) -> MixtureOfExperts:
     """Experts and gate of a bundle."""
     config = bundle.config.mogle
-    with torch.device("meta"):
-        model = MixtureOfExperts(config, weight_is_scale=weight_is_scale)
+    model = MixtureOfExperts(config, weight_is_scale=weight_is_scale)
     if config.has_expert:
         for parameter, layer in (("expert_in", "net.0"), ("expert_out", "net.2")):
             weight = bundle.load([f"mogle.{e}.{layer}.weight" for e in EXPERT_NAMES], device, dtype)

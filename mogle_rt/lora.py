@@ -25,8 +25,8 @@ class Ride(enum.Enum):
 
 
 def empty_parameter(*shape: int) -> nn.Parameter:
-    """A frozen parameter whose values are loaded later."""
-    return nn.Parameter(torch.empty(*shape), requires_grad=False)
+    """A frozen parameter that is loaded later, without memory until then."""
+    return nn.Parameter(torch.empty(*shape, device="meta"), requires_grad=False)
 
 
 class Linear(nn.Module):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mogle_rt.checkpoint import check_names
 from mogle_rt.errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -48,9 +49,17 @@ def tensor_shapes(module: torch.nn.Module) -> dict[str, Shape]:
     return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
-def load_autoencoder(vae: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """A VAE without memory gets its weights, and is ready to encode and decode."""
-    vae.load_state_dict(dict(tensors), strict=True, assign=True)
+def load_autoencoder(vae: Any, tensors: Mapping[str, torch.Tensor], where: str) -> Any:
+    """A VAE without memory gets its weights, and is ready to encode and decode.
+
+    Raises:
+        CheckpointError: names or shapes don't fit; ``where`` says of what file.
+    """
+    try:
+        vae.load_state_dict(dict(tensors), strict=True, assign=True)
+    except RuntimeError:
+        check_names({name: tuple(t.shape) for name, t in tensors.items()}, tensor_shapes(vae), where)
+        raise
     return vae.eval().requires_grad_(False)
 
 

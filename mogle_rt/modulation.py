@@ -131,27 +131,28 @@ def modulation_tables(
     """
     steps, batch, width = temb.shape
     rows = F.silu(temb).reshape(steps * batch, width)
-    condition = None if condition_temb is None else F.silu(condition_temb)
+    # The condition's rows stand below those of the steps: a weight is read once for both.
+    all_rows = rows if condition_temb is None else torch.cat([rows, F.silu(condition_temb)])
 
     def table(count: int, chunks: int, groups: int, *leading: int) -> Tensor:
         return temb.new_empty(*leading, count, chunks, groups, batch, width)
 
     double = table(config.num_layers, 6, 2, steps)
     single = table(config.num_single_layers, 3, 1, steps)
-    condition_double = None if condition is None else table(config.num_layers, 6, 1)
-    condition_single = None if condition is None else table(config.num_single_layers, 3, 1)
+    condition_double = None if condition_temb is None else table(config.num_layers, 6, 1)
+    condition_single = None if condition_temb is None else table(config.num_single_layers, 3, 1)
 
     def fill(name: str, into: Tensor, condition_into: Tensor | None = None, *, lora: bool = False) -> None:
         """into: [S, chunks, B, D], condition_into: [chunks, B, D]."""
-        weight, bias = weights(f"transformer.{name}.weight"), weights(f"transformer.{name}.bias")
-        for x, out, with_lora in ((rows, into, lora), (condition, condition_into, True)):
-            if x is None or out is None:
-                continue
-            y = F.linear(x, weight, bias)
-            if with_lora:
-                down, up = weights(f"lora.{name}.lora_A.weight"), weights(f"lora.{name}.lora_B.weight")
-                y = torch.addmm(y, x @ down.t(), up.t())
-            out.copy_(y.view(*out.shape[:-3], batch, -1, width).transpose(-3, -2))
+        x = rows if condition_into is None else all_rows
+        y = F.linear(x, weights(f"transformer.{name}.weight"), weights(f"transformer.{name}.bias"))
+        lora_from = 0 if lora else len(rows)
+        if lora_from < len(x):
+            down, up = weights(f"lora.{name}.lora_A.weight"), weights(f"lora.{name}.lora_B.weight")
+            y[lora_from:].addmm_(x[lora_from:] @ down.t(), up.t())
+        for part, out in ((y[: len(rows)], into), (y[len(rows) :], condition_into)):
+            if out is not None:
+                out.copy_(part.view(*out.shape[:-3], batch, -1, width).transpose(-3, -2))
         weights.release(f"transformer.{name}.weight")
 
     for i in range(config.num_layers):

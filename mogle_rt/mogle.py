@@ -48,11 +48,11 @@ class MixtureOfExperts(nn.Module):
             self.expert_out = empty_parameter(NUM_EXPERTS, C, H)
             self.expert_out_bias = empty_parameter(NUM_EXPERTS, C)
         if config.has_gating:
-            self.time_in = nn.Linear(C, C)
-            self.time_out = nn.Linear(C, C)
-            self.noise_proj = nn.Linear(C, C)
-            self.gate_in = nn.Linear(C, G)
-            self.gate_out = nn.Linear(G, NUM_EXPERTS)
+            self.time_in = nn.Linear(C, C, device="meta")
+            self.time_out = nn.Linear(C, C, device="meta")
+            self.noise_proj = nn.Linear(C, C, device="meta")
+            self.gate_in = nn.Linear(C, G, device="meta")
+            self.gate_out = nn.Linear(G, NUM_EXPERTS, device="meta")
 
     def bank(self, mask_latents: Tensor, ops: Ops) -> Bank:
         """Once an image. mask_latents: [B, 20, N, 64], packed VAE latents of the palette picture and the 19 planes."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mogle_rt.arguments import Generators, check_options, check_tensor, common_count, generator_list, prompt_list
 from mogle_rt.cache import TensorCache
-from mogle_rt.checkpoint import Bundle, check_names
+from mogle_rt.checkpoint import Bundle
 from mogle_rt.conditioning import Conditioner, MaskPosterior, pack_latents, unpack_latents
 from mogle_rt.config import PATCH, VAE_SCALE, ModelConfig
 from mogle_rt.devices import choose_device, choose_dtype
@@ -29,7 +29,7 @@ from mogle_rt.engine_choice import Engine, EngineName, engine_dtype, make_engine
 from mogle_rt.engines import Conditions
 from mogle_rt.errors import InputError
 from mogle_rt.masks import Labels, MaskLike, to_label_batch
-from mogle_rt.models import autoencoder, load_autoencoder, tensor_shapes
+from mogle_rt.models import autoencoder, load_autoencoder
 from mogle_rt.sampling import Schedule, denoise, make_schedule
 from mogle_rt.text import TextEncoders
 
@@ -104,10 +104,8 @@ class Pipeline:
         self.device = choose_device(device)
         self.dtype = choose_dtype(engine_dtype(engine, engine_path, checkpoint, dtype), self.device)
         self.bundle = Bundle(checkpoint)
-        vae = autoencoder(self.bundle.config.vae)
-        found = {n: self.bundle.tensors[f"vae.{n}"].shape for n in self.bundle.names("vae")}
-        check_names(found, tensor_shapes(vae), f"{checkpoint} (vae)")
-        self.vae = load_autoencoder(vae, self.bundle.part("vae", self.device, self.dtype))
+        weights = self.bundle.part("vae", self.device, self.dtype)
+        self.vae = load_autoencoder(autoencoder(self.bundle.config.vae), weights, f"{checkpoint} (vae)")
         self.engine: Engine = make_engine(
             engine,
             engine_path,

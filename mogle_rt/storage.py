@@ -147,7 +147,9 @@ class MappedFile:
     def __init__(self, path: Path) -> None:
         with path.open("rb") as f:
             self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable.*")
+            self._bytes = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
 
     def view(self, infos: Sequence[TensorInfo]) -> torch.Tensor | None:
         """One flat tensor over neighbours of one dtype, without a copy; None if they aren't neighbours.
@@ -160,15 +162,13 @@ class MappedFile:
         dtype = infos[0].dtype
         if infos[0].begin % dtype.itemsize:
             return None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*not writable.*")
-            return torch.from_numpy(self._bytes[infos[0].begin : infos[-1].end]).view(dtype)
+        return self._bytes[infos[0].begin : infos[-1].end].view(dtype)
 
     def tensor(self, info: TensorInfo) -> torch.Tensor:
         """One tensor; a view if the file aligns it, else a copy."""
         flat = self.view([info])
         if flat is None:
-            flat = torch.from_numpy(self._bytes[info.begin : info.end].copy()).view(info.dtype)
+            flat = self._bytes[info.begin : info.end].clone().view(info.dtype)
         return flat.view(info.shape)
 
     def release(self, info: TensorInfo) -> None:

@@ -150,7 +150,7 @@ class Transformer(nn.Module):
             }
 
         self.x_embedder = LoraLinear(C, D, ranks["x_embedder"])
-        self.context_embedder = nn.Linear(config.joint_attention_dim, D)
+        self.context_embedder = nn.Linear(config.joint_attention_dim, D, device="meta")
         self.blocks = nn.ModuleList(DoubleBlock(config, double_ranks(i), riding) for i in range(config.num_layers))
         self.single_blocks = nn.ModuleList(
             SingleBlock(config, single_ranks(i), riding) for i in range(config.num_single_layers)
