@@ -17,6 +17,9 @@ from torch import Tensor
 from mogle_rt.config import ModelConfig
 
 
+PLAIN_QUERIES = 256  # at once, where scores are made whole: memory then grows with the sequence, not with its square
+
+
 class Visibility(enum.Enum):
     """Who sees whom."""
 
@@ -108,7 +111,12 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
         else:
             out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
         return out, lse[:, :, : q.shape[2]]  # the efficient kernel pads its rows
-    # Other devices have no such kernel: the scores of one group, in full precision.
+    parts = [plain_attention_with_lse(some, k, v) for some in q.split(PLAIN_QUERIES, dim=2)]
+    return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+
+
+def plain_attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in full precision where a device has no such kernel; the scores are whole, so of few queries at once."""
     scores = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(q.shape[-1])
     lse = scores.logsumexp(-1)
     return (torch.exp(scores - lse[..., None]) @ v.float()).to(q.dtype), lse

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.baseline import Baseline
 from mogle_rt import Pipeline
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import NUM_CLASSES, ModelConfig
 from mogle_rt.engines import TorchEngine
 from mogle_rt.lora import LoraLinear
 from mogle_rt.sampling import euler, make_schedule
-from tests.conftest import CASES, GoldenCase, assert_close, relative_rms
+from tests.checkpoints import Files
+from tests.conftest import CASES, GOLDEN, GoldenCase, assert_close, relative_rms
 
 TOLERANCE = 1e-5
 CPU = torch.device("cpu")
@@ -84,6 +86,31 @@ def test_pipeline(name: str, golden_bundle: Bundles) -> None:
 
     assert_close(run("latent"), case.tensors["final_latents"], rms=TOLERANCE)
     assert_close(run("pt"), case.tensors["image"], rms=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_baseline(name: str) -> None:
+    """What the benchmarks compare with computes the same."""
+    case = GoldenCase.load(name)
+    height, width = case.size
+    checkpoint = case.settings["checkpoint"]
+    files = Files(GOLDEN / "checkpoints" / checkpoint)
+    mixture = {f"has_{part}": not checkpoint.endswith(f"no-{part}") for part in ("gating", "expert")}
+    baseline = Baseline.from_files(files.flux, files.lora, files.mogle, **case.model.to_dict(), **mixture)
+    placement = case.placement
+    made = baseline(
+        case.tensors["labels"],
+        case.tensors["prompt_embeds"],
+        case.tensors["pooled_prompt_embeds"],
+        case.tensors["noise"],
+        case.settings["steps"],
+        placement.pop("guidance_scale"),
+        height=height,
+        width=width,
+        **placement,
+    )
+    for key in ("mask_latents", "cond.0", "noise_pred.0", "final_latents", "image"):
+        assert_close(made[key], case.tensors[key], rms=TOLERANCE)
 
 
 FAULTS = {

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from torch import Tensor
 
 from benchmarks.baseline import Baseline
-from mogle_rt.attention import AttentionPlan, Visibility, attention_with_lse, joint_attention
+from mogle_rt.attention import (
+    PLAIN_QUERIES,
+    AttentionPlan,
+    Visibility,
+    attention_with_lse,
+    joint_attention,
+    plain_attention_with_lse,
+)
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import ModelConfig, TransformerConfig
+from mogle_rt.counting import OpCounter
 from mogle_rt.engines import Conditions, TorchEngine, condition_ids, token_ids
 from mogle_rt.modulation import modulation_tables, time_embedding
 from mogle_rt.mogle import Bank
@@ -173,13 +183,24 @@ def test_grouped_attention_equals_dense(visibility: Visibility, queries: int, ba
     assert_close(joint_attention(q, k, v, 15, plan), dense_attention(q, k, v, 15, plan).float(), rms=1e-6)
 
 
-def test_log_sum_exp_on_other_devices() -> None:
-    """The path without a fused kernel (meta stands for a device that has none) gives the same as the CPU's."""
+@pytest.mark.parametrize("attend", [attention_with_lse, plain_attention_with_lse], ids=["kernel", "plain"])
+def test_log_sum_exp(attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+    """The CPU's kernel, and the way of devices that have none."""
     q, k, v = (torch.randn(2, 3, rows, 16) for rows in (5, 9, 9))
-    out, lse = attention_with_lse(q, k, v)
+    out, lse = attend(q, k, v)
     scores = q @ k.transpose(-1, -2) / 4
     assert_close(lse, scores.logsumexp(-1), rms=1e-6)
     assert_close(out, scores.softmax(-1) @ v, rms=1e-6)
+
+
+def test_plain_attention_is_done_in_parts() -> None:
+    """On meta, which has no kernel of that kind, no tensor holds the scores of all queries."""
+    rows = 4 * PLAIN_QUERIES
+    q = torch.empty(1, 1, rows, 16, device="meta")
+    with OpCounter() as counter:
+        out, lse = attention_with_lse(q, q, q)
+    assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+    assert counter.take().peak < rows * rows * 4
 
 
 def test_condition_scale_of_zero_separates() -> None:
