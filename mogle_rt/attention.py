@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mogle_rt.config import ModelConfig
 
-
 PLAIN_QUERIES = 256  # at once, where scores are made whole: memory then grows with the sequence, not with its square
 
 
