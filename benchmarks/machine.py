@@ -12,6 +12,7 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import onnxruntime
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -123,7 +124,9 @@ class Machine:
             facts["GPU"] = torch.cuda.get_device_name(self.device)
         facts["CPU"] = f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
         facts["system"] = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
-        facts["versions"] = ", ".join(f"{name} {version(name)}" for name in ("mogle-rt", "torch", "diffusers", "peft"))
+        versions = {name: version(name) for name in ("mogle-rt", "torch", "diffusers", "peft")}
+        versions["onnxruntime"] = onnxruntime.__version__  # several packages have this module
+        facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
         facts["computed in"] = str(self.dtype).removeprefix("torch.")
         facts["matrix products"] = ", ".join(
             f"{rate / 1e9:.0f} GFLOP/s at {' x '.join(map(str, shape))}" for shape, rate in self.products.items()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ORDER = ("experts and gate", "step", "image", "mask", "load", "peak memory")  # of groups
+ORDER = ("experts and gate", "step", "image", "engines", "mask", "load", "peak memory")  # of groups
 NOISY = 0.15  # spread, or others' share of the processors, above which a figure is marked
 HEADINGS = (
     "",
@@ -112,7 +112,8 @@ EXPLANATION = """\
 Made by `make bench`. Both sides load the same files, give the same result (checked before anything is timed, to
 {tolerance:g} relative RMS), and are timed in turns in one process; the figures are medians. The baseline
 ([baseline.py](baseline.py)) computes as the reference does, on diffusers' and peft's modules; it has no batches and
-makes its images one after the other.
+makes its images one after the other. In the rows *engines*, the engine is onnxruntime and the baseline is this runtime's
+torch engine; a ratio below 1 means that onnxruntime is slower.
 
 **limit**: the least time for the same work on this machine: the FLOPs that are needed over the rate of a plain matrix
 product measured alongside (in steps and images, the model's own largest), or the bytes that must be read and written

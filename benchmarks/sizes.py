@@ -19,6 +19,7 @@ from mogle_rt import Pipeline
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import MLP_RATIO, PATCH, ModelConfig, TransformerConfig
 from mogle_rt.engines import Conditions, TorchEngine
+from mogle_rt.export.exporter import export
 from mogle_rt.masks import CLASS_NAMES, Labels, resize
 from mogle_rt.sampling import Schedule, make_schedule
 from tests.checkpoints import VAE, write_checkpoint
@@ -87,6 +88,14 @@ class Models:
     @cached_property
     def pipeline(self) -> Pipeline:
         pipe = Pipeline(self.path, self.device, self.dtype)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @cached_property
+    def onnx_pipeline(self) -> Pipeline:
+        """The same by onnxruntime, from an export made once."""
+        folder = export(self.path, dtype=self.dtype)
+        pipe = Pipeline(self.path, self.device, self.dtype, engine="onnxruntime", engine_path=folder)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -175,18 +184,19 @@ class Job:
         device = self.models.device
         return Schedule(plan.sigmas.to(device), plan.timesteps.to(device), plan.model_timesteps.to(device))
 
+    @cached_property
+    def conditions(self) -> Conditions:
+        return Conditions(
+            mask_latents=self.mask_latents,
+            prompt_embeds=self.prompt,
+            pooled_prompt_embeds=self.pooled,
+            guidance_scale=GUIDANCE,
+            grid=(self.pixels // PATCH, self.pixels // PATCH),
+        )
+
     def prepare(self) -> None:
         """Give the engine what no step changes."""
-        self.models.engine.prepare(
-            Conditions(
-                mask_latents=self.mask_latents,
-                prompt_embeds=self.prompt,
-                pooled_prompt_embeds=self.pooled,
-                guidance_scale=GUIDANCE,
-                grid=(self.pixels // PATCH, self.pixels // PATCH),
-            ),
-            self.schedule,
-        )
+        self.models.engine.prepare(self.conditions, self.schedule)
 
     def engine_condition(self) -> Tensor:
         return self.models.engine.condition(self.noise, self.k)
@@ -219,9 +229,9 @@ class Job:
 
         return torch.cat([one(i) for i in range(self.batch)])
 
-    def engine_images(self) -> Tensor:
-        """(B, 3, H, W), mask encoding and decoding included."""
-        images = self.models.pipeline(
+    def engine_images(self, pipeline: Pipeline | None = None) -> Tensor:
+        """(B, 3, H, W), mask encoding and decoding included; by default by the torch engine."""
+        images = (pipeline or self.models.pipeline)(
             self.labels,
             prompt_embeds=self.prompt,
             pooled_prompt_embeds=self.pooled,

@@ -46,8 +46,13 @@ def main(
         str,
         typer.Option(help="link: point into the bundle; copy: beside the graphs, in --dtype; embed: in the graphs."),
     ] = "link",
-    smallest: Annotated[str, typer.Option("--min", help="TensorRT: smallest WIDTHxHEIGHT[xBATCH].")] = "256x256x1",
-    usual: Annotated[str, typer.Option("--opt", help="TensorRT: the size to be fastest at.")] = "512x512x1",
+    smallest: Annotated[
+        str | None,
+        typer.Option("--min", help="TensorRT: smallest WIDTHxHEIGHT[xBATCH]; default: 256x256, or the model's size."),
+    ] = None,
+    usual: Annotated[
+        str | None, typer.Option("--opt", help="TensorRT: the size to be fastest at; default: the model's.")
+    ] = None,
     largest: Annotated[str, typer.Option("--max", help="TensorRT: largest size and batch.")] = "1024x1024x4",
     target: Annotated[
         str | None,
@@ -76,7 +81,10 @@ def main(
     switches = parse_json(model_config)
     _require_onnx()
     import mogle_rt.export.tensorrt as tensorrt
+    from mogle_rt.checkpoint import Bundle
+    from mogle_rt.export.exporter import export
     from mogle_rt.export.verify import check as check_again
+    from mogle_rt.manifest import Manifest
     from mogle_rt.tensorrt_engine import PACKAGES
 
     if check is not None:
@@ -85,8 +93,12 @@ def main(
         return
     if checkpoint is None:
         raise InputError("name a bundle, or a folder with --check")
+    bundle = Bundle(checkpoint)
+    side = bundle.default_size
     profile = tensorrt.Profile(
-        smallest=tensorrt.Size.parse(smallest), usual=tensorrt.Size.parse(usual), largest=tensorrt.Size.parse(largest)
+        smallest=tensorrt.Size.parse(smallest or "{0}x{0}".format(min(256, side))),
+        usual=tensorrt.Size.parse(usual or f"{side}x{side}"),
+        largest=tensorrt.Size.parse(largest),
     )
     graphs = ("step", "step_scaled") if condition_scale else ("step",)
     engines = [  # told before anything is written: a missing package, an unknown target
@@ -97,12 +109,7 @@ def main(
         for graph in graphs
     ]
 
-    from mogle_rt.checkpoint import Bundle
-    from mogle_rt.export.exporter import export
-    from mogle_rt.manifest import Manifest
-
     start = time.perf_counter()
-    bundle = Bundle(checkpoint)
     folder = export(
         checkpoint,
         output,

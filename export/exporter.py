@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,20 @@ from typing import Any
 import onnx
 import torch
 
-from mogle_rt import __version__
+from mogle_rt import __version__, demo
 from mogle_rt.checkpoint import Bundle, BundleConfig
 from mogle_rt.config import DTYPE_NAMES, ModelConfig
 from mogle_rt.devices import parse_dtype
+from mogle_rt.engine_file import read_engine
 from mogle_rt.errors import CheckpointError, InputError, OutputError
-from mogle_rt.export.graph import DEFAULT_OPSET, NEWEST_OPSET, OLDEST_OPSET, GraphBuilder
+from mogle_rt.export.graph import BFLOAT16_OPSET, DEFAULT_OPSET, NEWEST_OPSET, OLDEST_OPSET, GraphBuilder
 from mogle_rt.export.prepare import PrepareGraph, build_experts, condition_row_names, modulation_row_names
 from mogle_rt.export.step import StepGraph
 from mogle_rt.export.vae import VaeGraph
-from mogle_rt.export.weights import MODES, Mode, Weights, place_weights
+from mogle_rt.export.weights import COPY_NAME, MODES, Mode, Weights, place_weights
 from mogle_rt.manifest import (
     NAME,
+    EngineSpec,
     GraphSpec,
     Manifest,
     TensorSpec,
@@ -29,25 +32,34 @@ from mogle_rt.manifest import (
     file_sha256,
     header_sha256,
 )
+from mogle_rt.masks import CLASS_NAMES, PALETTE
 from mogle_rt.storage import atomic_write
 
 GRAPHS = ("vae_encoder", "experts", "prepare", "step", "step_scaled", "vae_decoder")
 SHORT_NAMES = {getattr(torch, long): short for short, long in DTYPE_NAMES.items()}
 
 DRIVE = (
-    "pictures: of each mask, number 0 in palette colours, numbers 1 to 19 the planes of the classes (255 where the class "
-    "is, else 0, in all three channels); uint8 [P, H, W, 3], H and W multiples of 16; equal pictures need be encoded once",
+    "pictures: of each mask 20; picture 0 is the mask in the classes' colors, picture 1 + i is class i (255 where it is, "
+    "else 0, in all three channels); uint8 [P, H, W, 3], H and W multiples of 16; equal pictures need be encoded once",
     "vae_encoder(pictures) -> latents [P, N, 64], N = H / 16 * W / 16; gather them to mask_latents [B, 20, N, 64]",
     "experts(mask_latents) -> bank, gate_input",
-    "prepare(prompt_embeds (T5), pooled_prompt_embeds (CLIP), model_timesteps, timesteps, guidance = 1000 * "
+    "text encoders are not exported: prompt_embeds [B, T, J] (T5) and pooled_prompt_embeds [B, P] (CLIP) come from "
+    "elsewhere, with the masks' batch B",
+    "prepare(prompt_embeds, pooled_prompt_embeds, model_timesteps, timesteps, guidance = 1000 * "
     "guidance_scale, grid = (H / 16, W / 16), position_delta = (0, 0), position_scale = 1) -> text, time_table, "
     "modulation, condition_modulation, rope_cos, rope_sin; sequence = T + 2 N",
     "latents = standard normal noise [B, N, 64]",
     "for k in 0 ... S - 1: step(latents, step = k, all of the above) -> velocity; latents += (sigma[k + 1] - sigma[k]) * "
-    "velocity, in float32, then rounded to the graphs' dtype",
+    "velocity, in float32, then rounded to the graphs' dtype; condition is the step's mixture, not needed by the loop",
     "where condition_scale is not 1, step_scaled in step's place, with log_condition_scale = log(condition_scale), "
     "-10000 for 0",
     "vae_decoder(latents, grid) -> images [B, 3, H, W] in [0, 1]",
+    "an engine's file: 8 bytes MOGLETRT, the header's length n as a little-endian uint64, n bytes of header (JSON, UTF-8), "
+    "plan_bytes bytes of TensorRT's plan; its inputs and outputs are its graph's",
+)
+CLASSES = tuple(
+    {"index": i, "name": name, "color": color}
+    for i, (name, color) in enumerate(zip(CLASS_NAMES, PALETTE.tolist(), strict=True))
 )
 
 
@@ -57,12 +69,13 @@ class ExportOptions:
 
     Attributes:
         dtype: of the graphs' inputs, outputs and arithmetic.
-        opset: of the graphs, `OLDEST_OPSET` to `NEWEST_OPSET`; from 23 they use the fused operators.
+        opset: of the graphs, `OLDEST_OPSET` to `NEWEST_OPSET`, in bfloat16 from `BFLOAT16_OPSET`; from 23 they use the
+            fused operators.
         weights: see `mogle_rt.export.weights.place_weights`.
         model: the reference's switches, built into the graphs.
 
     Raises:
-        InputError: the opset or the way of weights is unknown.
+        InputError: the opset or the way of weights is unknown, or the opset too old for the dtype.
     """
 
     dtype: torch.dtype
@@ -73,6 +86,8 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if not OLDEST_OPSET <= self.opset <= NEWEST_OPSET:
             raise InputError(f"opset must be from {OLDEST_OPSET} to {NEWEST_OPSET}, got {self.opset}")
+        if self.dtype == torch.bfloat16 and self.opset < BFLOAT16_OPSET:
+            raise InputError(f"bf16 needs opset {BFLOAT16_OPSET} or newer, got {self.opset}; or take fp16 or fp32")
         if self.weights not in MODES:
             raise InputError(f"weights must be link, copy or embed, got {self.weights!r}")
 
@@ -105,18 +120,29 @@ def export_folder(bundle: Bundle, output: str | Path | None) -> Path:
     """The folder asked for; by default the bundle's own, the one place that every loader takes.
 
     Raises:
-        OutputError: it is a file, or holds the export of another bundle.
+        OutputError: it is a file, or holds the export of another bundle; or none was named for the package's own bundle.
     """
+    if output is None and bundle.path.resolve() == demo.BUNDLE.resolve():
+        raise OutputError(f"{bundle.path}: lies in the package; name a folder with -o")
     folder = bundle.path.resolve().parent if output is None else Path(output)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file, not a folder")
+    previous = previous_export(folder)
+    if previous is not None and previous.bundle["name"] != bundle.path.resolve().name:
+        raise OutputError(f"{folder}: holds the export of {previous.bundle['name']}; choose another folder with -o")
+    return folder
+
+
+def previous_export(folder: Path) -> Manifest | None:
+    """The export that a folder holds.
+
+    Raises:
+        OutputError: its manifest can't be read.
+    """
     try:
-        other = Manifest.read(folder).bundle["name"] if (folder / NAME).exists() else None
+        return Manifest.read(folder) if (folder / NAME).exists() else None
     except CheckpointError as error:
         raise OutputError(f"{folder}: choose another folder: {error}") from None
-    if other not in (None, bundle.path.resolve().name):
-        raise OutputError(f"{folder}: holds the export of {other}; choose another folder with -o")
-    return folder
 
 
 def export_onnx(
@@ -124,27 +150,34 @@ def export_onnx(
 ) -> Manifest:
     """Write graphs and manifest. Reads headers only: seconds and little memory at any size, unless weights are copied.
 
+    Engines of an earlier export stay in the manifest if their graph is the same as before.
+
     Args:
-        folder: made if it isn't there.
+        folder: made if it isn't there. Files of an earlier export are replaced, others never.
         progress: called with each file's name before it is made.
 
     Raises:
-        OutputError: the folder can't be written to, or the bundle can't be linked into it.
+        OutputError: the folder can't be written to, or the bundle can't be linked into it; or a file of a graph's name
+            is there that no export has made.
         InputError: the weights are too many to embed.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder}: can't be made: {error.strerror or error}") from None
+    previous = previous_export(folder)
+    check_replaced(folder, options.weights, previous)
     graphs: dict[str, GraphSpec] = {}
     if progress:
         progress("weights")
-    with place_weights(bundle, folder, options.weights, options.dtype) as weights:
+    with ExitStack() as on_failure, place_weights(bundle, folder, options.weights, options.dtype) as weights:
         for name in GRAPHS:
             if progress:
                 progress(f"{name}.onnx")
-            model = build_graph(name, bundle.config, weights, options)
-            graphs[name] = write_graph(model, folder / f"{name}.onnx")
+            model, path = build_graph(name, bundle.config, weights, options), folder / f"{name}.onnx"
+            if not path.exists():  # without a manifest, the next export would take it for another's
+                on_failure.callback(path.unlink, missing_ok=True)
+            graphs[name] = write_graph(model, path)
         manifest = Manifest(
             software={"mogle_rt": __version__, "onnx": onnx.__version__, "torch": torch.__version__},
             dtype=SHORT_NAMES[options.dtype],
@@ -153,14 +186,48 @@ def export_onnx(
             weights=describe_weights(folder, weights, options.weights),
             model_config=options.model.to_dict(),
             config=_json_config(bundle.config),
+            classes=CLASSES,
             graphs=graphs,
+            engines=kept_engines(folder, previous, graphs, bundle.content_hash),
             schedule=_schedule(bundle.config),
             drive=DRIVE,
             modulation_rows=tuple(modulation_row_names(bundle.config.transformer)),
             condition_modulation_rows=tuple(condition_row_names(bundle.config.transformer)),
         )
         manifest.write(folder)
+        on_failure.pop_all()
     return manifest
+
+
+def check_replaced(folder: Path, weights: Mode, previous: Manifest | None) -> None:
+    """What an export is about to write is new, or of an earlier export.
+
+    Raises:
+        OutputError: names the first file that is neither.
+    """
+    own: set[str] = set()
+    if previous is not None:
+        own = {graph.file for graph in previous.graphs.values()}
+        if previous.weights.mode == "copy":
+            own.add(str(previous.weights.file))
+    for name in (*(f"{graph}.onnx" for graph in GRAPHS), *([COPY_NAME] if weights == "copy" else [])):
+        if name not in own and (folder / name).exists():
+            raise OutputError(f"{folder / name}: is there already and not of an export; choose another folder with -o")
+
+
+def kept_engines(
+    folder: Path, previous: Manifest | None, graphs: Mapping[str, GraphSpec], bundle_sha256: str
+) -> tuple[EngineSpec, ...]:
+    """Engines of an earlier export that are there and were built from these very graphs and weights."""
+    kept = []
+    for engine in () if previous is None else previous.engines:
+        try:
+            header, _ = read_engine(folder / engine.file)
+        except CheckpointError:
+            continue
+        if header.graph in graphs and header.fits(bundle_sha256, graphs[header.graph].sha256):
+            kept.append(engine)
+    return tuple(kept)
 
 
 def write_graph(model: onnx.ModelProto, path: Path) -> GraphSpec:

@@ -30,7 +30,8 @@ ONNX_TYPES = {
     torch.int64: TensorProto.INT64,
     torch.uint8: TensorProto.UINT8,
 }
-OLDEST_OPSET, NEWEST_OPSET, DEFAULT_OPSET = 18, 25, 23
+OLDEST_OPSET, NEWEST_OPSET, DEFAULT_OPSET = 18, min(25, onnx.defs.onnx_opset_version()), 23
+BFLOAT16_OPSET = 22  # from there on every operator used here takes bfloat16
 NORM_EPS = 1e-6  # of LayerNorm and RMSNorm
 FP16_LARGEST = 65504.0
 LARGEST_FUSED_HEAD = 256  # runtimes' attention kernels end there; the VAE's one head is wider
@@ -184,6 +185,12 @@ class GraphBuilder:
     def from_float32(self, x: str) -> str:
         """The way back."""
         return x if self.dtype == torch.float32 else self.cast(x, self.dtype)
+
+    def but_bfloat16(self, op: str, x: str, *inputs: str, **attributes: Any) -> str:
+        """A node whose operator onnxruntime has in every dtype but bfloat16: of that, it is done in float32."""
+        if self.dtype != torch.bfloat16:
+            return self.node(op, x, *inputs, **attributes)
+        return self.from_float32(self.node(op, self.to_float32(x), *inputs, **attributes))
 
     def add(self, a: str, b: str) -> str:
         """a + b."""

@@ -156,7 +156,7 @@ class StepGraph:
         weights = g.node("Softmax", g.linear(hidden, f"{gating}.gate.2"), axis=-1)
         weights = g.reshape(weights, g.ints(g.size(latents, 0), g.size(latents, 1), 1, NUM_EXPERTS))
         if self.model.weight_is_scale:
-            weights = g.node("ReduceMean", weights, g.const([1]), keepdims=1)
+            weights = g.but_bfloat16("ReduceMean", weights, g.const([1]), keepdims=1)
         return g.node("Squeeze", g.node("MatMul", weights, "bank"), g.const([2]))
 
     def _biases(self) -> None:

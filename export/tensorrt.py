@@ -274,18 +274,18 @@ def build_plan(
     for name, (low, usual, high) in shapes.items():
         profile.set_shape(name, tuple(low), tuple(usual), tuple(high))
     config.add_optimization_profile(profile)
-    cache_path = folder / f"timing.{package.name}.cache"
-    cache = config.create_timing_cache(cache_path.read_bytes() if cache_path.exists() else b"")
-    if cache is not None:
+    # In TensorRT-RTX it is deprecated.
+    timings = folder / f"timing.{package.name}.cache" if package.name == "tensorrt" else None
+    if timings is not None:
+        cache = config.create_timing_cache(timings.read_bytes() if timings.exists() else b"")
         config.set_timing_cache(cache, ignore_mismatch=True)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         reason = logger.errors[-1] if logger.errors else "it gave no reason"
         raise ConfigError(f"{package.name} can't build the engine: {reason}")
-    cache = config.get_timing_cache()
-    if cache is not None:
-        with atomic_write(cache_path) as file:
-            file.write(memoryview(cache.serialize()))
+    if timings is not None:
+        with atomic_write(timings) as file:
+            file.write(memoryview(config.get_timing_cache().serialize()))
     return plan
 
 

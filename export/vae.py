@@ -85,14 +85,15 @@ class VaeGraph:
             x = self._resnets(x, block)
             if self._has(f"{block}.upsamplers.0.conv"):
                 scales = g.const(np.array([1, 1, 2, 2], dtype=np.float32), torch.float32)
-                x = g.node(
+                x = g.but_bfloat16(
                     "Resize", x, "", scales, mode="nearest", coordinate_transformation_mode="asymmetric",
                     nearest_mode="floor",
                 )  # fmt: skip
                 x = self._conv(x, f"{block}.upsamplers.0.conv")
         x = self._conv_out(x, "decoder")
         half = g.const(0.5)
-        image = g.node("Clip", g.add(g.mul(x, half), half), g.const(0.0), g.const(1.0))
+        bounds = (g.const(v, torch.float32 if g.dtype == torch.bfloat16 else g.dtype) for v in (0.0, 1.0))
+        image = g.but_bfloat16("Clip", g.add(g.mul(x, half), half), *bounds)
         g.output(image, "images", ("batch", 3, "height", "width"))
         return g.model()
 

@@ -19,6 +19,7 @@ import onnx
 import torch
 from torch import Tensor
 
+from mogle_rt import __version__
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.conditioning import pack_latents, unpack_latents
 from mogle_rt.config import NUM_EXPERTS, PATCH, ModelConfig
@@ -121,11 +122,18 @@ def verify(
         bundle: what was exported.
         folder, manifest: the export.
         progress: called with each comparison's name before it is made.
+
+    Raises:
+        CheckpointError: graphs can't be run as they are, and what is run in their place is not the same.
     """
     model = ModelConfig.from_mapping(manifest.model_config)
+    placed = bundle if manifest.weights.file is None else Bundle(folder / manifest.weights.file)
+    if manifest_dtype(manifest) == torch.bfloat16 or _parameters(bundle) > WHOLE:
+        _require_same_graphs(placed, folder, manifest)
     results = []
-    for part, name in _parts(bundle):
-        run, by, computed = _runner(part, bundle, folder, manifest)
+    for name, double, single in _parts(bundle):
+        part, source = (select_blocks(b, double=double, single=single) for b in (bundle, placed))
+        run, by, computed = _runner(source, folder, manifest, whole=not name)
         prefix = f"step{name}, "
         outputs = []
         for case in CASES:
@@ -141,7 +149,7 @@ def verify(
         del engine
     if progress:
         progress("vae")
-    run, by, computed = _vae_runner(bundle, folder, manifest)
+    run, by, computed = _vae_runner(placed, folder, manifest)
     return results + _compare_vae(bundle, run, by, VAE_TOLERANCES[_coarsest(bundle, manifest, computed)])
 
 
@@ -176,8 +184,12 @@ def check(
 
 
 def summary(results: list[Comparison]) -> tuple[Mapping[str, Any], ...]:
-    """For the manifest."""
-    return tuple(asdict(r) | {"passed": r.passed} for r in results)
+    """For the manifest. JSON has no NaN or infinity: such errors become null."""
+
+    def known(value: object) -> object:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return tuple({k: known(v) for k, v in asdict(r).items()} | {"passed": r.passed} for r in results)
 
 
 def require(results: list[Comparison]) -> None:
@@ -210,17 +222,30 @@ def _parameters(bundle: Bundle) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _parts(bundle: Bundle) -> Iterator[tuple[Bundle, str]]:
-    """The bundle; of a very large one, a double block and a single block alone."""
+def _parts(bundle: Bundle) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Title, double and single blocks of what is run: all; of a very large model, a block of either kind alone."""
     t = bundle.config.transformer
     if _parameters(bundle) <= WHOLE:
-        yield bundle, ""
+        yield "", list(range(t.num_layers)), list(range(t.num_single_layers))
         return
     if t.num_layers:
-        yield select_blocks(bundle, double=[0], single=[]), " (double block 0 alone)"
+        yield " (double block 0 alone)", [0], []
     if t.num_single_layers:
         last = t.num_single_layers - 1
-        yield select_blocks(bundle, double=[], single=[last]), f" (single block {last} alone)"
+        yield f" (single block {last} alone)", [], [last]
+
+
+def _require_same_graphs(placed: Bundle, folder: Path, manifest: Manifest) -> None:
+    """Graphs that are built for verification are those in the files; by the same software, to the byte."""
+    software = manifest.software
+    if (software.get("mogle_rt"), software.get("onnx")) != (__version__, onnx.__version__):
+        return
+    dtype = manifest_dtype(manifest)
+    weights = Weights(placed.tensors, manifest.weights.file, placed, dtype, "")
+    for name, graph in manifest.graphs.items():
+        model = build_graph(name, placed.config, weights, _options(manifest, dtype))
+        if model.SerializeToString() != (folder / graph.file).read_bytes():
+            raise CheckpointError(f"{folder / graph.file}: is not the graph of this bundle and manifest; export again")
 
 
 def select_blocks(bundle: Bundle, *, double: list[int], single: list[int]) -> Bundle:
@@ -242,21 +267,25 @@ def select_blocks(bundle: Bundle, *, double: list[int], single: list[int]) -> Bu
     return part
 
 
-def _runner(part: Bundle, bundle: Bundle, folder: Path, manifest: Manifest) -> tuple[Run, str, torch.dtype]:
-    """What runs the step's graphs, its name, and the dtype in which it computes."""
+def _runner(source: Bundle, folder: Path, manifest: Manifest, *, whole: bool) -> tuple[Run, str, torch.dtype]:
+    """What runs the step's graphs, its name, and the dtype in which it computes.
+
+    Args:
+        source: the placed weights, or some blocks of them if not ``whole``.
+    """
     dtype = manifest_dtype(manifest)
-    if dtype == torch.bfloat16 and _parameters(part) <= EVALUATED:
-        return _evaluate(part, manifest, dtype), "reference evaluator", dtype
-    if part is bundle and dtype != torch.bfloat16:
+    if dtype == torch.bfloat16 and _parameters(source) <= EVALUATED:
+        return _evaluate(source, manifest, dtype), "reference evaluator", dtype
+    if whole and dtype != torch.bfloat16:
         return _run_files(folder, manifest), "onnxruntime", dtype
-    return _run_built(part, folder, manifest), "onnxruntime in float32", torch.float32
+    return _run_built(source, folder, manifest), "onnxruntime in float32", torch.float32
 
 
-def _vae_runner(bundle: Bundle, folder: Path, manifest: Manifest) -> tuple[Run, str, torch.dtype]:
+def _vae_runner(placed: Bundle, folder: Path, manifest: Manifest) -> tuple[Run, str, torch.dtype]:
     dtype = manifest_dtype(manifest)
     if dtype != torch.bfloat16:
         return _run_files(folder, manifest), "onnxruntime", dtype
-    return _run_built(bundle, folder, manifest), "onnxruntime in float32", torch.float32
+    return _run_built(placed, folder, manifest), "onnxruntime in float32", torch.float32
 
 
 def _run_files(folder: Path, manifest: Manifest) -> Run:
@@ -271,43 +300,27 @@ def _run_files(folder: Path, manifest: Manifest) -> Run:
     return run
 
 
-def _run_built(part: Bundle, folder: Path, manifest: Manifest) -> Run:
+def _run_built(source: Bundle, folder: Path, manifest: Manifest) -> Run:
     """The same graphs, of some of the blocks or in float32, built in memory over the weights in the folder."""
     import onnxruntime
 
     options = _options(manifest, torch.float32)
-    source = _placed(part, folder, manifest)
+    weights = Weights(source.tensors, manifest.weights.file, source, torch.float32, "")
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     settings.add_session_config_entry("session.disable_prepacking", "1")
 
     def run(graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        model = build_graph(graph, part.config, source, options)
+        model = build_graph(graph, source.config, weights, options)
         session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
         return _run_session(session, inputs)
 
     return run
 
 
-def _placed(part: Bundle, folder: Path, manifest: Manifest) -> Weights:
-    """The weights of some blocks, where the export has them."""
-    tensors = part.tensors
-    if manifest.weights.mode == "copy":
-        t = part.config.transformer
-        whole = Bundle(folder / str(manifest.weights.file))
-        last = whole.config.transformer.num_single_layers - 1
-        same = t == whole.config.transformer
-        tensors = (
-            whole.tensors
-            if same
-            else select_blocks(whole, double=[0][: t.num_layers], single=[last][: t.num_single_layers]).tensors
-        )
-    return Weights(tensors, manifest.weights.file, part, torch.float32, "")
-
-
-def _evaluate(part: Bundle, manifest: Manifest, dtype: torch.dtype) -> Run:
-    """ONNX's reference evaluator, on the same graphs with the weights inside."""
+def _evaluate(source: Bundle, manifest: Manifest, dtype: torch.dtype) -> Run:
+    """ONNX's reference evaluator, on the same graphs with the placed weights inside."""
     from onnx.reference import ReferenceEvaluator
 
     options = _options(manifest, dtype)
@@ -315,7 +328,7 @@ def _evaluate(part: Bundle, manifest: Manifest, dtype: torch.dtype) -> Run:
 
     def run(graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if graph not in evaluators:
-            model = build_graph(graph, part.config, Weights(part.tensors, None, part, dtype, ""), options)
+            model = build_graph(graph, source.config, Weights(source.tensors, None, source, dtype, ""), options)
             evaluators[graph] = model, ReferenceEvaluator(model)
         model, evaluator = evaluators[graph]
         feeds = {}

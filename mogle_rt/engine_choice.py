@@ -7,11 +7,11 @@ from typing import Literal, Protocol
 
 import torch
 
-from mogle_rt import sampling
+from mogle_rt import demo, sampling
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import ModelConfig
 from mogle_rt.engines import Conditions, TorchEngine
-from mogle_rt.errors import ConfigError
+from mogle_rt.errors import CheckpointError, ConfigError
 from mogle_rt.manifest import Manifest
 from mogle_rt.onnx_engine import ExportedGraphs, OnnxEngine, manifest_dtype
 from mogle_rt.sampling import Schedule
@@ -34,8 +34,20 @@ class Engine(sampling.Engine, Protocol):
 
 
 def export_folder(path: str | Path | None, checkpoint: str | Path) -> Path:
-    """Where the export is; by default beside the bundle, as `python -m mogle_rt.export` leaves it."""
-    return Path(checkpoint).resolve().parent if path is None else Path(path)
+    """Where the export is; by default beside the bundle, as `python -m mogle_rt.export` leaves it.
+
+    Raises:
+        CheckpointError: there is no such bundle.
+        ConfigError: none was named for the package's own bundle.
+    """
+    bundle = demo.bundle_path(checkpoint)
+    if not bundle.exists():  # told before the lack of an export of it
+        raise CheckpointError(f"{bundle}: no such file")
+    if path is not None:
+        return Path(path)
+    if bundle.resolve() == demo.BUNDLE.resolve():
+        raise ConfigError(f"{bundle}: lies in the package; name the folder of its export with engine_path")
+    return bundle.resolve().parent
 
 
 def engine_dtype(
@@ -44,8 +56,8 @@ def engine_dtype(
     """The dtype asked for; by default, of an export, the one that it was made in.
 
     Raises:
-        ConfigError: an unknown engine, or a path where none is needed.
-        CheckpointError: there is no export.
+        ConfigError: an unknown engine, or a path where none is needed, or none where one is.
+        CheckpointError: there is no bundle or no export.
     """
     if name not in ENGINES:
         raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")
@@ -78,6 +90,8 @@ def make_engine(
     """
     if name == "torch":
         return TorchEngine(bundle, device, dtype, model, kernels=kernels, cuda_graphs=cuda_graphs)
+    if kernels is not None:
+        raise ConfigError(f"engine {name} takes no kernels, got {kernels!r}; leave them out, or take engine torch")
     exported = ExportedGraphs(export_folder(path, bundle.path), bundle, model, dtype)
     if name == "onnxruntime":
         return OnnxEngine(exported, device)

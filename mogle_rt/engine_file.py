@@ -47,6 +47,10 @@ class EngineHeader:
     weight_streaming: bool = False
     refittable: bool = False
 
+    def fits(self, bundle_sha256: str, graph_sha256: str) -> bool:
+        """Whether it was built from this bundle's weights and this graph."""
+        return (self.bundle_sha256, self.graph_sha256) == (bundle_sha256, graph_sha256)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON gives it back."""
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))

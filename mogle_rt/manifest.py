@@ -78,9 +78,10 @@ class Manifest:
     Attributes:
         dtype: fp32, fp16 or bf16. bundle: name and content hash of the bundle that was exported.
         config: the bundle's configurations. model_config: the reference's switches, built into the graphs.
+        classes: of the masks: index, name, color (RGB).
         graphs: by name, see the module. schedule, drive: in words and formulas.
         modulation_rows, condition_modulation_rows: what the rows of the tables are.
-        verified: what was compared, with which errors; empty if nothing was.
+        verified: what was compared, with which errors, null for one that is not finite; empty if nothing was.
     """
 
     format: str = FORMAT
@@ -92,6 +93,7 @@ class Manifest:
     weights: WeightsSpec
     model_config: Mapping[str, bool]
     config: Mapping[str, Any]
+    classes: tuple[Mapping[str, Any], ...]
     graphs: Mapping[str, GraphSpec]
     engines: tuple[EngineSpec, ...] = ()
     schedule: Mapping[str, Any] = field(default_factory=dict)
@@ -104,7 +106,7 @@ class Manifest:
         """Into a folder, whole or not at all."""
         path = folder / NAME
         with atomic_write(path) as file:
-            file.write(json.dumps(asdict(self), indent=1).encode() + b"\n")
+            file.write(json.dumps(asdict(self), indent=1, allow_nan=False).encode() + b"\n")
         return path
 
     @classmethod
@@ -136,8 +138,10 @@ class Manifest:
                     "weights": WeightsSpec(**raw["weights"]),
                     "graphs": {name: _graph(value) for name, value in raw["graphs"].items()},
                     "engines": tuple(EngineSpec(**value) for value in raw["engines"]),
-                    "verified": tuple(raw["verified"]),
-                    **{n: tuple(raw[n]) for n in ("drive", "modulation_rows", "condition_modulation_rows")},
+                    **{
+                        n: tuple(raw[n])
+                        for n in ("classes", "drive", "modulation_rows", "condition_modulation_rows", "verified")
+                    },
                 }
             )
         except (TypeError, KeyError, AttributeError) as error:

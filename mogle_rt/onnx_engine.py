@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,29 @@ TYPES = {
 ONNX_NUMBERS = {torch.float32: 1, torch.uint8: 2, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PREPACK_BYTES = 1 << 30  # weights up to this size are rearranged for speed, larger ones stay mapped from their file
+KEPT = "experts"  # a graph of a few megabytes, whose session is kept on a GPU too
+# Classes of onnxruntime's errors that are about the graph, not the machine.
+REFUSALS = ("InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented")
+# On a GPU these must not land on the CPU, as onnxruntime silently does with what its provider lacks.
+HEAVY = frozenset(
+    (
+        "Attention",
+        "Conv",
+        "Gelu",
+        "Gemm",
+        "LayerNormalization",
+        "MatMul",
+        "RMSNormalization",
+        "RotaryEmbedding",
+        "Softmax",
+    )
+)
+# A model of one Identity: shows whether a provider can be had before gigabytes are read for it.
+PROBE = (
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
+    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x12"
+)
+SILENT, WARNINGS = 4, 2  # onnxruntime's log severities; the second is its default
 NO_ATTENTION = -1e4  # log(condition_scale) for 0: its exponential is 0 in every dtype
 
 
@@ -107,7 +131,37 @@ def load_onnxruntime(device: torch.device, dtype: torch.dtype) -> Any:
         )
     if device.type == "cpu" and dtype == torch.bfloat16:
         raise DeviceError("onnxruntime's CPU kernels don't take bf16; export with --dtype fp32, or use cuda")
+    if device.type == "cuda":
+        _probe(onnxruntime, device)
     return onnxruntime
+
+
+def _provider(device: torch.device) -> Any:
+    """The provider and its options. float32 means float32: no TF32."""
+    name = PROVIDERS[device.type]
+    return (name, {"device_id": str(device.index or 0), "use_tf32": "0"}) if device.type == "cuda" else name
+
+
+@cache
+def _probe(ort: Any, device: torch.device) -> None:
+    """Where a provider's libraries or driver are missing, onnxruntime takes the CPU and only logs why.
+
+    Raises:
+        DeviceError: it does so here.
+    """
+    ort.set_default_logger_severity(SILENT)  # the error is told once, below
+    try:
+        session = ort.InferenceSession(PROBE, providers=[_provider(device)], enable_fallback=0)
+        got, reason = session.get_providers()[0], "its libraries or driver are missing"
+    except Exception as error:  # onnxruntime has its own classes for each kind
+        got, reason = "nothing", _first_line(error)
+    finally:
+        ort.set_default_logger_severity(WARNINGS)
+    if got != PROVIDERS[device.type]:
+        raise DeviceError(
+            f"onnxruntime fell back from {PROVIDERS[device.type]} to {got} on {device}: {reason}; "
+            f"mend that, or ask for device cpu"
+        )
 
 
 class Session:
@@ -118,7 +172,7 @@ class Session:
         weight_bytes: size of the weights, see `PREPACK_BYTES`.
 
     Raises:
-        DeviceError: onnxruntime is missing, or can't run the graph on the device.
+        DeviceError: onnxruntime is missing, can't run the graph on the device, or would run heavy nodes elsewhere.
         CheckpointError: it refuses the graph.
     """
 
@@ -126,22 +180,40 @@ class Session:
         ort = load_onnxruntime(device, TYPES[graph.outputs[0].dtype])
         self.device = device
         self.graph = graph
-        provider = PROVIDERS[device.type]
         options = ort.SessionOptions()
-        options.log_severity_level = 4
+        options.log_severity_level = SILENT
         options.intra_op_num_threads = torch.get_num_threads()
+        if device.type == "cuda":
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if weight_bytes > PREPACK_BYTES:
             options.add_session_config_entry("session.disable_prepacking", "1")
-        chosen: Any = (provider, {"device_id": device.index or 0}) if device.type == "cuda" else provider
+        path = folder / graph.file
         try:
-            self.session = ort.InferenceSession(str(folder / graph.file), options, providers=[chosen])
+            self.session = ort.InferenceSession(str(path), options, providers=[_provider(device)], enable_fallback=0)
         except Exception as error:  # onnxruntime has its own classes for each kind
-            raise CheckpointError(f"{folder / graph.file}: onnxruntime refuses it: {_first_line(error)}") from None
-        got = self.session.get_providers()
-        if got[0] != provider:
+            reason = _first_line(error)
+            if type(error).__name__ in REFUSALS or "Load model from" in reason:
+                raise CheckpointError(f"{path}: onnxruntime refuses it: {reason}") from None
+            raise DeviceError(f"{path}: onnxruntime can't load it on {device}: {reason}") from None
+        if device.type == "cuda":
+            self._check_assignment(path)
+
+    def _check_assignment(self, path: Path) -> None:
+        """The nodes that matter are on the GPU."""
+        if not hasattr(self.session, "get_provider_graph_assignment_info"):  # onnxruntime of an older version
+            return
+        left = [
+            f"{node.name} ({node.op_type})"
+            for part in self.session.get_provider_graph_assignment_info()
+            if part.ep_name == PROVIDERS["cpu"]
+            for node in part.get_nodes()
+            if node.op_type in HEAVY
+        ]
+        if left:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             raise DeviceError(
-                f"onnxruntime fell back from {provider} to {got[0]}: its libraries or driver are missing for {device}; "
-                f"mend them, or ask for device cpu"
+                f"{path}: onnxruntime's CUDA provider lacks {', '.join(left[:3])}{more}, which would run on the CPU; "
+                f"export with another --dtype or --opset, or take engine torch"
             )
 
     def outputs(self, **axes: int) -> dict[str, Tensor]:
@@ -193,12 +265,15 @@ def _first_line(error: Exception) -> str:
 class StepPreparation:
     """What all engines on exported graphs share: everything that no step changes, by ``experts`` and ``prepare``.
 
-    On a GPU the weights of these two graphs are let go after use.
+    On a GPU the weights of ``prepare``, a quarter of the model's, are let go after use; so its last results are kept, and
+    the same prompt, schedule and size again need no weights.
     """
 
     def __init__(self, exported: ExportedGraphs, device: torch.device) -> None:
         self.exported, self.device = exported, device
         self._sessions: dict[str, Session] = {}
+        self._made_from: dict[str, Tensor] = {}
+        self._made: dict[str, Tensor] = {}
 
     def session(self, name: str) -> Session:
         """A graph's session; kept on a CPU, where weights are pages of their file."""
@@ -207,34 +282,58 @@ class StepPreparation:
         session = Session(
             self.exported.folder, self.exported.graph(name), self.device, self.exported.manifest.weights.bytes
         )
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" or name == KEPT:
             self._sessions[name] = session
         return session
 
     def __call__(self, conditions: Conditions, schedule: Schedule) -> dict[str, Tensor]:
         """Every input of the step but the latents and the step's number, on the device."""
         c = conditions
-        batch, tokens = c.mask_latents.shape[0], c.mask_latents.shape[2]
-        text_tokens = c.prompt_embeds.shape[1]
-        axes = {"batch": batch, "tokens": tokens, "text_tokens": text_tokens, "steps": len(schedule)}
-        bank = self.session("experts")({"mask_latents": c.mask_latents}, **axes)
-        prepared = self.session("prepare")(
-            {
-                "prompt_embeds": c.prompt_embeds.expand(batch, -1, -1),
-                "pooled_prompt_embeds": c.pooled_prompt_embeds.expand(batch, -1),
-                "model_timesteps": schedule.model_timesteps,
-                "timesteps": schedule.timesteps,
-                "guidance": torch.tensor([c.guidance_scale * 1000.0]),
-                "grid": torch.tensor(c.grid),
-                "position_delta": torch.tensor(c.position_delta, dtype=torch.float32),
-                "position_scale": torch.tensor([c.position_scale], dtype=torch.float32),
-            },
-            sequence=text_tokens + 2 * tokens,
-            **axes,
-        )
+        axes = run_axes(c, schedule)
+        bank = self.session(KEPT)({"mask_latents": c.mask_latents}, **axes)
         scale = c.condition_scale
         log_scale = max(NO_ATTENTION, math.log(scale)) if scale > 0 else NO_ATTENTION
-        return bank | prepared | {"log_condition_scale": torch.tensor([log_scale], device=self.device)}
+        return (
+            bank
+            | self._prepared(c, schedule, axes)
+            | {"log_condition_scale": torch.tensor([log_scale], device=self.device)}
+        )
+
+    def _prepared(self, c: Conditions, schedule: Schedule, axes: Mapping[str, int]) -> dict[str, Tensor]:
+        """Results of ``prepare``; those of the last run, if made from the same."""
+        batch = axes["batch"]
+        values = {
+            "prompt_embeds": c.prompt_embeds.expand(batch, -1, -1),
+            "pooled_prompt_embeds": c.pooled_prompt_embeds.expand(batch, -1),
+            "model_timesteps": schedule.model_timesteps,
+            "timesteps": schedule.timesteps,
+            "guidance": torch.tensor([c.guidance_scale * 1000.0]),
+            "grid": torch.tensor(c.grid),
+            "position_delta": torch.tensor(c.position_delta, dtype=torch.float32),
+            "position_scale": torch.tensor([c.position_scale], dtype=torch.float32),
+        }
+        inputs = {
+            t.name: values[t.name].to(self.device, TYPES[t.dtype], copy=True)  # the caller may change its own
+            for t in self.exported.graph("prepare").inputs
+        }
+        if not self._made or not all(torch.equal(value, self._made_from[name]) for name, value in inputs.items()):
+            self._made = {}  # goes before the next comes
+            self._made = self.session("prepare")(inputs, **axes)
+            self._made_from = inputs
+        return self._made
+
+
+def run_axes(conditions: Conditions, schedule: Schedule) -> dict[str, int]:
+    """Sizes of a run, by the names that they have in the graphs."""
+    batch, _, tokens, _ = conditions.mask_latents.shape
+    text_tokens = conditions.prompt_embeds.shape[1]
+    return {
+        "batch": batch,
+        "tokens": tokens,
+        "text_tokens": text_tokens,
+        "steps": len(schedule),
+        "sequence": text_tokens + 2 * tokens,
+    }
 
 
 class OnnxEngine(VelocityLoop):

@@ -100,7 +100,7 @@ class VelocityLoop(ABC):
 
     def latents(self) -> Tensor:
         """[B, N, 64], after the last `advance`."""
-        return self._latents
+        return self._latents.clone()
 
 
 OnStep = Callable[[int, Tensor], Tensor | None]  # (step, latents after it) -> replacement latents, or None to stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,18 +21,18 @@ from torch import Tensor
 
 from mogle_rt import CheckpointError, InputError, OutputError, Pipeline, schema
 from mogle_rt.checkpoint import Bundle
-from mogle_rt.config import ModelConfig, MogleConfig
+from mogle_rt.config import NUM_CLASSES, ModelConfig, MogleConfig
 from mogle_rt.engines import TorchEngine
 from mogle_rt.export.exporter import GRAPHS, ExportOptions, build_graph, export
 from mogle_rt.export.verify import CASES as SIZES
-from mogle_rt.export.verify import STEPS, Case, check, verify
+from mogle_rt.export.verify import STEPS, Case, Comparison, check, summary, verify
 from mogle_rt.export.weights import COPY_NAME, Weights
 from mogle_rt.job import FLUX_BUNDLE
 from mogle_rt.manifest import Manifest
 from mogle_rt.masks import condition_picture
 from mogle_rt.models import autoencoder, tensor_shapes
-from mogle_rt.onnx_engine import ExportedGraphs, OnnxEngine
-from mogle_rt.sampling import euler, make_schedule
+from mogle_rt.onnx_engine import ExportedGraphs, OnnxEngine, Session, StepPreparation
+from mogle_rt.sampling import VelocityLoop, euler, make_schedule
 from mogle_rt.storage import TensorInfo, header_room, write_header
 from tests.checkpoints import TINY, write_checkpoint
 from tests.conftest import CASES, GoldenCase, assert_close
@@ -208,6 +209,75 @@ def test_dtypes(stored: torch.dtype, dtype: str, weights: Any, tmp_path: Path) -
     assert (folder / COPY_NAME).exists() == (weights == "copy")
 
 
+def test_bfloat16_is_verified_on_the_files(tmp_path: Path) -> None:
+    """On the copied weights and the written graphs, though neither is what runs."""
+    bundle = Bundle(write_checkpoint(tmp_path / "files").convert(tmp_path / "b.safetensors"))
+    folder = export(bundle.path, tmp_path / "out", dtype="bf16", weights="copy")
+    copied, manifest = Bundle(folder / COPY_NAME), Manifest.read(folder)
+    info = copied.tensors["transformer.proj_out.weight"]
+    with copied.path.open("r+b") as file:
+        file.seek(info.begin)
+        file.write(bytes(info.end - info.begin))
+    failed = [r.what for r in verify(bundle, folder, manifest) if not r.passed]
+    assert [what.split(",")[0] for what in failed] == 4 * ["step"]
+    path = folder / "step.onnx"
+    path.write_bytes(path.read_bytes().replace(b"mogle_rt", b"elgom_rt", 1))
+    with pytest.raises(
+        CheckpointError, match=r"step\.onnx: is not the graph of this bundle and manifest; export again"
+    ):
+        verify(bundle, folder, manifest)
+
+
+def test_what_onnxruntime_lacks_in_bfloat16(tiny_bundle: Path) -> None:
+    """It is done in float32 there, and there alone."""
+    bundle, model = Bundle(tiny_bundle), ModelConfig(weight_is_scale=True)
+    weights = Weights(bundle.tensors, "b.safetensors", bundle, torch.float32, "")
+    for dtype, cast in ((torch.bfloat16, True), (torch.float16, False)):
+        found = {}
+        for name in ("step", "vae_decoder"):
+            nodes = build_graph(name, bundle.config, weights, ExportOptions(dtype=dtype, model=model)).graph.node
+            to = {n.output[0]: n.attribute[0].i for n in nodes if n.op_type == "Cast"}
+            for node in nodes:
+                if node.op_type in ("Resize", "ReduceMean") or (node.op_type == "Clip" and name == "vae_decoder"):
+                    found[node.op_type] = to.get(node.input[0]) == onnx.TensorProto.FLOAT
+        assert found == dict.fromkeys(("ReduceMean", "Resize", "Clip"), cast)
+
+
+def test_same_prompt_is_prepared_once(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are a quarter of the model's."""
+    bundle = Bundle(tiny_bundle)
+    exported = ExportedGraphs(export(tiny_bundle, tmp_path, dtype="fp32"), bundle, ModelConfig(), torch.float32)
+    prepare = StepPreparation(exported, CPU)
+    opened, open_session = [], prepare.session
+
+    def session(name: str) -> Session:
+        opened.append(name)
+        return open_session(name)
+
+    monkeypatch.setattr(prepare, "session", session)
+    conditions = SIZES[0].conditions(bundle)
+    schedule = make_schedule(bundle.config.scheduler, STEPS, math.prod(SIZES[0].grid))
+    first, again = prepare(conditions, schedule), prepare(conditions, schedule)
+    assert opened == ["experts", "prepare", "experts"]
+    assert first["text"] is again["text"]
+    conditions.prompt_embeds.mul_(2)  # the caller's own tensor, changed
+    assert not torch.equal(prepare(conditions, schedule)["text"], first["text"])
+    prepare(replace(conditions, position_delta=(0, 1)), schedule)
+    prepare(replace(conditions, position_delta=(0, 1)), make_schedule(bundle.config.scheduler, STEPS + 1, 6))
+    assert opened[3:] == 3 * ["experts", "prepare"]
+
+
+def test_latents_are_a_copy() -> None:
+    class Still(VelocityLoop):
+        def step(self, latents: Tensor, k: int) -> Tensor:
+            return torch.zeros_like(latents)
+
+    engine = Still()
+    engine.start(torch.ones(1, 4, 64))
+    engine.latents().zero_()
+    assert torch.equal(engine.latents(), torch.ones(1, 4, 64))
+
+
 def test_planted_faults_are_caught(tiny_bundle: Path, tmp_path: Path) -> None:
     """Exchanged weights, a switch, a wrong constant: verification sees each."""
     folder = export(tiny_bundle, tmp_path, dtype="fp32")
@@ -309,7 +379,19 @@ def test_manifest_describes_the_graphs(tiny_bundle: Path, tmp_path: Path) -> Non
     rows = next(t for t in manifest.graphs["step"].inputs if t.name == "modulation").shape[2]
     assert rows == len(manifest.modulation_rows)
     assert manifest.schedule["scheduler"]["base_shift"] == 0.5
+    assert [c["index"] for c in manifest.classes] == list(range(NUM_CLASSES))
+    assert manifest.classes[1] == {"index": 1, "name": "skin", "color": [204, 0, 0]}
     assert manifest.bundle == {"name": tiny_bundle.name, "sha256": Bundle(tiny_bundle).content_hash}
+
+
+def test_manifest_is_json_for_all(tiny_bundle: Path, tmp_path: Path) -> None:
+    """NaN and infinity, which JSON has not, are null."""
+    folder = export(tiny_bundle, tmp_path)
+    bad = Comparison(what="step", by="none", rms=math.nan, largest=math.inf, tolerance=1e-5)
+    replace(Manifest.read(folder), verified=summary([bad])).write(folder)
+    (verified,) = Manifest.read(folder).verified
+    assert (verified["rms"], verified["largest"], verified["passed"]) == (None, None, False)
+    assert not re.search(r"\b(NaN|Infinity)\b", (folder / "manifest.json").read_text())
 
 
 def test_same_export_same_bytes(tiny_bundle: Path, tmp_path: Path) -> None:

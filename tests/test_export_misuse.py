@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -27,9 +28,10 @@ from mogle_rt.config import ModelConfig
 from mogle_rt.engine_file import EngineHeader, read_engine, write_engine
 from mogle_rt.export.__main__ import app
 from mogle_rt.export.exporter import export
+from mogle_rt.export.tensorrt import Profile, Size
 from mogle_rt.manifest import EngineSpec, Manifest
 from mogle_rt.onnx_engine import ExportedGraphs, Session
-from mogle_rt.tensorrt_engine import PACKAGES, TensorRTEngine, check_profile
+from mogle_rt.tensorrt_engine import PACKAGES, Loaded, TensorRTEngine, check_profile
 from tests.checkpoints import Files, write_checkpoint
 from tests.test_bad_input import assert_one_line
 from tests.test_cli import QUICK, Result
@@ -125,6 +127,7 @@ WRONG: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "switches": (("BUNDLE", "--model-config", "[1]"), ("--model-config must be a JSON object",)),
     "no export": (("--check", "."), ("manifest.json", "no such file; export first")),
     "no TensorRT": (("BUNDLE", "--format", "tensorrt"), ("tensorrt is not to be had here", "pypi.nvidia.com")),
+    "bf16 of old": (("BUNDLE", "--dtype", "bf16", "--opset", 21), ("bf16 needs opset 22 or newer, got 21",)),
 }
 
 
@@ -132,6 +135,8 @@ WRONG: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
 def test_wrong_options(what: str, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if what in ("no target", "target"):
         pytest.importorskip("tensorrt_rtx")
+    if what == "no TensorRT":
+        monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     args, words = WRONG[what]
@@ -174,15 +179,71 @@ def test_other_file_system(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytes
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_copy_onto_the_bundle(exported: Path) -> None:
-    bundle = exported / "weights.safetensors"
-    (exported / "tiny.safetensors").rename(bundle)
-    (exported / "manifest.json").unlink()
-    assert_one_line(run(bundle, "--weights", "copy"), "is the bundle itself; choose another folder")
+def test_copy_onto_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Whether it has that name from the start, or is the copy that an export has made."""
+    bundle = tmp_path / "weights.safetensors"
+    shutil.copy(tiny_bundle, bundle)
+    assert_one_line(run(bundle, "--weights", "copy"), "weights.safetensors: is there already and not of an export")
+    assert run(bundle, "--weights", "copy", "--no-verify", "-o", tmp_path / "out").code == 0
+    copied = tmp_path / "out" / "weights.safetensors"
+    assert_one_line(run(copied, "--weights", "copy"), "is the bundle itself; choose another folder")
     Bundle(bundle).verify()
+    Bundle(copied).verify()
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "step.onnx"])
+def test_files_of_others_are_kept(name: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    """What an export has written, the next replaces; what someone else has, none."""
+    (tmp_path / name).write_text("precious")
+    done = run(tiny_bundle, "-o", tmp_path, "--weights", "copy", "--no-verify")
+    assert_one_line(done, f"{name}: is there already and not of an export; choose another folder with -o")
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "precious"
+    (tmp_path / name).unlink()
+    for _ in range(2):
+        assert run(tiny_bundle, "-o", tmp_path, "--weights", "copy", "--no-verify").code == 0
+
+
+def test_own_bundle_of_the_package(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not written beside; and its export is not looked for in the working directory."""
+    package = tmp_path / "package"
+    package.mkdir()
+    monkeypatch.setattr("mogle_rt.demo.BUNDLE", Path(shutil.copy(exported / "tiny.safetensors", package)))
+    monkeypatch.chdir(exported)
+    assert_one_line(run("demo"), "tiny.safetensors: lies in the package; name a folder with -o")
+    with pytest.raises(ConfigError, match="lies in the package; name the folder of its export with engine_path"):
+        Pipeline("demo", device="cpu", engine="onnxruntime")
+    assert run("demo", "-o", tmp_path / "out", "--no-verify").code == 0
+    assert Pipeline("demo", device="cpu", engine="onnxruntime", engine_path=tmp_path / "out").dtype == torch.float32
+    assert [p.name for p in package.iterdir()] == ["tiny.safetensors"]
+
+
+def test_sizes_of_a_small_model(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's own size lies in the profile by default."""
+    pytest.importorskip("tensorrt_rtx")
+    seen = []
+
+    def build(*args: Any, profile: Profile, **_: Any) -> Manifest:
+        seen.append(profile)
+        raise OutputError("enough")
+
+    monkeypatch.setattr(Bundle, "default_size", 128)
+    monkeypatch.setattr("mogle_rt.export.tensorrt.build_engine", build)
+    run(tiny_bundle, "-o", tmp_path, "--no-verify", "--format", "tensorrt-rtx", "--target", "89")
+    assert (seen[0].smallest, seen[0].usual, seen[0].largest) == (Size(128, 128), Size(128, 128), Size(1024, 1024, 4))
 
 
 # Misuse of an export
+
+
+def test_missing_bundle(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nothing\.safetensors: no such file$"):
+        Pipeline(tmp_path / "nothing.safetensors", device="cpu", engine="onnxruntime")
+
+
+def test_kernels_are_the_torch_engine_s(exported: Path) -> None:
+    with pytest.raises(ConfigError, match="engine onnxruntime takes no kernels, got 'triton'; leave them out, or take"):
+        Pipeline(exported / "tiny.safetensors", device="cpu", engine="onnxruntime", kernels="triton")
 
 
 def test_bundle_moved_away(exported: Path, tiny_bundle: Path) -> None:
@@ -290,6 +351,87 @@ def test_no_device_of_onnxruntime(exported: Path) -> None:
         Session(exported, graphs_of(exported).graph("step"), torch.device("mps"), 0)
 
 
+class FakeRuntime:
+    """An onnxruntime that says it has CUDA.
+
+    Args:
+        providers: what sessions get.
+        failure: raised in place of a session of a file, if given.
+        on_cpu: operators that the session leaves on the CPU.
+    """
+
+    def __init__(self, providers: list[str], failure: Exception | None = None, on_cpu: tuple[str, ...] = ()) -> None:
+        self.providers, self.failure, self.on_cpu = providers, failure, on_cpu
+        self.asked: list[Any] = []
+        self.entries: dict[str, str] = {}
+
+    def get_available_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def set_default_logger_severity(self, severity: int) -> None:
+        self.severity = severity
+
+    def SessionOptions(self) -> Any:  # noqa: N802
+        return SimpleNamespace(add_session_config_entry=self.entries.__setitem__)
+
+    def InferenceSession(self, model: Any, _: Any = None, *, providers: list[Any], enable_fallback: int) -> Any:  # noqa: N802
+        assert enable_fallback == 0
+        self.asked.append(providers)
+        if self.failure is not None and isinstance(model, str):
+            raise self.failure
+        nodes = [SimpleNamespace(name=f"block/{op}", op_type=op) for op in self.on_cpu]
+        part = SimpleNamespace(ep_name="CPUExecutionProvider", get_nodes=lambda: nodes)
+        return SimpleNamespace(get_providers=lambda: self.providers, get_provider_graph_assignment_info=lambda: [part])
+
+
+CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+def open_on_cuda(runtime: FakeRuntime, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+    Session(folder, graphs_of(folder).graph("step"), torch.device("cuda", 1), 0)
+
+
+def test_cuda_as_it_is_asked_for(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One provider, on the right GPU, without TF32; shapes may be computed on the CPU."""
+    runtime = FakeRuntime(CUDA, on_cpu=("Shape", "Concat"))
+    open_on_cuda(runtime, exported, monkeypatch)
+    assert runtime.asked == 2 * [[("CUDAExecutionProvider", {"device_id": "1", "use_tf32": "0"})]]
+    assert runtime.entries["session.record_ep_graph_assignment_info"] == "1"
+    assert runtime.severity == 2
+
+
+def test_fall_back_is_told_before_the_graph_is_read(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = FakeRuntime(["CPUExecutionProvider"])
+    with pytest.raises(DeviceError, match="fell back from CUDAExecutionProvider to CPUExecutionProvider on cuda:1: "):
+        open_on_cuda(runtime, exported, monkeypatch)
+    assert len(runtime.asked) == 1
+
+
+def test_heavy_nodes_on_the_cpu_are_told(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = FakeRuntime(CUDA, on_cpu=("Shape", "Attention", "Gelu"))
+    with pytest.raises(
+        DeviceError, match=r"lacks block/Attention \(Attention\), block/Gelu \(Gelu\), which would run on the CPU"
+    ):
+        open_on_cuda(runtime, exported, monkeypatch)
+
+
+class RuntimeException(Exception):  # noqa: N818
+    """Named as onnxruntime's own."""
+
+
+class InvalidGraph(Exception):  # noqa: N818
+    """Named as onnxruntime's own."""
+
+
+def test_whose_fault_a_failure_is(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too little memory is not the graph's."""
+    with pytest.raises(DeviceError, match=r"step\.onnx: onnxruntime can't load it on cuda:1: .*Failed to allocate"):
+        open_on_cuda(FakeRuntime(CUDA, RuntimeException("6 : BFCArena: Failed to allocate")), exported, monkeypatch)
+    with pytest.raises(CheckpointError, match=r"step\.onnx: onnxruntime refuses it: 10 : node of unknown kind"):
+        open_on_cuda(FakeRuntime(CUDA, InvalidGraph("10 : node of unknown kind")), exported, monkeypatch)
+
+
 # Misuse of TensorRT engines; what is in the plan doesn't matter to these
 
 RTX = PACKAGES["tensorrt-rtx"]
@@ -315,6 +457,48 @@ def add_engine(folder: Path, **changes: Any) -> Path:
     spec = EngineSpec(file=path.name, graph="step", header=header.to_dict())
     replace(manifest, engines=(spec,)).write(folder)
     return path
+
+
+def test_engines_outlive_an_export(exported: Path) -> None:
+    """As long as they fit it: the same graph over the same weights."""
+    bundle, file = exported / "tiny.safetensors", add_engine(exported).name
+    export(bundle, dtype="fp32", weights="link")
+    assert [e.file for e in Manifest.read(exported).engines] == [file]
+    export(bundle, dtype="fp16")
+    assert Manifest.read(exported).engines == ()
+    add_engine(exported, bundle_sha256="0" * 64)
+    export(bundle, dtype="fp16")
+    assert Manifest.read(exported).engines == ()
+    add_engine(exported).unlink()
+    export(bundle, dtype="fp16")
+    assert Manifest.read(exported).engines == ()
+
+
+@pytest.mark.parametrize("fault", ["stale", "damaged", "another GPU's, gone"])
+def test_one_engine_does_not_block_another(fault: str, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """step_scaled's is unfit: step's runs, and the fault is told where the other is needed."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace(__version__="0.0"))
+    monkeypatch.setattr("mogle_rt.tensorrt_engine.load_onnxruntime", lambda *_: None)
+    unfit = add_engine(exported, graph="step_scaled", target="12.0" if "GPU" in fault else "8.9")
+    unfit = unfit.rename(exported / "unfit.engine")
+    (spec,) = Manifest.read(exported).engines
+    if fault == "damaged":
+        unfit.write_bytes(b"")
+    elif fault != "stale":  # it names step's hash
+        unfit.unlink()
+    add_engine(exported)
+    manifest = Manifest.read(exported)
+    replace(manifest, engines=(replace(spec, file=unfit.name, graph="step_scaled"), *manifest.engines)).write(exported)
+    engine = TensorRTEngine(graphs_of(exported), torch.device("cuda"), RTX)
+    assert engine.header("step").graph == "step"
+    told = {
+        "stale": "built from another export of the graph; build it again",
+        "damaged": "unfit.engine: not an engine file",
+        "another GPU's, gone": "holds no tensorrt-rtx engine of graph 'step_scaled'",
+    }
+    with pytest.raises(CheckpointError, match=told[fault]):
+        engine.header("step_scaled")
 
 
 def test_engine_header_comes_back(exported: Path) -> None:
@@ -374,6 +558,34 @@ def test_engine_of_another_graph(exported: Path, monkeypatch: pytest.MonkeyPatch
         TensorRTEngine(graphs_of(exported), torch.device("cuda"), RTX)
 
 
+def test_tensorrt_says_no(exported: Path) -> None:
+    """No context, a refused shape, address or launch: an error each. What the engine leaves out is not bound."""
+    context = mock.Mock()
+    context.set_tensor_address.side_effect = lambda name, _: name != "latents"
+    engine = SimpleNamespace(
+        get_tensor_mode=lambda name: "none" if name == "unused" else "in", create_execution_context=lambda: None
+    )
+    trt = mock.Mock(TensorIOMode=SimpleNamespace(INPUT="in"))
+    trt.Runtime.return_value.deserialize_cuda_engine.return_value = engine
+    package = mock.Mock(load=lambda: trt)
+    path = add_engine(exported)
+    with pytest.raises(DeviceError, match="can't run the engine: too little memory"):
+        Loaded.read("step", path, read_engine(path)[0], package)
+    engine.create_execution_context = lambda: context
+    loaded = Loaded.read("step", path, read_engine(path)[0], package)
+    x = torch.zeros(1)
+    loaded.bind({"unused": x, "text": x}, {"velocity": x})
+    assert [call.args[0] for call in context.set_tensor_address.call_args_list] == ["text", "velocity"]
+    with pytest.raises(DeviceError, match="TensorRT refuses the memory of latents"):
+        loaded.bind({"latents": x}, {})
+    context.set_input_shape.return_value = False
+    with pytest.raises(DeviceError, match=r"TensorRT refuses text of shape \[1\]"):
+        loaded.bind({"text": x}, {})
+    context.execute_async_v3.return_value = False
+    with pytest.raises(DeviceError, match="TensorRT failed to run the step"):
+        loaded.run(0)
+
+
 def test_damaged_engine(exported: Path) -> None:
     path = add_engine(exported)
     whole = path.read_bytes()
@@ -393,12 +605,27 @@ def test_damaged_engine(exported: Path) -> None:
 
 
 def test_size_outside_the_profile(exported: Path) -> None:
-    header, _ = read_engine(add_engine(exported))
-    check_profile(header, {"latents": (2, 9, 64), "step": (1,)})
-    with pytest.raises(
-        InputError, match=r"latents of shape \[1, 17, 64\] is outside the engine's profile, \[1, 4, 64\] to"
+    """The advice is one that helps: --min and --max widen sizes and batches, but neither steps nor text."""
+    header, _ = read_engine(
+        add_engine(
+            exported,
+            profile={
+                "latents": ((1, 4, 64), (1, 4, 64), (2, 16, 64)),
+                "time_table": ((1, 64), (28, 64), (100, 64)),
+                "text": ((1, 1, 32), (1, 24, 32), (2, 512, 32)),
+            },
+        )
+    )
+    graph = graphs_of(exported).graph("step")
+    fitting = {"batch": 2, "tokens": 9, "text_tokens": 512, "steps": 100, "sequence": 530}
+    check_profile(header, graph, fitting)
+    for change, message in (
+        ({"tokens": 17}, r"latents of shape \[2, 17, 64\] is outside the engine's profile, \[1, 4, 64\] to .*--max$"),
+        ({"steps": 101}, "^101 steps, but the engine takes at most 100 steps$"),
+        ({"text_tokens": 513}, "^513 text tokens, but the engine takes at most 512 text tokens$"),
     ):
-        check_profile(header, {"latents": (1, 17, 64)})
+        with pytest.raises(InputError, match=message):
+            check_profile(header, graph, fitting | change)
 
 
 # Packages
@@ -414,6 +641,13 @@ def test_nothing_of_this_is_needed() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "Pipeline"
+
+
+def test_help() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mogle_rt.export", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "Export a bundle to ONNX and TensorRT" in done.stdout
 
 
 def test_exporting_changes_nothing_else(tiny_files: Files, tmp_path: Path) -> None:
