@@ -37,6 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--dtype", default="fp32", help="fp32 (the default), bf16 or fp16")
     group.addoption("--patience", type=float, default=0, help="seconds to wait for a quiet machine, each time")
     group.addoption("--mask", help="the mask that conditions, a file; by default a drawn face of 12 classes")
+    group.addoption(
+        "--long", action="store_true", help="also what takes minutes a round: batches and images of FLUX width"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,6 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.timeout(3600))
         if not config.getoption("benchmark_only"):
             item.add_marker(pytest.mark.skip(reason="needs --benchmark-only"))
+        elif item.get_closest_marker("slow") and not config.getoption("long"):
+            item.add_marker(pytest.mark.skip(reason="needs --long"))
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +115,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows, machine = config.stash[ROWS], config.stash.get(MACHINE, None)
     if not rows or machine is None:
         return
-    facts = machine.describe()
+    mask = config.getoption("mask")
+    facts = machine.describe() | {"mask": Path(mask).name if mask else "a drawn face of 12 classes"}
     terminalreporter.section("engine beside baseline")
     for name, value in facts.items():
         terminalreporter.write_line(f"{name}: {value}")

@@ -108,6 +108,33 @@ def table(rows: Sequence[Row]) -> list[str]:
     return [line(lines[0]), line(rule), *(line(cells) for cells in lines[1:])]
 
 
+# A step of the reference's own code, batch 1, float32, on another 2-core CPU: ms, by the name of the row.
+REFERENCE_STEP = {
+    "tiny, 64 px": 19.8,
+    "width 256, 128 px": 69.0,
+    "width 256, 256 px": 141.0,
+    "FLUX width, 512 px": 17700.0,
+}
+
+
+def honesty(rows: Sequence[Row]) -> list[str]:
+    """The baseline's steps beside the reference's own: on a fair baseline the last column is about one number."""
+    steps = {row.name: row for row in rows if row.group == "step"}
+    lines = [
+        f"| {name} | {_number(steps[f'{name}, batch 1'].baseline)} ms | {_number(theirs)} ms "
+        f"| {_number(theirs / steps[f'{name}, batch 1'].baseline)} |"
+        for name, theirs in REFERENCE_STEP.items()
+        if f"{name}, batch 1" in steps
+    ]
+    if not lines:
+        return []
+    heading = [
+        "| a step | the baseline, here | the reference's code, on another CPU | ratio |",
+        "| --- | --: | --: | --: |",
+    ]
+    return ["", "Is the baseline fair?", "", *heading, *lines]
+
+
 EXPLANATION = """\
 Made by `make bench`. Both sides load the same files, give the same result (checked before anything is timed, to
 {tolerance:g} relative RMS), and are timed in turns in one process; the figures are medians. The baseline
@@ -134,6 +161,7 @@ def write(path: Path, rows: Sequence[Row], machine: Mapping[str, str], tolerance
         *(f"- {name}: {value}" for name, value in machine.items()),
         "",
         *table(rows),
+        *honesty(rows),
         "",
         f"![How many times faster than the baseline, and how far it could be]({plot.name})",
         "",

@@ -19,6 +19,8 @@ from mogle_rt.masks import Labels
         ("width 256", 128, 4, 28),
         ("width 256", 256, 1, 28),
         ("width 256", 256, 4, 8),
+        pytest.param("FLUX width", 512, 1, 2, marks=pytest.mark.slow),
+        pytest.param("FLUX width", 512, 4, 2, marks=pytest.mark.slow),
     ],
 )
 def test_image(

@@ -39,6 +39,7 @@ def test_experts_and_gate(pixels: int, batch: int, models: ModelsOf, mask: Label
         ("width 256", 256, 1),
         ("width 256", 256, 4),
         ("FLUX width", 512, 1),
+        pytest.param("FLUX width", 512, 4, marks=pytest.mark.slow),
     ],
 )
 def test_step(name: str, pixels: int, batch: int, models: ModelsOf, mask: Labels, compare: SideBySide) -> None:

@@ -96,7 +96,7 @@ def test_baseline(name: str) -> None:
     checkpoint = case.settings["checkpoint"]
     files = Files(GOLDEN / "checkpoints" / checkpoint)
     mixture = {f"has_{part}": not checkpoint.endswith(f"no-{part}") for part in ("gating", "expert")}
-    baseline = Baseline.from_files(files.flux, files.lora, files.mogle, **case.model.to_dict(), **mixture)
+    baseline = Baseline.from_files(files.flux, files.lora, files.mogle, **case.model.to_dict(), **mixture)  # type: ignore[arg-type]
     placement = case.placement
     made = baseline(
         case.tensors["labels"],
