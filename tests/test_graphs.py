@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mogle_rt import Pipeline
@@ -70,6 +71,22 @@ def test_runs_of_one_shape_share_their_buffers(bundle: Bundle, batch: int) -> No
     fresh = run(TorchEngine(bundle, CPU, torch.float32, ModelConfig()), bundle, asked(2, batch=batch))
     assert torch.equal(second, fresh)
     assert not torch.equal(second, run(engine, bundle, asked(1, batch=batch)))
+
+
+@pytest.mark.parametrize("switches", [{}, {"union_cond_attn": False}], ids=str)
+def test_attention_may_come_in_any_layout(
+    bundle: Bundle, switches: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's memory-efficient kernel, which float32 takes, gives [B, L, H, d] transposed."""
+    engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig(**switches))
+    expected = run(engine, bundle, asked_of(bundle)(1, batch=2))
+    attention = F.scaled_dot_product_attention
+
+    def transposed(*args: Tensor) -> Tensor:
+        return attention(*args).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
+    assert torch.equal(run(engine, bundle, asked_of(bundle)(1, batch=2)), expected)
 
 
 def test_another_shape_has_its_own_step(bundle: Bundle) -> None:
@@ -153,16 +170,17 @@ def test_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         choose("triton", torch.device("cuda"))
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_graph_equals_eager(bundle: Bundle, dtype: torch.dtype, kernels: str) -> None:
+def test_graph_equals_eager(bundle: Bundle, dtype: torch.dtype, kernels: str, batch: int) -> None:
     asked, cuda = asked_of(bundle), torch.device("cuda")
     results = []
     for graphs in (True, False):
         engine = TorchEngine(bundle, cuda, dtype, ModelConfig(), kernels=kernels, cuda_graphs=graphs)
-        runs = [run(engine, bundle, asked(seed), seed) for seed in (1, 2, 1)]
+        runs = [run(engine, bundle, asked(seed, batch=batch), seed) for seed in (1, 2, 1)]
         assert (engine.execution == GRAPH) is graphs
         assert torch.equal(runs[0], runs[2])
         results.append(runs[:2])
