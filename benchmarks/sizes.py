@@ -91,6 +91,13 @@ class Models:
         return pipe
 
     @cached_property
+    def eager_pipeline(self) -> Pipeline:
+        """One whose operations can be counted: a CUDA graph's replay shows none of them."""
+        pipe = Pipeline(self.path, self.device, self.dtype, cuda_graphs=False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @cached_property
     def engine(self) -> TorchEngine:
         return TorchEngine(self.bundle, self.device, self.dtype, ModelConfig())
 
@@ -100,10 +107,9 @@ class Models:
         return Baseline.from_files(files.flux, files.lora, files.mogle, dtype=self.dtype).to(self.device)
 
     def forget_masks(self) -> None:
-        """Empty the pipeline's cache of mask encodings, if it has one."""
-        cache = getattr(self.pipeline, "conditioning_cache", None)
-        if cache is not None:
-            cache.clear()
+        """Empty the pipelines' caches of mask encodings."""
+        for pipe in (self.pipeline, self.eager_pipeline):
+            pipe.conditioning_cache.clear()
 
     def resident_bytes(self, *parts: str) -> int:
         """Bytes of the parts' weights, without those that a run has used up before its first step."""
@@ -202,6 +208,14 @@ class Job:
         engine.advance()
         return engine.latents()
 
+    @torch.inference_mode()
+    def eager_step(self) -> Tensor:
+        """`engine_step`, one operation after the other."""
+        engine = self.models.engine
+        engine.start(self.noise, self.k)
+        engine.prepared.advance()
+        return engine.latents()
+
     def baseline_step(self) -> Tensor:
         def one(i: int) -> Tensor:
             return self.models.baseline.step(
@@ -221,7 +235,14 @@ class Job:
 
     def engine_images(self) -> Tensor:
         """(B, 3, H, W), mask encoding and decoding included."""
-        images = self.models.pipeline(
+        return self._images(self.models.pipeline)
+
+    def eager_images(self) -> Tensor:
+        """`engine_images`, one operation after the other."""
+        return self._images(self.models.eager_pipeline)
+
+    def _images(self, pipe: Pipeline) -> Tensor:
+        images = pipe(
             self.labels,
             prompt_embeds=self.prompt,
             pooled_prompt_embeds=self.pooled,

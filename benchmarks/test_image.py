@@ -31,6 +31,7 @@ def test_image(
         f"{job.title}, {steps} steps",
         job.engine_images,
         job.baseline_images,
+        eager=job.eager_images,
         before=job.models.forget_masks,
         moved=weights,
         times=steps,

@@ -88,6 +88,9 @@ _joint_attention = _define(
 )
 
 
+OPERATORS = tuple(_COSTS)  # names, "mogle_rt::…"
+
+
 def rope_buffer(table: Tensor) -> Tensor:
     """A rotary table, complex64 [L, d / 2], as `qk_norm_rope` takes it: fp32 [L, d], cosines, then sines."""
     return torch.cat([table.real, table.imag], dim=1)
