@@ -103,8 +103,8 @@ def gate_mix(latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, b
 
 def gate_mix_mean(latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor) -> None:
     """See `mogle_rt.torch_ops.gate_mix_mean`."""
-    N, B, E, _ = bank.shape
-    sums = torch.empty(gate_kernels.partial_sums(N, B), B, E, device=bank.device, dtype=torch.float32)
+    _, B, E, _ = bank.shape
+    sums = torch.empty(gate_kernels.partial_sums(bank), B, E, device=bank.device, dtype=torch.float32)
     _gate_mix_mean(latents, gate_input, time, *gate, bank, sums, out)
 
 

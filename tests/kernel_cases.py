@@ -204,8 +204,8 @@ def _gate_mix(r: Random, *, N: int, B: int, C: int, G: int, E: int, extra: int =
 
 
 def _gate_mix_mean(r: Random, *, N: int, B: int, C: int, G: int, E: int, extra: int = 0) -> Arguments:
-    scratch = r.empty(partial_sums(N, B), B, E, dtype=torch.float32)
-    return _gate_mix(r, N=N, B=B, C=C, G=G, E=E, extra=extra) | {"sums": scratch}
+    made = _gate_mix(r, N=N, B=B, C=C, G=G, E=E, extra=extra)
+    return made | {"sums": r.empty(partial_sums(made["bank"]), B, E, dtype=torch.float32)}
 
 
 def _attention(
