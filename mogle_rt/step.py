@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mogle_rt.lora import LoraLinear, Product, flat
 from mogle_rt.modulation import ModulationTables
-from mogle_rt.mogle import Bank, MixtureOfExperts
+from mogle_rt.mogle import Bank, Fused, MixtureOfExperts
 from mogle_rt.ops import Ops
 from mogle_rt.transformer import DoubleBlock, Layout, SingleBlock, Transformer
 
@@ -27,7 +27,7 @@ class StepInputs:
     """All that a step reads beside its latents; no step changes it.
 
     Attributes:
-        bank: expert outputs and the gate's constant input.
+        mixture: expert outputs, or what the experts see; and the gate's constant input.
         time_table: [S, 64], the gate's time embeddings; None without a gate.
         text: [T, B, D], prompt embeddings after ``context_embedder``.
         modulation: AdaLN modulations of all steps.
@@ -36,7 +36,7 @@ class StepInputs:
         sigma_steps: [S] float32, the next noise level minus this one, of every step.
     """
 
-    bank: Bank
+    mixture: Bank | Fused
     time_table: Tensor | None
     text: Tensor
     modulation: ModulationTables
@@ -335,7 +335,7 @@ class Step:
 
     def condition(self) -> None:
         """Latents -> condition tokens: gate and mix."""
-        self.mogle(self.buffers.latents, self.inputs.bank, self.time, self.buffers.condition, self.ops)
+        self.mogle(self.buffers.latents, self.inputs.mixture, self.time, self.buffers.condition, self.ops)
 
     def velocity(self) -> None:
         """Latents and condition tokens -> velocity: the transformer."""
