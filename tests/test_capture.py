@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mogle_rt import schema
 from mogle_rt.config import FLUX_DEV, NUM_EXPERTS, ModelConfig, TransformerConfig
@@ -81,6 +82,25 @@ def test_step_waits_for_nothing(switches: dict[str, bool], condition_scale: floa
 def test_fused_mixture_waits_for_nothing(kernels: str) -> None:
     with full_size(kernels=kernels, transformer=FEW_BLOCKS, mixture="fused") as (step, _):
         assert trace(step.condition) == trace(step.condition)
+
+
+class Epilogues(TorchDispatchMode):
+    """Refuses products whose bias would be copied into the output first: cuBLAS adds it only to rows without gaps."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten._addmm_activation) and args[0].dim() == 1:
+            out = kwargs.get("out")  # a result that it makes itself has no gaps
+            assert args[0].is_contiguous()
+            assert out is None or out.is_contiguous(), f"{func} into strides {out.stride()}"
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_biases_are_added_in_epilogues(kernels: str) -> None:
+    """One launch a product, as it is counted."""
+    with full_size(kernels=kernels, transformer=FEW_BLOCKS) as (step, _), Epilogues():
+        step.advance()
 
 
 def test_the_whole_model_waits_for_nothing() -> None:
