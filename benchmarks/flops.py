@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,13 +23,35 @@ def _addmm(y: list[int], a: list[int], b: list[int], *_: Any, **__: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
+def _fused_kernels() -> dict[Any, Callable[..., int]]:
+    """Of the runtime's own operators, what each declares."""
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    from mogle_rt import triton_ops
+
+    def formula(name: str) -> Callable[..., int]:
+        def flops(*args: Any, out_val: Any = None) -> int:
+            return triton_ops.declared(name, args).flops
+
+        flops._get_raw = True  # type: ignore[attr-defined]  # arguments as they are, not their shapes
+        return flops
+
+    return {getattr(torch.ops.mogle_rt, name.split("::")[1]): formula(name) for name in triton_ops.OPERATORS}
+
+
 def count(call: Callable[[], T]) -> tuple[T, int]:
     """The call's result and its FLOPs in matrix products, convolutions and attention.
 
-    PyTorch's counter leaves out the CPU's attention kernel and products that add in place; they are added here.
+    PyTorch's counter leaves out the CPU's attention kernel, products that add in place or go through an activation,
+    and fused kernels; they are added here. A CUDA graph's replay shows none of its operations: count an eager call.
     """
     aten = torch.ops.aten
-    missing = {aten._scaled_dot_product_flash_attention_for_cpu: _attention, aten.addmm_: _addmm}
+    missing: dict[Any, Callable[..., int]] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten.addmm_: _addmm,
+        aten._addmm_activation: _addmm,
+    }
+    missing |= _fused_kernels()
     with FlopCounterMode(display=False, custom_mapping=missing) as counter:
         result = call()
     return result, counter.get_total_flops()

@@ -54,6 +54,7 @@ class SideBySide:
         engine: Callable[[], Tensor | None],
         baseline: Callable[[], Tensor | None],
         *,
+        eager: Callable[[], Tensor | None] | None = None,
         moved: int = 0,
         times: int = 1,
         before: Callable[[], object] = lambda: None,
@@ -65,9 +66,10 @@ class SideBySide:
 
         Args:
             engine, baseline: the same work on either side; their results must be equal, None is not compared.
+            eager: the engine's work one operation after the other, on which FLOPs are counted; None is ``engine``.
             moved: bytes that must at least be read or written, so many ``times``.
             before: run before each of the engine's rounds, untimed.
-            flops_needed: None counts them on the engine's call.
+            flops_needed: None takes the counted ones.
             product: the matrix product whose rate is the limit's; None is the machine's fastest.
             budget: seconds that the rounds should take, of which there are `MIN_ROUNDS` to `MAX_ROUNDS`.
         """
@@ -75,7 +77,10 @@ class SideBySide:
         shape = product or self.machine.fastest_product
         self._probe = partial(self.machine.product_rate_now, shape, self.machine.product(shape))
         before()
-        result, counted = flops.count(engine)
+        result, counted = flops.count(eager or engine)
+        if eager is not None:
+            before()
+            result = engine()
         begin = clock()
         self._check(result, baseline())
         estimate = clock() - begin

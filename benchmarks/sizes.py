@@ -100,6 +100,13 @@ class Models:
         return pipe
 
     @cached_property
+    def eager_pipeline(self) -> Pipeline:
+        """One whose operations can be counted: a CUDA graph's replay shows none of them."""
+        pipe = Pipeline(self.path, self.device, self.dtype, cuda_graphs=False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    @cached_property
     def engine(self) -> TorchEngine:
         return TorchEngine(self.bundle, self.device, self.dtype, ModelConfig())
 
@@ -109,10 +116,9 @@ class Models:
         return Baseline.from_files(files.flux, files.lora, files.mogle, dtype=self.dtype).to(self.device)
 
     def forget_masks(self) -> None:
-        """Empty the pipeline's cache of mask encodings, if it has one."""
-        cache = getattr(self.pipeline, "conditioning_cache", None)
-        if cache is not None:
-            cache.clear()
+        """Empty the pipelines' caches of mask encodings."""
+        for pipe in (self.pipeline, self.eager_pipeline):
+            pipe.conditioning_cache.clear()
 
     def resident_bytes(self, *parts: str) -> int:
         """Bytes of the parts' weights, without those that a run has used up before its first step."""
@@ -210,6 +216,14 @@ class Job:
         engine = self.models.engine
         engine.start(self.noise, self.k)
         engine.advance()
+        return engine.latents()
+
+    @torch.inference_mode()
+    def eager_step(self) -> Tensor:
+        """`engine_step`, one operation after the other."""
+        engine = self.models.engine
+        engine.start(self.noise, self.k)
+        engine.prepared.advance()
         return engine.latents()
 
     def baseline_step(self) -> Tensor:

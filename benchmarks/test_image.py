@@ -33,6 +33,7 @@ def test_image(
         f"{job.title}, {steps} steps",
         job.engine_images,
         job.baseline_images,
+        eager=lambda: job.engine_images(job.models.eager_pipeline),
         before=job.models.forget_masks,
         moved=weights,
         times=steps,

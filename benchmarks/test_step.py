@@ -52,6 +52,7 @@ def test_step(name: str, pixels: int, batch: int, models: ModelsOf, mask: Labels
         job.title,
         job.engine_step,
         job.baseline_step,
+        eager=job.eager_step,
         moved=weights,
         flops_needed=needed,
         product=job.product,

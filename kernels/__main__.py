@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mogle_rt.kernels.aot import SHARED_LIMITS, TARGETS, compile_all
-from mogle_rt.kernels.workloads import DTYPES, workloads
+from mogle_rt.kernels.workloads import DTYPES, variants, workloads
 
 # NVIDIA H100 SXM by its datasheet: bytes a second, dense bf16 operations a second.
 H100_BYTES, H100_FLOPS = 3.35e12, 989.4e12
@@ -29,7 +29,7 @@ H100_BYTES, H100_FLOPS = 3.35e12, 989.4e12
 def costs(dtype: str) -> list[dict[str, Any]]:
     """Declared cost of every workload, and the least time that an H100 takes for it, µs."""
     rows = []
-    for work in workloads(DTYPES[dtype], "meta"):
+    for work in [*workloads(DTYPES[dtype], "meta"), *variants(DTYPES[dtype])]:
         cost = work.declared()
         least = max(cost.moved / H100_BYTES, cost.flops / H100_FLOPS) * 1e6
         rows.append({"workload": work.name, "dtype": dtype, **dataclasses.asdict(cost), "h100_us": least})
@@ -44,12 +44,13 @@ def _print(compiled: list[dict[str, Any]], least: list[dict[str, Any]]) -> None:
     for name in ("registers", "spills", "shared", "of", "stack", "warps"):
         table.add_column(name, justify="right")
     table.add_column("matrix instructions")
-    table.add_column("16-byte loads and stores", justify="right")
+    table.add_column("16-byte loads + stores", justify="right")
     for r in compiled:
         numbers = (r["registers"], r["spills"], r["shared"], SHARED_LIMITS[r["target"]], r["stack"], r["warps"])
         style = "" if _good(r) else "red"
+        wide = f"{r['wide_loads']} + {r['wide_stores']}"
         names = (r["kernel"], r["workload"], r["dtype"], r["target"])
-        table.add_row(*names, *map(str, numbers), r["tensor_cores"] or "none", str(r["wide"]), style=style)
+        table.add_row(*names, *map(str, numbers), r["tensor_cores"] or "none", wide, style=style)
     console.print(table)
     table = Table(title="least work, each byte once", header_style="bold")
     for name in ("call", "dtype"):
@@ -71,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit code."""
     names = [w.name for w in workloads(torch.bfloat16, "meta")]
     parser = argparse.ArgumentParser(prog="python -m mogle_rt.kernels", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--kernel", choices=names, nargs="+", default=names, help="default: all")
+    others = [w.name for w in variants(torch.bfloat16)]
+    told = f"default: {', '.join(names)}; other calls of them: {', '.join(others)}"
+    parser.add_argument("--kernel", choices=[*names, *others], nargs="+", default=names, metavar="CALL", help=told)
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"], help="default: bf16")
     parser.add_argument("--target", choices=TARGETS, nargs="+", default=list(TARGETS), help="default: all")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
@@ -79,7 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: in the interpreter nothing can be compiled; unset it")
     compiled = [
-        {"workload": name, "dtype": dtype, **dataclasses.asdict(r), "tensor_cores": r.tensor_cores, "wide": r.wide}
+        {"workload": name, "dtype": dtype, **dataclasses.asdict(r)}
+        | {read: getattr(r, read) for read in ("tensor_cores", "wide_loads", "wide_stores")}
         for name, dtype, r in compile_all(given.kernel, given.dtype, given.target)
     ]
     least = [row for dtype in given.dtype for row in costs(dtype) if row["workload"] in given.kernel]

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mogle_rt.kernels.common import Launch
-from mogle_rt.kernels.workloads import DTYPES, workloads
+from mogle_rt.kernels.workloads import DTYPES, variants, workloads
 
 # Shared memory that a program may have, bytes: CUDA C++ Programming Guide, table "technical specifications per compute
 # capability" (maximum per thread block, without the 1 KiB that the system keeps); CDNA 3 ISA guide for gfx942.
@@ -50,6 +50,8 @@ HIP_INSTRUCTIONS = re.compile(
 )
 ALIGNED = [["tt.divisibility", 16]]
 WIDE = {"LDG": "LDG.128", "STG": "STG.128", "LDGSTS": "LDGSTS.128"}
+WIDE_LOADS = {"LDG.128", "LDGSTS.128", "global_load_dwordx4", "buffer_load_dwordx4"}
+WIDE_STORES = {"STG.128", "global_store_dwordx4", "buffer_store_dwordx4"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +80,14 @@ class Resources:
         return next((name for sass, name in names.items() if self.instructions.get(sass)), "")
 
     @property
-    def wide(self) -> int:
-        """Loads and stores of 16 bytes a thread."""
-        return sum(n for name, n in self.instructions.items() if name in WIDE.values() or name.endswith("x4"))
+    def wide_loads(self) -> int:
+        """Loads of 16 bytes a thread."""
+        return sum(n for name, n in self.instructions.items() if name in WIDE_LOADS)
+
+    @property
+    def wide_stores(self) -> int:
+        """Stores of 16 bytes a thread."""
+        return sum(n for name, n in self.instructions.items() if name in WIDE_STORES)
 
 
 def _source(launch: Launch) -> Any:
@@ -131,7 +138,8 @@ def compile_launch(launch: Launch, target: str) -> Resources:
 
 
 def _compile_workload(name: str, dtype: str, target: str) -> list[Resources]:
-    workload = next(w for w in workloads(DTYPES[dtype], "meta") if w.name == name)
+    known = [*workloads(DTYPES[dtype], "meta"), *variants(DTYPES[dtype])]
+    workload = next(w for w in known if w.name == name)
     return [compile_launch(launch, target) for launch in workload.launches()]
 
 

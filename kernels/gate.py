@@ -84,7 +84,7 @@ class Gate:
             "C_BLOCK": power_of_two(C, WIDER_THAN_TALL),
             "G_BLOCK": power_of_two(G, WIDER_THAN_TALL),
             "E_BLOCK": power_of_two(E, WIDER_THAN_TALL),
-            "ROWS": rows(N, B),
+            "ROWS": rows(N, B, self.latents.dtype),
             "PRECISION": precision(self.latents.dtype),
         }
 
@@ -111,11 +111,14 @@ class Gate:
         return 2 * N * B * (C * C + C * G + G * E)
 
 
-def rows(tokens: int, batch: int) -> int:
-    """Tokens of a program: as few as a tensor-core tile has, until there are many programs for every multiprocessor."""
+def rows(tokens: int, batch: int, dtype: torch.dtype) -> int:
+    """Tokens of a program: as few as a tensor-core tile has, until there are many programs for every multiprocessor.
+
+    fp32 keeps to them: its three products a layer would spill with more.
+    """
     if interpreted():
         return min(power_of_two(tokens, 16), 256)
-    return 16 if tokens * batch <= 16384 else 32
+    return 16 if tokens * batch <= 16384 or dtype == torch.float32 else 32
 
 
 @triton.jit

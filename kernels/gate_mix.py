@@ -186,9 +186,9 @@ def gate_mix_cost(
     return Cost(read=gate.read() + nbytes(bank), written=nbytes(out), flops=gate.flops() + 2 * bank.numel())
 
 
-def partial_sums(tokens: int, batch: int) -> int:
-    """Rows of `gate_mix_mean`'s scratch buffer for N tokens and B images."""
-    return triton.cdiv(tokens, rows(tokens, batch))
+def partial_sums(bank: Tensor) -> int:
+    """Rows of `gate_mix_mean`'s scratch buffer for a bank [N, B, E, C]."""
+    return triton.cdiv(bank.shape[0], rows(*bank.shape[:2], bank.dtype))
 
 
 def gate_mix_mean(
@@ -207,7 +207,7 @@ def gate_mix_mean(
     """`gate_mix` with the weights averaged over the tokens of each image (weight_is_scale), in two launches.
 
     Args:
-        sums: fp32 [`partial_sums` (N, B), B, E], scratch, written; the other arguments as in `gate_mix`.
+        sums: fp32 [`partial_sums` (bank), B, E], scratch, written; the other arguments as in `gate_mix`.
 
     Raises:
         ValueError: a shape, dtype, stride or device doesn't fit.
@@ -215,8 +215,8 @@ def gate_mix_mean(
     gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
     gate.check()
     N, B, C, _, E = gate.sizes
-    programs = partial_sums(N, B)
     check("bank", bank, (N, B, E, C), latents)
+    programs = partial_sums(bank)
     check("out", out, (N, B, C), latents)
     check("sums", sums, (programs, B, E), latents, torch.float32)
     if N * B == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ HEADS, HEAD = 24, 128
 WIDTH = HEADS * HEAD
 LATENT, GATE, EXPERT, EXPERTS = 64, 64, 32, 20
 PRESENT = 11  # pictures: the mask's own and ten regions, as in a portrait
+BATCH = 32  # images that make so many programs that tiles are larger
 RANK = 4  # of a LoRA; q, k, v and proj_mlp have one each, side by side, and widths are padded to a multiple of 8
 
 
@@ -64,19 +66,23 @@ class Workload:
         return launches
 
 
-def workloads(dtype: torch.dtype, device: str) -> list[Workload]:
-    """All of them; on the meta device without contents, else with random values."""
-    L, N, B, D = TEXT + 2 * IMAGE, IMAGE, 1, WIDTH
-    generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
+class New:
+    """Tensors of one dtype and device: on the meta device without contents, else of random values."""
 
-    def new(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
-        x = torch.empty(shape, dtype=dtype, device=device)
-        return x if generator is None else x.normal_(0, scale, generator=generator)
+    def __init__(self, dtype: torch.dtype, device: str) -> None:
+        self.dtype, self.device = dtype, device
+        self._generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
 
-    streams = [TEXT + N, L]
-    gate = {
-        "latents": new(N, B, LATENT),
-        "gate_input": new(N, B, LATENT),
+    def __call__(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        x = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        return x if self._generator is None else x.normal_(0, scale, generator=self._generator)
+
+
+def gate_arguments(new: New, batch: int) -> dict[str, Any]:
+    """What every kernel with a gate takes first."""
+    return {
+        "latents": new(IMAGE, batch, LATENT),
+        "gate_input": new(IMAGE, batch, LATENT),
         "time": new(LATENT),
         "noise_weight": new(LATENT, LATENT, scale=LATENT**-0.5),
         "gate_in_weight": new(GATE, LATENT, scale=LATENT**-0.5),
@@ -84,103 +90,107 @@ def workloads(dtype: torch.dtype, device: str) -> list[Workload]:
         "gate_out_weight": new(EXPERTS, GATE, scale=GATE**-0.5),
         "gate_out_bias": new(EXPERTS),
     }
-    bank = new(N, B, EXPERTS, LATENT)
-    norm = {
-        "x": new(L, B, D),
-        "scale": new(2, B, D),
-        "shift": new(2, B, D),
-        "bounds": streams,
-        "out": new(L, B, D + 4 * RANK),
-        "lora_down": new(D, 4 * RANK, scale=D**-0.5),
-        "lora_from": streams[0],
-    }
-    update = {
-        "y": new(L, B, D + 8),
-        "gate": new(2, B, D),
-        "lora_up": new(8, D),
-        "lora_up_from": streams[0],
-        "clip": False,
-    }
-    experts = {
-        "planes": new(PRESENT, N, LATENT),
-        "index": torch.full((B, EXPERTS), -1, dtype=torch.int32, device=device),
-        "absent": new(N, EXPERTS, LATENT),
+
+
+def expert_arguments(new: New, batch: int) -> dict[str, Any]:
+    """What both kernels with experts take; every image's mask has pictures of its own."""
+    index = torch.full((batch, EXPERTS), -1, dtype=torch.int32, device=new.device)
+    pictures = torch.arange(batch * PRESENT, dtype=torch.int32, device=new.device)
+    index[:, :PRESENT] = pictures.view(batch, PRESENT)
+    return {
+        "planes": new(batch * PRESENT, IMAGE, LATENT),
+        "index": index,
+        "absent": new(IMAGE, EXPERTS, LATENT),
         "expert_in_weight": new(EXPERTS, EXPERT, LATENT, scale=LATENT**-0.5),
         "expert_in_bias": new(EXPERTS, EXPERT),
         "expert_out_weight": new(EXPERTS, LATENT, EXPERT, scale=EXPERT**-0.5),
         "expert_out_bias": new(EXPERTS, LATENT),
     }
-    experts["index"][:, :PRESENT] = torch.arange(PRESENT, dtype=torch.int32, device=device)
+
+
+def mixtures(new: New, batch: int) -> list[Workload]:
+    """All kernels that take part in the mixture of experts."""
+    N, B, D = IMAGE, batch, WIDTH
+    gate, experts, bank = gate_arguments(new, B), expert_arguments(new, B), new(N, B, EXPERTS, LATENT)
+    banked = gate | {"bank": bank, "out": new(N, B, LATENT)}
+    sums = {"sums": new(partial_sums(bank), B, EXPERTS, dtype=torch.float32)}
+    embed = {
+        "embed_weight": new(D, LATENT, scale=LATENT**-0.5),
+        "embed_bias": new(D),
+        "lora_down": new(LATENT, RANK, scale=LATENT**-0.5),
+        "lora_up": new(RANK, D),
+        "latent_lora": False,
+        "out": new(2 * N, B, D),
+    }
+    whole = gate | experts | {"out": new(N, B, LATENT)}
+    return [
+        Workload("gate_mix", gate_mix, gate_mix_ref, gate_mix_cost, banked),
+        Workload("gate_mix_mean", gate_mix_mean, gate_mix_mean_ref, gate_mix_mean_cost, banked | sums),
+        Workload("gate_mix_embed", gate_mix_embed, gate_mix_embed_ref, gate_mix_embed_cost, banked | embed),
+        Workload("region_experts", region_experts, region_experts_ref, region_experts_cost, experts | {"bank": bank}),
+        Workload("region_expert_mix", region_expert_mix, region_expert_mix_ref, region_expert_mix_cost, whole),
+    ]
+
+
+def streams(new: New, rank: int, clip: bool) -> list[Workload]:
+    """All kernels over rows of the residual stream; with rank 0 without a branch."""
+    L, B, D = TEXT + 2 * IMAGE, 1, WIDTH
+    bounds, padded = [TEXT + IMAGE, L], -(-rank // 8) * 8
+    norm = {
+        "x": new(L, B, D),
+        "scale": new(2, B, D),
+        "shift": new(2, B, D),
+        "bounds": bounds,
+        "out": new(L, B, D + 4 * rank),
+        "lora_down": new(D, 4 * rank, scale=D**-0.5) if rank else None,
+        "lora_from": bounds[0],
+    }
+    update = {
+        "y": new(L, B, D + padded),
+        "gate": new(2, B, D),
+        "lora_up": new(padded, D) if rank else None,
+        "lora_up_from": bounds[0],
+        "clip": clip,
+    }
+    rows = {"x": norm["x"], "bounds": bounds} | update
+    both = norm | update
+    of_both = residual_norm_modulate, residual_norm_modulate_ref, residual_norm_modulate_cost
     return [
         Workload("norm_modulate", norm_modulate, norm_modulate_ref, norm_modulate_cost, norm),
-        Workload(
-            "residual_norm_modulate",
-            residual_norm_modulate,
-            residual_norm_modulate_ref,
-            residual_norm_modulate_cost,
-            norm | update,
-        ),
-        Workload("residual", residual, residual_ref, residual_cost, {"x": norm["x"], "bounds": streams} | update),
-        Workload(
-            "qk_norm_rope",
-            qk_norm_rope,
-            qk_norm_rope_ref,
-            qk_norm_rope_cost,
-            {
-                "x": new(L, B, 3, HEADS, HEAD),
-                "norm_weight": new(2, 2, HEAD),
-                "bounds": [TEXT, L],
-                "rope": new(L, HEAD, dtype=torch.float32),
-            },
-        ),
-        Workload("gate_mix", gate_mix, gate_mix_ref, gate_mix_cost, gate | {"bank": bank, "out": new(N, B, LATENT)}),
-        Workload(
-            "gate_mix_mean",
-            gate_mix_mean,
-            gate_mix_mean_ref,
-            gate_mix_mean_cost,
-            gate
-            | {
-                "bank": bank,
-                "out": new(N, B, LATENT),
-                "sums": new(partial_sums(N, B), B, EXPERTS, dtype=torch.float32),
-            },
-        ),
-        Workload(
-            "gate_mix_embed",
-            gate_mix_embed,
-            gate_mix_embed_ref,
-            gate_mix_embed_cost,
-            gate
-            | {
-                "bank": bank,
-                "embed_weight": new(D, LATENT, scale=LATENT**-0.5),
-                "embed_bias": new(D),
-                "lora_down": new(LATENT, RANK, scale=LATENT**-0.5),
-                "lora_up": new(RANK, D),
-                "latent_lora": False,
-                "out": new(2 * N, B, D),
-            },
-        ),
-        Workload("region_experts", region_experts, region_experts_ref, region_experts_cost, experts | {"bank": bank}),
-        Workload(
-            "region_expert_mix",
-            region_expert_mix,
-            region_expert_mix_ref,
-            region_expert_mix_cost,
-            gate | experts | {"out": new(N, B, LATENT)},
-        ),
-        Workload(
-            "joint_attention",
-            joint_attention,
-            joint_attention_ref,
-            joint_attention_cost,
-            dict(zip("qkv", new(L, B, 3, HEADS, HEAD).unbind(2), strict=True))
-            | {
-                "out": new(L, B, D),
-                "condition_from": streams[0],
-                "visibility": "scaled",
-                "log_scale": 0.5,
-            },
-        ),
+        Workload("residual_norm_modulate", *of_both, both),
+        Workload("residual", residual, residual_ref, residual_cost, rows),
     ]
+
+
+def attention(new: New, visibility: str) -> Workload:
+    """Of one of the switches."""
+    L, B = TEXT + 2 * IMAGE, 1
+    q, k, v = new(L, B, 3, HEADS, HEAD).unbind(2)
+    arguments = {"q": q, "k": k, "v": v, "out": new(L, B, WIDTH), "condition_from": TEXT + IMAGE}
+    switch = {"visibility": visibility, "log_scale": 0.5 if visibility == "scaled" else 0.0}
+    return Workload("joint_attention", joint_attention, joint_attention_ref, joint_attention_cost, arguments | switch)
+
+
+def workloads(dtype: torch.dtype, device: str) -> list[Workload]:
+    """One of every kernel; on the meta device without contents, else with random values."""
+    new, L = New(dtype, device), TEXT + 2 * IMAGE
+    qk = {
+        "x": new(L, 1, 3, HEADS, HEAD),
+        "norm_weight": new(2, 2, HEAD),
+        "bounds": [TEXT, L],
+        "rope": new(L, HEAD, dtype=torch.float32),
+    }
+    rotated = Workload("qk_norm_rope", qk_norm_rope, qk_norm_rope_ref, qk_norm_rope_cost, qk)
+    return [*streams(new, RANK, clip=False), rotated, *mixtures(new, 1), attention(new, "scaled")]
+
+
+def variants(dtype: torch.dtype) -> list[Workload]:
+    """On the meta device, calls whose launches are compiled otherwise than those of `workloads`."""
+    new = New(dtype, "meta")
+    found = {
+        f"batch{BATCH}": [w for w in mixtures(new, BATCH) if w.name != "region_experts"],  # its tiles are the same
+        "plain": streams(new, 0, clip=False),
+        "clipped": [w for w in streams(new, RANK, clip=True) if w.name != "norm_modulate"],
+        **{kind: [attention(new, kind)] for kind in ("joint", "separate", "independent")},
+    }
+    return [dataclasses.replace(w, name=f"{w.name}-{what}") for what, works in found.items() for w in works]

@@ -81,8 +81,8 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: 
 
 
 def _rows(out: Tensor) -> Tensor:
-    """[B, H, L, d] -> [L, B, H * d]; for one image a view, as the kernel wrote [B, L, H, d]."""
-    return out.permute(2, 0, 1, 3).flatten(2)
+    """[B, H, L, d] -> [L, B, H * d], contiguous. Kernels write [B, L, H, d] or [L, B, H, d]: often no copy is needed."""
+    return out.permute(2, 0, 1, 3).flatten(2).contiguous()
 
 
 def _merged(q: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], log_scale: float) -> Tensor:

@@ -78,20 +78,22 @@ def make_engine(
     *,
     kernels: str | None = None,
     cuda_graphs: bool = True,
+    mixture: str | None = None,
 ) -> Engine:
     """The engine, ready to `prepare`.
 
     Args:
         name, path: see `Pipeline`.
-        bundle, device, dtype, model, kernels, cuda_graphs: see `TorchEngine`.
+        bundle, device, dtype, model, kernels, cuda_graphs, mixture: see `TorchEngine`.
 
     Raises:
         CheckpointError, ConfigError, DeviceError: the export doesn't fit the bundle, the options or this machine.
     """
     if name == "torch":
-        return TorchEngine(bundle, device, dtype, model, kernels=kernels, cuda_graphs=cuda_graphs)
-    if kernels is not None:
-        raise ConfigError(f"engine {name} takes no kernels, got {kernels!r}; leave them out, or take engine torch")
+        return TorchEngine(bundle, device, dtype, model, kernels=kernels, cuda_graphs=cuda_graphs, mixture=mixture)
+    for option, value in (("kernels", kernels), ("mixture", mixture)):
+        if value is not None:
+            raise ConfigError(f"engine {name} takes no {option}, got {value!r}; leave it out, or take engine torch")
     exported = ExportedGraphs(export_folder(path, bundle.path), bundle, model, dtype)
     if name == "onnxruntime":
         return OnnxEngine(exported, device)

@@ -69,9 +69,11 @@ class TorchEngine:
         model: the reference's switches.
         kernels: see `mogle_rt.ops.choose`.
         cuda_graphs: replay steps as one CUDA graph where there is a CUDA device.
+        mixture: where the experts run: "bank", once an image, or "fused", in every step, in one launch with gate and
+            sum; None takes for each run what costs less, see `mogle_rt.triton_ops.cheaper_mixture`.
 
     Raises:
-        ConfigError: the kernels can't be had.
+        ConfigError: the kernels can't be had, or the mixture can't be fused.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class TorchEngine:
         *,
         kernels: str | None = None,
         cuda_graphs: bool = True,
+        mixture: str | None = None,
     ) -> None:
         self.ops = choose(kernels, device)
         self.device, self.dtype, self.model = device, dtype, model
@@ -90,6 +93,8 @@ class TorchEngine:
         self.weights = LazyWeights(bundle, device, dtype)
         self.transformer = load_transformer(bundle, device, dtype, riding=self.ops.RIDING)
         self.mogle = load_mogle(bundle, device, dtype, weight_is_scale=model.weight_is_scale)
+        self.mogle.check_mixture(mixture)
+        self._mixture = mixture
         self._runners = Runners(device, cuda_graphs, limit=SHAPES_KEPT if device.type == "cuda" else 1)
         self._runner: Runner | None = None
 
@@ -112,14 +117,15 @@ class TorchEngine:
             latent_lora=self.model.latent_lora,
             add_cond_attn=self.model.add_cond_attn,
         )
-        shapes = (batch, len(schedule), layout)
+        mixture = self.mogle.prepare(mask_latents, self.ops, self._mixture, len(schedule))
+        shapes = (batch, len(schedule), layout, type(mixture))
         made_from = (
             schedule.model_timesteps.to(self.device),
             torch.tensor(c.guidance_scale * 1000.0, device=self.device),
             pooled.expand(batch, -1).clone(),  # a later run is copied over it: not the caller's own
         )
         inputs = StepInputs(
-            bank=self.mogle.bank(mask_latents, self.ops),
+            mixture=mixture,
             time_table=self.mogle.time_table(schedule.timesteps.to(self.device)),
             text=self.transformer.context_embedder(prompt_embeds.expand(batch, -1, -1).transpose(0, 1)),
             modulation=self._modulation(made_from, self._runners.find(shapes)),

@@ -32,9 +32,13 @@ def why_eager(device: torch.device, cuda_graphs: bool) -> str | None:
 
 
 class Pool:
-    """The memory that graphs share."""
+    """The memory that graphs share: a pool, and the one stream of all captures, to which its blocks belong.
 
-    def __init__(self) -> None:
+    (The workspaces of libraries are a stream's own, too.)
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
         self.handle: Any = torch.cuda.graph_pool_handle()
 
     def renew(self) -> None:
@@ -48,7 +52,7 @@ class Runner:
     Args:
         step: what is run.
         reason: why not in a graph; None captures one at the first `advance`.
-        pool: for graphs.
+        pool: for graphs, which share it; None makes one.
 
     Attributes:
         execution: how steps are run: "cuda graph", or "eager: …" with the reason.
@@ -85,33 +89,41 @@ class Runner:
                 self._graph.replay()
 
     def _capture(self) -> None:
-        """Warm up, then capture; what the warm-up changed is put back. A failure is told, and steps run eagerly."""
+        """Warm up, then capture; what the warm-up changed is put back. A failed capture is told, and steps run eagerly.
+
+        An error of the step itself is raised by the warm-up as it is.
+        """
+        pool = self._pool = self._pool or Pool(self._device)
         changing = (self.step.buffers.latents, self.step.buffers.index)
         saved = [t.clone() for t in changing]
+        outer = torch.cuda.current_stream(self._device)
+        pool.stream.wait_stream(outer)
         try:
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
-            outer = torch.cuda.current_stream(self._device)
-            stream.wait_stream(outer)
-            try:
-                with torch.cuda.stream(stream):
-                    for _ in range(WARM_UP):
-                        self.step.buffers.index.copy_(saved[1])
-                        self.step.advance()
-                    handle = None if self._pool is None else self._pool.handle
-                    # Other threads may use the GPU meanwhile.
-                    with torch.cuda.graph(graph, pool=handle, stream=stream, capture_error_mode="thread_local"):
-                        self.step.advance()
-            finally:
-                outer.wait_stream(stream)
-            self._graph = graph
+            with torch.cuda.stream(pool.stream):  # around the capture, too: one that fails leaves its stream current
+                for _ in range(WARM_UP):
+                    self.step.buffers.index.copy_(saved[1])
+                    self.step.advance()
+                self._graph = self._captured(pool)
+        finally:
+            outer.wait_stream(pool.stream)
+            for t, before in zip(changing, saved, strict=True):
+                t.copy_(before)
+
+    def _captured(self, pool: Pool) -> torch.cuda.CUDAGraph | None:
+        """The step's graph, or None where the driver or an operation of the step refuses."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may use the GPU meanwhile.
+            with torch.cuda.graph(graph, pool.handle, pool.stream, capture_error_mode="thread_local"):
+                self.step.advance()
         except RuntimeError as error:  # torch's and the driver's errors are such
             cause = error.__context__ or error  # what broke the capture, not what its end said of it
-            self.execution = f"eager: capturing the step failed: {' '.join(str(cause).split(chr(10), 1)[0].split())}"
+            first_line = " ".join(str(cause).split("\n", 1)[0].split())
+            self.execution = f"eager: capturing the step failed: {first_line}"
             logger.warning("steps run one by one, which is slower: %s", self.execution)
-            if self._pool is not None:
-                self._pool.renew()
-        for t, before in zip(changing, saved, strict=True):
-            t.copy_(before)
+            pool.renew()
+            return None
+        return graph
 
 
 class Runners:
@@ -125,7 +137,9 @@ class Runners:
 
     def __init__(self, device: torch.device, cuda_graphs: bool, limit: int) -> None:
         self._reason, self._limit = why_eager(device, cuda_graphs), limit
-        self._pool = Pool() if self._reason is None else None
+        if self._reason is not None:
+            logger.info("steps run one by one: %s", self._reason)
+        self._pool = Pool(device) if self._reason is None else None
         self._runners: OrderedDict[Hashable, Runner] = OrderedDict()
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mogle_rt import schema
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import NUM_CLASSES, NUM_EXPERTS
-from mogle_rt.lora import LoraLinear, Ride
+from mogle_rt.lora import Linear, LoraLinear, Ride
 from mogle_rt.mogle import MixtureOfExperts
 from mogle_rt.schema import Fused
 from mogle_rt.transformer import Transformer
@@ -66,6 +66,8 @@ def load_transformer(bundle: Bundle, device: torch.device, dtype: torch.dtype, *
                 weight = torch.cat([weight, up.t()], dim=1)
             elif module.ride is Ride.OUTPUT:
                 weight, bias = torch.cat([weight, down.t()]), F.pad(bias, (0, module.rank))
+        elif isinstance(module, Linear) and module.padding:
+            weight, bias = F.pad(weight, (0, 0, 0, module.padding)), F.pad(bias, (0, module.padding))
         assign(model, f"{layer}.weight", weight)
         assign(model, f"{layer}.bias", bias)
 

@@ -30,12 +30,17 @@ def empty_parameter(*shape: int) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """Weights of y = x Wᵀ + b; `Product` computes it."""
+    """Weights of y = x Wᵀ + b; `Product` computes it.
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    ``padding`` further columns of y are zeros: where rows of another layer's output have so many more, and lie in one
+    buffer with these, cuBLAS adds the bias in its epilogue only if no gaps are left between the rows.
+    """
+
+    def __init__(self, in_features: int, out_features: int, padding: int = 0) -> None:
         super().__init__()
-        self.weight = empty_parameter(out_features, in_features)
-        self.bias = empty_parameter(out_features)
+        self.padding = padding
+        self.weight = empty_parameter(out_features + padding, in_features)
+        self.bias = empty_parameter(out_features + padding)
 
 
 class LoraLinear(Linear):
@@ -68,6 +73,12 @@ class LoraLinear(Linear):
 def flat(x: Tensor) -> Tensor:
     """[l, B, D] -> [l * B, D], always a view."""
     return x.view(x.shape[0] * x.shape[1], x.shape[2])
+
+
+def first_columns(buffer: Tensor, length: int, columns: int) -> Tensor:
+    """Room for [length, B, columns] at the beginning of a contiguous buffer [L, B, D], without gaps."""
+    batch = buffer.shape[1]
+    return buffer.view(-1)[: length * batch * columns].view(length, batch, columns)
 
 
 class Product:

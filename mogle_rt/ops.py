@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
@@ -72,8 +73,38 @@ class Ops(Protocol):
     def joint_attention(self, q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: AttentionPlan) -> Tensor: ...
 
     def experts(
-        self, x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor
+        self,
+        planes: Tensor,
+        index: Tensor,
+        absent: Tensor,
+        weight_in: Tensor,
+        bias_in: Tensor,
+        weight_out: Tensor,
+        bias_out: Tensor,
     ) -> Tensor: ...
+
+    def expert_mix(
+        self,
+        latents: Tensor,
+        gate_input: Tensor,
+        time: Tensor,
+        *layers: Tensor,
+        planes: Tensor,
+        index: Tensor,
+        absent: Tensor,
+        out: Tensor,
+    ) -> None: ...
+
+    def cheaper_mixture(
+        self,
+        planes: Tensor,
+        index: Tensor,
+        absent: Tensor,
+        *,
+        gate: Sequence[Tensor],
+        experts: Sequence[Tensor],
+        steps: int,
+    ) -> str: ...
 
     def gate_mix(
         self, latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor

@@ -73,6 +73,8 @@ class Pipeline:
         kernels: "triton" or "torch", the operations of a step; None takes what the environment variable
             MOGLE_RT_KERNELS says, and without it Triton's fused kernels on GPUs and PyTorch elsewhere. For "torch".
         cuda_graphs: replay the loop's steps as one CUDA graph, where there is a CUDA device. For "torch".
+        mixture: where the experts run: "bank", once an image, or "fused", in every step together with the gate; None
+            takes for each call what costs less on the device. For "torch".
         engine: what runs the steps: "torch", or, from an export, "onnxruntime", "tensorrt" or "tensorrt-rtx".
         engine_path: the export's folder; None: the bundle's own. Its dtype is then the default.
         cache_bytes: how much the encodings of masks, and those of prompts, may each keep from call to call; 0 keeps
@@ -96,6 +98,7 @@ class Pipeline:
         *,
         kernels: str | None = None,
         cuda_graphs: bool = True,
+        mixture: Literal["bank", "fused"] | None = None,
         engine: EngineName = "torch",
         engine_path: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
@@ -115,6 +118,7 @@ class Pipeline:
             self.model_config,
             kernels=kernels,
             cuda_graphs=cuda_graphs,
+            mixture=mixture,
         )
         self.conditioning_cache = TensorCache(cache_bytes)
         self.prompt_cache = TensorCache(cache_bytes)

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mogle_rt.lora import LoraLinear, Product, flat
+from mogle_rt.lora import LoraLinear, Product, first_columns, flat
 from mogle_rt.modulation import ModulationTables
-from mogle_rt.mogle import Bank, MixtureOfExperts
+from mogle_rt.mogle import Bank, Fused, MixtureOfExperts
 from mogle_rt.ops import Ops
 from mogle_rt.transformer import DoubleBlock, Layout, SingleBlock, Transformer
 
@@ -27,7 +27,7 @@ class StepInputs:
     """All that a step reads beside its latents; no step changes it.
 
     Attributes:
-        bank: expert outputs and the gate's constant input.
+        mixture: expert outputs, or what the experts see; and the gate's constant input.
         time_table: [S, 64], the gate's time embeddings; None without a gate.
         text: [T, B, D], prompt embeddings after ``context_embedder``.
         modulation: AdaLN modulations of all steps.
@@ -36,7 +36,7 @@ class StepInputs:
         sigma_steps: [S] float32, the next noise level minus this one, of every step.
     """
 
-    bank: Bank
+    mixture: Bank | Fused
     time_table: Tensor | None
     text: Tensor
     modulation: ModulationTables
@@ -148,7 +148,7 @@ class DoubleAttention(Sublayer):
     def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
         self.ops, self.layout, self.rope, self.norm_qk = ops, layout, rope, block.norm_qk
         T, D, bounds, lora_from = layout.text, b.x.shape[-1], layout.double_bounds, layout.double_lora_from
-        normed, y = b.normed[..., : block.qkv.in_columns], b.y[..., : block.out.out_columns]
+        normed, y = b.normed[..., : block.qkv.in_columns], first_columns(b.y, layout.total, block.out.out_columns)
         self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv.down_before, lora_from)
         self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from)
         self.normed_text, self.normed_rest = flat(normed[:T, :, :D]), flat(normed[T:])
@@ -156,7 +156,7 @@ class DoubleAttention(Sublayer):
         self.project_qkv = Product(block.qkv, b.qkv[T:], lora_from - T)
         self.qkv = heads(b.qkv, 3, block.norm_qk.shape[-1])
         self.q, self.k, self.v = self.qkv.unbind(2)
-        self.context_out = Product(block.context_out, y[:T, :, :D])
+        self.context_out = Product(block.context_out, y[:T])
         self.out = Product(block.out, y[T:], lora_from - T)
         self.text_rows = T * b.x.shape[1]
         self.shares_condition = layout.add_cond_attn and layout.condition > 0
@@ -187,14 +187,14 @@ class DoubleMlp(Sublayer):
     def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, layout: Layout, ops: Ops) -> None:
         self.ops = ops
         T, D, bounds, lora_from = layout.text, b.x.shape[-1], layout.double_bounds, layout.double_lora_from
-        normed, y = b.normed[..., :D], b.y[..., : block.ff_out.out_columns]
+        normed, y = b.normed[..., :D], first_columns(b.y, layout.total, block.ff_out.out_columns)
         self.norm = Norm(b.x, mod[4], mod[3], bounds, normed)
         self.addition = Addition(b.x, y, mod[5], bounds, block.ff_out.up_after, lora_from, b.clips)
         self.normed_text, self.normed_rest = flat(normed[:T]), flat(normed[T:])
         self.context_in = Product(block.context_ff_in, b.hidden[:T], gelu_scratch=b.scratch[:T])
         self.ff_in = Product(block.ff_in, b.hidden[T:], gelu_scratch=b.scratch[T:])
         self.hidden_text, self.hidden_rest = flat(b.hidden[:T]), flat(b.hidden[T:])
-        self.context_out = Product(block.context_ff_out, y[:T, :, :D])
+        self.context_out = Product(block.context_ff_out, y[:T])
         self.ff_out = Product(block.ff_out, y[T:], lora_from - T)
 
     def run(self) -> None:
@@ -210,7 +210,7 @@ class Single(Sublayer):
     def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
         self.ops, self.layout, self.rope, self.norm_qk = ops, layout, rope, block.norm_qk
         D, bounds, lora_from = b.x.shape[-1], layout.single_bounds, layout.single_lora_from
-        normed, y = b.normed[..., : block.qkv_mlp.in_columns], b.y[..., : block.out.out_columns]
+        normed, y = b.normed[..., : block.qkv_mlp.in_columns], first_columns(b.y, layout.total, block.out.out_columns)
         self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv_mlp.down_before, lora_from)
         self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from, b.clips)
         self.normed = flat(normed)
@@ -238,12 +238,13 @@ class LastSingle(Sublayer):
         self.ops, self.layout, self.rope = ops, layout, rope
         D, lora_from = b.x.shape[-1], layout.single_lora_from
         image, image_lora_from = layout.image_rows, 0 if layout.latent_lora else layout.image
-        normed, y = b.normed[..., : block.qkv_mlp.in_columns], b.y[image, :, : block.out.out_columns]
+        normed, y = b.normed[..., : block.qkv_mlp.in_columns], first_columns(b.y, layout.image, block.out.out_columns)
         self.norm = Norm(b.x, mod[1], mod[0], layout.single_bounds, normed, block.qkv_mlp.down_before, lora_from)
         self.addition = Addition(b.image, y, mod[2][:1], (layout.image,), block.out.up_after, image_lora_from, b.clips)
         self.normed, self.normed_image = flat(normed), flat(normed[image])
         size = block.norm_qk.shape[-1]
-        q, kv, hidden = b.qkv[image, :, :D], b.qkv[:, :, D:], b.hidden[image]
+        kv, hidden = first_columns(b.qkv, layout.total, 2 * D), b.hidden[image]
+        q = b.qkv.view(-1)[kv.numel() :][: b.image.numel()].view(b.image.shape)
         self.project_kv = Product(block.qkv_mlp, kv, lora_from, columns=slice(D, 3 * D))
         self.project_q = Product(block.qkv_mlp, q, image_lora_from, columns=slice(0, D))
         mlp, scratch = slice(3 * D, None), b.scratch[image]
@@ -335,7 +336,7 @@ class Step:
 
     def condition(self) -> None:
         """Latents -> condition tokens: gate and mix."""
-        self.mogle(self.buffers.latents, self.inputs.bank, self.time, self.buffers.condition, self.ops)
+        self.mogle(self.buffers.latents, self.inputs.mixture, self.time, self.buffers.condition, self.ops)
 
     def velocity(self) -> None:
         """Latents and condition tokens -> velocity: the transformer."""

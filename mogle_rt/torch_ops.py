@@ -8,6 +8,7 @@ modulation (or a norm's weight); the last is L. Modulations are [G, B, D], one r
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -137,21 +138,54 @@ def residual_norm_modulate(
     norm_modulate(x, scale, shift, bounds, out, lora_down, lora_from)
 
 
-def experts(x: Tensor, weight_in: Tensor, bias_in: Tensor, weight_out: Tensor, bias_out: Tensor) -> Tensor:
-    """Linear(relu(Linear(x))) of every expert for its own picture, the *bank*.
+def experts(
+    planes: Tensor,
+    index: Tensor,
+    absent: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor,
+    weight_out: Tensor,
+    bias_out: Tensor,
+) -> Tensor:
+    """Linear(relu(Linear(x))) of every expert for the picture that it sees, the *bank*.
 
     Args:
-        x: [B, E, N, C], packed latents of the masks' pictures.
+        planes: [P, N, C], packed latents of pictures.
+        index: int32 [B, E], the number of an expert's picture, or -1: its rows of ``absent`` are the result.
+        absent: [N, E, C].
         weight_in: [E, H, C], bias_in: [E, H]. weight_out: [E, C, H], bias_out: [E, C].
 
     Returns:
         [N, B, E, C]: a token's experts side by side, so that a step's weighted sum is one small product a token.
     """
-    B, E, N, C = x.shape
-    rows = x.transpose(0, 1).reshape(E, B * N, C)
+    (B, E), (N, C) = index.shape, planes.shape[1:]
+    rows = planes.index_select(0, index.t().flatten().clamp(min=0)).view(E, B * N, C)
     hidden = torch.baddbmm(bias_in[:, None], rows, weight_in.transpose(1, 2)).relu_()
     y = torch.baddbmm(bias_out[:, None], hidden, weight_out.transpose(1, 2))
-    return y.view(E, B, N, C).permute(2, 1, 0, 3).contiguous()
+    bank = y.view(E, B, N, C).permute(2, 1, 0, 3)
+    return torch.where((index < 0)[..., None], absent[:, None], bank).contiguous()
+
+
+def expert_mix(
+    latents: Tensor,
+    gate_input: Tensor,
+    time: Tensor,
+    *layers: Tensor,
+    planes: Tensor,
+    index: Tensor,
+    absent: Tensor,
+    out: Tensor,
+) -> None:
+    """`experts` and `gate_mix` together. ``layers``: the gate's, see `gate_weights`, then the experts'."""
+    gate, expert = layers[:5], layers[5:]
+    gate_mix(latents, gate_input, time, *gate, bank=experts(planes, index, absent, *expert), out=out)
+
+
+def cheaper_mixture(
+    planes: Tensor, index: Tensor, absent: Tensor, *, gate: Sequence[Tensor], experts: Sequence[Tensor], steps: int
+) -> str:
+    """The experts once an image, "bank": apart from the gate, they would be as many operations in every step."""
+    return "bank"
 
 
 def gate_weights(

@@ -98,9 +98,9 @@ class DoubleBlock(nn.Module):
         self.ff_in = Linear(D, M)
         self.ff_out = LoraLinear(M, D, ranks["ff_out"], after)
         self.context_qkv = Linear(D, 3 * D)
-        self.context_out = Linear(D, D)
+        self.context_out = Linear(D, D, ranks["out"] if riding else 0)
         self.context_ff_in = Linear(D, M)
-        self.context_ff_out = Linear(M, D)
+        self.context_ff_out = Linear(M, D, ranks["ff_out"] if riding else 0)
 
 
 class SingleBlock(nn.Module):

@@ -18,6 +18,7 @@ from mogle_rt.kernels import gate_mix as gate_kernels
 from mogle_rt.kernels import joint_attention as attention_kernels
 from mogle_rt.kernels import norm_modulate as norm_kernels
 from mogle_rt.kernels import qk_norm_rope as rope_kernels
+from mogle_rt.kernels import region_expert_mix as fused_kernels
 from mogle_rt.kernels import region_experts as expert_kernels
 from mogle_rt.kernels import residual_norm_modulate as residual_kernels
 from mogle_rt.kernels.common import Cost
@@ -69,23 +70,24 @@ residual_norm_modulate = _define(
 qk_norm_rope = _define(rope_kernels, "qk_norm_rope", "Tensor(a!) x, Tensor norm_weight, SymInt[] bounds, Tensor rope")
 _GATE = (
     "Tensor latents, Tensor gate_input, Tensor time, Tensor noise_weight, Tensor gate_in_weight, "
-    "Tensor gate_in_bias, Tensor gate_out_weight, Tensor gate_out_bias, Tensor bank"
+    "Tensor gate_in_bias, Tensor gate_out_weight, Tensor gate_out_bias"
 )
-_gate_mix = _define(gate_kernels, "gate_mix", f"{_GATE}, Tensor(a!) out")
-_gate_mix_mean = _define(gate_kernels, "gate_mix_mean", f"{_GATE}, Tensor(a!) sums, Tensor(b!) out")
-
-
-_region_experts = _define(
-    expert_kernels,
-    "region_experts",
+_gate_mix = _define(gate_kernels, "gate_mix", f"{_GATE}, Tensor bank, Tensor(a!) out")
+_gate_mix_mean = _define(gate_kernels, "gate_mix_mean", f"{_GATE}, Tensor bank, Tensor(a!) sums, Tensor(b!) out")
+_EXPERTS = (
     "Tensor planes, Tensor index, Tensor absent, Tensor expert_in_weight, Tensor expert_in_bias, "
-    "Tensor expert_out_weight, Tensor expert_out_bias, Tensor(a!) bank",
+    "Tensor expert_out_weight, Tensor expert_out_bias"
 )
+_region_experts = _define(expert_kernels, "region_experts", f"{_EXPERTS}, Tensor(a!) bank")
+_region_expert_mix = _define(fused_kernels, "region_expert_mix", f"{_GATE}, {_EXPERTS}, Tensor(a!) out")
 _joint_attention = _define(
     attention_kernels,
     "joint_attention",
     "Tensor q, Tensor k, Tensor v, Tensor(a!) out, SymInt condition_from, str visibility, float log_scale",
 )
+
+
+OPERATORS = tuple(_COSTS)  # names, "mogle_rt::…"
 
 
 def rope_buffer(table: Tensor) -> Tensor:
@@ -100,8 +102,8 @@ def gate_mix(latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, b
 
 def gate_mix_mean(latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor) -> None:
     """See `mogle_rt.torch_ops.gate_mix_mean`."""
-    N, B, E, _ = bank.shape
-    sums = torch.empty(gate_kernels.partial_sums(N, B), B, E, device=bank.device, dtype=torch.float32)
+    _, B, E, _ = bank.shape
+    sums = torch.empty(gate_kernels.partial_sums(bank), B, E, device=bank.device, dtype=torch.float32)
     _gate_mix_mean(latents, gate_input, time, *gate, bank, sums, out)
 
 
@@ -117,11 +119,55 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: 
     return out
 
 
-def experts(x: Tensor, *layers: Tensor) -> Tensor:
+def experts(planes: Tensor, index: Tensor, absent: Tensor, *layers: Tensor) -> Tensor:
     """See `mogle_rt.torch_ops.experts`."""
-    B, E, N, C = x.shape
-    bank = x.new_empty(N, B, E, C)
-    index = torch.arange(B * E, device=x.device, dtype=torch.int32).view(B, E)
-    absent = x.new_empty(N, E, C)  # never read: the pictures of absent classes are among the others
-    _region_experts(x.flatten(0, 1), index, absent, *layers, bank)
+    bank = planes.new_empty(planes.shape[1], *index.shape, planes.shape[2])
+    _region_experts(planes, index, absent, *layers, bank)
     return bank
+
+
+def expert_mix(
+    latents: Tensor,
+    gate_input: Tensor,
+    time: Tensor,
+    *layers: Tensor,
+    planes: Tensor,
+    index: Tensor,
+    absent: Tensor,
+    out: Tensor,
+) -> None:
+    """See `mogle_rt.torch_ops.expert_mix`."""
+    gate, expert = layers[:5], layers[5:]
+    _region_expert_mix(latents, gate_input, time, *gate, planes, index, absent, *expert, out)
+
+
+# FLOPs that a GPU does while it moves a byte: half of what A100's and H100's datasheets say (200 and 295 in 16 bits),
+# as tiles of 16 rows don't fill tensor cores; a sixth of that in fp32, by three TF32 products. Not measured.
+FLOPS_A_BYTE = {torch.float32: 20, torch.float16: 128, torch.bfloat16: 128}
+
+
+def cheaper_mixture(
+    planes: Tensor, index: Tensor, absent: Tensor, *, gate: Sequence[Tensor], experts: Sequence[Tensor], steps: int
+) -> str:
+    """Which way of mixing takes less by what the kernels declare: the "bank", or all "fused" in every step.
+
+    The run's bytes, and its FLOPs as the bytes that could be moved meanwhile: an expert's products wait for its loads.
+    One image's distinct pictures and shared rows are as many bytes as its bank, so the bank serves, without its FLOPs;
+    images that share rows or pictures are fewer bytes fused.
+
+    Args:
+        planes, index, absent: see `mogle_rt.torch_ops.experts`; the index on the CPU.
+        gate, experts: weights. steps: of the run.
+    """
+    (B, E), (N, C) = index.shape, planes.shape[1:]
+    some = planes.new_empty(())  # the costs ask for sizes alone
+    tokens, time, bank = some.expand(N, B, C), some.expand(C), some.expand(N, B, E, C)
+    gated, seen = (tokens, tokens, time, *gate), (planes, index, absent, *experts)
+
+    def taken(cost: Cost) -> float:
+        return cost.moved + cost.flops / FLOPS_A_BYTE[planes.dtype]
+
+    once = taken(expert_kernels.region_experts_cost(*seen, bank))
+    banked = once + steps * taken(gate_kernels.gate_mix_cost(*gated, bank, tokens))
+    fused = steps * taken(fused_kernels.region_expert_mix_cost(*gated, *seen, tokens))
+    return "fused" if fused < banked else "bank"

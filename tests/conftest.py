@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -21,7 +22,15 @@ from mogle_rt.config import ModelConfig
 from mogle_rt.engines import Conditions
 from tests.checkpoints import Files, write_checkpoint
 
-if os.environ["TRITON_INTERPRET"] == "1":
+TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = TRITON and os.environ["TRITON_INTERPRET"] == "1"
+needs_triton = pytest.mark.skipif(not TRITON, reason="triton comes for x86-64 Linux alone")
+in_the_interpreter = pytest.mark.skipif(
+    not INTERPRETED, reason="kernels are compiled in this process, or missing; TRITON_INTERPRET=1 has them interpreted"
+)
+collect_ignore_glob = [] if TRITON else ["test_kernel*.py"]
+
+if INTERPRETED:
     from tests.interpreter import correct_bfloat16
 
     correct_bfloat16()

@@ -23,6 +23,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+ATEN = torch.ops.aten
+COPIES = {ATEN.to, ATEN._to_copy, ATEN.copy_, ATEN.copy}  # in inference mode `to` comes whole
+
 GUARD = r"""
 #include <torch/extension.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -70,8 +73,9 @@ class Trace(TorchDispatchMode):
         if func.namespace == "prim":  # questions about a tensor
             return out
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-        # A CPU scalar is an argument of the launch, not a copy.
-        devices = {t.device.type for t in tensors if t.dim() or t.device.type != "cpu"}
+        # A CPU scalar is an argument of the launch, unless a copy is what is asked for.
+        copies = func.overloadpacket in COPIES
+        devices = {t.device.type for t in tensors if copies or t.dim() or t.device.type != "cpu"}
         if len(devices) > 1 or (devices and devices != {"cuda"}):
             raise AssertionError(f"{func} works on {sorted(devices)}: a copy between host and device")
         made = tuple((tuple(t.shape), t.dtype) for t in tree_leaves(out) if isinstance(t, Tensor))

@@ -204,8 +204,8 @@ def _gate_mix(r: Random, *, N: int, B: int, C: int, G: int, E: int, extra: int =
 
 
 def _gate_mix_mean(r: Random, *, N: int, B: int, C: int, G: int, E: int, extra: int = 0) -> Arguments:
-    scratch = r.empty(partial_sums(N, B), B, E, dtype=torch.float32)
-    return _gate_mix(r, N=N, B=B, C=C, G=G, E=E, extra=extra) | {"sums": scratch}
+    made = _gate_mix(r, N=N, B=B, C=C, G=G, E=E, extra=extra)
+    return made | {"sums": r.empty(partial_sums(made["bank"]), B, E, dtype=torch.float32)}
 
 
 def _attention(
@@ -315,6 +315,7 @@ CASES = [
             {"L": 33, "B": 2, "D": 64, "R": 17, "Q": 0, "G": 1, "lora_from": 0, "lora_up_from": 0},
             {"L": 21, "B": 2, "D": 96, "R": 0, "Q": 0, "G": 3, "lora_from": 0, "lora_up_from": 0},
             {"L": 9, "B": 2, "D": 33, "R": 2, "Q": 20, "G": 2, "lora_from": 4, "lora_up_from": 0},
+            {"L": 9, "B": 2, "D": 333, "R": 4, "Q": 3, "G": 2, "lora_from": 4, "lora_up_from": 2},  # three steps
         ),
         {
             "L": 2560, "B": 1, "D": 3072, "R": 16, "Q": 8, "G": 2, "lora_from": 1536, "lora_up_from": 1536,
@@ -366,7 +367,7 @@ CASES = [
         gate_mix_mean_cost,
         ("out",),
         _gate_mix_mean,
-        GATE_SIZES,
+        (*GATE_SIZES, {"N": 600, "B": 1, "C": 4, "G": 2, "E": 3}),  # the last has more sums than a program's first load
         {"N": 1024, "B": 1, "C": 64, "G": 64, "E": 20},
         scratch=("sums",),
     ),

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mogle_rt import schema
 from mogle_rt.config import FLUX_DEV, NUM_EXPERTS, ModelConfig, TransformerConfig
@@ -30,6 +32,7 @@ def full_size(
     kernels: str = "triton",
     condition_scale: float = 1.0,
     transformer: TransformerConfig = FLUX_DEV,
+    mixture: str | None = None,
 ) -> Iterator[tuple[Step, Callable[[], Count]]]:
     """A prepared step of FLUX.1-dev, 512 x 512, bf16, on fake CUDA; and what was counted since it was last asked."""
     ranks = dict.fromkeys(schema.lora_modules(transformer), 4)
@@ -40,7 +43,8 @@ def full_size(
             return torch.empty(*shape, device=CUDA, dtype=job.dtype)
 
         bundle = WeightlessBundle(job.config, job.ranks)
-        engine = TorchEngine(bundle, CUDA, job.dtype, model or ModelConfig(), kernels=kernels, cuda_graphs=False)
+        chosen: dict[str, Any] = {"kernels": kernels, "cuda_graphs": False, "mixture": mixture}
+        engine = TorchEngine(bundle, CUDA, job.dtype, model or ModelConfig(), **chosen)
         flux = job.config.transformer
         conditions = Conditions(
             mask_latents=empty(batch, NUM_EXPERTS, job.tokens, 64),
@@ -74,6 +78,31 @@ def test_step_waits_for_nothing(switches: dict[str, bool], condition_scale: floa
     assert len(first) > 50
 
 
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_fused_mixture_waits_for_nothing(kernels: str) -> None:
+    with full_size(kernels=kernels, transformer=FEW_BLOCKS, mixture="fused") as (step, _):
+        assert trace(step.condition) == trace(step.condition)
+
+
+class Epilogues(TorchDispatchMode):
+    """Refuses products whose bias would be copied into the output first: cuBLAS adds it only to rows without gaps."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten._addmm_activation) and args[0].dim() == 1:
+            out = kwargs.get("out")  # a result that it makes itself has no gaps
+            assert args[0].is_contiguous()
+            assert out is None or out.is_contiguous(), f"{func} into strides {out.stride()}"
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_biases_are_added_in_epilogues(kernels: str) -> None:
+    """One launch a product, as it is counted."""
+    with full_size(kernels=kernels, transformer=FEW_BLOCKS) as (step, _), Epilogues():
+        step.advance()
+
+
 def test_the_whole_model_waits_for_nothing() -> None:
     with full_size() as (step, _):
         first = trace(step.advance)
@@ -93,6 +122,15 @@ def test_counts_at_full_size() -> None:
     assert mixture.launches == 1  # gate and mix; the experts are one launch an image
 
 
+def test_fused_mixture_is_one_launch() -> None:
+    """Experts, gate and mix; here without contents, so that no two pictures count as equal."""
+    with full_size(transformer=FEW_BLOCKS, mixture="fused") as (step, taken):
+        step.condition()
+        mixture = taken()
+    assert mixture.launches == 1
+    assert mixture.written == 1024 * 64 * 2
+
+
 def item(step: Step) -> None:
     step.buffers.velocity.sum().item()
 
@@ -110,6 +148,18 @@ def from_host(step: Step) -> None:
     step.buffers.velocity.add_(torch.ones(64).to(CUDA))
 
 
+def scalar_to_host(step: Step) -> None:
+    step.buffers.velocity.sum().cpu()
+
+
+def scalar_from_host(step: Step) -> None:
+    step.buffers.velocity.mul_(torch.tensor(3.0).to(CUDA))
+
+
+def scalar_copied(step: Step) -> None:
+    step.buffers.index.copy_(torch.tensor(3))
+
+
 def data_dependent(step: Step) -> None:
     step.buffers.velocity[step.buffers.velocity > 0].sum()
 
@@ -119,6 +169,9 @@ FAULTS: list[tuple[Callable[[Step], None], type[Exception]]] = [
     (branch, DataDependentOutputException),
     (to_host, AssertionError),
     (from_host, AssertionError),
+    (scalar_to_host, AssertionError),
+    (scalar_from_host, AssertionError),
+    (scalar_copied, AssertionError),
     (data_dependent, DynamicOutputShapeException),
 ]
 

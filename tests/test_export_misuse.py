@@ -242,7 +242,7 @@ def test_missing_bundle(tmp_path: Path) -> None:
 
 
 def test_kernels_are_the_torch_engine_s(exported: Path) -> None:
-    with pytest.raises(ConfigError, match="engine onnxruntime takes no kernels, got 'triton'; leave them out, or take"):
+    with pytest.raises(ConfigError, match="engine onnxruntime takes no kernels, got 'triton'; leave it out, or take"):
         Pipeline(exported / "tiny.safetensors", device="cpu", engine="onnxruntime", kernels="triton")
 
 

@@ -17,7 +17,7 @@ from mogle_rt.engines import TorchEngine
 from mogle_rt.lora import LoraLinear
 from mogle_rt.sampling import euler, make_schedule
 from tests.checkpoints import Files
-from tests.conftest import CASES, GOLDEN, GoldenCase, assert_close, relative_rms
+from tests.conftest import CASES, GOLDEN, GoldenCase, assert_close, in_the_interpreter, relative_rms
 
 TOLERANCE = 1e-5
 CPU = torch.device("cpu")
@@ -25,11 +25,13 @@ CPU = torch.device("cpu")
 Bundles = Callable[[str], Path]
 
 
-def run_steps(case: GoldenCase, bundle: Bundle, model: ModelConfig, kernels: str) -> dict[str, Tensor]:
+def run_steps(
+    case: GoldenCase, bundle: Bundle, model: ModelConfig, kernels: str, mixture: str | None
+) -> dict[str, Tensor]:
     """The case's loop, with the names of the golden tensors."""
     height, width = case.size
     schedule = make_schedule(bundle.config.scheduler, case.settings["steps"], height * width // 256)
-    engine = TorchEngine(bundle, CPU, torch.float32, model, kernels=kernels)
+    engine = TorchEngine(bundle, CPU, torch.float32, model, kernels=kernels, mixture=mixture)
     engine.prepare(case.conditions, schedule)
     trace: dict[str, Tensor] = {}
     latents = case.tensors["noise"]
@@ -47,11 +49,17 @@ def test_every_case_is_here() -> None:
     assert seen == set(range(NUM_CLASSES))
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-@pytest.mark.parametrize("name", CASES)
-def test_steps(name: str, kernels: str, golden_bundle: Bundles) -> None:
+WAYS = [(name, kernels, None) for name in CASES for kernels in ("torch", "triton")]
+WAYS += [(name, kernels, "fused") for name in ("base", "not_square") for kernels in ("torch", "triton")]
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels", "mixture"),
+    [pytest.param(*way, marks=in_the_interpreter if way[1] == "triton" else ()) for way in WAYS],
+)
+def test_steps(name: str, kernels: str, mixture: str | None, golden_bundle: Bundles) -> None:
     case = GoldenCase.load(name)
-    trace = run_steps(case, Bundle(golden_bundle(case.settings["checkpoint"])), case.model, kernels)
+    trace = run_steps(case, Bundle(golden_bundle(case.settings["checkpoint"])), case.model, kernels, mixture)
     compared = [
         key for key in case.tensors if key.split(".")[0] in ("t", "latents", "cond", "noise_pred", "final_latents")
     ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mogle_rt import Pipeline
@@ -15,9 +18,10 @@ from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import ModelConfig
 from mogle_rt.engines import Conditions, TorchEngine
 from mogle_rt.errors import ConfigError
-from mogle_rt.graphs import GRAPH, Runner, why_eager
+from mogle_rt.graphs import GRAPH, why_eager
 from mogle_rt.ops import VARIABLE, choose
 from mogle_rt.sampling import denoise, make_schedule
+from mogle_rt.step import Step, tensors_of
 from tests.conftest import CASES, GoldenCase, assert_close
 from tests.test_golden import TOLERANCE, Bundles
 
@@ -72,6 +76,22 @@ def test_runs_of_one_shape_share_their_buffers(bundle: Bundle, batch: int) -> No
     assert not torch.equal(second, run(engine, bundle, asked(1, batch=batch)))
 
 
+@pytest.mark.parametrize("switches", [{}, {"union_cond_attn": False}], ids=str)
+def test_attention_may_come_in_any_layout(
+    bundle: Bundle, switches: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's memory-efficient kernel, which float32 takes, gives [B, L, H, d] transposed."""
+    engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig(**switches))
+    expected = run(engine, bundle, asked_of(bundle)(1, batch=2))
+    attention = F.scaled_dot_product_attention
+
+    def transposed(*args: Tensor) -> Tensor:
+        return attention(*args).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
+    assert torch.equal(run(engine, bundle, asked_of(bundle)(1, batch=2)), expected)
+
+
 def test_another_shape_has_its_own_step(bundle: Bundle) -> None:
     asked = asked_of(bundle)
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
@@ -101,29 +121,110 @@ def test_exchanged_buffer_is_refused(bundle: Bundle) -> None:
         engine.start(torch.zeros(1, 6, 64))
 
 
+class FakeCuda:
+    """What capture takes of torch.cuda, on the CPU: work under capture leaves no trace, a replay does it.
+
+    Attributes:
+        engine: whose step is captured. fault: raised by the capture's end. captures: pool and stream of each.
+    """
+
+    engine: TorchEngine
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fault: Exception | None = None
+        self.captures: list[tuple[object, object]] = []
+        fakes = {
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.engine.prepared.advance()),
+            "Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+            "current_stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
+            "stream": lambda stream: nullcontext(),
+            "graph_pool_handle": object,
+            "graph": self.capture,
+        }
+        for name, fake in fakes.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr("mogle_rt.graphs.why_eager", lambda device, cuda_graphs: None)
+
+    @contextmanager
+    def capture(self, graph: object, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+        step = self.engine.prepared
+        written = tensors_of((list(vars(step.buffers).values()), step.modulation, step.time, step.sigma_step))
+        saved = [t.clone() for t in written]
+        yield
+        for t, before in zip(written, saved, strict=True):
+            t.copy_(before)
+        self.captures.append((pool, stream))
+        if self.fault is not None:
+            raise self.fault
+
+
+@pytest.fixture
+def expected(bundle: Bundle) -> Tensor:
+    """Of eager steps."""
+    return run(TorchEngine(bundle, CPU, torch.float32, ModelConfig()), bundle, asked_of(bundle)(1))
+
+
+@pytest.fixture
+def fake_cuda(bundle: Bundle, expected: Tensor, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda(monkeypatch)
+    fake.engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
+    return fake
+
+
+def test_capture_changes_no_result(bundle: Bundle, fake_cuda: FakeCuda, expected: Tensor) -> None:
+    """Warm-up and capture leave latents and index as they were; every step is a replay."""
+    for _ in range(2):
+        assert torch.equal(run(fake_cuda.engine, bundle, asked_of(bundle)(1)), expected)
+        assert fake_cuda.engine.execution == GRAPH
+    assert len(fake_cuda.captures) == 1
+
+
+def test_graphs_share_memory(bundle: Bundle, fake_cuda: FakeCuda) -> None:
+    """A pool's blocks are of one stream: it has to be the same for every capture."""
+    for text in (5, 6):
+        run(fake_cuda.engine, bundle, asked_of(bundle)(1, text=text))
+    first, second = fake_cuda.captures
+    assert first[0] is second[0]
+    assert first[1] is second[1]
+
+
 def test_failed_capture_is_told(
-    bundle: Bundle, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, fake_cuda: FakeCuda, expected: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where a graph can't be captured (here, as there is no CUDA), steps run eagerly, and everyone is told."""
-    if torch.cuda.is_available():
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: (_ for _ in ()).throw(RuntimeError("no graphs today")))
-    engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
-    expected = run(engine, bundle, asked_of(bundle)(1))
-    runner = Runner(engine.prepared, reason=None)
-    monkeypatch.setattr(engine, "_runner", runner)
-    engine.start(torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(0)))
+    """Steps run eagerly, from where they were, everyone is told, and the next capture has another pool."""
+    fake_cuda.fault = RuntimeError("CUDA error: operation not permitted\nwhen stream is capturing")
     with caplog.at_level(logging.WARNING):
-        for _ in range(STEPS):
-            engine.advance()
-    assert runner.execution.startswith("eager: capturing the step failed: ")
-    assert runner.execution in caplog.text
-    assert torch.equal(engine.latents(), expected)
+        assert torch.equal(run(fake_cuda.engine, bundle, asked_of(bundle)(1)), expected)
+    told = "eager: capturing the step failed: CUDA error: operation not permitted"
+    assert fake_cuda.engine.execution == told
+    assert told in caplog.text
+    assert len(fake_cuda.captures) == 1
+    fake_cuda.fault = None
+    run(fake_cuda.engine, bundle, asked_of(bundle)(1, text=6))
+    assert fake_cuda.engine.execution == GRAPH
+    first, second = fake_cuda.captures
+    assert first[0] is not second[0]
 
 
-def test_the_reason_is_given(tiny_bundle: Path) -> None:
+def test_errors_of_the_step_are_its_own(bundle: Bundle, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would come in eager steps too: no fallback hides them."""
+
+    def broken(self: Step) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Step, "advance", broken)
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        run(fake_cuda.engine, bundle, asked_of(bundle)(1))
+    assert fake_cuda.captures == []
+    assert fake_cuda.engine.execution == GRAPH  # no word of a failed capture
+
+
+def test_the_reason_is_given(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert why_eager(torch.device("cuda"), True) is None
     assert why_eager(torch.device("cuda"), False) == "cuda_graphs=False"
-    pipe = Pipeline(tiny_bundle, device="cpu")
+    with caplog.at_level(logging.INFO):
+        pipe = Pipeline(tiny_bundle, device="cpu")
+    assert "steps run one by one: CUDA graphs need a CUDA device, this is cpu" in caplog.text
     pipe(None, None, 1, height=32, width=32, output_type="latent")
     assert pipe.last_run.execution == "eager: CUDA graphs need a CUDA device, this is cpu"
 
@@ -153,16 +254,17 @@ def test_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         choose("triton", torch.device("cuda"))
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_graph_equals_eager(bundle: Bundle, dtype: torch.dtype, kernels: str) -> None:
+def test_graph_equals_eager(bundle: Bundle, dtype: torch.dtype, kernels: str, batch: int) -> None:
     asked, cuda = asked_of(bundle), torch.device("cuda")
     results = []
     for graphs in (True, False):
         engine = TorchEngine(bundle, cuda, dtype, ModelConfig(), kernels=kernels, cuda_graphs=graphs)
-        runs = [run(engine, bundle, asked(seed), seed) for seed in (1, 2, 1)]
+        runs = [run(engine, bundle, asked(seed, batch=batch), seed) for seed in (1, 2, 1)]
         assert (engine.execution == GRAPH) is graphs
         assert torch.equal(runs[0], runs[2])
         results.append(runs[:2])

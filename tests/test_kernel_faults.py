@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ import pytest
 import torch
 
 from mogle_rt.kernels import experts, gate, gate_mix, joint_attention, qk_norm_rope, region_experts, stream_rows
+from tests.conftest import in_the_interpreter
 from tests.interpreter import recorded
 from tests.kernel_cases import BY_NAME, planted
-from tests.test_kernels import check, in_the_interpreter
+from tests.test_kernels import check
 
 pytestmark = in_the_interpreter
 
@@ -144,20 +144,30 @@ def test_reaching_out_of_bounds_is_caught(fault: str, tmp_path: Path, monkeypatc
         case.run(**made)
 
 
-def test_reading_more_than_declared_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A norm that reads the second half of its table for every row, or a cost that leaves the table out."""
-    case = BY_NAME["norm_modulate"]
+@pytest.mark.parametrize("planted_fault", [False, True])
+def test_reading_more_than_declared_is_caught(
+    planted_fault: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A residual that reads the branch's columns of all rows of its tile, not of the branch's rows alone."""
+    case = BY_NAME["residual_norm_modulate"]
+    # Rows from 20 on have a branch of the norm, and are taken together; those from 23 on one of the residual, too.
     made = case.arguments(7, torch.float32, **case.small[0])
-    declared = case.cost(**made)
+    if planted_fault:
+        branch, every = "(live & (r >= up_from))[:, None] & (q", "live[:, None] & (q"
+        faulty = planted(stream_rows, branch, every, tmp_path, monkeypatch)
+        monkeypatch.setattr(stream_rows, "_stream_rows_kernel", faulty._stream_rows_kernel)
     with recorded(*case.views(made)) as traffic:
         case.run(**made)
-    assert traffic.bytes_read == declared.read
-    forgetful = dataclasses.replace(declared, read=declared.read - made["scale"].nbytes)
-    assert traffic.bytes_read != forgetful.read
+    assert (traffic.bytes_read > case.cost(**made).read) is planted_fault
+
+
+def test_reading_less_than_declared_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm that never reads the third group's rows of its tables."""
+    case = BY_NAME["norm_modulate"]
     faulty = planted(stream_rows, "position >= end1", "position >= end1 + 1000", tmp_path, monkeypatch)
     monkeypatch.setattr(stream_rows, "_stream_rows_kernel", faulty._stream_rows_kernel)
     sizes: dict[str, Any] = {"L": 30, "B": 1, "D": 16, "R": 0, "G": 3, "lora_from": 30}
     made = case.arguments(7, torch.float32, **sizes)
     with recorded(*case.views(made)) as traffic:
         case.run(**made)
-    assert traffic.bytes_read < case.cost(**made).read  # the third group's rows of the tables were never read
+    assert traffic.bytes_read < case.cost(**made).read

@@ -21,10 +21,9 @@ from mogle_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from mogle_rt.kernels.region_expert_mix import region_expert_mix_cost
 from mogle_rt.kernels.region_experts import region_experts_cost
 from mogle_rt.kernels.workloads import workloads
-from tests.conftest import assert_close
+from tests.conftest import assert_close, in_the_interpreter
 from tests.interpreter import recorded, rounded, widened
 from tests.kernel_cases import BY_NAME, CASES, Case, planted
-from tests.test_kernels import in_the_interpreter
 
 Change = Callable[[Any], Any]
 

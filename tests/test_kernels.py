@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mogle_rt.kernels import gate, joint_attention, qk_norm_rope, region_experts, stream_rows
-from mogle_rt.kernels.common import interpreted
-from tests.conftest import assert_close, relative_rms
+from mogle_rt.kernels import gate, gate_mix_embed, joint_attention, qk_norm_rope, region_experts, stream_rows
+from tests.conftest import assert_close, in_the_interpreter, relative_rms
 from tests.interpreter import recorded
 from tests.kernel_cases import BY_NAME, RMS, Case, fresh_seed, guards_kept, in_float64, small_calls
 
@@ -19,9 +18,6 @@ CALLS = [
     pytest.param(case, sizes, id="-".join([case.name, *(f"{k}{v}" for k, v in sizes.items())]))
     for case, sizes in small_calls()
 ]
-in_the_interpreter = pytest.mark.skipif(
-    not interpreted(), reason="kernels are compiled in this process; TRITON_INTERPRET=1 has them interpreted"
-)
 
 
 @pytest.fixture
@@ -34,7 +30,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """The interpreter has larger tiles than a GPU. Both are tested."""
     if request.param == "large":
         return
-    for module in (stream_rows, qk_norm_rope, gate, joint_attention, region_experts):
+    for module in (stream_rows, qk_norm_rope, gate, gate_mix_embed, joint_attention, region_experts):
         monkeypatch.setattr(module, "interpreted", lambda: False)
 
 

@@ -84,7 +84,7 @@ def test_without_condition_equals_diffusers(number: int, batch: int, tmp_path: P
     )
     tables = modulation_tables(c, temb, None, engine.weights)
     inputs = StepInputs(
-        bank=Bank(torch.empty(0), None),
+        mixture=Bank(torch.empty(0), None),
         time_table=None,
         text=engine.transformer.context_embedder(text.transpose(0, 1)),
         modulation=tables,

@@ -1,0 +1,51 @@
+"""The benchmarks' count of FLOPs, on the operations that a GPU runs: it is the engine's own, and near the closed form."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import flops
+from benchmarks.sizes import SIZES
+from mogle_rt import schema
+from mogle_rt.config import NUM_EXPERTS, ModelConfig
+from mogle_rt.counting import counting
+from mogle_rt.engines import Conditions, TorchEngine
+from mogle_rt.job import FLUX_BUNDLE, WeightlessBundle
+from mogle_rt.sampling import make_schedule
+
+META = torch.device("meta")
+
+
+def empty(*shape: int) -> Tensor:
+    return torch.empty(*shape, device=META)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+@pytest.mark.parametrize(("name", "pixels", "batch"), [("tiny", 64, 4), ("width 256", 128, 1), ("FLUX width", 512, 1)])
+def test_a_steps_flops(name: str, pixels: int, batch: int, kernels: str) -> None:
+    """Within what the benchmark of a step asserts."""
+    size, side = SIZES[name], pixels // 16
+    transformer = size.transformer
+    ranks = dict.fromkeys(schema.lora_modules(transformer), 4)
+    bundle = WeightlessBundle(replace(FLUX_BUNDLE, transformer=transformer), ranks)
+    engine = TorchEngine(bundle, META, torch.float32, ModelConfig(), kernels=kernels)
+    conditions = Conditions(
+        mask_latents=empty(batch, NUM_EXPERTS, side**2, 64),
+        prompt_embeds=empty(batch, size.text, transformer.joint_attention_dim),
+        pooled_prompt_embeds=empty(batch, transformer.pooled_projection_dim),
+        guidance_scale=3.5,
+        grid=(side, side),
+    )
+    engine.prepare(conditions, make_schedule(bundle.config.scheduler, 4, side**2))
+    with torch.inference_mode():
+        with counting() as counter:
+            engine.prepared.advance()
+            expected = counter.take().flops
+        _, counted = flops.count(engine.prepared.advance)
+    assert counted == expected
+    needed = batch * flops.step(transformer, size.text, side**2)
+    assert needed < counted < (1.25 if name == "tiny" else 1.05) * needed
