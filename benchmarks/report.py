@@ -34,6 +34,7 @@ class Row:
         fastest_ratio: ratio of the fastest rounds, which a busy machine disturbs less than medians; 0 if unknown.
         spread: half the distance of the quartiles over the median, the larger of both sides'.
         others: share of the processors that other programs took meanwhile.
+        core: the engine's own products alone, None where they weren't timed.
     """
 
     group: str
@@ -46,6 +47,7 @@ class Row:
     fastest_ratio: float = 0.0
     spread: float = 0.0
     others: float = 0.0
+    core: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -135,6 +137,24 @@ def honesty(rows: Sequence[Row]) -> list[str]:
     return ["", "Is the baseline fair?", "", *heading, *lines]
 
 
+def cores(rows: Sequence[Row]) -> list[str]:
+    """How near the engine is to its own products."""
+    lines = [
+        f"| {row.title} | {_number(row.engine)} ms | {_number(row.core)} ms | {_number(row.engine / row.core)} "
+        f"| {_number(row.ratio)}x | {_number(row.baseline / row.core)}x |"
+        for row in ordered(rows)
+        if row.core
+    ]
+    if not lines:
+        return []
+    heading = [
+        "| | engine | its products and attention alone | engine / these | ratio | ratio if there were nothing else |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    text = "The engine's own matrix products and attention, done again with nothing between them:"
+    return ["", text, "", *heading, *lines]
+
+
 EXPLANATION = """\
 Made by `make bench`. Both sides load the same files, give the same result (checked before anything is timed, to
 {tolerance:g} relative RMS), and are timed in turns in one process; the figures are medians. The baseline
@@ -161,6 +181,7 @@ def write(path: Path, rows: Sequence[Row], machine: Mapping[str, str], tolerance
         *(f"- {name}: {value}" for name, value in machine.items()),
         "",
         *table(rows),
+        *cores(rows),
         *honesty(rows),
         "",
         f"![How many times faster than the baseline, and how far it could be]({plot.name})",

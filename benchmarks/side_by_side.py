@@ -60,6 +60,7 @@ class SideBySide:
         before: Callable[[], object] = lambda: None,
         flops_needed: int | None = None,
         product: Shape | None = None,
+        core: Callable[[], object] | None = None,
         budget: float = 4.0,
     ) -> None:
         """Check, then time.
@@ -71,6 +72,7 @@ class SideBySide:
             before: run before each of the engine's rounds, untimed.
             flops_needed: None takes the counted ones.
             product: the matrix product whose rate is the limit's; None is the machine's fastest.
+            core: the engine's own products alone, see `benchmarks.products`.
             budget: seconds that the rounds should take, of which there are `MIN_ROUNDS` to `MAX_ROUNDS`.
         """
         clock = self.machine.clock
@@ -102,6 +104,7 @@ class SideBySide:
                 measure: Any = self.benchmark.pedantic  # untyped
                 measure(engine, setup=lambda: self._between(baseline, before), rounds=rounds)
                 self._rates.append(self._probe())
+                core_times = [] if core is None else [self._time(core) for _ in range(rounds)]
         finally:
             gc.enable()
         assert self.benchmark.stats is not None
@@ -123,6 +126,7 @@ class SideBySide:
             fastest_ratio=min(self._baseline_times) / min(engine_times),
             spread=max(_spread(engine_times), _spread(self._baseline_times)),
             others=neighbours.share,
+            core=1000 * statistics.median(core_times) if core_times else None,
         )
         self.record(row)
         self.benchmark.extra_info |= {
@@ -130,6 +134,12 @@ class SideBySide:
             "product_rate": statistics.median(self._rates),
             "baseline_times_ms": [1000 * t for t in self._baseline_times],
         }
+
+    def _time(self, call: Callable[[], object]) -> float:
+        """Seconds of a call."""
+        begin = self.machine.clock()
+        call()
+        return self.machine.clock() - begin
 
     def record(self, row: Row) -> None:
         """Add a row, which lands in the JSON too."""
@@ -147,12 +157,9 @@ class SideBySide:
 
     def _between(self, baseline: Callable[[], Any], before: Callable[[], object]) -> None:
         """What happens before each of the engine's rounds: a round of the baseline."""
-        clock = self.machine.clock
         if sum(self._baseline_times) >= len(self._rates) * PROBE_EVERY:
             self._rates.append(self._probe())
-        begin = clock()
-        baseline()
-        self._baseline_times.append(clock() - begin)
+        self._baseline_times.append(self._time(baseline))
         before()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import flops
+from benchmarks import flops, products
 from benchmarks.conftest import ModelsOf
 from benchmarks.side_by_side import SideBySide
 from benchmarks.sizes import Job
@@ -56,6 +56,7 @@ def test_step(name: str, pixels: int, batch: int, models: ModelsOf, mask: Labels
         moved=weights,
         flops_needed=needed,
         product=job.product,
+        core=products.recorded(job.eager_step),
     )
     # LoRA and experts come on top, and weigh something in narrow models only.
     assert compare.benchmark.extra_info["engine_flops"] == pytest.approx(needed, rel=0.25 if name == "tiny" else 0.05)

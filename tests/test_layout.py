@@ -17,8 +17,8 @@ ROOT = Path(mogle_rt.__file__).parent
 LAYERS = [
     ["errors", "config"],
     ["cache", "schema", "storage", "devices", "gpus", "demo"],
-    ["masks", "models", "image_files", "sources", "checkpoint", "attention", "activation"],
-    ["lora", "torch_ops", "triton_ops"],
+    ["masks", "image_files", "sources", "checkpoint", "attention", "activation"],
+    ["models", "lora", "torch_ops", "triton_ops"],
     ["ops"],
     ["modulation", "mogle", "converter"],
     ["transformer", "conditioning", "text"],
