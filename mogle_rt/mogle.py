@@ -49,7 +49,7 @@ class Regions(NamedTuple):
     """
 
     planes: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple's method has this name too
     absent: Tensor
 
 

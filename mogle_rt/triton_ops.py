@@ -167,7 +167,7 @@ def cheaper_mixture(
     def taken(cost: Cost) -> float:
         return cost.moved + cost.flops / FLOPS_A_BYTE[planes.dtype]
 
-    once = taken(expert_kernels.region_experts_cost(*seen, bank))
-    banked = once + steps * taken(gate_kernels.gate_mix_cost(*gated, bank, tokens))
-    fused = steps * taken(fused_kernels.region_expert_mix_cost(*gated, *seen, tokens))
+    once = taken(expert_kernels.region_experts_cost(*seen, bank))  # type: ignore[call-arg]
+    banked = once + steps * taken(gate_kernels.gate_mix_cost(*gated, bank, tokens))  # type: ignore[call-arg]
+    fused = steps * taken(fused_kernels.region_expert_mix_cost(*gated, *seen, tokens))  # type: ignore[call-arg]
     return "fused" if fused < banked else "bank"

@@ -99,7 +99,7 @@ class Epilogues(TorchDispatchMode):
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
 def test_biases_are_added_in_epilogues(kernels: str) -> None:
     """One launch a product, as it is counted."""
-    with full_size(kernels=kernels, transformer=FEW_BLOCKS) as (step, _), Epilogues():
+    with full_size(kernels=kernels, transformer=FEW_BLOCKS) as (step, _), Epilogues():  # type: ignore[no-untyped-call]
         step.advance()
 
 
