@@ -110,7 +110,8 @@ def gate_mix_mean(latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tens
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: AttentionPlan) -> Tensor:
     """See `mogle_rt.attention.joint_attention`.
 
-    The library's flash attention where everything sees everything; else one launch in place of up to four and a merge.
+    The library's fused attention (flash or cuDNN's, as PyTorch chooses) where everything sees everything; else one
+    launch in place of up to four and a merge.
     """
     if plan.visibility is Visibility.JOINT or condition_from >= k.shape[0]:
         return attention.joint_attention(q, k, v, condition_from, plan)
