@@ -88,6 +88,9 @@ def test_fused_mixture_waits_for_nothing(kernels: str) -> None:
 class Epilogues(TorchDispatchMode):
     """Refuses products whose bias would be copied into the output first: cuBLAS adds it only to rows without gaps."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten._addmm_activation) and args[0].dim() == 1:

@@ -47,7 +47,7 @@ def test_every_case_is_here() -> None:
     assert seen == set(range(NUM_CLASSES))
 
 
-WAYS = [(name, kernels, None) for name in CASES for kernels in ("torch", "triton")]
+WAYS: list[tuple[str, str, str | None]] = [(name, kernels, None) for name in CASES for kernels in ("torch", "triton")]
 WAYS += [(name, kernels, "fused") for name in ("base", "not_square") for kernels in ("torch", "triton")]
 
 

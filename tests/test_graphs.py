@@ -85,8 +85,8 @@ def test_attention_may_come_in_any_layout(
     expected = run(engine, bundle, asked_of(bundle)(1, batch=2))
     attention = F.scaled_dot_product_attention
 
-    def transposed(*args: Tensor) -> Tensor:
-        return attention(*args).transpose(1, 2).contiguous().transpose(1, 2)
+    def transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v).transpose(1, 2).contiguous().transpose(1, 2)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
     assert torch.equal(run(engine, bundle, asked_of(bundle)(1, batch=2)), expected)
