@@ -188,7 +188,8 @@ def gate_mix_cost(
 
 def partial_sums(bank: Tensor) -> int:
     """Rows of `gate_mix_mean`'s scratch buffer for a bank [N, B, E, C]."""
-    return triton.cdiv(bank.shape[0], rows(bank.shape[0], bank.shape[1], bank.dtype))
+    N, B = bank.shape[:2]
+    return triton.cdiv(N, rows(N, B, bank.dtype))
 
 
 def gate_mix_mean(

@@ -1,6 +1,10 @@
 """`gate_mix` that goes on through x_embedder with its LoRA: from latents to the transformer's rows in one launch.
 
 The rows of the latents go through the same product, so neither the condition tokens nor a joined input is written.
+
+The runtime doesn't take it. Counted for 512 x 512 pixels in bf16, it would save 3 of a step's 511 launches and 13 MB
+of its 44 GB, 0.03 %; and its programs of 16 tokens would each read the whole of x_embedder's weight, 25 MB through the
+cache, where cuBLAS reads it once a large tile.
 """
 
 from __future__ import annotations

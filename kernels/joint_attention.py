@@ -1,8 +1,9 @@
 """Attention over [text, image, condition] with the reference's switches, in one launch and without a mask.
 
-Where everything sees everything, the library's flash attention is the better choice (it has Hopper's and Blackwell's
-asynchronous pipelines); its interface has no constant between groups of keys, which takes four calls and a merge by
-log-sum-exp there, and one launch here. Key blocks that no row of a program sees are skipped.
+Where everything sees everything, the library's fused attention (flash or cuDNN's, as PyTorch chooses) is the better
+choice: it has Hopper's and Blackwell's asynchronous pipelines. Its interface has no constant between groups of keys,
+which takes four calls and a merge by log-sum-exp there, and one launch here. Key blocks that no row of a program sees
+are skipped.
 """
 
 from __future__ import annotations

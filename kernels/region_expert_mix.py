@@ -5,7 +5,7 @@ Nothing is written but the condition tokens, and nothing is kept between steps b
 picture and absent row once where the bank has one block for every expert and image. Counted for 512 x 512 pixels in
 bf16 with 11 pictures a mask: one image 3.1 MB and 114 MFLOP a step against 3.0 MB and 22 MFLOP, so `gate_mix` serves;
 four masks 8.6 MB against 12.1, four images of one mask 4.3 MB against 12.1, so this kernel serves batches.
-`mogle_rt.triton_ops.cheaper_mixture` chooses so for every run.
+In fp32 its FLOPs weigh more, and it serves large batches of one mask alone. The runtime chooses so for every run.
 """
 
 from __future__ import annotations

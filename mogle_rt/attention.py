@@ -105,9 +105,10 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
         return out, lse
     if q.device.type == "cuda":
-        if q.dtype in (torch.float16, torch.bfloat16):
+        flash = q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device)[0] >= 8
+        if flash:
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
-        else:
+        else:  # float32, and cards before Ampere
             out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
         return out, lse[:, :, : q.shape[2]]  # the efficient kernel pads its rows
     parts = [plain_attention_with_lse(some, k, v) for some in q.split(PLAIN_QUERIES, dim=2)]

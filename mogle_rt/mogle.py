@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,8 @@ class Bank(NamedTuple):
     gate_input: Tensor | None
 
 
-class Regions(NamedTuple):
+@dataclass(frozen=True)
+class Regions:
     """What the experts see.
 
     Attributes:
@@ -49,7 +51,7 @@ class Regions(NamedTuple):
     """
 
     planes: Tensor
-    index: Tensor  # type: ignore[assignment]  # a tuple's method has this name too
+    index: Tensor
     absent: Tensor
 
 
@@ -139,11 +141,12 @@ class MixtureOfExperts(nn.Module):
             return self._bank(outputs, mask_latents)
         regions, index = self._regions(mask_latents, ops)
         if mixture is None and self._can_fuse:
-            seen = regions._replace(index=index)
+            seen = regions.planes, index, regions.absent
             mixture = ops.cheaper_mixture(*seen, gate=self._gate_layers, experts=self._expert_layers, steps=steps)
         if mixture != "fused":
-            return self._bank(ops.experts(*regions, *self._expert_layers), mask_latents)
-        own = regions._replace(planes=regions.planes.clone(), absent=regions.absent.clone())
+            outputs = ops.experts(regions.planes, regions.index, regions.absent, *self._expert_layers)
+            return self._bank(outputs, mask_latents)
+        own = replace(regions, planes=regions.planes.clone(), absent=regions.absent.clone())
         return Fused(own, self._gate_input(mask_latents))
 
     def _bank(self, outputs: Tensor, mask_latents: Tensor) -> Bank:
@@ -198,7 +201,9 @@ class MixtureOfExperts(nn.Module):
             return
         gate = latents, known.gate_input, time[0], *self._gate_layers
         if isinstance(known, Fused):
-            ops.expert_mix(*gate, *self._expert_layers, **known.regions._asdict(), out=out)
+            seen = known.regions
+            layers = self._expert_layers
+            ops.expert_mix(*gate, *layers, planes=seen.planes, index=seen.index, absent=seen.absent, out=out)
             return
         mix = ops.gate_mix_mean if self.weight_is_scale else ops.gate_mix
         mix(*gate, bank=known.outputs, out=out)

@@ -305,20 +305,22 @@ class Pipeline:
         with tqdm(**options) as bar:
 
             def on_step(k: int, latents: Tensor) -> Tensor | None:
-                if callback is not None:
-                    returned = callback(self, k, schedule.timesteps[k], {"latents": latents})
-                    returned = {} if returned is None else returned
-                    if not isinstance(returned, Mapping):
-                        kind = type(returned).__name__
-                        raise InputError(f"callback_on_step_end must return a dict or None, got {kind}")
-                    replaced = returned.get("latents", latents)
-                    if replaced is not latents:
-                        check_tensor("latents from callback_on_step_end", replaced, tuple(latents.shape))
-                        latents = replaced.to(latents)
                 bar.update()
-                return None if self._interrupt else latents
+                return None if callback is None else self._called_back(callback, k, schedule, latents)
 
-            return denoise(self.engine, noise, schedule, on_step)
+            return denoise(self.engine, noise, schedule, on_step, lambda: self._interrupt)
+
+    def _called_back(self, callback: StepCallback, k: int, schedule: Schedule, latents: Tensor) -> Tensor:
+        """The latents that the callback wants: others, or those it was given, which it may have edited."""
+        returned = callback(self, k, schedule.timesteps[k], {"latents": latents})
+        if returned is None:
+            return latents
+        if not isinstance(returned, Mapping):
+            kind = type(returned).__name__
+            raise InputError(f"callback_on_step_end must return a dict or None, got {kind}")
+        following = returned.get("latents", latents)
+        check_tensor("latents from callback_on_step_end", following, tuple(latents.shape))
+        return following.to(latents)
 
     def _decode(self, packed: Tensor, height: int, width: int, output_type: OutputType) -> Any:
         z = unpack_latents(packed, height, width) / self.vae.config.scaling_factor + self.vae.config.shift_factor

@@ -103,7 +103,7 @@ class VelocityLoop(ABC):
         return self._latents.clone()
 
 
-OnStep = Callable[[int, Tensor], Tensor | None]  # (step, latents after it) -> replacement latents, or None to stop
+OnStep = Callable[[int, Tensor], Tensor | None]  # (step, latents after it) -> latents to go on with; None: its own
 
 
 def euler(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
@@ -111,12 +111,20 @@ def euler(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) 
     return torch.addcmul(latents.float(), velocity.float(), sigma_next - sigma).to(latents.dtype)
 
 
-def denoise(engine: Engine, latents: Tensor, schedule: Schedule, on_step: OnStep | None = None) -> Tensor:
+def denoise(
+    engine: Engine,
+    latents: Tensor,
+    schedule: Schedule,
+    on_step: OnStep | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Tensor:
     """Run all steps.
 
     Args:
         latents: [B, N, 64], noise.
-        on_step: called after each step; what it returns goes on, None ends the loop there.
+        on_step: called after each step with a copy of the latents. What it returns goes on: also this copy, which it
+            may have edited.
+        stop: asked after that; True ends the loop there.
 
     Returns:
         [B, N, 64].
@@ -127,13 +135,11 @@ def denoise(engine: Engine, latents: Tensor, schedule: Schedule, on_step: OnStep
     engine.start(latents)
     for k in range(len(schedule)):
         engine.advance()
-        if on_step is not None:
-            current = engine.latents()
-            replaced = on_step(k, current)
-            if replaced is None:
-                break
-            if replaced is not current:
-                engine.start(replaced, k + 1)
+        following = None if on_step is None else on_step(k, engine.latents())
+        if following is not None:
+            engine.start(following, k + 1)
+        if stop():
+            break
     latents = engine.latents()
     if not bool(torch.isfinite(latents).all()):
         raise NumericalError(

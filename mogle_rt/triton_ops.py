@@ -110,7 +110,8 @@ def gate_mix_mean(latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tens
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: AttentionPlan) -> Tensor:
     """See `mogle_rt.attention.joint_attention`.
 
-    The library's flash attention where everything sees everything; else one launch in place of up to four and a merge.
+    The library's fused attention (flash or cuDNN's, as PyTorch chooses) where everything sees everything; else one
+    launch in place of up to four and a merge.
     """
     if plan.visibility is Visibility.JOINT or condition_from >= k.shape[0]:
         return attention.joint_attention(q, k, v, condition_from, plan)
@@ -162,12 +163,12 @@ def cheaper_mixture(
     (B, E), (N, C) = index.shape, planes.shape[1:]
     some = planes.new_empty(())  # the costs ask for sizes alone
     tokens, time, bank = some.expand(N, B, C), some.expand(C), some.expand(N, B, E, C)
-    gated, seen = (tokens, tokens, time, *gate), (planes, index, absent, *experts)
+    gated, seen = [tokens, tokens, time, *gate], [planes, index, absent, *experts]
 
-    def taken(cost: Cost) -> float:
+    def taken(operator: str, *arguments: Tensor) -> float:
+        cost = declared(f"mogle_rt::{operator}", arguments)
         return cost.moved + cost.flops / FLOPS_A_BYTE[planes.dtype]
 
-    once = taken(expert_kernels.region_experts_cost(*seen, bank))  # type: ignore[call-arg]
-    banked = once + steps * taken(gate_kernels.gate_mix_cost(*gated, bank, tokens))  # type: ignore[call-arg]
-    fused = steps * taken(fused_kernels.region_expert_mix_cost(*gated, *seen, tokens))  # type: ignore[call-arg]
+    banked = taken("region_experts", *seen, bank) + steps * taken("gate_mix", *gated, bank, tokens)
+    fused = steps * taken("region_expert_mix", *gated, *seen, tokens)
     return "fused" if fused < banked else "bank"

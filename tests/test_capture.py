@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mogle_rt import schema
+from mogle_rt.attention import attention_with_lse
 from mogle_rt.config import FLUX_DEV, NUM_EXPERTS, ModelConfig, TransformerConfig
 from mogle_rt.counting import Count, counting
 from mogle_rt.engines import Conditions, TorchEngine
@@ -87,6 +88,9 @@ def test_fused_mixture_waits_for_nothing(kernels: str) -> None:
 class Epilogues(TorchDispatchMode):
     """Refuses products whose bias would be copied into the output first: cuBLAS adds it only to rows without gaps."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten._addmm_activation) and args[0].dim() == 1:
@@ -99,7 +103,7 @@ class Epilogues(TorchDispatchMode):
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
 def test_biases_are_added_in_epilogues(kernels: str) -> None:
     """One launch a product, as it is counted."""
-    with full_size(kernels=kernels, transformer=FEW_BLOCKS) as (step, _), Epilogues():  # type: ignore[no-untyped-call]
+    with full_size(kernels=kernels, transformer=FEW_BLOCKS) as (step, _), Epilogues():
         step.advance()
 
 
@@ -129,6 +133,27 @@ def test_fused_mixture_is_one_launch() -> None:
         mixture = taken()
     assert mixture.launches == 1
     assert mixture.written == 1024 * 64 * 2
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "kernel"),
+    [
+        ((7, 5), torch.float16, "efficient"),
+        ((8, 0), torch.float16, "flash"),
+        ((9, 0), torch.bfloat16, "flash"),
+        ((9, 0), torch.float32, "efficient"),
+    ],
+)
+def test_attention_takes_what_the_card_has(
+    capability: tuple[int, int], dtype: torch.dtype, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the log-sum-exp is wanted, too, PyTorch doesn't choose by itself."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with fake_mode(), torch.inference_mode():
+        q, k = (torch.empty(2, 3, length, 16, dtype=dtype, device=CUDA) for length in (5, 40))
+        (name, made), *_ = trace(lambda: attention_with_lse(q, k, k))
+    assert kernel in name
+    assert made[0] == ((2, 3, 5, 16), dtype)
 
 
 def item(step: Step) -> None:

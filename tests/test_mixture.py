@@ -85,9 +85,14 @@ def test_pictures_are_compared_bit_by_bit() -> None:
 
 
 def test_black_is_computed_once_a_size(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle, calls = Bundle(tiny_bundle), []
-    experts = torch_ops.experts
-    monkeypatch.setattr(torch_ops, "experts", lambda *args: calls.append(len(args[0])) or experts(*args))  # type: ignore[func-returns-value]
+    bundle, experts = Bundle(tiny_bundle), torch_ops.experts
+    calls: list[int] = []
+
+    def noted(planes: Tensor, *rest: Tensor) -> Tensor:
+        calls.append(len(planes))
+        return experts(planes, *rest)
+
+    monkeypatch.setattr(torch_ops, "experts", noted)
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
     for seed in (1, 2):
         run(engine, bundle, masks(seed, 1, 3))

@@ -247,6 +247,34 @@ def test_callback_sees_and_replaces_latents(pipe: Pipeline) -> None:
     assert relative_rms(changed, run(pipe, draw(1), "", generator=seeded(0))) > 1e-3
 
 
+def test_callback_may_edit_latents_in_place(pipe: Pipeline) -> None:
+    """As in diffusers, whether it returns them or not; and the edit of a last step, by an interrupt too, is the result."""
+
+    def edited(returns: bool, stop_at: int | None = None) -> Tensor:
+        def callback(p: Pipeline, step: int, timestep: Tensor, values: dict[str, Any]) -> dict[str, Any] | None:
+            values["latents"].mul_(0.5)
+            p.interrupt = step == stop_at
+            return values if returns else None
+
+        return run(pipe, draw(1), "", generator=seeded(0), output_type="latent", callback_on_step_end=callback)
+
+    def replaced(p: Pipeline, step: int, timestep: Tensor, values: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": values["latents"] * 0.5}
+
+    expected = run(pipe, draw(1), "", generator=seeded(0), output_type="latent", callback_on_step_end=replaced)
+    assert torch.equal(edited(returns=True), expected)
+    assert torch.equal(edited(returns=False), expected)
+    assert not torch.equal(run(pipe, draw(1), "", generator=seeded(0), output_type="latent"), expected)
+    seen: list[Tensor] = []
+
+    def watched(p: Pipeline, step: int, timestep: Tensor, values: dict[str, Any]) -> dict[str, Any]:
+        seen.append(values["latents"] * 0.5)
+        return {"latents": seen[-1]}
+
+    run(pipe, draw(1), "", generator=seeded(0), output_type="latent", callback_on_step_end=watched)
+    assert torch.equal(edited(returns=False, stop_at=0), seen[0])
+
+
 def test_interrupting_from_the_callback(pipe: Pipeline) -> None:
     steps: list[int] = []
 
