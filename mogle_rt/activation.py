@@ -11,8 +11,6 @@ from torch import Tensor
 GELU_A = 2 * math.sqrt(2 / math.pi)
 GELU_B = GELU_A * 0.044715
 _GELU_A = torch.tensor(GELU_A)
-
-
 IN_CACHE = 1 << 18  # elements that four passes go over together: with their scratch, 2 MiB in float32
 
 

@@ -9,6 +9,7 @@ itself in a buffer.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, is_dataclass
 from typing import NamedTuple
 
@@ -104,15 +105,16 @@ class Addition(NamedTuple):
     clip: bool = False
 
 
-class Sublayer:
+class Sublayer(ABC):
     """A link of the chain: `run` reads the output of ``norm`` and writes ``addition.y``."""
 
     norm: Norm
     addition: Addition
     ops: Ops
 
+    @abstractmethod
     def run(self) -> None:
-        raise NotImplementedError
+        """From the norm's output to the addition's input."""
 
     def add_and_norm(self, following: Norm) -> None:
         """Add the result to the residual stream; then the norm of the next link, in the same pass where rows agree."""

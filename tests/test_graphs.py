@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from mogle_rt.config import ModelConfig
 from mogle_rt.engines import Conditions, TorchEngine
 from mogle_rt.errors import ConfigError
 from mogle_rt.graphs import GRAPH, why_eager
+from mogle_rt.modulation import ModulationTables, modulation_tables
 from mogle_rt.ops import VARIABLE, choose
 from mogle_rt.sampling import denoise, make_schedule
 from mogle_rt.step import Step, tensors_of
@@ -90,6 +93,33 @@ def test_attention_may_come_in_any_layout(
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
     assert torch.equal(run(engine, bundle, asked_of(bundle)(1, batch=2)), expected)
+
+
+def test_modulations_are_kept_while_nothing_they_hang_on_changes(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their weights, a quarter of the model's, are read for another prompt or guidance, not for another mask."""
+    asked = asked_of(bundle)
+    made: list[int] = []
+
+    def noted(*args: Any, **options: Any) -> ModulationTables:
+        made.append(len(made))
+        return modulation_tables(*args, **options)
+
+    monkeypatch.setattr("mogle_rt.engines.modulation_tables", noted)
+    engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
+    first, other_mask = asked(1), replace(asked(1), mask_latents=asked(2).mask_latents)
+    results = [run(engine, bundle, c) for c in (first, other_mask, first)]
+    assert len(made) == 1
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], run(TorchEngine(bundle, CPU, torch.float32, ModelConfig()), bundle, other_mask))
+    pooled = replace(first, pooled_prompt_embeds=first.pooled_prompt_embeds + 1)
+    for count, changed in enumerate((pooled, replace(first, guidance_scale=9.0), first), start=3):
+        run(engine, bundle, changed)
+        assert len(made) == count
+    first.pooled_prompt_embeds.zero_()  # the caller's own memory is neither kept nor written to
+    run(engine, bundle, first)
+    assert len(made) == 6
 
 
 def test_another_shape_has_its_own_step(bundle: Bundle) -> None:
