@@ -23,6 +23,10 @@ def _addmm(y: list[int], a: list[int], b: list[int], *_: Any, **__: Any) -> int:
     return 2 * a[0] * a[1] * b[1]
 
 
+def _linear(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
+    return 2 * x[0] * weight[0] * weight[1]
+
+
 def _fused_kernels() -> dict[Any, Callable[..., int]]:
     """Of the runtime's own operators, what each declares."""
     if importlib.util.find_spec("triton") is None:
@@ -50,6 +54,7 @@ def count(call: Callable[[], T]) -> tuple[T, int]:
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten.addmm_: _addmm,
         aten._addmm_activation: _addmm,
+        torch.ops.mkldnn._linear_pointwise: _linear,
     }
     missing |= _fused_kernels()
     with FlopCounterMode(display=False, custom_mapping=missing) as counter:

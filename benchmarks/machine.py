@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from mogle_rt import onednn
+
 Clock = Callable[[], float]
 Shape = tuple[int, int, int]  # of a product: rows, in, out
 
@@ -69,11 +71,14 @@ class Machine:
         self.copies = {size: self._copy_rate(size) for size in COPIES}
 
     def product(self, shape: Shape) -> Callable[[], Tensor]:
-        """A call that multiplies random matrices of this shape, as a linear layer does."""
+        """A call that multiplies random matrices of this shape, as a linear layer does; the faster of two libraries'."""
         rows, inner, outer = shape
         x = torch.randn((rows, inner), device=self.device, dtype=self.dtype)
         weight = torch.randn((outer, inner), device=self.device, dtype=self.dtype)
-        return lambda: linear(x, weight)
+        calls: list[Callable[[], Tensor]] = [lambda: linear(x, weight)]
+        if onednn.available(weight):
+            calls.append(lambda: onednn.linear(x, weight))
+        return min(calls, key=self._best)
 
     def _best(self, run: Callable[[], object], at_least: float = 0.3) -> float:
         """Seconds of the fastest run; three runs or more, for ``at_least`` seconds."""

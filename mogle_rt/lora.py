@@ -13,6 +13,7 @@ import enum
 import torch
 from torch import Tensor, nn
 
+from mogle_rt import onednn
 from mogle_rt.activation import gelu_
 
 
@@ -106,22 +107,27 @@ class Product:
         weight = layer.weight[columns].detach()
         widths = split or (weight.shape[1],)
         self._bias, self._weights = layer.bias[columns].detach(), [w.t() for w in weight.split(widths, dim=1)]
-        self._out = flat(out)
+        self._weight, self._out = weight, flat(out)
         self._scratch = None if gelu_scratch is None else flat(gelu_scratch)
         self._downs: list[Tensor] = []
         if isinstance(layer, LoraLinear) and layer.ride is Ride.NONE and lora_from < out.shape[0]:
             self._tail_from = lora_from * out.shape[1]
             self._tail, self._up = self._out[self._tail_from :], layer.lora_up[:, columns].detach()
             self._downs = list(layer.lora_down.detach().split(widths))
+        self._by_onednn = len(widths) == 1 and onednn.serves(weight, len(self._out))
+        # Where a library does GELU with the product, it is no pass of its own. It comes after the LoRA, if there is one.
+        with_gelu = self._by_onednn or out.device.type != "cpu"
+        self._gelu_within = gelu_scratch is not None and with_gelu and not self._downs
 
     def __call__(self, *inputs: Tensor) -> None:
         """inputs: [l * B, …]."""
         first, *others = inputs
-        if self._scratch is not None and first.device.type != "cpu" and not self._downs:
-            # The GPU's library does it in the product's epilogue: no pass of its own.
+        if self._by_onednn:
+            self._out.copy_(onednn.linear(first, self._weight, self._bias, gelu=self._gelu_within))
+        elif self._gelu_within:
             torch._addmm_activation(self._bias, first, self._weights[0], use_gelu=True, out=self._out)
-            return
-        torch.addmm(self._bias, first, self._weights[0], out=self._out)
+        else:
+            torch.addmm(self._bias, first, self._weights[0], out=self._out)
         for x, weight in zip(others, self._weights[1:], strict=True):
             self._out.addmm_(x, weight)
         if self._downs:
@@ -129,5 +135,5 @@ class Product:
             for x, down in zip(others, self._downs[1:], strict=True):
                 low.addmm_(x[self._tail_from :], down)
             self._tail.addmm_(low, self._up)
-        if self._scratch is not None:
+        if self._scratch is not None and not self._gelu_within:
             gelu_(self._out, self._scratch)

@@ -54,6 +54,8 @@ class Buffers:
         x: [L, B, D], the residual stream. image: its image rows. y: [L, B, D + Q], a sublayer's output.
         normed: [L, B, D + R], a sublayer's input. qkv: [L, B, 3 D]. hidden: [L, B, 4 D], inside MLPs. scratch: as
             hidden, in the memory of qkv: an activation is done before q, k and v come or after they are used.
+        beside: [L, B, 5 D], in the memory of hidden, attention and MLP of single blocks; None except on a CPU, see
+            `SingleOut`.
         velocity: [N, B, 64].
         index: int64 [1], the step's number.
         clips: whether x is kept in fp16's range at the end of a block, as the reference does in fp16.
@@ -72,8 +74,10 @@ class Buffers:
         self.tokens = rows(layout.image + layout.condition, C)
         self.latents, self.condition = self.tokens.split([layout.image, layout.condition])
         self.x, self.y = rows(layout.total, D), rows(layout.total, D + after)
-        self.normed, self.hidden = rows(layout.total, D + before), rows(layout.total, 4 * D)
-        self.scratch = rows(layout.total, 4 * D)
+        self.normed, self.scratch = rows(layout.total, D + before), rows(layout.total, 4 * D)
+        self.beside = rows(layout.total, 5 * D) if like.device.type == "cpu" else None
+        inner = rows(layout.total, 4 * D) if self.beside is None else self.beside
+        self.hidden = first_columns(inner, layout.total, 4 * D)
         self.qkv = self.scratch.view(-1)[: layout.total * batch * 3 * D].view(layout.total, batch, 3 * D)
         self.image = self.x[layout.image_rows]
         self.velocity = rows(layout.image, C)
@@ -206,6 +210,40 @@ class DoubleMlp(Sublayer):
         self.ff_out(self.hidden_rest)
 
 
+class SingleOut:
+    """The output layer of a single block: of attention and MLP, side by side.
+
+    On a CPU both lie in one buffer, for one product, which oneDNN takes. Elsewhere the MLP has a buffer of its own, as
+    cuBLAS does GELU in its epilogue only where no gaps are left between the rows, and two products add up.
+
+    Args:
+        rows: positions whose output is wanted.
+        y: its place. lora_from: as in `Product`.
+
+    Attributes:
+        hidden: [l, B, 4 D], where the MLP's activations go.
+    """
+
+    def __init__(self, block: SingleBlock, b: Buffers, rows: slice, y: Tensor, lora_from: int) -> None:
+        D = b.x.shape[-1]
+        if b.beside is None:
+            self.attention, self.hidden = None, b.hidden[rows]
+            self.inputs = flat(self.hidden)
+            self.out = Product(block.out, y, lora_from, split=(D, 4 * D))
+        else:
+            self.attention, self.hidden = b.beside[rows].split([D, 4 * D], dim=-1)
+            self.inputs = flat(b.beside[rows])
+            self.out = Product(block.out, y, lora_from)
+
+    def __call__(self, attention: Tensor) -> None:
+        """attention: [l, B, D]."""
+        if self.attention is None:
+            self.out(flat(attention), self.inputs)
+        else:
+            self.attention.copy_(attention)
+            self.out(self.inputs)
+
+
 class Single(Sublayer):
     """A single block: attention and MLP side by side."""
 
@@ -217,12 +255,11 @@ class Single(Sublayer):
         self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from, b.clips)
         self.normed = flat(normed)
         self.project_qkv = Product(block.qkv_mlp, b.qkv, lora_from, columns=slice(0, 3 * D))
+        self.out = SingleOut(block, b, slice(None), y, lora_from)
         mlp = slice(3 * D, None)
-        self.project_mlp = Product(block.qkv_mlp, b.hidden, lora_from, columns=mlp, gelu_scratch=b.scratch)
-        self.hidden_rows = flat(b.hidden)
+        self.project_mlp = Product(block.qkv_mlp, self.out.hidden, lora_from, columns=mlp, gelu_scratch=b.scratch)
         self.qkv = heads(b.qkv, 3, block.norm_qk.shape[-1])
         self.q, self.k, self.v = self.qkv.unbind(2)
-        self.out = Product(block.out, y, lora_from, split=(D, 4 * D))
 
     def run(self) -> None:
         layout = self.layout
@@ -230,7 +267,7 @@ class Single(Sublayer):
         self.project_qkv(self.normed)
         self.ops.qk_norm_rope(self.qkv, self.norm_qk, (layout.total,), self.rope)
         attention = self.ops.joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan)
-        self.out(flat(attention), self.hidden_rows)
+        self.out(attention)
 
 
 class LastSingle(Sublayer):
@@ -245,18 +282,17 @@ class LastSingle(Sublayer):
         self.addition = Addition(b.image, y, mod[2][:1], (layout.image,), block.out.up_after, image_lora_from, b.clips)
         self.normed, self.normed_image = flat(normed), flat(normed[image])
         size = block.norm_qk.shape[-1]
-        kv, hidden = first_columns(b.qkv, layout.total, 2 * D), b.hidden[image]
+        kv = first_columns(b.qkv, layout.total, 2 * D)
         q = b.qkv.view(-1)[kv.numel() :][: b.image.numel()].view(b.image.shape)
         self.project_kv = Product(block.qkv_mlp, kv, lora_from, columns=slice(D, 3 * D))
         self.project_q = Product(block.qkv_mlp, q, image_lora_from, columns=slice(0, D))
+        self.out = SingleOut(block, b, image, y, image_lora_from)
         mlp, scratch = slice(3 * D, None), b.scratch[image]
-        self.project_mlp = Product(block.qkv_mlp, hidden, image_lora_from, columns=mlp, gelu_scratch=scratch)
-        self.hidden_rows = flat(hidden)
+        self.project_mlp = Product(block.qkv_mlp, self.out.hidden, image_lora_from, columns=mlp, gelu_scratch=scratch)
         self.q_heads, self.kv_heads = heads(q, 1, size), heads(kv, 2, size)
         self.q, (self.k, self.v) = self.q_heads[:, :, 0], self.kv_heads.unbind(2)
         self.norm_q, self.norm_k = block.norm_qk[:, :1], block.norm_qk[:, 1:]
         self.image_rope = rope[image]
-        self.out = Product(block.out, y, image_lora_from, split=(D, 4 * D))
 
     def run(self) -> None:
         layout = self.layout
@@ -267,7 +303,7 @@ class LastSingle(Sublayer):
         self.ops.qk_norm_rope(self.kv_heads, self.norm_k, (layout.total,), self.rope)
         # Image queries belong to "the rest" whatever is switched: the condition's own queries are simply absent.
         attention = self.ops.joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan)
-        self.out(flat(attention), self.hidden_rows)
+        self.out(attention)
 
 
 class Step:
