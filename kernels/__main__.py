@@ -1,9 +1,10 @@
 """``python -m mogle_rt.kernels``: what compilers make of every kernel, on a machine with or without a GPU.
 
 Each kernel is launched, on paper, at FLUX.1-dev's sizes (512 x 512 pixels, one image), compiled for each GPU and read
-back: registers, spills, shared memory, stack, instructions. A second table has the bytes and FLOPs that the work takes
-at least. ``--json`` prints both for programs. Exits with 1 where a kernel spills or takes more shared memory than the
-GPU has.
+back: registers, spills, shared memory, stack, instructions. A second table has bytes and FLOPs: the least that the work
+takes, each byte once, and what the programs ask for altogether, counted in Triton's interpreter (`requested`; not with
+``--compile-only``). ``--json`` prints both for programs. Exits with 1 where a kernel spills or takes more shared memory
+than the GPU has.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import argparse
 import dataclasses
 import json
 import os
+import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,8 +39,31 @@ def costs(dtype: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _requested(kernels: Sequence[str], dtypes: Sequence[str]) -> subprocess.Popen[str]:
+    """The count, begun in a process of its own, since this one compiles."""
+    base = {work.name for work in workloads(torch.bfloat16, "meta")}
+    known = [kernel for kernel in kernels if kernel in base]  # of variants the work is the same, or too long to count
+    command = [sys.executable, "-m", "mogle_rt.kernels.requested", "--dtype", *dtypes, "--kernel", *known]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+
+
+def _with_requested(least: list[dict[str, Any]], process: subprocess.Popen[str]) -> None:
+    """Wait for the count, and put it beside the least: ``requested_read``, ``requested_written``, ``requested_flops``.
+
+    Raises:
+        RuntimeError: it failed; it has said why on stderr.
+    """
+    output, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"counting what programs request failed with exit code {process.returncode}")
+    found = {(r.pop("workload"), r.pop("dtype")): r for r in json.loads(output)}
+    for row in least:
+        asked = found.get((row["workload"], row["dtype"]), {})
+        row |= {f"requested_{name}": value for name, value in asked.items()}
+
+
 def _print(compiled: list[dict[str, Any]], least: list[dict[str, Any]]) -> None:
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     table = Table(title="compiled", header_style="bold")
     for name in ("kernel", "launched by", "dtype", "GPU"):
         table.add_column(name)
@@ -52,15 +78,33 @@ def _print(compiled: list[dict[str, Any]], least: list[dict[str, Any]]) -> None:
         names = (r["kernel"], r["workload"], r["dtype"], r["target"])
         table.add_row(*names, *map(str, numbers), r["tensor_cores"] or "none", wide, style=style)
     console.print(table)
-    table = Table(title="least work, each byte once", header_style="bold")
+    table = Table(title="work: at least, each byte once; and as all programs ask for it", header_style="bold")
     for name in ("call", "dtype"):
         table.add_column(name)
-    for name in ("launches", "MB read", "MB written", "MFLOP", "FLOP per byte", "H100: least µs"):
+    for name in (
+        "MB read",
+        "asked",
+        "MB written",
+        "asked",
+        "MFLOP",
+        "asked",
+        "launches",
+        "FLOP per byte",
+        "H100: least µs",
+    ):
         table.add_column(name, justify="right")
     for r in least:
-        moved = r["read"] + r["written"]
-        values = (r["read"] / 1e6, r["written"] / 1e6, r["flops"] / 1e6, r["flops"] / moved, r["h100_us"])
-        table.add_row(r["workload"], r["dtype"], str(r["launches"]), *(f"{v:,.2f}" for v in values))
+        pairs = [
+            text
+            for name in ("read", "written", "flops")
+            for text in (
+                f"{r[name] / 1e6:,.2f}",
+                f"{r[f'requested_{name}'] / 1e6:,.2f}" if f"requested_{name}" in r else "-",
+            )
+        ]
+        intensity = r["flops"] / (r["read"] + r["written"])
+        values = (*pairs, str(r["launches"]), f"{intensity:,.2f}", f"{r['h100_us']:,.2f}")
+        table.add_row(r["workload"], r["dtype"], *values)
     console.print(table)
 
 
@@ -77,16 +121,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kernel", choices=[*names, *others], nargs="+", default=names, metavar="CALL", help=told)
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"], help="default: bf16")
     parser.add_argument("--target", choices=TARGETS, nargs="+", default=list(TARGETS), help="default: all")
+    parser.add_argument("--compile-only", action="store_true", help="don't count what programs ask for (some minutes)")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
     given = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: in the interpreter nothing can be compiled; unset it")
+    process = None if given.compile_only else _requested(given.kernel, given.dtype)
     compiled = [
         {"workload": name, "dtype": dtype, **dataclasses.asdict(r)}
         | {read: getattr(r, read) for read in ("tensor_cores", "wide_loads", "wide_stores")}
         for name, dtype, r in compile_all(given.kernel, given.dtype, given.target)
     ]
     least = [row for dtype in given.dtype for row in costs(dtype) if row["workload"] in given.kernel]
+    if process is not None:
+        _with_requested(least, process)
     if given.json:
         print(json.dumps({"compiled": compiled, "least": least}))
     else:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
+from mogle_rt.kernels.requested import Access, element_bytes, watched
+
 # Operations on floating point values; comparisons are added below.
 ARITHMETIC = [
     *("fadd", "fsub", "fmul", "fdiv", "frem", "precise_divf", "fma", "dot", "clampf"),
@@ -143,12 +145,11 @@ def recorded(readable: Sequence[Tensor] | None = None, writable: Sequence[Tensor
     Raises:
         OutOfBoundsError: (inside) it doesn't.
     """
-    traffic, builder = Traffic(), InterpreterBuilder
-    load, store = builder.create_masked_load, builder.create_masked_store
+    traffic = Traffic()
     may_read = None if readable is None else _addresses([*readable, *writable])
     may_write = None if readable is None else _addresses(writable)
 
-    def note(kind: str, ptrs: Any, mask: Any) -> None:
+    def note(kind: Access, ptrs: Any, mask: Any) -> None:
         addresses, live = np.broadcast_arrays(ptrs.data, mask.data)
         active = addresses[live].ravel().astype(np.uint64)
         allowed = may_read if kind == "read" else may_write
@@ -156,21 +157,8 @@ def recorded(readable: Sequence[Tensor] | None = None, writable: Sequence[Tensor
             place = np.searchsorted(allowed, active).clip(max=len(allowed) - 1)
             outside = int((allowed[place] != active).sum())
             if outside:
-                raise OutOfBoundsError(f"{kind}s {outside} of {len(active)} elements outside of its arguments")
-        getattr(traffic, "read" if kind == "read" else "written").append(
-            (active, ptrs.get_element_ty().primitive_bitwidth // 8)
-        )
+                raise OutOfBoundsError(f"{outside} of {len(active)} elements {kind} lie outside of its arguments")
+        getattr(traffic, kind).append((active, element_bytes(ptrs)))
 
-    def masked_load(self: Any, ptrs: Any, mask: Any, *args: Any) -> Any:
-        note("read", ptrs, mask)
-        return load(self, ptrs, mask, *args)
-
-    def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
-        note("write", ptrs, mask)
-        return store(self, ptrs, value, mask, *args)
-
-    builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
-    try:
+    with watched(note):
         yield traffic
-    finally:
-        builder.create_masked_load, builder.create_masked_store = load, store

@@ -21,7 +21,10 @@ from mogle_rt.engines import Conditions, TorchEngine
 from mogle_rt.job import FLUX_BUNDLE, Job, WeightlessBundle
 from mogle_rt.sampling import Schedule
 from mogle_rt.step import Step
+from tests.conftest import needs_triton
 from tests.fake_cuda import fake_mode, trace
+
+pytestmark = needs_triton
 
 CUDA = torch.device("cuda")
 FEW_BLOCKS = replace(FLUX_DEV, num_layers=2, num_single_layers=3)  # of full width, for what all blocks share

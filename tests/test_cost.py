@@ -34,6 +34,7 @@ from mogle_rt.gpus import GPUS, RESERVED_GIB, find_gpu
 from mogle_rt.job import FLUX_BUNDLE, FLUX_TEXT, Job, WeightlessBundle
 from mogle_rt.reference_cost import reference_step
 from tests.checkpoints import TINY
+from tests.conftest import needs_triton
 
 META = torch.device("meta")
 WIDE = replace(FLUX_DEV, num_layers=1, num_single_layers=2)  # FLUX.1-dev's width, few blocks
@@ -253,6 +254,7 @@ def test_engine_needs_less(flux: Estimate) -> None:
     assert flux.engine.flops < flux.reference.flops
 
 
+@needs_triton
 def test_kernels_need_far_less(flux: Estimate) -> None:
     """The reference takes 9,632 launches and 215.8 GB. With kernels, gate and mix are one launch."""
     mine = flux.engine.step

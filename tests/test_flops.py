@@ -16,6 +16,7 @@ from mogle_rt.counting import counting
 from mogle_rt.engines import Conditions, TorchEngine
 from mogle_rt.job import FLUX_BUNDLE, WeightlessBundle
 from mogle_rt.sampling import make_schedule
+from tests.conftest import needs_triton
 
 META = torch.device("meta")
 
@@ -24,7 +25,7 @@ def empty(*shape: int) -> Tensor:
     return torch.empty(*shape, device=META)
 
 
-@pytest.mark.parametrize("kernels", ["triton", "torch"])
+@pytest.mark.parametrize("kernels", [pytest.param("triton", marks=needs_triton), "torch"])
 @pytest.mark.parametrize(("name", "pixels", "batch"), [("tiny", 64, 4), ("width 256", 128, 1), ("FLUX width", 512, 1)])
 def test_a_steps_flops(name: str, pixels: int, batch: int, kernels: str) -> None:
     """Within what the benchmark of a step asserts."""

@@ -25,7 +25,7 @@ from mogle_rt.modulation import ModulationTables, modulation_tables
 from mogle_rt.ops import VARIABLE, choose
 from mogle_rt.sampling import denoise, make_schedule
 from mogle_rt.step import Step, tensors_of
-from tests.conftest import CASES, GoldenCase, assert_close
+from tests.conftest import CASES, GoldenCase, assert_close, needs_triton
 from tests.test_golden import TOLERANCE, Bundles
 
 CPU = torch.device("cpu")
@@ -259,6 +259,7 @@ def test_the_reason_is_given(tiny_bundle: Path, caplog: pytest.LogCaptureFixture
     assert pipe.last_run.execution == "eager: CUDA graphs need a CUDA device, this is cpu"
 
 
+@needs_triton
 def test_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from mogle_rt import triton_ops
 

@@ -30,7 +30,7 @@ Compiled = list[dict[str, Any]]
 
 def compile_all(*arguments: str) -> dict[str, Any]:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "mogle_rt.kernels", "--json", *arguments]
+    command = [sys.executable, "-m", "mogle_rt.kernels", "--json", "--compile-only", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode in (0, 1), done.stderr
     return dict(json.loads(done.stdout))

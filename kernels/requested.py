@@ -1,0 +1,125 @@
+"""``python -m mogle_rt.kernels.requested``: what the programs of a call ask for altogether, beside the least.
+
+Every program of a launch, with the tiles of a GPU, runs in Triton's interpreter, and each access and product is counted
+as it happens: bytes that several programs read count so many times (on a GPU most of them come from its caches), and
+products of `tl.dot` count whole, with the padding of their tiles; what a kernel multiplies without it doesn't count.
+Prints JSON; set ``TRITON_INTERPRET=1``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, Literal
+
+import numpy as np
+from triton import knobs
+from triton.runtime.interpreter import InterpreterBuilder
+
+from mogle_rt.kernels.common import recording
+from mogle_rt.kernels.workloads import DTYPES, Workload, workloads
+
+Access = Literal["read", "written"]
+
+
+@dataclasses.dataclass
+class Requested:
+    """Bytes and floating point operations that all programs asked for."""
+
+    read: int = 0
+    written: int = 0
+    flops: int = 0
+
+
+@contextlib.contextmanager
+def watched(note: Callable[[Access, Any, Any], None]) -> Iterator[None]:
+    """Before every load and store in the interpreter, ``note`` is told: its kind, its pointers and its mask."""
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def masked_load(self: Any, ptrs: Any, mask: Any, *args: Any) -> Any:
+        note("read", ptrs, mask)
+        return load(self, ptrs, mask, *args)
+
+    def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
+        note("written", ptrs, mask)
+        return store(self, ptrs, value, mask, *args)
+
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = masked_load, masked_store
+    try:
+        yield
+    finally:
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+
+
+def element_bytes(ptrs: Any) -> int:
+    """Of what pointers point to."""
+    return int(ptrs.get_element_ty().primitive_bitwidth) // 8
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Requested]:
+    """What kernels that run in the interpreter meanwhile ask for."""
+    total, dot = Requested(), InterpreterBuilder.create_dot
+
+    def note(kind: Access, ptrs: Any, mask: Any) -> None:
+        asked = element_bytes(ptrs) * int(np.count_nonzero(np.broadcast_to(mask.data, ptrs.data.shape)))
+        setattr(total, kind, getattr(total, kind) + asked)
+
+    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        total.flops += 2 * math.prod(a.data.shape) * b.data.shape[-1]
+        return dot(self, a, b, *args)
+
+    InterpreterBuilder.create_dot = create_dot
+    try:
+        with watched(note):
+            yield total
+    finally:
+        InterpreterBuilder.create_dot = dot
+
+
+def requested(work: Workload) -> Requested:
+    """By the launches of a call, tiles as on a GPU.
+
+    Raises:
+        RuntimeError: kernels aren't interpreted here.
+    """
+    if not knobs.runtime.interpret:
+        raise RuntimeError("programs are counted in Triton's interpreter: set TRITON_INTERPRET=1")
+    launches = work.launches()
+    with counted() as total, np.errstate(all="ignore"):  # bfloat16 values are wrong in the interpreter; sizes aren't
+        for launch in launches:
+            launch.kernel[launch.grid](*launch.args, **launch.meta)
+    return total
+
+
+def _row(name: str, dtype: str) -> dict[str, Any]:
+    with recording():  # scratch, too, is of the size that a GPU's tiles need
+        work = next(work for work in workloads(DTYPES[dtype], "cpu") if work.name == name)
+    return {"workload": name, "dtype": dtype, **dataclasses.asdict(requested(work))}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code."""
+    parser = argparse.ArgumentParser(prog="python -m mogle_rt.kernels.requested")
+    parser.add_argument("--kernel", nargs="*", required=True, metavar="CALL", help="as in python -m mogle_rt.kernels")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"], help="default: bf16")
+    given = parser.parse_args(arguments)
+    jobs = list(itertools.product(given.kernel, given.dtype))
+    context = multiprocessing.get_context("spawn")  # a forked child would share the parent's threads' locks
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        rows = list(pool.map(_row, [name for name, _ in jobs], [dtype for _, dtype in jobs]))
+    print(json.dumps(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""What programs ask for altogether, with repeats and padding: counted exactly, and at FLUX's sizes near the least."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from mogle_rt.kernels.common import recording
+from mogle_rt.kernels.requested import counted, requested
+from mogle_rt.kernels.workloads import workloads
+from tests.conftest import in_the_interpreter
+
+# How many times what they must read kernels may ask for; a bound on what caches have to give.
+MOST_REREADING = {"gate_mix": 1.5, "gate_mix_mean": 1.6, "region_experts": 1.6, "region_expert_mix": 3.5}
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _square(x_ptr, out_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    rows, cols = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    at = rows[:, None] * BLOCK + cols[None, :]
+    x = tl.load(x_ptr + at, mask=(rows < n)[:, None], other=0.0)
+    tl.store(out_ptr + tl.program_id(0) * BLOCK * BLOCK + at, tl.dot(x, x))
+
+
+@in_the_interpreter
+def test_every_program_counts() -> None:
+    """Three programs that read the same ten rows, and multiply and write sixteen."""
+    x, out = torch.randn(16, 16), torch.empty(3, 16, 16)
+    with counted() as total:
+        _square[(3,)](x, out, 10, BLOCK=16)
+    assert (total.read, total.written, total.flops) == (3 * 10 * 16 * 4, 3 * 16 * 16 * 4, 3 * 2 * 16**3)
+    _square[(1,)](x, out, 10, BLOCK=16)
+    assert total.flops == 3 * 2 * 16**3, "counted after its end"
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("name", MOST_REREADING)
+def test_requests_are_near_the_least(name: str) -> None:
+    """Nothing is written twice, and reading again stays within bounds."""
+    with recording():
+        work = next(w for w in workloads(torch.bfloat16, "cpu") if w.name == name)
+    least, asked = work.declared(), requested(work)
+    assert asked.written == least.written
+    assert least.read <= asked.read <= MOST_REREADING[name] * least.read
+    assert 0.9 * least.flops <= asked.flops <= 1.2 * least.flops
+
+
+def test_the_table_has_both() -> None:
+    command = [sys.executable, "-m", "mogle_rt.kernels", "--kernel", "gate_mix", "--target", "sm_90", "--json"]
+    done = subprocess.run(["env", "TRITON_INTERPRET=0", *command], capture_output=True, text=True, check=True)
+    (row,) = json.loads(done.stdout)["least"]
+    assert row["requested_written"] == row["written"]
+    assert row["requested_read"] > row["read"]
