@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from torch import Tensor
@@ -25,28 +24,22 @@ from mogle_rt.conditioning import pack_latents, unpack_latents
 from mogle_rt.config import NUM_EXPERTS, PATCH, ModelConfig
 from mogle_rt.engines import Conditions, TorchEngine
 from mogle_rt.errors import CheckpointError, NumericalError
-from mogle_rt.export.exporter import ExportOptions, build_graph
+from mogle_rt.export.exporter import build_graph
+from mogle_rt.export.run_graphs import CPU, Run, evaluate, options_of, run_built, run_files
 from mogle_rt.export.weights import Weights
 from mogle_rt.manifest import Manifest, manifest_path
 from mogle_rt.models import autoencoder, load_autoencoder
-from mogle_rt.onnx_engine import NO_ATTENTION, Session, manifest_dtype
+from mogle_rt.onnx_engine import NO_ATTENTION, manifest_dtype
 from mogle_rt.sampling import make_schedule
 from mogle_rt.schema import transformer_tensors
 
-CPU = torch.device("cpu")
 # Largest relative RMS error; the largest single one, relative to the largest value, may be LARGEST times that.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-VAE_TOLERANCES = {
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 8e-2,
-}  # GroupNorm of flat pictures is tender
+VAE_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}  # its GroupNorms are tender
 LARGEST = 20
 STEPS = 3
 EVALUATED = 5_000_000  # parameters up to which the reference evaluator is quick enough
 WHOLE = 500_000_000  # parameters up to which the whole model is run
-
-Run = Callable[[str, Mapping[str, Tensor]], dict[str, Tensor]]  # graph, inputs -> outputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +236,7 @@ def _require_same_graphs(placed: Bundle, folder: Path, manifest: Manifest) -> No
     dtype = manifest_dtype(manifest)
     weights = Weights(placed.tensors, manifest.weights.file, placed, dtype, "")
     for name, graph in manifest.graphs.items():
-        model = build_graph(name, placed.config, weights, _options(manifest, dtype))
+        model = build_graph(name, placed.config, weights, options_of(manifest, dtype))
         if model.SerializeToString() != (folder / graph.file).read_bytes():
             raise CheckpointError(f"{folder / graph.file}: is not the graph of this bundle and manifest; export again")
 
@@ -275,91 +268,17 @@ def _runner(source: Bundle, folder: Path, manifest: Manifest, *, whole: bool) ->
     """
     dtype = manifest_dtype(manifest)
     if dtype == torch.bfloat16 and _parameters(source) <= EVALUATED:
-        return _evaluate(source, manifest, dtype), "reference evaluator", dtype
+        return evaluate(source, manifest, dtype), "reference evaluator", dtype
     if whole and dtype != torch.bfloat16:
-        return _run_files(folder, manifest), "onnxruntime", dtype
-    return _run_built(source, folder, manifest), "onnxruntime in float32", torch.float32
+        return run_files(folder, manifest), "onnxruntime", dtype
+    return run_built(source, folder, manifest), "onnxruntime in float32", torch.float32
 
 
 def _vae_runner(placed: Bundle, folder: Path, manifest: Manifest) -> tuple[Run, str, torch.dtype]:
     dtype = manifest_dtype(manifest)
     if dtype != torch.bfloat16:
-        return _run_files(folder, manifest), "onnxruntime", dtype
-    return _run_built(placed, folder, manifest), "onnxruntime in float32", torch.float32
-
-
-def _run_files(folder: Path, manifest: Manifest) -> Run:
-    """The exported files themselves."""
-    sessions: dict[str, Session] = {}
-
-    def run(graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if graph not in sessions:
-            sessions[graph] = Session(folder, manifest.graphs[graph], CPU, manifest.weights.bytes)
-        return _run_session(sessions[graph].session, inputs)
-
-    return run
-
-
-def _run_built(source: Bundle, folder: Path, manifest: Manifest) -> Run:
-    """The same graphs, of some of the blocks or in float32, built in memory over the weights in the folder."""
-    import onnxruntime
-
-    options = _options(manifest, torch.float32)
-    weights = Weights(source.tensors, manifest.weights.file, source, torch.float32, "")
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 4
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    settings.add_session_config_entry("session.disable_prepacking", "1")
-
-    def run(graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        model = build_graph(graph, source.config, weights, options)
-        session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-        return _run_session(session, inputs)
-
-    return run
-
-
-def _evaluate(source: Bundle, manifest: Manifest, dtype: torch.dtype) -> Run:
-    """ONNX's reference evaluator, on the same graphs with the placed weights inside."""
-    from onnx.reference import ReferenceEvaluator
-
-    options = _options(manifest, dtype)
-    evaluators: dict[str, tuple[onnx.ModelProto, ReferenceEvaluator]] = {}
-
-    def run(graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if graph not in evaluators:
-            model = build_graph(graph, source.config, Weights(source.tensors, None, source, dtype, ""), options)
-            evaluators[graph] = model, ReferenceEvaluator(model)
-        model, evaluator = evaluators[graph]
-        feeds = {}
-        for value in model.graph.input:
-            kind = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-            feeds[value.name] = _numpy(inputs[value.name]).astype(kind)
-        results: Any = evaluator.run(None, feeds)
-        names = [o.name for o in model.graph.output]
-        return {n: torch.from_numpy(np.asarray(r).astype(np.float32)) for n, r in zip(names, results, strict=True)}
-
-    return run
-
-
-def _options(manifest: Manifest, dtype: torch.dtype) -> ExportOptions:
-    return ExportOptions(dtype=dtype, opset=manifest.opset, model=ModelConfig.from_mapping(manifest.model_config))
-
-
-def _run_session(session: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    kinds = {
-        "tensor(float)": np.float32,
-        "tensor(float16)": np.float16,
-        "tensor(int64)": np.int64,
-        "tensor(uint8)": np.uint8,
-    }
-    feeds = {i.name: _numpy(inputs[i.name]).astype(kinds[i.type]) for i in session.get_inputs()}
-    results = session.run(None, feeds)
-    return {o.name: torch.from_numpy(r).float() for o, r in zip(session.get_outputs(), results, strict=True)}
-
-
-def _numpy(value: Tensor) -> Any:
-    return (value.float() if value.is_floating_point() else value).numpy()
+        return run_files(folder, manifest), "onnxruntime", dtype
+    return run_built(placed, folder, manifest), "onnxruntime in float32", torch.float32
 
 
 # Both sides
