@@ -1,13 +1,21 @@
-"""The paper's ablations on trained weights: bundles of the same weights with a part taken away."""
+"""The paper's ablations: on trained weights, as bundles with a part taken away, and on weights trained without it.
+
+    python -m benchmarks.ablations --retrained build/demo --report build/demo/QUALITY.json
+
+adds the latter to what `benchmarks.quality` measured: bundles full.safetensors and scalar_gate.safetensors of a folder,
+trained equally long from the same weights, with the gate as it is and with one weight an image and expert.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import tempfile
 from pathlib import Path
 
 import torch
 
-from benchmarks.quality import without_regions
+from benchmarks.quality import Cases, Judge, draw, load_cases, without_regions
 from examples.demo_checkpoint.export import read_weights, unpack, write_bundle
 from mogle_rt import Pipeline
 from mogle_rt.checkpoint import Bundle
@@ -36,3 +44,31 @@ def ablated(bundle: str) -> dict[str, Pipeline]:
     for pipe in result.values():
         pipe.set_progress_bar_config(disable=True)
     return result
+
+
+def retrained(folder: Path, cases: Cases) -> dict[str, object]:
+    """Measures of both retrained bundles, by name."""
+    judge = Judge(cases.images)
+    result: dict[str, object] = {}
+    for name, file, scalar in (("gate", "full", False), ("scalar gate", "scalar_gate", True)):
+        config = {"weight_is_scale": True} if scalar else None
+        pipe = Pipeline(folder / f"{file}.safetensors", "cpu", "fp32", model_config=config)
+        pipe.set_progress_bar_config(disable=True)
+        result[f"ablation: retrained, {name}"] = judge(draw(pipe, cases, 28)[0], cases)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--retrained", type=Path, default=Path("build/demo"))
+    parser.add_argument("--renders", type=Path, default=Path("build/demo/held_out.npz"))
+    parser.add_argument("--report", type=Path, default=Path("build/demo/QUALITY.json"))
+    parser.add_argument("--count", type=int, default=50)
+    args = parser.parse_args()
+    report = json.loads(args.report.read_text())
+    report |= retrained(args.retrained, load_cases(args.renders).first(args.count))
+    args.report.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -54,7 +54,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         + ", ".join(f"{name} {value:.1f}" for name, value in spread.items())
         + ".",
         "",
-        "Ablations on the trained weights, 28 steps:",
+        "Ablations, 28 steps; on the trained weights but for the last two, see above:",
         "",
         *_rows(report, [n for n in runs if n.startswith("ablation")]),
         "",

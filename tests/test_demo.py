@@ -24,6 +24,7 @@ from examples.demo_checkpoint.training import Average, Clock, learning_rate, sav
 from mogle_rt import Pipeline, demo
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.cli import app
+from mogle_rt.config import ModelConfig
 from mogle_rt.engines import Conditions, TorchEngine
 from mogle_rt.errors import InputError
 from mogle_rt.masks import to_labels
@@ -108,8 +109,9 @@ def test_an_edit_stays_in_its_region(pipe: Pipeline, cases: QualityCases) -> Non
     assert psnr_outside(pair[0], pair[1], changed) > psnr_outside(pair[0], pair[1], ~changed) + 3
 
 
-def test_the_training_forward_is_the_runtimes(pipe: Pipeline) -> None:
-    model = FaceMogle()
+@pytest.mark.parametrize("scalar_gate", [False, True])
+def test_the_training_forward_is_the_runtimes(scalar_gate: bool, pipe: Pipeline) -> None:
+    model = FaceMogle(scalar_gate=scalar_gate)
     load_parts(model, read_weights("demo"))
     g = torch.Generator().manual_seed(0)
     masks, x = torch.randn(2, 20, 64, 64, generator=g), torch.randn(2, 64, 64, generator=g)
@@ -118,8 +120,7 @@ def test_the_training_forward_is_the_runtimes(pipe: Pipeline) -> None:
     conditions = Conditions(
         mask_latents=masks, prompt_embeds=sequence, pooled_prompt_embeds=pooled, guidance_scale=3.5, grid=(8, 8)
     )
-    engine = pipe.engine
-    assert isinstance(engine, TorchEngine)
+    engine = TorchEngine(pipe.bundle, torch.device("cpu"), torch.float32, ModelConfig(weight_is_scale=scalar_gate))
     engine.prepare(conditions, schedule)
     rope = model.rope(48, (8, 8))
     for k in range(3):

@@ -203,10 +203,11 @@ class SingleBlock(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Experts and gate."""
+    """Experts and gate; with ``scalar_gate`` one weight an image and expert, the reference's ``weight_is_scale``."""
 
-    def __init__(self, config: MogleConfig) -> None:
+    def __init__(self, config: MogleConfig, *, scalar_gate: bool = False) -> None:
         super().__init__()
+        self.scalar_gate = scalar_gate
         C, H, E = config.latent_dim, config.expert_dim, NUM_EXPERTS
         self.expert_in, self.expert_out = (nn.Parameter(torch.randn(E, o, i) / i**0.5) for o, i in ((H, C), (C, H)))
         self.expert_in_bias, self.expert_out_bias = (nn.Parameter(torch.zeros(E, o)) for o in (H, C))
@@ -222,17 +223,19 @@ class Mixture(nn.Module):
         y = torch.baddbmm(self.expert_out_bias[:, None], hidden, self.expert_out.mT).view(E, B, N, C)
         h = masks[:, 0] + self.noise_proj(latents) + self.timestep_embedding(sinusoid(timestep, C))[:, None]
         weights = self.gate_out(F.relu(self.gate_in(h))).softmax(-1)
+        if self.scalar_gate:
+            weights = weights.mean(1, keepdim=True).expand_as(weights)
         return torch.einsum("bne,ebnc->bnc", weights, y)
 
 
 class FaceMogle(nn.Module):
     """Transformer, branch LoRA, experts and gate."""
 
-    def __init__(self, config: TransformerConfig = CONFIG) -> None:
+    def __init__(self, config: TransformerConfig = CONFIG, *, scalar_gate: bool = False) -> None:
         super().__init__()
         self.config = config
         D = config.width
-        self.mogle = Mixture(MogleConfig())
+        self.mogle = Mixture(MogleConfig(), scalar_gate=scalar_gate)
         self.x_embedder = LoraLinear(config.in_channels, D)
         self.context_embedder = nn.Linear(config.joint_attention_dim, D)
         self.timestep_embedder, self.text_embedder = Mlp(SINUSOID_DIM, D), Mlp(config.pooled_projection_dim, D)

@@ -4,6 +4,7 @@
 
 Reads latents (`latents`), text encoders (`train_text`) and VAE (`train_vae`) below build/demo/. Interrupted, it goes on
 from its last saved state; ``--from-bundle`` goes on from the weights of a bundle alone, without the optimiser's state.
+``--scalar-gate`` trains the paper's ablation, for `benchmarks.ablations`.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def train(team: Team, args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     reader = Reader(args.folder / "text")
     data = Data.load(args.folder / "train_latents.pt", args.folder / "train.npz", reader, CAPTIONS, seed=1)
-    model = FaceMogle()
+    model = FaceMogle(scalar_gate=args.scalar_gate)
     if args.from_bundle:
         load_parts(model, read_weights(args.from_bundle))
     parameters = list(model.parameters())
@@ -165,7 +166,7 @@ def train(team: Team, args: argparse.Namespace) -> None:
     optimizer = Muon(team.share(parameters), lr=args.lr, weight_decay=0.02, adam=by_adam)
     rope = model.rope(TOKENS, (8, 8))
     clock, step, done = Clock(args.minutes * 60, until=args.until), 0, 0.0
-    state_path = args.folder / f"train.state{team.rank}"
+    state_path = args.folder / f"{args.bundle.stem}.state{team.rank}"
     state = torch.load(state_path, weights_only=True) if state_path.exists() else None
     if state is not None:
         model.load_state_dict(state["model"])
@@ -242,6 +243,7 @@ def main() -> None:
     parser.add_argument("--until", type=float, help="Unix time at which to end, in the place of --minutes")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--from-bundle", type=Path)
+    parser.add_argument("--scalar-gate", action="store_true", help="one weight an image and expert, not one a token")
     parser.add_argument("--bundle", type=Path, default=Path("build/demo/demo.safetensors"))
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
