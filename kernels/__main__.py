@@ -78,7 +78,10 @@ def _print(compiled: list[dict[str, Any]], least: list[dict[str, Any]]) -> None:
         names = (r["kernel"], r["workload"], r["dtype"], r["target"])
         table.add_row(*names, *map(str, numbers), r["tensor_cores"] or "none", wide, style=style)
     console.print(table)
-    table = Table(title="work: at least, each byte once; and as all programs ask for it", header_style="bold")
+    table = Table(
+        title="work at least, each byte once; and what all programs ask for (FLOPs: of tl.dot alone)",
+        header_style="bold",
+    )
     for name in ("call", "dtype"):
         table.add_column(name)
     for name in (

@@ -27,13 +27,15 @@ def check_options(
     guidance_scale: float,
     height: int,
     width: int,
-    num_images_per_prompt: int,
     condition_scale: float,
-    position_delta: tuple[int, int],
-    position_scale: float,
-    max_sequence_length: int,
-    output_type: str,
-    mask_posterior: str,
+    num_images_per_prompt: int = 1,
+    position_delta: tuple[int, int] = (0, 0),
+    position_scale: float = 1.0,
+    max_sequence_length: int = MAX_TEXT_TOKENS,
+    output_type: str = "pil",
+    callback: object = None,
+    callback_inputs: Sequence[str] = ("latents",),
+    mask_posterior: str = "mean",
 ) -> None:
     """Options of a call.
 
@@ -51,8 +53,8 @@ def check_options(
         raise InputError(f"max_sequence_length can be at most {MAX_TEXT_TOKENS}, got {max_sequence_length}")
     for name, size in (("height", height), ("width", width)):
         if not isinstance(size, Integral) or isinstance(size, bool) or size < PATCH or size % PATCH:
-            near = max(PATCH, round(size / PATCH) * PATCH) if _is_number(size) else 512
-            raise InputError(f"{name} must be a multiple of {PATCH}, got {size!r}; the nearest is {near}")
+            near = f"; the nearest is {max(PATCH, round(size / PATCH) * PATCH)}" if _is_number(size) else ""
+            raise InputError(f"{name} must be a multiple of {PATCH}, got {size!r}{near}")
     for name, value in (("guidance_scale", guidance_scale), ("condition_scale", condition_scale)):
         if not _is_number(value) or value < 0:
             raise InputError(f"{name} must be a finite number of 0 or more, got {value!r}")
@@ -62,6 +64,10 @@ def check_options(
         raise InputError(f"position_delta must be two numbers (rows, columns), got {position_delta!r}")
     if output_type not in ("pil", "np", "pt", "latent"):
         raise InputError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
+    if callback is not None and not callable(callback):
+        raise InputError(f"callback_on_step_end must be a function, got {callback!r}")
+    if list(callback_inputs) != ["latents"]:
+        raise InputError(f"callback_on_step_end_tensor_inputs can be ['latents'] only, got {callback_inputs!r}")
     if mask_posterior not in ("mean", "sample"):
         raise InputError(f"mask_posterior must be 'mean' or 'sample', got {mask_posterior!r}")
 
@@ -78,6 +84,8 @@ def prompt_list(prompt: str | Sequence[str] | None, embeds: Tensor | None, poole
         if prompt is not None:
             raise InputError("give a prompt or prompt_embeds, not both")
         return []
+    if prompt is not None and not isinstance(prompt, Sequence):
+        raise InputError(f"prompt must be a text or a list of texts, got {type(prompt).__name__}")
     prompts = [""] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise InputError("the list of prompts is empty")
@@ -106,7 +114,7 @@ def generator_list(generator: Generators, batch: int) -> list[torch.Generator] |
     """
     if generator is None or isinstance(generator, torch.Generator):
         return None
-    generators = list(generator)
+    generators = list(generator) if isinstance(generator, Sequence) else []
     if len(generators) != batch or not all(isinstance(g, torch.Generator) for g in generators):
         raise InputError(
             f"generator must be one torch.Generator or a list of {batch} (one an image), got {generator!r}"

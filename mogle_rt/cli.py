@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from mogle_rt import __version__
+from mogle_rt.config import PATCH
 from mogle_rt.errors import ConfigError, InputError, MogleError, OutputError
 
 if TYPE_CHECKING:
@@ -222,7 +223,15 @@ def generate(
     mask: Annotated[
         list[Path] | None, typer.Option("--mask", "-m", help="Mask or folder of masks; repeatable.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What the face looks like.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="What the face looks like: once for all masks, or once for each. Default: what the text file of the "
+            "mask's name beside it says, if there is one.",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 28,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 3.5,
     seed: Annotated[
@@ -242,8 +251,9 @@ def generate(
     engine: Annotated[str, typer.Option(help="torch; from an export: onnxruntime, tensorrt, tensorrt-rtx.")] = "torch",
     engine_path: Annotated[Path | None, typer.Option(help="The export's folder; default: the bundle's own.")] = None,
     metadata: Annotated[bool, typer.Option(help="Write prompt, seed and settings into the images.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that are there already.")] = False,
 ) -> None:
-    """Draw faces from masks and a prompt."""
+    """Draw faces from masks and prompts."""
     if num_images < 1 or batch_size < 1:
         raise InputError(f"--num-images and --batch-size must be 1 or more, got {num_images} and {batch_size}")
     masks: list[Path | None] = list(_find_masks(mask)) if mask else [None]
@@ -251,19 +261,29 @@ def generate(
         seed = secrets.randbelow(2**31)
     if not 0 <= seed < 2**63 - len(masks) * num_images:
         raise InputError(f"--seed must be from 0 to 2^63, got {seed}")
-    if any("\ud800" <= c <= "\udfff" for c in prompt or ""):  # how Python keeps bytes that are no text
-        raise InputError(f"--prompt must be UTF-8 text, got {prompt!r}")
-    jobs = list(_jobs(masks, num_images, seed, output))
+    jobs = list(_jobs(masks, _prompts(prompt, masks), num_images, seed, output))
     _check_writable(output)
+    taken = [job.path for job in jobs if job.path.exists()]
+    if taken and not overwrite:
+        raise OutputError(f"{taken[0]}: exists already; choose another name, or --overwrite")
     switches = parse_json(model_config)
 
+    from mogle_rt.arguments import check_options
     from mogle_rt.image_files import save_image
     from mogle_rt.masks import to_labels
     from mogle_rt.pipeline import Pipeline
 
+    # What is wrong is told before the model is loaded.
+    check_options(
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        height=PATCH if height is None else height,
+        width=PATCH if width is None else width,
+        condition_scale=condition_scale,
+    )
     for path in masks:
         if path is not None:
-            to_labels(path)  # a bad mask is told before the model is loaded
+            to_labels(path)
     start = time.perf_counter()
     pipe = Pipeline(
         checkpoint,
@@ -278,23 +298,22 @@ def generate(
     for i in range(0, len(jobs), batch_size):
         batch = jobs[i : i + batch_size]
         images = pipe(
-            [job[0] for job in batch if job[0] is not None] or None,
-            prompt,
+            [job.mask for job in batch if job.mask is not None] or None,
+            [job.prompt for job in batch],
             num_inference_steps=steps,
             guidance_scale=guidance,
             height=height,
             width=width,
-            num_images_per_prompt=1 if mask else len(batch),
-            generator=[_generator(pipe, job[1]) for job in batch],
+            generator=[_generator(pipe, job.seed) for job in batch],
             condition_scale=condition_scale,
         ).images
         for name, value in pipe.last_run.seconds.items():
             seconds[name] = seconds.get(name, 0.0) + value
-        for (mask_path, image_seed, path), image in zip(batch, images, strict=True):
+        for job, image in zip(batch, images, strict=True):
             settings = {
-                "prompt": prompt or "",
-                "seed": image_seed,
-                "mask": mask_path.name if mask_path else None,
+                "prompt": job.prompt,
+                "seed": job.seed,
+                "mask": job.mask.name if job.mask else None,
                 "steps": steps,
                 "guidance_scale": guidance,
                 "size": list(image.size),
@@ -304,8 +323,8 @@ def generate(
                 "bundle_sha256": pipe.bundle.content_hash,
                 "software": f"mogle_rt {__version__}",
             }
-            save_image(image, path, settings if metadata else None)
-            typer.echo(path)
+            save_image(image, job.path, settings if metadata else None)
+            typer.echo(job.path)
     stages = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     count = "1 image" if len(jobs) == 1 else f"{len(jobs)} images"
     console.print(f"{count} in {sum(seconds.values()):.2f} s (seed {seed}): {stages}", soft_wrap=True)
@@ -349,10 +368,33 @@ def _find_masks(paths: list[Path]) -> Iterator[Path]:
         yield from found
 
 
-def _jobs(
-    masks: list[Path | None], num_images: int, seed: int, output: Path
-) -> Iterator[tuple[Path | None, int, Path]]:
-    """(mask, seed, output file) of every image. Into a folder, files are named by mask and seed."""
+def _prompts(given: list[str] | None, masks: list[Path | None]) -> list[str]:
+    """One for each mask."""
+    if given is None:
+        beside = [mask.with_suffix(".txt") if mask else None for mask in masks]
+        try:
+            return [path.read_text("utf-8").strip() if path and path.is_file() else "" for path in beside]
+        except UnicodeDecodeError as error:
+            raise InputError(f"the text file beside a mask must be UTF-8 text: {error}") from None
+    for prompt in given:
+        if any("\ud800" <= c <= "\udfff" for c in prompt):  # how Python keeps bytes that are no text
+            raise InputError(f"--prompt must be UTF-8 text, got {prompt!r}")
+    if len(given) not in (1, len(masks)):
+        raise InputError(f"--prompt must be given once or once for each of {len(masks)} masks, got {len(given)}")
+    return given * len(masks) if len(given) == 1 else given
+
+
+class Job(NamedTuple):
+    """An image to make: its mask, prompt, seed and file."""
+
+    mask: Path | None
+    prompt: str
+    seed: int
+    path: Path
+
+
+def _jobs(masks: list[Path | None], prompts: list[str], num_images: int, seed: int, output: Path) -> Iterator[Job]:
+    """Every image. Into a folder, files are named by mask and seed."""
     from mogle_rt.image_files import check_suffix
 
     folder = output.is_dir() or not output.suffix
@@ -360,7 +402,7 @@ def _jobs(
         check_suffix(output)
         if len(masks) > 1:
             raise OutputError(f"{output}: {len(masks)} masks need a folder as output, not a file")
-    for i, mask in enumerate(masks):
+    for i, (mask, prompt) in enumerate(zip(masks, prompts, strict=True)):
         for j in range(num_images):
             number = i * num_images + j
             if folder:
@@ -369,7 +411,7 @@ def _jobs(
                 path = output if num_images == 1 else output.with_stem(f"{output.stem}_{j + 1}")
             if mask and path.exists() and path.samefile(mask):
                 raise OutputError(f"{path}: is the mask itself; choose another name for the image")
-            yield mask, seed + number, path
+            yield Job(mask, prompt, seed + number, path)
 
 
 def _check_writable(output: Path) -> None:

@@ -78,6 +78,9 @@ classes within this many pixels are accepted there; elsewhere a colour beyond th
 SPECK = 16
 """In such a picture, fewer pixels of a class within a square of 9 x 9 are taken for an artefact, not for a region."""
 
+EVEN = 3
+"""Largest difference of neighbouring pixels, in each channel, within a patch of one colour."""
+
 OVERSHOOT = 0.35
 """How far sharpening and ringing go beyond the colours at a border, in parts of their difference."""
 
@@ -318,6 +321,13 @@ def _settle_borders(labels: Labels, sure: NDArray[np.bool_], picture: NDArray[np
     for a, b in itertools.permutations(known, 2):  # a long wedge: only one of its sides is near
         beside = np.flatnonzero(foreign & around[:, a])
         foreign[beside] = _from_mixture(colours[beside], a, b) > 2 * TOLERANCE
+    odd = unsure & ~foreign  # patches of a colour of their own, which no mixture of what is near explains
+    for a, b in itertools.combinations(known, 2):
+        between = np.flatnonzero(odd & around[:, a] & around[:, b])
+        odd[between] = _from_mixture(colours[between], a, b) > TOLERANCE
+    strange = np.zeros_like(sure)
+    strange[rows[odd], columns[odd]] = True
+    foreign |= _patches(strange, picture)[rows, columns]
     if 2 * sure.sum() < sure.size:  # no picture of regions
         foreign = unsure
     distance = _distances(colours)
@@ -342,6 +352,15 @@ def _count(region: NDArray[np.bool_], radius: int) -> NDArray[np.int32]:
 def _solid(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """What of a region is covered by squares of 3 x 3 pixels within it."""
     return _count(_count(~region, 1) == 0, 1) > 0
+
+
+def _patches(region: NDArray[np.bool_], picture: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """What of a region is evenly coloured, over 4 x 4 pixels at least. Blending and ringing leave no such patches."""
+    even = region.copy()
+    for axis in (0, 1):
+        step = np.abs(np.diff(picture.astype(np.int16), axis=axis)).max(-1)
+        even &= np.pad(step <= EVEN, [(0, int(i == axis)) for i in (0, 1)])
+    return region & (_count(_count(even, 1) == 9, 1) > 0)
 
 
 def _without_specks(region: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -162,9 +162,10 @@ class Pipeline:
         max_sequence_length: int | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         mask_posterior: MaskPosterior = "mean",
     ) -> PipelineOutput:
-        """Draw faces. Each image of a batch equals the one it would be alone.
+        """Draw faces. Each image of a batch is the one it would be alone, up to rounding.
 
         Args:
             mask: a semantic mask or a list of them, in any form that `mogle_rt.masks` reads; None is all background
@@ -185,6 +186,7 @@ class Pipeline:
             output_type: "pil", "np" [B, H, W, 3], "pt" [B, 3, H, W], both in [0, 1], or "latent" (packed).
             callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": …})`` after each step; may
                 return new latents in such a dict. Setting ``pipe.interrupt = True`` in it ends the loop there.
+            callback_on_step_end_tensor_inputs: as in diffusers; ``["latents"]`` is all there is.
             mask_posterior: "mean" of the VAE's posterior, or "sample" to draw from it with the generator, as the
                 reference does.
 
@@ -209,6 +211,8 @@ class Pipeline:
             position_scale=position_scale,
             max_sequence_length=max_sequence_length,
             output_type=output_type,
+            callback=callback_on_step_end,
+            callback_inputs=callback_on_step_end_tensor_inputs,
             mask_posterior=mask_posterior,
         )
         height, width, num_inference_steps = int(height), int(width), int(num_inference_steps)  # numpy's too

@@ -62,7 +62,7 @@ class TextEncoders:
             return tokenizer(prompts, return_tensors="pt", max_length=length, **options).input_ids
 
         ids = tokenize(padding="max_length", truncation=True)
-        for prompt, full in zip(prompts, tokenizer(prompts).input_ids, strict=True):
+        for prompt, full in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
             if len(full) > length:
                 logger.warning(
                     "%s reads %d tokens; the prompt %r has %d and is cut", name, length, prompt[:60], len(full)

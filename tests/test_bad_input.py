@@ -876,6 +876,13 @@ CALLS = {
     "generators": Call({"mask": [BLACK] * 3, "generator": [GENERATOR] * 2}, ("a list of 3 (one an image)",)),
     "generators_for_images": Call({"num_images_per_prompt": 2, "generator": [GENERATOR]}, ("a list of 2",)),
     "generators_of_seeds": Call({"generator": [42]}, ("generator must be one torch.Generator or a list of 1",)),
+    "generator_of_a_seed": Call({"generator": 42}, ("generator must be one torch.Generator or a list of 1", "42")),
+    "prompt_of_a_number": Call({"prompt": 5}, ("prompt must be a text or a list of texts, got int",)),
+    "size_of_a_text": Call({"height": "128"}, ("height must be a multiple of 16, got '128'",)),
+    "callback_of_a_number": Call({"callback_on_step_end": 5}, ("callback_on_step_end must be a function, got 5",)),
+    "callback_inputs": Call(
+        {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, ("can be ['latents'] only, got ['prompt_embeds']",)
+    ),
     "callback_of_another_shape": Call(
         {"callback_on_step_end": lambda *_: {"latents": torch.zeros(1, 3, 64)}},
         ("latents from callback_on_step_end must have shape [1, 4, 64], got [1, 3, 64]",),
@@ -1162,7 +1169,7 @@ def test_a_full_disk_for_an_image(tiny_bundle: Path, tmp_path: Path, monkeypatch
         with file_size_limit(10_000):
             assert_raises(OutputError, lambda: save_image(noise, output), f"{output}: can't be written: File too large")
         monkeypatch.setattr(os, "fsync", no_space)
-        result = run("generate", tiny_bundle, "-o", output, *QUICK)
+        result = run("generate", tiny_bundle, "-o", output, "--overwrite", *QUICK)
         assert_one_line(result, f"{output}: can't be written: No space left on device")
 
 

@@ -336,9 +336,47 @@ def test_computed_together_or_alone_the_images_are_the_same(tiny_bundle: Path, t
 def test_images_are_replaced_whole(tiny_bundle: Path, mask: Path, tmp_path: Path) -> None:
     output = tmp_path / "face.png"
     output.write_text("an older file")
-    assert run("generate", tiny_bundle, "-m", mask, "-o", output, *QUICK).code == 0
+    refused = run("generate", tiny_bundle, "-m", mask, "-o", output, *QUICK)
+    assert refused.code == 1
+    assert "face.png: exists already; choose another name, or --overwrite" in refused.err
+    assert output.read_text() == "an older file"
+    assert run("generate", tiny_bundle, "-m", mask, "-o", output, "--overwrite", *QUICK).code == 0
     assert pixels(output)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["face.png", "mask.png"]
+
+
+def prompts_of(folder: Path) -> list[str]:
+    """What the images of a folder say that they were drawn from."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        with Image.open(path) as image:
+            image.load()
+            (settings,) = parse_xmp(image.text[PNG_XMP])[1]  # type: ignore[attr-defined]
+            found.append(settings["prompt"])
+    return found
+
+
+def test_prompts_of_several_masks(tiny_bundle: Path, tmp_path: Path) -> None:
+    """One for all, one for each, or what lies beside the masks; another number is an error."""
+    masks = [draw_mask(tmp_path / "masks" / f"{name}.png", seed=i) for i, name in enumerate("ab")]
+    (tmp_path / "masks" / "b.txt").write_text("a man with grün hair\n", encoding="utf-8")
+    for i, (given, expected) in enumerate(
+        ((["one"], ["one", "one"]), (["one", "two"], ["one", "two"]), ([], ["", "a man with grün hair"]))
+    ):
+        output, options = tmp_path / str(i), [o for p in given for o in ("-p", p)]
+        arguments = ("-m", masks[0], "-m", masks[1], "-o", output, "--seed", "0", "--batch-size", "2", *options)
+        assert run("generate", tiny_bundle, *arguments, *QUICK).code == 0
+        assert prompts_of(output) == expected
+    alone = tmp_path / "alone.png"
+    run("generate", tiny_bundle, "-m", masks[1], "-p", "two", "-o", alone, "--seed", "1", *QUICK)
+    assert pixels(alone) == pixels(tmp_path / "1" / "b_1.png")
+    result = run("generate", tiny_bundle, "-m", masks[0], "-p", "x", "-p", "y", "-o", tmp_path / "z.png", *QUICK)
+    assert result.code == 1
+    assert "--prompt must be given once or once for each of 1 masks, got 2" in result.err
+    (tmp_path / "masks" / "a.txt").write_bytes(b"\xff\xfe")
+    result = run("generate", tiny_bundle, "-m", masks[0], "-o", tmp_path / "z.png", *QUICK)
+    assert result.code == 1
+    assert "must be UTF-8 text" in result.err
 
 
 def test_batches_without_a_mask(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -367,6 +367,17 @@ def test_a_foreign_region_is_named_although_it_touches_others() -> None:
         masks.to_labels(picture)
 
 
+@pytest.mark.parametrize(("side", "patch"), [(128, 9), (128, 30), (512, 5), (512, 30)])
+@pytest.mark.parametrize("colour", [(200, 30, 90), (10, 200, 120), (140, 70, 200)])
+def test_a_small_foreign_patch_is_named(colour: tuple[int, int, int], patch: int, side: int) -> None:
+    """However near to borders: it is even, and no mixture of what is around."""
+    picture = COLOURS[draw_face(side)]
+    middle = side // 2
+    picture[middle : middle + patch, middle : middle + patch] = colour
+    with pytest.raises(MaskError, match="which is no class's"):
+        masks.to_labels(picture)
+
+
 def test_a_photograph_is_no_mask() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
     with pytest.raises(MaskError, match="no class's"):
