@@ -356,16 +356,6 @@ class Baseline:
                 module.to(device=device, dtype=dtype)
         return self
 
-    def state_dicts(self) -> dict[str, dict[str, Tensor]]:
-        """The weights themselves under `transformer`, `lora`, `mogle` and `vae` (empty without one), by public name."""
-        state: dict[str, Tensor] = self.transformer.state_dict()
-        return {
-            "transformer": {k.replace(".base_layer.", "."): v for k, v in state.items() if ".lora_" not in k},
-            "lora": {k.replace(".default.", "."): v for k, v in state.items() if ".lora_" in k},
-            "mogle": dict(self.mogle.state_dict()),
-            "vae": {} if self.vae is None else dict(self.vae.state_dict()),
-        }
-
     @torch.no_grad()
     def encode_mask(self, labels: Tensor, *, at_once: int = 1) -> Tensor:
         """Labels (H, W) uint8 -> packed latents (1, E, N, 64) of the 20 pictures, `at_once` of them in one VAE call.

@@ -54,8 +54,9 @@ def count(call: Callable[[], T]) -> tuple[T, int]:
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten.addmm_: _addmm,
         aten._addmm_activation: _addmm,
-        torch.ops.mkldnn._linear_pointwise: _linear,
     }
+    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        missing[torch.ops.mkldnn._linear_pointwise] = _linear
     missing |= _fused_kernels()
     with FlopCounterMode(display=False, custom_mapping=missing) as counter:
         result = call()

@@ -23,7 +23,7 @@ PRODUCTS = {
     aten.linear,
     aten.scaled_dot_product_attention,
     aten._scaled_dot_product_flash_attention_for_cpu,
-    torch.ops.mkldnn._linear_pointwise,
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None),  # not in every PyTorch
 }
 
 

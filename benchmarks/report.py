@@ -156,10 +156,10 @@ def cores(rows: Sequence[Row]) -> list[str]:
 
 
 EXPLANATION = """\
-Made by `make bench`. Both sides load the same files, give the same result (checked before anything is timed, to
-{tolerance:g} relative RMS), and are timed in turns in one process; the figures are medians. The baseline
-([baseline.py](baseline.py)) computes as the reference does, on diffusers' and peft's modules; it has no batches and
-makes its images one after the other. In the rows *engines*, the engine is onnxruntime and the baseline is this runtime's
+Made by `make bench`, with the mask told below. Both sides load the same files, give the same result (checked before
+anything is timed, to {tolerance:g} relative RMS), and are timed in turns in one process; the figures are medians. The
+baseline ([baseline.py](baseline.py)) computes as the reference does, on diffusers' and peft's modules; it has no batches
+and makes its images one after the other. In the rows *engines*, the engine is onnxruntime and the baseline is this runtime's
 torch engine; a ratio below 1 means that onnxruntime is slower.
 
 **limit**: the least time for the same work on this machine: the FLOPs that are needed over the rate of a plain matrix

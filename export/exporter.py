@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import onnx
 import torch
@@ -29,7 +30,6 @@ from mogle_rt.manifest import (
     Manifest,
     TensorSpec,
     WeightsSpec,
-    file_sha256,
     header_sha256,
 )
 from mogle_rt.masks import CLASS_NAMES, PALETTE
@@ -171,13 +171,14 @@ def export_onnx(
     if progress:
         progress("weights")
     with ExitStack() as on_failure, place_weights(bundle, folder, options.weights, options.dtype) as weights:
-        for name in GRAPHS:
-            if progress:
-                progress(f"{name}.onnx")
-            model, path = build_graph(name, bundle.config, weights, options), folder / f"{name}.onnx"
-            if not path.exists():  # without a manifest, the next export would take it for another's
-                on_failure.callback(path.unlink, missing_ok=True)
-            graphs[name] = write_graph(model, path)
+        with ExitStack() as written:  # all graphs take their names, or none
+            for name in GRAPHS:
+                if progress:
+                    progress(f"{name}.onnx")
+                model, path = build_graph(name, bundle.config, weights, options), folder / f"{name}.onnx"
+                if not path.exists():  # without a manifest, the next export would take it for another's
+                    on_failure.callback(path.unlink, missing_ok=True)
+                graphs[name] = write_graph(model, path.name, written.enter_context(atomic_write(path)))
         manifest = Manifest(
             software={"mogle_rt": __version__, "onnx": onnx.__version__, "torch": torch.__version__},
             dtype=SHORT_NAMES[options.dtype],
@@ -230,13 +231,13 @@ def kept_engines(
     return tuple(kept)
 
 
-def write_graph(model: onnx.ModelProto, path: Path) -> GraphSpec:
+def write_graph(model: onnx.ModelProto, name: str, file: BinaryIO) -> GraphSpec:
     """Write a graph; its description for the manifest."""
-    with atomic_write(path) as file:
-        file.write(model.SerializeToString())
+    data = model.SerializeToString()
+    file.write(data)
     return GraphSpec(
-        file=path.name,
-        sha256=file_sha256(path),
+        file=name,
+        sha256=hashlib.sha256(data).hexdigest(),
         inputs=tuple(tensor_spec(v) for v in model.graph.input),
         outputs=tuple(tensor_spec(v) for v in model.graph.output),
     )

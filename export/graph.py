@@ -1,7 +1,7 @@
 """Building ONNX graphs by hand: nodes, constants, weights by reference, and the layers that all graphs are made of.
 
 Only operators of the standard domain are used. Where the opset has fused ones (Attention, RMSNormalization,
-RotaryEmbedding from 23, GroupNormalization from 21, Gelu from 20) they are taken, otherwise their plain parts.
+RotaryEmbedding from 23, Gelu from 20) they are taken, otherwise their plain parts.
 Symbols of shapes: B images, N image tokens, T text tokens, L rows of a sequence, D width, H heads, d head size.
 """
 

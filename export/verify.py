@@ -26,7 +26,7 @@ from mogle_rt.engines import Conditions, TorchEngine
 from mogle_rt.errors import CheckpointError, NumericalError
 from mogle_rt.export.exporter import build_graph
 from mogle_rt.export.run_graphs import CPU, Run, evaluate, options_of, run_built, run_files
-from mogle_rt.export.weights import Weights
+from mogle_rt.export.weights import Weights, exported_names
 from mogle_rt.manifest import Manifest, manifest_path
 from mogle_rt.models import autoencoder, load_autoencoder
 from mogle_rt.onnx_engine import NO_ATTENTION, manifest_dtype
@@ -206,7 +206,9 @@ def require(results: list[Comparison]) -> None:
 def _coarsest(bundle: Bundle, manifest: Manifest, computed: torch.dtype) -> torch.dtype:
     """What rounds most: the arithmetic, or weights that were copied or embedded in another dtype than they had."""
     dtype = manifest_dtype(manifest)
-    rounded = manifest.weights.mode != "link" and any(i.dtype != dtype for i in bundle.tensors.values())
+    rounded = manifest.weights.mode != "link" and any(
+        bundle.tensors[name].dtype != dtype for name in exported_names(bundle)
+    )
     return max((computed, dtype) if rounded else (computed,), key=TOLERANCES.__getitem__)
 
 

@@ -14,8 +14,6 @@ else hard-linked.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,10 +24,12 @@ from typing import Literal
 import onnx
 import torch
 
-from mogle_rt.checkpoint import FORMAT, FORMAT_VERSION, Bundle, describe
+from mogle_rt.checkpoint import Bundle
+from mogle_rt.converter import require_finite, write_bundle
 from mogle_rt.errors import InputError, OutputError
 from mogle_rt.manifest import header_sha256
-from mogle_rt.storage import TensorInfo, atomic_write, header_room, read_chunks, write_header
+from mogle_rt.sources import SourceTensor
+from mogle_rt.storage import TensorInfo
 
 Mode = Literal["link", "copy", "embed"]
 MODES = ("link", "copy", "embed")
@@ -70,6 +70,8 @@ class Weights:
         tensor = onnx.TensorProto(name=name, dims=info.shape)
         if self.location is None:
             value = self.bundle.load([name], torch.device("cpu"), self.dtype)
+            if info.dtype != self.dtype:
+                require_finite(name, value, self.bundle.tensor(name))
             tensor.data_type = ONNX_TYPES[self.dtype]
             tensor.raw_data = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
             return tensor
@@ -98,6 +100,7 @@ def place_weights(bundle: Bundle, folder: Path, mode: Mode, dtype: torch.dtype) 
             another), "copy" writes `COPY_NAME` in ``dtype``, "embed" writes them into the graphs in ``dtype``.
 
     Raises:
+        CheckpointError: values that ``dtype`` can't hold.
         InputError: the weights are too many to embed.
         OutputError: the folder is on another file system than the bundle and the mode is "link"; or can't be written.
     """
@@ -170,24 +173,8 @@ def _copy(bundle: Bundle, target: Path, dtype: torch.dtype) -> Bundle:
     """Write the weights that graphs read, in ``dtype``: a bundle without text encoders."""
     if target.exists() and target.samefile(bundle.path):
         raise OutputError(f"{target}: is the bundle itself; choose another folder")
+    stored = {n: bundle.tensors[n] for n in exported_names(bundle)}
+    sources = {n: SourceTensor(info.shape, info.dtype, path=bundle.path, info=info) for n, info in stored.items()}
     config = replace(bundle.config, text_encoder=None, text_encoder_2=None)
-    config_text = json.dumps(config.to_dict())
-    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "config": config_text, "sha256": "0" * 64}
-    names = exported_names(bundle)
-    start = position = header_room(names, metadata)
-    tensors: dict[str, TensorInfo] = {}
-    for name in names:
-        info = bundle.tensors[name]
-        tensors[name] = TensorInfo(dtype, info.shape, position, position + info.numel * dtype.itemsize)
-        position = tensors[name].end
-    digest = hashlib.sha256(config_text.encode())
-    with atomic_write(target) as file:
-        file.seek(start)
-        for name, info in tensors.items():
-            digest.update(describe(name, info))
-            for chunk in read_chunks(bundle.path, bundle.tensors[name], once=True):
-                raw = chunk.to(dtype).view(torch.uint8).numpy().data
-                digest.update(raw)
-                file.write(raw)
-        write_header(file, tensors, metadata | {"sha256": digest.hexdigest()}, start)
+    write_bundle(target, sources, config, dtype=dtype, progress=False)
     return Bundle(target)

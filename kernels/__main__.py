@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,7 +45,8 @@ def _requested(kernels: Sequence[str], dtypes: Sequence[str]) -> subprocess.Pope
     base = {work.name for work in workloads(torch.bfloat16, "meta")}
     known = [kernel for kernel in kernels if kernel in base]  # of variants the work is the same, or too long to count
     command = [sys.executable, "-m", "mogle_rt.kernels.requested", "--dtype", *dtypes, "--kernel", *known]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
 
 def _with_requested(least: list[dict[str, Any]], process: subprocess.Popen[str]) -> None:
@@ -130,14 +132,18 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: in the interpreter nothing can be compiled; unset it")
     process = None if given.compile_only else _requested(given.kernel, given.dtype)
-    compiled = [
-        {"workload": name, "dtype": dtype, **dataclasses.asdict(r)}
-        | {read: getattr(r, read) for read in ("tensor_cores", "wide_loads", "wide_stores")}
-        for name, dtype, r in compile_all(given.kernel, given.dtype, given.target)
-    ]
-    least = [row for dtype in given.dtype for row in costs(dtype) if row["workload"] in given.kernel]
-    if process is not None:
-        _with_requested(least, process)
+    try:
+        compiled = [
+            {"workload": name, "dtype": dtype, **dataclasses.asdict(r)}
+            | {read: getattr(r, read) for read in ("tensor_cores", "wide_loads", "wide_stores")}
+            for name, dtype, r in compile_all(given.kernel, given.dtype, given.target)
+        ]
+        least = [row for dtype in given.dtype for row in costs(dtype) if row["workload"] in given.kernel]
+        if process is not None:
+            _with_requested(least, process)
+    finally:
+        if process is not None and process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # its workers, too
     if given.json:
         print(json.dumps({"compiled": compiled, "least": least}))
     else:

@@ -101,6 +101,8 @@ def common_count(masks: int, prompts: int) -> int:
     Raises:
         InputError: the counts differ, and neither is 1.
     """
+    if not masks or not prompts:
+        raise InputError(f"there must be a prompt (or its embeddings) and a mask at least, got {prompts} and {masks}")
     if masks != prompts and 1 not in (masks, prompts):
         raise InputError(f"{masks} masks and {prompts} prompts don't pair up: give equally many, or one of either")
     return max(masks, prompts)

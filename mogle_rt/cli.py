@@ -152,6 +152,9 @@ def cost(
         raise InputError("give a bundle or --flux-dev, one of them")
     card = None if gpu is None else find_gpu(gpu)
 
+    import torch
+
+    from mogle_rt import ops
     from mogle_rt.checkpoint import Bundle
     from mogle_rt.cost import estimate
     from mogle_rt.devices import parse_dtype
@@ -164,7 +167,11 @@ def cost(
     result = estimate(job)
     ways = {"mogle_rt": result.engine, "reference": result.reference}
     limits = {name: _limits(card, way, job.dtype.itemsize) for name, way in ways.items()} if card else {}
-    settings = options | {"dtype": str(job.dtype).removeprefix("torch."), "image_tokens": job.tokens}
+    settings = options | {
+        "kernels": ops.choice(kernels, torch.device("meta")),
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "image_tokens": job.tokens,
+    }
     parts = {part: {"parameters": n, "bytes": n * job.dtype.itemsize} for part, n in result.parameters.items()}
     if as_json:
         report: dict[str, Any] = {"job": settings | {"pictures": job.pictures}, "parts": parts}
@@ -467,6 +474,8 @@ def run_app(program: typer.Typer) -> None:
     except MemoryError:
         _fail("not enough memory; try a smaller size or batch")
     except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            _fail("not enough memory; try a smaller size or batch")
         if type(error).__name__ != "OutOfMemoryError":
             raise
         _fail(f"not enough GPU memory; try a smaller size or batch, or --device cpu ({str(error).splitlines()[0]})")

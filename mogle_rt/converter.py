@@ -61,10 +61,11 @@ def convert(
     flux_dir = sources.find(flux)
     lora_file = sources.find(lora, default_file="pytorch_lora_weights.safetensors")
     mogle_file = sources.find(mogle, default_file="global_local_mask_moe.pt")
-    for source in (lora_file, mogle_file):
-        if output.exists() and output.samefile(source):
-            raise OutputError(f"{output}: is one of the files to convert; choose another name for the bundle")
     tensors, config = gather(flux_dir, lora_file, mogle_file, text_encoders=text_encoders)
+    if output.exists():
+        own = {lora_file, mogle_file, *(t.path for t in tensors.values() if t.path), *flux_dir.glob("*/*")}
+        if any(output.samefile(source) for source in own):
+            raise OutputError(f"{output}: is one of the files to convert; choose another name for the bundle")
     write_bundle(output, tensors, config, dtype=target, progress=progress)
     return output
 
@@ -204,12 +205,22 @@ def _write_chunk(file: BinaryIO, chunk: torch.Tensor, dtype: torch.dtype, name: 
     if _all_zero(raw):
         file.seek(raw.nbytes, 1)  # a hole stays a hole: nothing to write
     else:
-        if dtype.is_floating_point and not _finite(converted):
-            after = f" once in {dtype}" if _finite(chunk) else ""
-            raise CheckpointError(f"tensor {name!r} holds NaN or infinite values{after}")
+        if dtype.is_floating_point:
+            require_finite(name, converted, chunk)
         file.write(raw.data)
     digest.update(raw.data)
     bar.update(raw.nbytes)
+
+
+def require_finite(name: str, converted: torch.Tensor, source: torch.Tensor) -> None:
+    """Values of a tensor that were converted from ``source``.
+
+    Raises:
+        CheckpointError: NaN or infinite values, there already or by the conversion.
+    """
+    if not _finite(converted):
+        after = f" once in {converted.dtype}" if _finite(source) else ""
+        raise CheckpointError(f"tensor {name!r} holds NaN or infinite values{after}")
 
 
 def _finite(values: torch.Tensor) -> bool:

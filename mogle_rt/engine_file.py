@@ -79,7 +79,7 @@ def read_engine(path: Path) -> tuple[EngineHeader, int]:
             text = file.read(min(length, MAX_HEADER))
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path}: no such engine; build one: python -m mogle_rt.export --format tensorrt-rtx"
+            f"{path}: no such engine; build one: python -m mogle_rt.export BUNDLE --format tensorrt-rtx"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from None
@@ -94,6 +94,8 @@ def read_engine(path: Path) -> tuple[EngineHeader, int]:
     try:
         profile = {name: tuple(tuple(shape) for shape in shapes) for name, shapes in raw["profile"].items()}
         header = EngineHeader(**raw | {"profile": profile})
+        if not isinstance(header.plan_bytes, int):
+            raise TypeError(f"plan_bytes must be a number, got {header.plan_bytes!r}")
     except (TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: damaged engine file: {type(error).__name__}: {error}") from None
     begin = len(MAGIC) + 8 + length

@@ -116,7 +116,7 @@ class Product:
             self._downs = list(layer.lora_down.detach().split(widths))
         self._by_onednn = len(widths) == 1 and onednn.serves(weight, len(self._out))
         # Where a library does GELU with the product, it is no pass of its own. It comes after the LoRA, if there is one.
-        with_gelu = self._by_onednn or out.device.type != "cpu"
+        with_gelu = self._by_onednn or out.device.type in ("cuda", "meta")
         self._gelu_within = gelu_scratch is not None and with_gelu and not self._downs
 
     def __call__(self, *inputs: Tensor) -> None:

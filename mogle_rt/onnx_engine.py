@@ -183,6 +183,8 @@ class Session:
         options = ort.SessionOptions()
         options.log_severity_level = SILENT
         options.intra_op_num_threads = torch.get_num_threads()
+        # Else its threads go on spinning after a run, and take the processors from PyTorch's, which come next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if device.type == "cuda":
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         if weight_bytes > PREPACK_BYTES:

@@ -873,6 +873,9 @@ CALLS = {
         ("prompt_embeds holds NaN",),
         NumericalError,
     ),
+    "embeds_of_nobody": Call(
+        {"prompt_embeds": EMBEDS[:0], "pooled_prompt_embeds": POOLED[:0]}, ("there must be a prompt", "got 0 and 1")
+    ),
     "generators": Call({"mask": [BLACK] * 3, "generator": [GENERATOR] * 2}, ("a list of 3 (one an image)",)),
     "generators_for_images": Call({"num_images_per_prompt": 2, "generator": [GENERATOR]}, ("a list of 2",)),
     "generators_of_seeds": Call({"generator": [42]}, ("generator must be one torch.Generator or a list of 1",)),
@@ -1106,11 +1109,19 @@ def test_bundles_that_cannot_be_written(
         assert_one_line(run(*convert_args(tiny_files, output)), f"{output}: ", words)
 
 
-@pytest.mark.parametrize("source", ["lora", "mogle"])
-def test_a_source_is_not_overwritten(source: str, tiny_files: Files, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "source",
+    [
+        lambda f: f.lora,
+        lambda f: f.mogle,
+        lambda f: next((f.flux / "transformer").glob("*.safetensors")),
+        lambda f: f.flux / "vae" / "config.json",
+    ],
+)
+def test_a_source_is_not_overwritten(source: Callable[[Files], Path], tiny_files: Files, tmp_path: Path) -> None:
     files = Files(tmp_path / "sources")
     shutil.copytree(tiny_files.folder, files.folder)
-    output = getattr(files, source)
+    output = source(files)
     with unchanged(tmp_path):
         assert_raises(OutputError, lambda: files.convert(output), str(output), "is one of the files to convert")
         assert_one_line(run(*convert_args(files, output)), str(output), "is one of the files to convert")

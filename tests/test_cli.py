@@ -379,6 +379,18 @@ def test_prompts_of_several_masks(tiny_bundle: Path, tmp_path: Path) -> None:
     assert "must be UTF-8 text" in result.err
 
 
+def test_too_little_memory_on_a_cpu(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch says it in a RuntimeError."""
+
+    def hungry(*_: Any, **__: Any) -> None:
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(Pipeline, "__call__", hungry)
+    result = run("generate", tiny_bundle, "-o", tmp_path / "face.png", *QUICK)
+    assert result.code == 1
+    assert result.err.splitlines()[-1] == "error: not enough memory; try a smaller size or batch"
+
+
 def test_batches_without_a_mask(tiny_bundle: Path, tmp_path: Path) -> None:
     args = ("-o", tmp_path / "faces", "-n", "3", "--batch-size", "2", "--seed", "1")
     assert run("generate", tiny_bundle, *args, *QUICK).code == 0

@@ -26,6 +26,7 @@ from mogle_rt import CheckpointError, ConfigError, DeviceError, InputError, Outp
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import ModelConfig
 from mogle_rt.engine_file import EngineHeader, read_engine, write_engine
+from mogle_rt.export import exporter
 from mogle_rt.export.__main__ import app
 from mogle_rt.export.exporter import export
 from mogle_rt.export.tensorrt import Profile, Size
@@ -33,7 +34,7 @@ from mogle_rt.manifest import EngineSpec, Manifest
 from mogle_rt.onnx_engine import ExportedGraphs, Session
 from mogle_rt.tensorrt_engine import PACKAGES, Loaded, TensorRTEngine, check_profile
 from tests.checkpoints import Files, write_checkpoint
-from tests.test_bad_input import assert_one_line
+from tests.test_bad_input import assert_one_line, unchanged
 from tests.test_cli import QUICK, Result
 from tests.test_cli import run as run_cli
 
@@ -202,6 +203,38 @@ def test_files_of_others_are_kept(name: str, tiny_bundle: Path, tmp_path: Path) 
     (tmp_path / name).unlink()
     for _ in range(2):
         assert run(tiny_bundle, "-o", tmp_path, "--weights", "copy", "--no-verify").code == 0
+
+
+def test_a_failed_export_leaves_the_one_before(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All graphs are replaced, or none."""
+    assert run(tiny_bundle, "-o", tmp_path, "--no-verify").code == 0
+    build = exporter.build_graph
+
+    def failing(name: str, *args: Any, **options: Any) -> Any:
+        if name == "step":
+            raise OutputError("no more")
+        return build(name, *args, **options)
+
+    monkeypatch.setattr(exporter, "build_graph", failing)
+    with unchanged(tmp_path):
+        assert_one_line(run(tiny_bundle, "-o", tmp_path, "--no-verify", "--opset", "21"), "no more")
+    Manifest.read(tmp_path).check_files(tmp_path)
+
+
+@pytest.mark.parametrize("weights", ["copy", "embed"])
+def test_weights_that_a_dtype_cannot_hold(weights: str, tiny_files: Files, tmp_path: Path) -> None:
+    files = Files(tmp_path / "sources")
+    shutil.copytree(tiny_files.folder, files.folder)
+    mogle = torch.load(files.mogle, weights_only=True)
+    name = next(n for n, t in mogle.items() if t.ndim == 2)
+    mogle[name][0, 0] = 1e6
+    torch.save(mogle, files.mogle)
+    bundle = files.convert(tmp_path / "large.safetensors")
+    done = run(bundle, "-o", tmp_path / "out", "--dtype", "fp16", "--weights", weights, "--no-verify")
+    assert_one_line(done, f"tensor 'mogle.{name}' holds NaN or infinite values once in torch.float16")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_own_bundle_of_the_package(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -595,6 +628,7 @@ def test_damaged_engine(exported: Path) -> None:
         (whole[:16] + b"x" + whole[17:], "its header is not JSON"),
         (whole.replace(b'"format_version": 1', b'"format_version": 7'), "of another version; build it again"),
         (whole.replace(b'"target"', b'"garget"'), "damaged engine file"),
+        (whole.replace(b'"plan_bytes": 4,', b'"plan_bytes":"",'), "damaged engine file: TypeError: plan_bytes must be"),
     ):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=message):
