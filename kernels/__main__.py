@@ -99,14 +99,8 @@ def _print(compiled: list[dict[str, Any]], least: list[dict[str, Any]]) -> None:
     ):
         table.add_column(name, justify="right")
     for r in least:
-        pairs = [
-            text
-            for name in ("read", "written", "flops")
-            for text in (
-                f"{r[name] / 1e6:,.2f}",
-                f"{r[f'requested_{name}'] / 1e6:,.2f}" if f"requested_{name}" in r else "-",
-            )
-        ]
+        amounts = [r.get(f"{asked}{name}") for name in ("read", "written", "flops") for asked in ("", "requested_")]
+        pairs = ["-" if amount is None else f"{amount / 1e6:,.2f}" for amount in amounts]
         intensity = r["flops"] / (r["read"] + r["written"])
         values = (*pairs, str(r["launches"]), f"{intensity:,.2f}", f"{r['h100_us']:,.2f}")
         table.add_row(r["workload"], r["dtype"], *values)

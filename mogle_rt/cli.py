@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,7 +17,7 @@ from tqdm import tqdm
 
 from mogle_rt import __version__
 from mogle_rt.config import PATCH
-from mogle_rt.errors import ConfigError, InputError, MogleError, OutputError
+from mogle_rt.errors import ConfigError, InputError, MogleError
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +34,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console(stderr=True, highlight=False, emoji=False)
-
-MASK_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
 
 def _print_version(value: bool) -> None:
@@ -261,18 +257,16 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that are there already.")] = False,
 ) -> None:
     """Draw faces from masks and prompts."""
+    from mogle_rt.drawings import find_masks, plan
+
     if num_images < 1 or batch_size < 1:
         raise InputError(f"--num-images and --batch-size must be 1 or more, got {num_images} and {batch_size}")
-    masks: list[Path | None] = list(_find_masks(mask)) if mask else [None]
+    masks: list[Path | None] = list(find_masks(mask)) if mask else [None]
     if seed is None:
         seed = secrets.randbelow(2**31)
     if not 0 <= seed < 2**63 - len(masks) * num_images:
         raise InputError(f"--seed must be from 0 to 2^63, got {seed}")
-    jobs = list(_jobs(masks, _prompts(prompt, masks), num_images, seed, output))
-    _check_writable(output)
-    taken = [job.path for job in jobs if job.path.exists()]
-    if taken and not overwrite:
-        raise OutputError(f"{taken[0]}: exists already; choose another name, or --overwrite")
+    jobs = plan(masks, prompt, num_images, seed, output, overwrite=overwrite)
     switches = parse_json(model_config)
 
     from mogle_rt.arguments import check_options
@@ -362,74 +356,6 @@ def _generator(pipe: Pipeline, seed: int) -> torch.Generator:
     import torch
 
     return torch.Generator("cpu").manual_seed(seed)
-
-
-def _find_masks(paths: list[Path]) -> Iterator[Path]:
-    for path in paths:
-        if not path.is_dir():
-            yield path
-            continue
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in MASK_SUFFIXES)
-        if not found:
-            raise InputError(f"{path}: a folder without masks ({', '.join(sorted(MASK_SUFFIXES))})")
-        yield from found
-
-
-def _prompts(given: list[str] | None, masks: list[Path | None]) -> list[str]:
-    """One for each mask."""
-    if given is None:
-        beside = [mask.with_suffix(".txt") if mask else None for mask in masks]
-        try:
-            return [path.read_text("utf-8").strip() if path and path.is_file() else "" for path in beside]
-        except UnicodeDecodeError as error:
-            raise InputError(f"the text file beside a mask must be UTF-8 text: {error}") from None
-    for prompt in given:
-        if any("\ud800" <= c <= "\udfff" for c in prompt):  # how Python keeps bytes that are no text
-            raise InputError(f"--prompt must be UTF-8 text, got {prompt!r}")
-    if len(given) not in (1, len(masks)):
-        raise InputError(f"--prompt must be given once or once for each of {len(masks)} masks, got {len(given)}")
-    return given * len(masks) if len(given) == 1 else given
-
-
-class Job(NamedTuple):
-    """An image to make: its mask, prompt, seed and file."""
-
-    mask: Path | None
-    prompt: str
-    seed: int
-    path: Path
-
-
-def _jobs(masks: list[Path | None], prompts: list[str], num_images: int, seed: int, output: Path) -> Iterator[Job]:
-    """Every image. Into a folder, files are named by mask and seed."""
-    from mogle_rt.image_files import check_suffix
-
-    folder = output.is_dir() or not output.suffix
-    if not folder:
-        check_suffix(output)
-        if len(masks) > 1:
-            raise OutputError(f"{output}: {len(masks)} masks need a folder as output, not a file")
-    for i, (mask, prompt) in enumerate(zip(masks, prompts, strict=True)):
-        for j in range(num_images):
-            number = i * num_images + j
-            if folder:
-                path = output / f"{mask.stem if mask else 'face'}_{seed + number}.png"
-            else:
-                path = output if num_images == 1 else output.with_stem(f"{output.stem}_{j + 1}")
-            if mask and path.exists() and path.samefile(mask):
-                raise OutputError(f"{path}: is the mask itself; choose another name for the image")
-            yield Job(mask, prompt, seed + number, path)
-
-
-def _check_writable(output: Path) -> None:
-    """Before any work is done."""
-    folder = output if output.is_dir() or not output.suffix else output.parent
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise OutputError(f"{output}: can't be written: {folder} is a file, not a folder")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{output}: can't be written: no permission in {folder}")
 
 
 def parse_json(text: str | None) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from mogle_rt.config import NUM_CLASSES, ModelConfig, MogleConfig
 from mogle_rt.engines import TorchEngine
 from mogle_rt.export.exporter import GRAPHS, ExportOptions, build_graph, export
 from mogle_rt.export.verify import CASES as SIZES
-from mogle_rt.export.verify import STEPS, Case, Comparison, check, summary, verify
+from mogle_rt.export.verify import STEPS, Case, Comparison, _coarsest, check, summary, verify
 from mogle_rt.export.weights import COPY_NAME, Weights
 from mogle_rt.job import FLUX_BUNDLE
 from mogle_rt.manifest import Manifest
@@ -34,7 +34,7 @@ from mogle_rt.models import autoencoder, tensor_shapes
 from mogle_rt.onnx_engine import ExportedGraphs, OnnxEngine, Session, StepPreparation
 from mogle_rt.sampling import VelocityLoop, euler, make_schedule
 from mogle_rt.storage import TensorInfo, header_room, write_header
-from tests.checkpoints import TINY, write_checkpoint
+from tests.checkpoints import TINY, Files, write_checkpoint
 from tests.conftest import CASES, GoldenCase, assert_close
 
 CPU = torch.device("cpu")
@@ -508,3 +508,20 @@ def test_full_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = onnx.load(tmp_path / "step.onnx", load_external_data=False)
     assert len([n for n in model.graph.node if n.op_type == "Attention"]) == 19 + 38
     assert path.stat().st_size > 23.8e9
+
+
+@pytest.mark.parametrize(("dtype", "coarsest"), [("bf16", torch.float32), ("fp16", torch.float16)])
+def test_tolerance_is_of_what_was_rounded(dtype: str, coarsest: torch.dtype, tiny_files: Files, tmp_path: Path) -> None:
+    """Weights copied as they were are exact, whatever else the bundle holds; in another dtype they are not."""
+    bundle = Bundle(tiny_files.convert(tmp_path / "ckpt.safetensors", dtype="bf16"))
+    assert any(info.dtype == torch.uint8 for info in bundle.tensors.values())
+    folder = export(bundle.path, tmp_path / "out", weights="copy", dtype=dtype)
+    assert _coarsest(bundle, Manifest.read(folder), torch.float32) == coarsest
+
+
+def test_threads_rest_between_runs(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Spinning on, onnxruntime's would take the processors from PyTorch's."""
+    folder = export(tiny_bundle, tmp_path / "out")
+    manifest = Manifest.read(folder)
+    session = Session(folder, manifest.graphs["step"], torch.device("cpu"), manifest.weights.bytes).session
+    assert session.get_session_options().get_session_config_entry("session.force_spinning_stop") == "1"

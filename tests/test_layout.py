@@ -22,7 +22,7 @@ LAYERS = [
     ["ops"],
     ["modulation", "mogle", "converter"],
     ["transformer", "conditioning", "text"],
-    ["step", "arguments"],
+    ["step", "arguments", "drawings"],
     ["loading", "sampling", "graphs"],
     ["engines", "manifest", "engine_file"],
     ["onnx_engine"],
