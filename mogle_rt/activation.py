@@ -14,15 +14,16 @@ _GELU_A = torch.tensor(GELU_A)
 IN_CACHE = 1 << 18  # elements that four passes go over together: with their scratch, 2 MiB in float32
 
 
-def gelu_(x: Tensor, scratch: Tensor) -> None:
-    """GELU in its tanh form, in place. scratch: as x; it may be overwritten."""
+def gelu(x: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
+    """GELU in its tanh form into ``out``, which may be x. scratch: as x; it may be overwritten."""
     if x.device.type != "cpu":
-        torch.ops.aten.gelu_(x, approximate="tanh")
-        return
+        torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
+        return out
     # PyTorch's CPU kernel takes up to twice as long as these vectorised passes; the difference is in the last bits.
     # Rows that fit into the cache go through all of them before the next.
     rows = max(1, IN_CACHE // x.shape[-1])
     gate = scratch[:rows]
-    for part in x.split(rows):
+    for part, into in zip(x.split(rows), out.split(rows), strict=True):
         some = torch.addcmul(_GELU_A, part, part, value=GELU_B, out=gate[: len(part)])
-        part.mul_(some.mul_(part).sigmoid_())
+        torch.mul(part, some.mul_(part).sigmoid_(), out=into)
+    return out

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mogle_rt import onednn
-from mogle_rt.activation import gelu_
+from mogle_rt.activation import gelu
 
 
 class Ride(enum.Enum):
@@ -92,6 +92,7 @@ class Product:
         columns: of the layer's output, those that are wanted (not where the branch rides in the output).
         split: widths of the inputs that stand side by side; by default there is one.
         gelu_scratch: the result goes through GELU (tanh form), for which this room, of out's shape, may be used.
+        stays: the result is wanted in ``out``. Otherwise it may lie elsewhere, where a library brings its own memory.
     """
 
     def __init__(
@@ -103,37 +104,40 @@ class Product:
         columns: slice = slice(None),
         split: tuple[int, ...] | None = None,
         gelu_scratch: Tensor | None = None,
+        stays: bool = True,
     ) -> None:
         weight = layer.weight[columns].detach()
         widths = split or (weight.shape[1],)
         self._bias, self._weights = layer.bias[columns].detach(), [w.t() for w in weight.split(widths, dim=1)]
-        self._weight, self._out = weight, flat(out)
+        self._weight, self._out, self._stays = weight, flat(out), stays
         self._scratch = None if gelu_scratch is None else flat(gelu_scratch)
         self._downs: list[Tensor] = []
         if isinstance(layer, LoraLinear) and layer.ride is Ride.NONE and lora_from < out.shape[0]:
             self._tail_from = lora_from * out.shape[1]
-            self._tail, self._up = self._out[self._tail_from :], layer.lora_up[:, columns].detach()
+            self._up = layer.lora_up[:, columns].detach()
             self._downs = list(layer.lora_down.detach().split(widths))
         self._by_onednn = len(widths) == 1 and onednn.serves(weight, len(self._out))
         # Where a library does GELU with the product, it is no pass of its own. It comes after the LoRA, if there is one.
         with_gelu = self._by_onednn or out.device.type in ("cuda", "meta")
         self._gelu_within = gelu_scratch is not None and with_gelu and not self._downs
 
-    def __call__(self, *inputs: Tensor) -> None:
-        """inputs: [l * B, …]."""
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """inputs: [l * B, …]. Returns [l * B, columns]."""
         first, *others = inputs
         if self._by_onednn:
-            self._out.copy_(onednn.linear(first, self._weight, self._bias, gelu=self._gelu_within))
+            y = onednn.linear(first, self._weight, self._bias, gelu=self._gelu_within)
         elif self._gelu_within:
-            torch._addmm_activation(self._bias, first, self._weights[0], use_gelu=True, out=self._out)
+            y = torch._addmm_activation(self._bias, first, self._weights[0], use_gelu=True, out=self._out)
         else:
-            torch.addmm(self._bias, first, self._weights[0], out=self._out)
+            y = torch.addmm(self._bias, first, self._weights[0], out=self._out)
         for x, weight in zip(others, self._weights[1:], strict=True):
-            self._out.addmm_(x, weight)
+            y.addmm_(x, weight)
         if self._downs:
             low = torch.mm(first[self._tail_from :], self._downs[0])
             for x, down in zip(others, self._downs[1:], strict=True):
                 low.addmm_(x[self._tail_from :], down)
-            self._tail.addmm_(low, self._up)
+            y[self._tail_from :].addmm_(low, self._up)
+        into = self._out if self._stays else y
         if self._scratch is not None and not self._gelu_within:
-            gelu_(self._out, self._scratch)
+            return gelu(y, self._scratch, into)
+        return y if y is into else into.copy_(y)

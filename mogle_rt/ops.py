@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -16,6 +16,8 @@ from mogle_rt.errors import ConfigError
 
 VARIABLE = "MOGLE_RT_KERNELS"
 CHOICES = ("triton", "torch")
+
+Prepared = Callable[[], None]  # an operation on the tensors that it was given, as often as it's called
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class Ops(Protocol):
         out: Tensor,
         lora_down: Tensor | None,
         lora_from: int,
-    ) -> None: ...
+    ) -> Prepared: ...
 
     def residual(
         self,
@@ -50,7 +52,7 @@ class Ops(Protocol):
         lora_up: Tensor | None,
         lora_from: int,
         clip: bool,
-    ) -> None: ...
+    ) -> Prepared: ...
 
     def residual_norm_modulate(
         self,
@@ -66,9 +68,9 @@ class Ops(Protocol):
         lora_up: Tensor | None,
         lora_up_from: int,
         clip: bool,
-    ) -> None: ...
+    ) -> Prepared: ...
 
-    def qk_norm_rope(self, x: Tensor, norm_weight: Tensor, bounds: tuple[int, ...], rope: Tensor) -> None: ...
+    def qk_norm_rope(self, x: Tensor, norm_weight: Tensor, bounds: tuple[int, ...], rope: Tensor) -> Prepared: ...
 
     def joint_attention(self, q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: AttentionPlan) -> Tensor: ...
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from mogle_rt.lora import LoraLinear, Product, first_columns, flat
 from mogle_rt.modulation import ModulationTables
 from mogle_rt.mogle import Bank, Fused, MixtureOfExperts
-from mogle_rt.ops import Ops
+from mogle_rt.ops import Ops, Prepared
 from mogle_rt.transformer import DoubleBlock, Layout, SingleBlock, Transformer
 
 
@@ -120,11 +120,11 @@ class Sublayer(ABC):
     def run(self) -> None:
         """From the norm's output to the addition's input."""
 
-    def add_and_norm(self, following: Norm) -> None:
-        """Add the result to the residual stream; then the norm of the next link, in the same pass where rows agree."""
+    def joined(self, following: Norm) -> Prepared:
+        """Adds the result to the residual stream; then the norm of the next link, in the same pass where rows agree."""
         a, n = self.addition, following
         if a.x is n.x and a.bounds == n.bounds:
-            self.ops.residual_norm_modulate(
+            return self.ops.residual_norm_modulate(
                 a.x,
                 a.y,
                 a.gate,
@@ -138,21 +138,25 @@ class Sublayer(ABC):
                 a.lora_from,
                 a.clip,
             )
-        else:
-            self.ops.residual(*a)
-            self.ops.norm_modulate(*n)
+        add, norm = self.ops.residual(*a), self.ops.norm_modulate(*n)
+
+        def both() -> None:
+            add()
+            norm()
+
+        return both
 
 
-def heads(x: Tensor, parts: int, size: int) -> Tensor:
-    """[l, B, P * H * d] -> [l, B, P, H, d], of heads of ``size`` d."""
-    return x.unflatten(-1, (parts, -1, size))
+def heads(x: Tensor, batch: int, parts: int, size: int) -> Tensor:
+    """[l * B, P * H * d] -> [l, B, P, H, d], of heads of ``size`` d."""
+    return x.view(-1, batch, parts, x.shape[1] // parts // size, size)
 
 
 class DoubleAttention(Sublayer):
     """Attention of a double block: q, k and v of text and of the rest, one attention, an output layer each."""
 
     def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
-        self.ops, self.layout, self.rope, self.norm_qk = ops, layout, rope, block.norm_qk
+        self.ops, self.layout = ops, layout
         T, D, bounds, lora_from = layout.text, b.x.shape[-1], layout.double_bounds, layout.double_lora_from
         normed, y = b.normed[..., : block.qkv.in_columns], first_columns(b.y, layout.total, block.out.out_columns)
         self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv.down_before, lora_from)
@@ -160,8 +164,9 @@ class DoubleAttention(Sublayer):
         self.normed_text, self.normed_rest = flat(normed[:T, :, :D]), flat(normed[T:])
         self.context_qkv = Product(block.context_qkv, b.qkv[:T])
         self.project_qkv = Product(block.qkv, b.qkv[T:], lora_from - T)
-        self.qkv = heads(b.qkv, 3, block.norm_qk.shape[-1])
-        self.q, self.k, self.v = self.qkv.unbind(2)
+        qkv = heads(flat(b.qkv), b.x.shape[1], 3, block.norm_qk.shape[-1])
+        self.norm_rope = ops.qk_norm_rope(qkv, block.norm_qk, (T, layout.total), rope)
+        self.q, self.k, self.v = qkv.unbind(2)
         self.context_out = Product(block.context_out, y[:T])
         self.out = Product(block.out, y[T:], lora_from - T)
         self.text_rows = T * b.x.shape[1]
@@ -171,7 +176,7 @@ class DoubleAttention(Sublayer):
         layout = self.layout
         self.context_qkv(self.normed_text)
         self.project_qkv(self.normed_rest)
-        self.ops.qk_norm_rope(self.qkv, self.norm_qk, (layout.text, layout.total), self.rope)
+        self.norm_rope()
         attention = flat(self.ops.joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan))
         self.context_out(attention[: self.text_rows])
         self.out(attention[self.text_rows :])
@@ -197,17 +202,14 @@ class DoubleMlp(Sublayer):
         self.norm = Norm(b.x, mod[4], mod[3], bounds, normed)
         self.addition = Addition(b.x, y, mod[5], bounds, block.ff_out.up_after, lora_from, b.clips)
         self.normed_text, self.normed_rest = flat(normed[:T]), flat(normed[T:])
-        self.context_in = Product(block.context_ff_in, b.hidden[:T], gelu_scratch=b.scratch[:T])
-        self.ff_in = Product(block.ff_in, b.hidden[T:], gelu_scratch=b.scratch[T:])
-        self.hidden_text, self.hidden_rest = flat(b.hidden[:T]), flat(b.hidden[T:])
+        self.context_in = Product(block.context_ff_in, b.hidden[:T], gelu_scratch=b.scratch[:T], stays=False)
+        self.ff_in = Product(block.ff_in, b.hidden[T:], gelu_scratch=b.scratch[T:], stays=False)
         self.context_out = Product(block.context_ff_out, y[:T])
         self.ff_out = Product(block.ff_out, y[T:], lora_from - T)
 
     def run(self) -> None:
-        self.context_in(self.normed_text)
-        self.ff_in(self.normed_rest)
-        self.context_out(self.hidden_text)
-        self.ff_out(self.hidden_rest)
+        self.context_out(self.context_in(self.normed_text))
+        self.ff_out(self.ff_in(self.normed_rest))
 
 
 class SingleOut:
@@ -254,19 +256,19 @@ class Single(Sublayer):
         self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv_mlp.down_before, lora_from)
         self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from, b.clips)
         self.normed = flat(normed)
-        self.project_qkv = Product(block.qkv_mlp, b.qkv, lora_from, columns=slice(0, 3 * D))
+        self.project_qkv = Product(block.qkv_mlp, b.qkv, lora_from, columns=slice(0, 3 * D), stays=False)
         self.out = SingleOut(block, b, slice(None), y, lora_from)
         mlp = slice(3 * D, None)
         self.project_mlp = Product(block.qkv_mlp, self.out.hidden, lora_from, columns=mlp, gelu_scratch=b.scratch)
-        self.qkv = heads(b.qkv, 3, block.norm_qk.shape[-1])
-        self.q, self.k, self.v = self.qkv.unbind(2)
+        self.batch, self.size = b.x.shape[1], block.norm_qk.shape[-1]
 
     def run(self) -> None:
         layout = self.layout
         self.project_mlp(self.normed)
-        self.project_qkv(self.normed)
-        self.ops.qk_norm_rope(self.qkv, self.norm_qk, (layout.total,), self.rope)
-        attention = self.ops.joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan)
+        qkv = heads(self.project_qkv(self.normed), self.batch, 3, self.size)
+        self.ops.qk_norm_rope(qkv, self.norm_qk, (layout.total,), self.rope)()
+        q, k, v = qkv.unbind(2)
+        attention = self.ops.joint_attention(q, k, v, layout.condition_from, layout.plan)
         self.out(attention)
 
 
@@ -281,28 +283,27 @@ class LastSingle(Sublayer):
         self.norm = Norm(b.x, mod[1], mod[0], layout.single_bounds, normed, block.qkv_mlp.down_before, lora_from)
         self.addition = Addition(b.image, y, mod[2][:1], (layout.image,), block.out.up_after, image_lora_from, b.clips)
         self.normed, self.normed_image = flat(normed), flat(normed[image])
-        size = block.norm_qk.shape[-1]
+        self.batch, self.size = b.x.shape[1], block.norm_qk.shape[-1]
         kv = first_columns(b.qkv, layout.total, 2 * D)
         q = b.qkv.view(-1)[kv.numel() :][: b.image.numel()].view(b.image.shape)
-        self.project_kv = Product(block.qkv_mlp, kv, lora_from, columns=slice(D, 3 * D))
-        self.project_q = Product(block.qkv_mlp, q, image_lora_from, columns=slice(0, D))
+        self.project_kv = Product(block.qkv_mlp, kv, lora_from, columns=slice(D, 3 * D), stays=False)
+        self.project_q = Product(block.qkv_mlp, q, image_lora_from, columns=slice(0, D), stays=False)
         self.out = SingleOut(block, b, image, y, image_lora_from)
         mlp, scratch = slice(3 * D, None), b.scratch[image]
         self.project_mlp = Product(block.qkv_mlp, self.out.hidden, image_lora_from, columns=mlp, gelu_scratch=scratch)
-        self.q_heads, self.kv_heads = heads(q, 1, size), heads(kv, 2, size)
-        self.q, (self.k, self.v) = self.q_heads[:, :, 0], self.kv_heads.unbind(2)
         self.norm_q, self.norm_k = block.norm_qk[:, :1], block.norm_qk[:, 1:]
         self.image_rope = rope[image]
 
     def run(self) -> None:
         layout = self.layout
         self.project_mlp(self.normed_image)
-        self.project_kv(self.normed)
-        self.project_q(self.normed_image)
-        self.ops.qk_norm_rope(self.q_heads, self.norm_q, (layout.image,), self.image_rope)
-        self.ops.qk_norm_rope(self.kv_heads, self.norm_k, (layout.total,), self.rope)
+        kv = heads(self.project_kv(self.normed), self.batch, 2, self.size)
+        q = heads(self.project_q(self.normed_image), self.batch, 1, self.size)
+        self.ops.qk_norm_rope(q, self.norm_q, (layout.image,), self.image_rope)()
+        self.ops.qk_norm_rope(kv, self.norm_k, (layout.total,), self.rope)()
+        k, v = kv.unbind(2)
         # Image queries belong to "the rest" whatever is switched: the condition's own queries are simply absent.
-        attention = self.ops.joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan)
+        attention = self.ops.joint_attention(q[:, :, 0], k, v, layout.condition_from, layout.plan)
         self.out(attention)
 
 
@@ -335,7 +336,9 @@ class Step:
             self.links.append(kind(block, mod, b, inputs.rope, layout, ops))
         scale, shift = self.modulation.out
         last = Norm(b.image, scale, shift, (layout.image,), b.normed[layout.image_rows, :, : transformer.config.width])
-        self.following = [link.norm for link in self.links[1:]] + [last]
+        self.first_norm = ops.norm_modulate(*self.links[0].norm)
+        norms = [link.norm for link in self.links[1:]] + [last]
+        self.joints = [link.joined(norm) for link, norm in zip(self.links, norms, strict=True)]
         self.embed = Product(transformer.x_embedder, b.x[layout.text :], layout.double_lora_from - layout.text)
         self.project_out = Product(transformer.proj_out, b.velocity)
         self.tokens, self.last_normed, self.x_text = flat(b.tokens), flat(last.out), b.x[: layout.text]
@@ -380,10 +383,10 @@ class Step:
         """Latents and condition tokens -> velocity: the transformer."""
         self.x_text.copy_(self.inputs.text)
         self.embed(self.tokens)
-        self.ops.norm_modulate(*self.links[0].norm)
-        for link, following in zip(self.links, self.following, strict=True):
+        self.first_norm()
+        for link, join in zip(self.links, self.joints, strict=True):
             link.run()
-            link.add_and_norm(following)
+            join()
         self.project_out(self.last_normed)
 
     def advance(self) -> None:

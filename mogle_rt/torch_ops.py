@@ -3,18 +3,24 @@
 Activations are sequence-major, [L, B, D]: positions [text, image, condition], then images of the batch. So every
 stream is one block of rows for any batch. ``bounds`` are the ascending end positions of row groups that share a
 modulation (or a norm's weight); the last is L. Modulations are [G, B, D], one row a group and image.
+
+What a step does with the same tensors again and again is `Prepared`: given them once, it makes its views once.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mogle_rt.attention import joint_attention
+
+if TYPE_CHECKING:
+    from mogle_rt.ops import Prepared
 
 __all__ = ["RIDING", "joint_attention"]
 
@@ -47,7 +53,7 @@ def norm_modulate(
     out: Tensor,
     lora_down: Tensor | None = None,
     lora_from: int = 0,
-) -> None:
+) -> Prepared:
     """AdaLN: out = LayerNorm(x) * scale + shift, and the LoRA's down-projection of it in further columns.
 
     Args:
@@ -55,15 +61,20 @@ def norm_modulate(
         out: [L, B, D + R].
         lora_down: [D, R], for positions ``lora_from`` to the end; the others' columns become 0. None if R is 0.
     """
-    width = x.shape[-1]
-    normed, sizes = F.layer_norm(x, (width,), *_identity(width, x.device, x.dtype), eps=LAYER_NORM_EPS), _sizes(bounds)
+    width, sizes = x.shape[-1], _sizes(bounds)
+    identity = _identity(width, x.device, x.dtype)
     modulated = out if lora_down is None else out[..., :width]
-    parts = (shift.unbind(), normed.split(sizes), scale.unbind(), modulated.split(sizes))
-    for shifted, rows, scaled, into in zip(*parts, strict=True):
-        torch.addcmul(shifted, rows, scaled, out=into)
-    if lora_down is not None:
-        out[:lora_from, :, width:] = 0
-        out[lora_from:, :, width:] = out[lora_from:, :, :width] @ lora_down
+    groups = list(zip(shift.unbind(), scale.unbind(), modulated.split(sizes), strict=True))
+
+    def run() -> None:
+        normed = F.layer_norm(x, (width,), *identity, eps=LAYER_NORM_EPS)
+        for rows, (shifted, scaled, into) in zip(normed.split(sizes), groups, strict=True):
+            torch.addcmul(shifted, rows, scaled, out=into)
+        if lora_down is not None:
+            out[:lora_from, :, width:] = 0
+            out[lora_from:, :, width:] = out[lora_from:, :, :width] @ lora_down
+
+    return run
 
 
 def residual(
@@ -74,7 +85,7 @@ def residual(
     lora_up: Tensor | None = None,
     lora_from: int = 0,
     clip: bool = False,
-) -> None:
+) -> Prepared:
     """x += gate * y in place, y with the LoRA's up-projection of its further columns.
 
     Args:
@@ -82,41 +93,19 @@ def residual(
         lora_up: [Q, D], for positions ``lora_from`` to the end. None if Q is 0.
         clip: keep values within fp16's range, as the reference does at the end of a block in fp16.
     """
-    width = x.shape[-1]
-    if lora_up is not None:
-        tail = y[lora_from:]
-        tail[..., :width] += tail[..., width:] @ lora_up
-        y = y[..., :width]
-    sizes = _sizes(bounds)
-    for rows, gated, added in zip(x.split(sizes), gate.unbind(), y.split(sizes), strict=True):
-        rows.addcmul_(gated, added)
-    if clip:
-        x.clamp_(-FP16_MAX, FP16_MAX)
+    width, sizes, tail = x.shape[-1], _sizes(bounds), y[lora_from:]
+    added = y if lora_up is None else y[..., :width]
+    groups = list(zip(x.split(sizes), gate.unbind(), added.split(sizes), strict=True))
 
+    def run() -> None:
+        if lora_up is not None:
+            tail[..., :width] += tail[..., width:] @ lora_up
+        for rows, gated, more in groups:
+            rows.addcmul_(gated, more)
+        if clip:
+            x.clamp_(-FP16_MAX, FP16_MAX)
 
-def rope_buffer(table: Tensor) -> Tensor:
-    """A rotary table, complex64 [L, d / 2], as `qk_norm_rope` takes it: complex [L, 1, 1, 1, d / 2]."""
-    return table[:, None, None, None]
-
-
-def qk_norm_rope(x: Tensor, norm_weight: Tensor, bounds: tuple[int, ...], rope: Tensor) -> None:
-    """RMSNorm over each head of q and k, then rotation of neighbouring channel pairs; in place.
-
-    Args:
-        x: [L, B, P, H, d]. norm_weight: [G, W, d], for the first W of the P parts; the others (v) stay as they are.
-        rope: complex [L, 1, 1, 1, d / 2].
-    """
-    parts = norm_weight.shape[1]
-    qk = x[:, :, :parts]
-    norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32)
-    qk.mul_(norm.square_().mul_(1 / qk.shape[-1]).add_(QK_NORM_EPS).rsqrt_())
-    for rows, weight in zip(qk.split(_sizes(bounds)), norm_weight.unsqueeze(2).unbind(), strict=True):
-        rows.mul_(weight)
-    if qk.dtype == torch.float32:
-        torch.view_as_complex(qk.unflatten(-1, (-1, 2))).mul_(rope)
-    else:
-        rotated = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))) * rope
-        qk.copy_(torch.view_as_real(rotated).flatten(-2))
+    return run
 
 
 def residual_norm_modulate(
@@ -132,10 +121,46 @@ def residual_norm_modulate(
     lora_up: Tensor | None = None,
     lora_up_from: int = 0,
     clip: bool = False,
-) -> None:
+) -> Prepared:
     """`residual`, then `norm_modulate` of the new x, over the same groups."""
-    residual(x, y, gate, bounds, lora_up, lora_up_from, clip)
-    norm_modulate(x, scale, shift, bounds, out, lora_down, lora_from)
+    add = residual(x, y, gate, bounds, lora_up, lora_up_from, clip)
+    norm = norm_modulate(x, scale, shift, bounds, out, lora_down, lora_from)
+
+    def run() -> None:
+        add()
+        norm()
+
+    return run
+
+
+def rope_buffer(table: Tensor) -> Tensor:
+    """A rotary table, complex64 [L, d / 2], as `qk_norm_rope` takes it: complex [L, 1, 1, 1, d / 2]."""
+    return table[:, None, None, None]
+
+
+def qk_norm_rope(x: Tensor, norm_weight: Tensor, bounds: tuple[int, ...], rope: Tensor) -> Prepared:
+    """RMSNorm over each head of q and k, then rotation of neighbouring channel pairs; in place.
+
+    Args:
+        x: [L, B, P, H, d]. norm_weight: [G, W, d], for the first W of the P parts; the others (v) stay as they are.
+        rope: complex [L, 1, 1, 1, d / 2].
+    """
+    qk, size = x[:, :, : norm_weight.shape[1]], x.shape[-1]
+    groups = list(zip(qk.split(_sizes(bounds)), norm_weight.unsqueeze(2).unbind(), strict=True))
+    pairs = qk.unflatten(-1, (-1, 2))
+
+    def run() -> None:
+        norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32)
+        qk.mul_(norm.square_().mul_(1 / size).add_(QK_NORM_EPS).rsqrt_())
+        for rows, weight in groups:
+            rows.mul_(weight)
+        if qk.dtype == torch.float32:
+            torch.view_as_complex(pairs).mul_(rope)
+        else:
+            rotated = torch.view_as_complex(pairs.float()) * rope
+            pairs.copy_(torch.view_as_real(rotated))
+
+    return run
 
 
 def experts(

@@ -7,7 +7,8 @@ What an operator takes at least in bytes and FLOPs, its kernel declares: `declar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from mogle_rt.kernels import region_experts as expert_kernels
 from mogle_rt.kernels import residual_norm_modulate as residual_kernels
 from mogle_rt.kernels.common import Cost
 from mogle_rt.kernels.common import interpreted as interpreted
+
+if TYPE_CHECKING:
+    from mogle_rt.ops import Prepared
 
 RIDING = True
 _COSTS: dict[str, Callable[..., Cost]] = {}
@@ -51,23 +55,23 @@ def declared(operator: str, args: Sequence[Any]) -> Cost:
     return _COSTS[operator](*args)
 
 
-norm_modulate = _define(
+_norm_modulate = _define(
     norm_kernels,
     "norm_modulate",
     "Tensor x, Tensor scale, Tensor shift, SymInt[] bounds, Tensor(a!) out, Tensor? lora_down, SymInt lora_from",
 )
-residual = _define(
+_residual = _define(
     residual_kernels,
     "residual",
     "Tensor(a!) x, Tensor y, Tensor gate, SymInt[] bounds, Tensor? lora_up, SymInt lora_up_from, bool clip",
 )
-residual_norm_modulate = _define(
+_residual_norm_modulate = _define(
     residual_kernels,
     "residual_norm_modulate",
     "Tensor(a!) x, Tensor y, Tensor gate, Tensor scale, Tensor shift, SymInt[] bounds, Tensor(b!) out, "
     "Tensor? lora_down, SymInt lora_from, Tensor? lora_up, SymInt lora_up_from, bool clip",
 )
-qk_norm_rope = _define(rope_kernels, "qk_norm_rope", "Tensor(a!) x, Tensor norm_weight, SymInt[] bounds, Tensor rope")
+_qk_norm_rope = _define(rope_kernels, "qk_norm_rope", "Tensor(a!) x, Tensor norm_weight, SymInt[] bounds, Tensor rope")
 _GATE = (
     "Tensor latents, Tensor gate_input, Tensor time, Tensor noise_weight, Tensor gate_in_weight, "
     "Tensor gate_in_bias, Tensor gate_out_weight, Tensor gate_out_bias"
@@ -88,6 +92,26 @@ _joint_attention = _define(
 
 
 OPERATORS = tuple(_COSTS)  # names, "mogle_rt::…"
+
+
+def norm_modulate(*tensors: Any) -> Prepared:
+    """See `mogle_rt.torch_ops.norm_modulate`."""
+    return partial(_norm_modulate, *tensors)
+
+
+def residual(*tensors: Any) -> Prepared:
+    """See `mogle_rt.torch_ops.residual`."""
+    return partial(_residual, *tensors)
+
+
+def residual_norm_modulate(*tensors: Any) -> Prepared:
+    """See `mogle_rt.torch_ops.residual_norm_modulate`."""
+    return partial(_residual_norm_modulate, *tensors)
+
+
+def qk_norm_rope(*tensors: Any) -> Prepared:
+    """See `mogle_rt.torch_ops.qk_norm_rope`."""
+    return partial(_qk_norm_rope, *tensors)
 
 
 def rope_buffer(table: Tensor) -> Tensor:

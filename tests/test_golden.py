@@ -146,7 +146,7 @@ def test_planted_faults_are_caught(fault: str, golden_bundle: Bundles) -> None:
     if kind == "lora_up":
         for module in engine.transformer.modules():
             if isinstance(module, LoraLinear):
-                module.lora_up.zero_()
+                module.lora_up = torch.nn.Parameter(torch.zeros_like(module.lora_up), requires_grad=False)
     if kind == "experts":
         engine.mogle.expert_in = torch.nn.Parameter(engine.mogle.expert_in.roll(1, 0), requires_grad=False)
     changes = {

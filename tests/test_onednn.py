@@ -42,7 +42,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         calls.append(gelu)
         return linear(x, weight, bias, gelu=gelu)
 
-    monkeypatch.setattr(onednn, "LEAST_WORK", 0)
+    monkeypatch.setattr(onednn, "LEAST_WEIGHT", 0)
     monkeypatch.setattr(onednn, "ROWS_A_CHANNEL", 0)
     monkeypatch.setattr(onednn, "linear", noted)
     return calls
@@ -60,17 +60,22 @@ def test_linear(rows: int, inner: int, outer: int, gelu: bool, rng: torch.Genera
 @pytest.mark.parametrize("with_gelu", [False, True])
 @pytest.mark.parametrize("lora_from", [0, 5, 9])
 @pytest.mark.parametrize("columns", [slice(None), slice(3, 20)])
-def test_product(columns: slice, lora_from: int, with_gelu: bool, rng: torch.Generator, always: list[bool]) -> None:
+@pytest.mark.parametrize("stays", [True, False])
+def test_product(
+    stays: bool, columns: slice, lora_from: int, with_gelu: bool, rng: torch.Generator, always: list[bool]
+) -> None:
     """The same as PyTorch's, with LoRA on a tail of the rows (9: on none), and before GELU."""
     layer, batch = random_layer(rng, 12, 24, 4), 2
     x, weight = torch.randn(9 * batch, 12, generator=rng), layer.weight[columns]
     out = torch.full((9, batch, len(weight)), float("nan"))
-    Product(layer, out, lora_from, columns=columns, gelu_scratch=torch.empty_like(out) if with_gelu else None)(x)
+    scratch = torch.empty_like(out) if with_gelu else None
+    result = Product(layer, out, lora_from, columns=columns, gelu_scratch=scratch, stays=stays)(x)
     exact = F.linear(x.double(), weight.double(), layer.bias[columns].double())
     low = x[lora_from * batch :].double() @ layer.lora_down.double()
     exact[lora_from * batch :] += low @ layer.lora_up[:, columns].double()
     exact = F.gelu(exact, approximate="tanh") if with_gelu else exact
-    assert_close(out.flatten(0, 1), exact, rms=1e-6)
+    assert_close(result, exact, rms=1e-6)
+    assert (result.data_ptr() == out.data_ptr()) == stays
     assert always == [with_gelu and lora_from == 9]
 
 
@@ -92,4 +97,5 @@ def test_when_it_serves() -> None:
     whole = torch.empty(3072, 3072)
     assert onednn.serves(whole, 2560)
     assert not onednn.serves(whole, 300), "few rows: the weight's new layout takes longer than it saves"
-    assert not onednn.serves(torch.empty(256, 256), 544), "little work"
+    assert onednn.serves(torch.empty(1024, 256), 32)
+    assert not onednn.serves(torch.empty(256, 256), 544), "a small weight"
