@@ -171,7 +171,7 @@ def export_onnx(
     if progress:
         progress("weights")
     with ExitStack() as on_failure, place_weights(bundle, folder, options.weights, options.dtype) as weights:
-        with ExitStack() as written:  # all graphs take their names, or none
+        with ExitStack() as written:  # graphs and weights take their names, or none does
             for name in GRAPHS:
                 if progress:
                     progress(f"{name}.onnx")
@@ -179,6 +179,7 @@ def export_onnx(
                 if not path.exists():  # without a manifest, the next export would take it for another's
                     on_failure.callback(path.unlink, missing_ok=True)
                 graphs[name] = write_graph(model, path.name, written.enter_context(atomic_write(path)))
+            written.enter_context(weights.take_name())
         manifest = Manifest(
             software={"mogle_rt": __version__, "onnx": onnx.__version__, "torch": torch.__version__},
             dtype=SHORT_NAMES[options.dtype],

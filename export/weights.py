@@ -56,6 +56,7 @@ class Weights:
         bundle: read for embedding.
         dtype: what embedded weights are converted to.
         sha256: the content hash of the file.
+        unnamed: a copy that doesn't have its name yet, see `take_name`.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -63,6 +64,14 @@ class Weights:
     bundle: Bundle
     dtype: torch.dtype
     sha256: str
+    unnamed: Path | None = None
+
+    @contextmanager
+    def take_name(self) -> Iterator[None]:
+        """A copy takes its name when the block ends well: together with its graphs, so that two exports don't mix."""
+        yield
+        if self.unnamed is not None and self.location is not None:
+            self.unnamed.replace(self.unnamed.with_name(self.location))
 
     def initializer(self, name: str) -> onnx.TensorProto:
         """The tensor as an ONNX initializer of the same name."""
@@ -95,6 +104,8 @@ def exported_names(bundle: Bundle) -> list[str]:
 def place_weights(bundle: Bundle, folder: Path, mode: Mode, dtype: torch.dtype) -> Iterator[Weights]:
     """Put weights where graphs in ``folder`` find them; what was put there is removed if the block fails.
 
+    A copy is there under another name until `Weights.take_name`.
+
     Args:
         mode: "link" points into the bundle (weights stay in the stored dtype, and graphs cast them if they compute in
             another), "copy" writes `COPY_NAME` in ``dtype``, "embed" writes them into the graphs in ``dtype``.
@@ -113,16 +124,19 @@ def place_weights(bundle: Bundle, folder: Path, mode: Mode, dtype: torch.dtype) 
         yield Weights(bundle.tensors, None, bundle, dtype, "")
         return
     name = bundle.path.resolve().name if mode == "link" else COPY_NAME
-    target = folder / name
+    target, unnamed = folder / name, folder / f".{name}.{os.getpid()}.new"
     had = target.exists()
     try:
         if mode == "link":
             _link(bundle.path.resolve(), target)
             yield Weights(bundle.tensors, name, bundle, dtype, bundle.content_hash)
         else:
-            copied = _copy(bundle, target, dtype)
-            yield Weights(copied.tensors, name, bundle, dtype, copied.content_hash)
+            if had and target.samefile(bundle.path):
+                raise OutputError(f"{target}: is the bundle itself; choose another folder")
+            copied = _copy(bundle, unnamed, dtype)
+            yield Weights(copied.tensors, name, bundle, dtype, copied.content_hash, unnamed)
     except BaseException:
+        unnamed.unlink(missing_ok=True)
         if not had:
             target.unlink(missing_ok=True)
         raise
@@ -171,8 +185,6 @@ def _clone(path: Path, target: Path) -> bool:
 
 def _copy(bundle: Bundle, target: Path, dtype: torch.dtype) -> Bundle:
     """Write the weights that graphs read, in ``dtype``: a bundle without text encoders."""
-    if target.exists() and target.samefile(bundle.path):
-        raise OutputError(f"{target}: is the bundle itself; choose another folder")
     stored = {n: bundle.tensors[n] for n in exported_names(bundle)}
     sources = {n: SourceTensor(info.shape, info.dtype, path=bundle.path, info=info) for n, info in stored.items()}
     config = replace(bundle.config, text_encoder=None, text_encoder_2=None)

@@ -62,6 +62,8 @@ def load_autoencoder(vae: Any, tensors: Mapping[str, torch.Tensor], where: str) 
             if parameter is not None:
                 value = tensors[f"{prefix}.{name}"]
                 module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+        if isinstance(module, torch.nn.SiLU):
+            module.inplace = True  # it follows a norm, whose output nothing else reads: a large tensor less
     return vae.eval()
 
 

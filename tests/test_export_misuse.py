@@ -205,11 +205,24 @@ def test_files_of_others_are_kept(name: str, tiny_bundle: Path, tmp_path: Path) 
         assert run(tiny_bundle, "-o", tmp_path, "--weights", "copy", "--no-verify").code == 0
 
 
+@pytest.mark.parametrize(
+    ("before", "then"),
+    [
+        ((), ("--opset", "21")),
+        (("--weights", "copy"), ("--weights", "copy", "--dtype", "fp16")),
+        (("--weights", "embed"), ("--weights", "copy")),
+    ],
+    ids=["graphs", "copies", "other weights"],
+)
 def test_a_failed_export_leaves_the_one_before(
-    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    before: tuple[str, ...],
+    then: tuple[str, ...],
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All graphs are replaced, or none."""
-    assert run(tiny_bundle, "-o", tmp_path, "--no-verify").code == 0
+    """All graphs and their weights are replaced, or none."""
+    assert run(tiny_bundle, "-o", tmp_path, "--no-verify", *before).code == 0
     build = exporter.build_graph
 
     def failing(name: str, *args: Any, **options: Any) -> Any:
@@ -219,7 +232,7 @@ def test_a_failed_export_leaves_the_one_before(
 
     monkeypatch.setattr(exporter, "build_graph", failing)
     with unchanged(tmp_path):
-        assert_one_line(run(tiny_bundle, "-o", tmp_path, "--no-verify", "--opset", "21"), "no more")
+        assert_one_line(run(tiny_bundle, "-o", tmp_path, "--no-verify", *then), "no more")
     Manifest.read(tmp_path).check_files(tmp_path)
 
 
