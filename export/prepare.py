@@ -9,13 +9,12 @@ import onnx
 import torch
 
 from mogle_rt.checkpoint import BundleConfig
-from mogle_rt.config import NUM_CLASSES, NUM_EXPERTS, ModelConfig, TransformerConfig
+from mogle_rt.config import NUM_EXPERTS, ModelConfig, TransformerConfig
 from mogle_rt.export.graph import GraphBuilder
-from mogle_rt.schema import SINUSOID_DIM
+from mogle_rt.schema import EXPERT_NAMES, SINUSOID_DIM
+from mogle_rt.transformer import ROPE_THETA
 
-ROPE_THETA = 10_000
 SINUSOID_PERIOD = 10_000
-EXPERTS = ("global_expert", *(f"local_experts.{i}" for i in range(NUM_CLASSES)))
 
 
 def modulation_row_names(config: TransformerConfig) -> list[str]:
@@ -48,7 +47,7 @@ def build_experts(g: GraphBuilder, config: BundleConfig) -> onnx.ModelProto:
     parts = g.nodes_of("Split", [masks], NUM_EXPERTS, axis=1, num_outputs=NUM_EXPERTS)  # [B, 1, N, C] each
     shape = g.ints(g.size(masks, 0), 1, g.size(masks, 2), C)
     outputs = []
-    for expert, x in zip(EXPERTS, parts, strict=True):
+    for expert, x in zip(EXPERT_NAMES, parts, strict=True):
         y = x
         if config.mogle.has_expert:
             with g.scope(expert):

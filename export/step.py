@@ -6,35 +6,17 @@ two small products that are added to its stream's own, so the base weights stay 
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import onnx
 import torch
 
+from mogle_rt.attention import AttentionPlan, Visibility
 from mogle_rt.checkpoint import BundleConfig
 from mogle_rt.config import MLP_RATIO, NUM_EXPERTS, ModelConfig
 from mogle_rt.export.graph import GraphBuilder
 from mogle_rt.export.prepare import condition_row_names, modulation_row_names
-
-
-class Visibility(enum.Enum):
-    """Who sees whom in attention."""
-
-    JOINT = enum.auto()  # everything sees everything
-    SEPARATE = enum.auto()  # the condition and the rest don't see each other
-    INDEPENDENT = enum.auto()  # the rest sees the condition, the condition only itself
-    SCALED = enum.auto()  # everything sees everything, with log(condition_scale) added between the two groups
-
-    @classmethod
-    def of(cls, model: ModelConfig, *, scaled: bool) -> Visibility:
-        """condition_scale overrides the switches, as in the reference."""
-        if scaled:
-            return cls.SCALED
-        if model.independent_condition:
-            return cls.INDEPENDENT
-        return cls.JOINT if model.union_cond_attn else cls.SEPARATE
 
 
 @dataclass(frozen=True)
@@ -75,7 +57,7 @@ class StepGraph:
         self.g, self.config, self.model = builder, config, model
         self.t = config.transformer
         self.heads, self.head_size = self.t.num_attention_heads, self.t.attention_head_dim
-        self.visibility = Visibility.of(model, scaled=scaled)
+        self.visibility = Visibility.SCALED if scaled else AttentionPlan.of(model, 1.0).visibility
 
     def build(self) -> onnx.ModelProto:
         """The whole graph, see `mogle_rt.manifest` for its inputs and outputs."""

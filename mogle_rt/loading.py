@@ -11,13 +11,11 @@ from torch import Tensor, nn
 
 from mogle_rt import schema
 from mogle_rt.checkpoint import Bundle
-from mogle_rt.config import NUM_CLASSES, NUM_EXPERTS
+from mogle_rt.config import NUM_EXPERTS
 from mogle_rt.lora import Linear, LoraLinear, Ride
 from mogle_rt.mogle import MixtureOfExperts
-from mogle_rt.schema import Fused
+from mogle_rt.schema import EXPERT_NAMES, Stacked
 from mogle_rt.transformer import Transformer
-
-EXPERT_NAMES = ("global_expert", *(f"local_experts.{i}" for i in range(NUM_CLASSES)))
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,11 @@ def load_transformer(bundle: Bundle, device: torch.device, dtype: torch.dtype, *
     def stack(names: Iterable[str]) -> Tensor:
         return bundle.load([f"transformer.{n}" for n in names], device, dtype)
 
-    def fill(layer: str, fused: Fused) -> None:
+    def fill(layer: str, stacked: Stacked) -> None:
         module = model.get_submodule(layer)
-        weight, bias = (stack(f"{s}.{kind}" for s in fused.sources) for kind in ("weight", "bias"))
+        weight, bias = (stack(f"{s}.{kind}" for s in stacked.sources) for kind in ("weight", "bias"))
         if isinstance(module, LoraLinear):
-            down, up = load_lora(bundle, fused.sources, device, dtype, rank=module.rank)
+            down, up = load_lora(bundle, stacked.sources, device, dtype, rank=module.rank)
             if module.ride is not Ride.NONE:
                 down, up = down.contiguous(), up.contiguous()  # kernels ask for it
             if module.ride is Ride.INPUT:
@@ -74,16 +72,16 @@ def load_transformer(bundle: Bundle, device: torch.device, dtype: torch.dtype, *
         assign(model, f"{layer}.bias", bias)
 
     for name in schema.EMBEDDERS:
-        fill(name, Fused((name,)))
+        fill(name, Stacked((name,)))
     for stack_name, count, linears, norms in (
-        ("blocks", config.num_layers, schema.DOUBLE_FUSED, schema.DOUBLE_NORM_FUSED),
-        ("single_blocks", config.num_single_layers, schema.SINGLE_FUSED, schema.SINGLE_NORM_FUSED),
+        ("blocks", config.num_layers, schema.DOUBLE_STACKED, schema.DOUBLE_NORM_STACKED),
+        ("single_blocks", config.num_single_layers, schema.SINGLE_STACKED, schema.SINGLE_NORM_STACKED),
     ):
         for i in range(count):
-            for layer, fused in linears.items():
-                fill(f"{stack_name}.{i}.{layer}", fused.at(i))
-            for layer, fused in norms.items():
-                value = stack(f"{s}.weight" for s in fused.at(i).sources)
+            for layer, stacked in linears.items():
+                fill(f"{stack_name}.{i}.{layer}", stacked.at(i))
+            for layer, stacked in norms.items():
+                value = stack(f"{s}.weight" for s in stacked.at(i).sources)
                 assign(model, f"{stack_name}.{i}.{layer}", value.view(-1, 2, config.attention_head_dim))
     return model.eval()
 

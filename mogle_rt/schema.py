@@ -75,6 +75,7 @@ LORA_TARGETS = (
     "single_transformer_blocks.{i}.proj_out",
 )
 
+EXPERT_NAMES = ("global_expert", *(f"local_experts.{i}" for i in range(NUM_CLASSES)))
 EXPERT = {"net.0": ("H", "L"), "net.2": ("L", "H")}
 GATING = {
     "gating.timestep_embedding.linear_1": ("L", "L"),
@@ -167,10 +168,9 @@ def lora_tensors(config: TransformerConfig, ranks: dict[str, int]) -> dict[str, 
 def mogle_tensors(config: MogleConfig) -> dict[str, Shape]:
     """Names and shapes of the mixture's tensors (REFERENCE state dict of experts and gate)."""
     dims = {"L": config.latent_dim, "H": config.expert_dim, "G": config.gate_dim, "E": NUM_EXPERTS}
-    experts = ["global_expert", *(f"local_experts.{i}" for i in range(NUM_CLASSES))]
     layers: dict[str, tuple[str, str]] = {}
     if config.has_expert:
-        layers |= {f"{e}.{layer}": shape for layer, shape in EXPERT.items() for e in experts}
+        layers |= {f"{e}.{layer}": shape for layer, shape in EXPERT.items() for e in EXPERT_NAMES}
     if config.has_gating:
         layers |= GATING
     tensors: dict[str, Shape] = {}
@@ -182,36 +182,36 @@ def mogle_tensors(config: MogleConfig) -> dict[str, Shape]:
 
 
 @dataclass(frozen=True)
-class Fused:
+class Stacked:
     """A runtime layer and the stored layers it is made of, stacked along the output dimension."""
 
     sources: tuple[str, ...]
 
-    def at(self, i: int) -> Fused:
+    def at(self, i: int) -> Stacked:
         """The same with the block's number filled in."""
-        return Fused(tuple(s.format(i=i) for s in self.sources))
+        return Stacked(tuple(s.format(i=i) for s in self.sources))
 
 
 # Runtime layer (mogle_rt.transformer) -> stored layers.
-DOUBLE_FUSED = {
-    "qkv": Fused(tuple(f"transformer_blocks.{{i}}.attn.to_{x}" for x in "qkv")),
-    "out": Fused(("transformer_blocks.{i}.attn.to_out.0",)),
-    "ff_in": Fused(("transformer_blocks.{i}.ff.net.0.proj",)),
-    "ff_out": Fused(("transformer_blocks.{i}.ff.net.2",)),
-    "context_qkv": Fused(tuple(f"transformer_blocks.{{i}}.attn.add_{x}_proj" for x in "qkv")),
-    "context_out": Fused(("transformer_blocks.{i}.attn.to_add_out",)),
-    "context_ff_in": Fused(("transformer_blocks.{i}.ff_context.net.0.proj",)),
-    "context_ff_out": Fused(("transformer_blocks.{i}.ff_context.net.2",)),
+DOUBLE_STACKED = {
+    "qkv": Stacked(tuple(f"transformer_blocks.{{i}}.attn.to_{x}" for x in "qkv")),
+    "out": Stacked(("transformer_blocks.{i}.attn.to_out.0",)),
+    "ff_in": Stacked(("transformer_blocks.{i}.ff.net.0.proj",)),
+    "ff_out": Stacked(("transformer_blocks.{i}.ff.net.2",)),
+    "context_qkv": Stacked(tuple(f"transformer_blocks.{{i}}.attn.add_{x}_proj" for x in "qkv")),
+    "context_out": Stacked(("transformer_blocks.{i}.attn.to_add_out",)),
+    "context_ff_in": Stacked(("transformer_blocks.{i}.ff_context.net.0.proj",)),
+    "context_ff_out": Stacked(("transformer_blocks.{i}.ff_context.net.2",)),
 }
-SINGLE_FUSED = {
-    "qkv_mlp": Fused(
+SINGLE_STACKED = {
+    "qkv_mlp": Stacked(
         (
             *(f"single_transformer_blocks.{{i}}.attn.to_{x}" for x in "qkv"),
             "single_transformer_blocks.{i}.proj_mlp",
         )
     ),
-    "out": Fused(("single_transformer_blocks.{i}.proj_out",)),
+    "out": Stacked(("single_transformer_blocks.{i}.proj_out",)),
 }
 # RMSNorm weights of q and k, of text and of the rest, are one [2, 2, d] tensor in the runtime; [1, 2, d] in single blocks.
-DOUBLE_NORM_FUSED = {"norm_qk": Fused(DOUBLE_NORMS[2:] + DOUBLE_NORMS[:2])}
-SINGLE_NORM_FUSED = {"norm_qk": Fused(SINGLE_NORMS)}
+DOUBLE_NORM_STACKED = {"norm_qk": Stacked(DOUBLE_NORMS[2:] + DOUBLE_NORMS[:2])}
+SINGLE_NORM_STACKED = {"norm_qk": Stacked(SINGLE_NORMS)}

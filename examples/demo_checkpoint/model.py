@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from mogle_rt import schema
 from mogle_rt.config import NUM_EXPERTS, MogleConfig, TransformerConfig
 from mogle_rt.engines import token_ids
-from mogle_rt.loading import EXPERT_NAMES
-from mogle_rt.schema import SINUSOID_DIM
+from mogle_rt.schema import EXPERT_NAMES, SINUSOID_DIM
 from mogle_rt.transformer import rope_table
 
 CONFIG = TransformerConfig(
@@ -297,8 +296,8 @@ def _layers(model: FaceMogle) -> list[tuple[nn.Module, tuple[str, ...]]]:
             layer = model.get_submodule(f"{embedder}.linear_{i}")
             found.append((layer, (f"{prefix}.{embedder}.linear_{i}",)))
     for kind, stack, fused in (
-        ("transformer_blocks", model.blocks, schema.DOUBLE_FUSED),
-        ("single_transformer_blocks", model.single_blocks, schema.SINGLE_FUSED),
+        ("transformer_blocks", model.blocks, schema.DOUBLE_STACKED),
+        ("single_transformer_blocks", model.single_blocks, schema.SINGLE_STACKED),
     ):
         for i, block in enumerate(stack):
             found += [(block.get_submodule(name), f.at(i).sources) for name, f in fused.items()]
@@ -313,11 +312,11 @@ def _norms(model: FaceMogle) -> list[tuple[Tensor, tuple[str, ...]]]:
     """Weights [2, d] of q's and k's norms with the stored layers that they are made of; text's stand first there."""
     found: list[tuple[Tensor, tuple[str, ...]]] = []
     for i, block in enumerate(model.blocks):
-        names = schema.DOUBLE_NORM_FUSED["norm_qk"].at(i).sources
+        names = schema.DOUBLE_NORM_STACKED["norm_qk"].at(i).sources
         found.append((block.get_parameter("context_norm_qk.weight"), names[:2]))
         found.append((block.get_parameter("norm_qk.weight"), names[2:]))
     for i, block in enumerate(model.single_blocks):
-        names = schema.SINGLE_NORM_FUSED["norm_qk"].at(i).sources
+        names = schema.SINGLE_NORM_STACKED["norm_qk"].at(i).sources
         found.append((block.get_parameter("norm_qk.weight"), names))
     return found
 
