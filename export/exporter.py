@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import onnx
 import torch
@@ -33,7 +32,7 @@ from mogle_rt.manifest import (
     header_sha256,
 )
 from mogle_rt.masks import CLASS_NAMES, PALETTE
-from mogle_rt.storage import atomic_write
+from mogle_rt.storage import atomic_write, replace_together
 
 GRAPHS = ("vae_encoder", "experts", "prepare", "step", "step_scaled", "vae_decoder")
 SHORT_NAMES = {getattr(torch, long): short for short, long in DTYPE_NAMES.items()}
@@ -170,22 +169,18 @@ def export_onnx(
     graphs: dict[str, GraphSpec] = {}
     if progress:
         progress("weights")
-    with ExitStack() as on_failure, place_weights(bundle, folder, options.weights, options.dtype) as weights:
-        with ExitStack() as written:  # graphs and weights take their names, or none does
-            for name in GRAPHS:
-                if progress:
-                    progress(f"{name}.onnx")
-                model, path = build_graph(name, bundle.config, weights, options), folder / f"{name}.onnx"
-                if not path.exists():  # without a manifest, the next export would take it for another's
-                    on_failure.callback(path.unlink, missing_ok=True)
-                graphs[name] = write_graph(model, path.name, written.enter_context(atomic_write(path)))
-            written.enter_context(weights.take_name())
+    with replace_together(folder, last=NAME) as new:
+        weights = place_weights(bundle, folder, new, options.weights, options.dtype)
+        for name in GRAPHS:
+            if progress:
+                progress(f"{name}.onnx")
+            graphs[name] = write_graph(build_graph(name, bundle.config, weights, options), new / f"{name}.onnx")
         manifest = Manifest(
             software={"mogle_rt": __version__, "onnx": onnx.__version__, "torch": torch.__version__},
             dtype=SHORT_NAMES[options.dtype],
             opset=options.opset,
             bundle={"name": bundle.path.resolve().name, "sha256": bundle.content_hash},
-            weights=describe_weights(folder, weights, options.weights),
+            weights=describe_weights((new, folder), weights, options.weights),
             model_config=options.model.to_dict(),
             config=_json_config(bundle.config),
             classes=CLASSES,
@@ -196,8 +191,9 @@ def export_onnx(
             modulation_rows=tuple(modulation_row_names(bundle.config.transformer)),
             condition_modulation_rows=tuple(condition_row_names(bundle.config.transformer)),
         )
-        manifest.write(folder)
-        on_failure.pop_all()
+        manifest.write(new)
+    if previous is not None and previous.weights.mode == "copy" and options.weights != "copy":
+        (folder / COPY_NAME).unlink(missing_ok=True)  # no graph points into it any more
     return manifest
 
 
@@ -232,12 +228,13 @@ def kept_engines(
     return tuple(kept)
 
 
-def write_graph(model: onnx.ModelProto, name: str, file: BinaryIO) -> GraphSpec:
+def write_graph(model: onnx.ModelProto, path: Path) -> GraphSpec:
     """Write a graph; its description for the manifest."""
     data = model.SerializeToString()
-    file.write(data)
+    with atomic_write(path) as file:
+        file.write(data)
     return GraphSpec(
-        file=name,
+        file=path.name,
         sha256=hashlib.sha256(data).hexdigest(),
         inputs=tuple(tensor_spec(v) for v in model.graph.input),
         outputs=tuple(tensor_spec(v) for v in model.graph.output),
@@ -254,11 +251,11 @@ def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
     )
 
 
-def describe_weights(folder: Path, weights: Weights, mode: str) -> WeightsSpec:
-    """The weights' file as the manifest describes it."""
+def describe_weights(folders: Sequence[Path], weights: Weights, mode: str) -> WeightsSpec:
+    """The weights' file as the manifest describes it, in the first of the folders where it is."""
     if weights.location is None:
         return WeightsSpec(mode=mode)
-    path = folder / weights.location
+    path = next(folder / weights.location for folder in folders if (folder / weights.location).exists())
     return WeightsSpec(
         mode=mode,
         file=weights.location,

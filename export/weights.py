@@ -15,8 +15,7 @@ else hard-linked.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -56,7 +55,6 @@ class Weights:
         bundle: read for embedding.
         dtype: what embedded weights are converted to.
         sha256: the content hash of the file.
-        unnamed: a copy that doesn't have its name yet, see `take_name`.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -64,14 +62,6 @@ class Weights:
     bundle: Bundle
     dtype: torch.dtype
     sha256: str
-    unnamed: Path | None = None
-
-    @contextmanager
-    def take_name(self) -> Iterator[None]:
-        """A copy takes its name when the block ends well: together with its graphs, so that two exports don't mix."""
-        yield
-        if self.unnamed is not None and self.location is not None:
-            self.unnamed.replace(self.unnamed.with_name(self.location))
 
     def initializer(self, name: str) -> onnx.TensorProto:
         """The tensor as an ONNX initializer of the same name."""
@@ -100,13 +90,11 @@ def exported_names(bundle: Bundle) -> list[str]:
     return [name for name in bundle.tensors if name.split(".", 1)[0] in EXPORTED_PARTS]
 
 
-@contextmanager
-def place_weights(bundle: Bundle, folder: Path, mode: Mode, dtype: torch.dtype) -> Iterator[Weights]:
-    """Put weights where graphs in ``folder`` find them; what was put there is removed if the block fails.
-
-    A copy is there under another name until `Weights.take_name`.
+def place_weights(bundle: Bundle, folder: Path, new: Path, mode: Mode, dtype: torch.dtype) -> Weights:
+    """Put weights where graphs in ``folder`` find them.
 
     Args:
+        new: where files lie that ``folder`` gets, see `mogle_rt.storage.replace_together`.
         mode: "link" points into the bundle (weights stay in the stored dtype, and graphs cast them if they compute in
             another), "copy" writes `COPY_NAME` in ``dtype``, "embed" writes them into the graphs in ``dtype``.
 
@@ -115,35 +103,27 @@ def place_weights(bundle: Bundle, folder: Path, mode: Mode, dtype: torch.dtype) 
         InputError: the weights are too many to embed.
         OutputError: the folder is on another file system than the bundle and the mode is "link"; or can't be written.
     """
-    if mode == "embed":
-        size = sum(bundle.tensors[n].numel for n in exported_names(bundle)) * dtype.itemsize
-        if size > EMBED_LIMIT:
-            raise InputError(
-                f"weights of {size / 1e9:.1f} GB can't be embedded: an ONNX file ends at 2 GB; link or copy them"
-            )
-        yield Weights(bundle.tensors, None, bundle, dtype, "")
-        return
-    name = bundle.path.resolve().name if mode == "link" else COPY_NAME
-    target, unnamed = folder / name, folder / f".{name}.{os.getpid()}.new"
-    had = target.exists()
-    try:
-        if mode == "link":
-            _link(bundle.path.resolve(), target)
-            yield Weights(bundle.tensors, name, bundle, dtype, bundle.content_hash)
-        else:
-            if had and target.samefile(bundle.path):
-                raise OutputError(f"{target}: is the bundle itself; choose another folder")
-            copied = _copy(bundle, unnamed, dtype)
-            yield Weights(copied.tensors, name, bundle, dtype, copied.content_hash, unnamed)
-    except BaseException:
-        unnamed.unlink(missing_ok=True)
-        if not had:
-            target.unlink(missing_ok=True)
-        raise
+    if mode == "link":
+        path = bundle.path.resolve()
+        _link(path, folder, new)
+        return Weights(bundle.tensors, path.name, bundle, dtype, bundle.content_hash)
+    if mode == "copy":
+        target = folder / COPY_NAME
+        if target.exists() and target.samefile(bundle.path):
+            raise OutputError(f"{target}: is the bundle itself; choose another folder")
+        tensors, content_hash = _copy(bundle, new / COPY_NAME, dtype)
+        return Weights(tensors, COPY_NAME, bundle, dtype, content_hash)
+    size = sum(bundle.tensors[n].numel for n in exported_names(bundle)) * dtype.itemsize
+    if size > EMBED_LIMIT:
+        raise InputError(
+            f"weights of {size / 1e9:.1f} GB can't be embedded: an ONNX file ends at 2 GB; link or copy them"
+        )
+    return Weights(bundle.tensors, None, bundle, dtype, "")
 
 
-def _link(path: Path, target: Path) -> None:
+def _link(path: Path, folder: Path, new: Path) -> None:
     """The bundle under its own name beside the graphs."""
+    target = folder / path.name
     if target.is_symlink():
         raise OutputError(
             f"{target}: is a symbolic link, which no loader follows; export to {path.parent}, or with weights copy"
@@ -152,13 +132,13 @@ def _link(path: Path, target: Path) -> None:
         if not target.samefile(path) and not _same(path, target):
             raise OutputError(f"{target}: another file of the bundle's name is there; choose another folder")
         return
-    if _clone(path, target):
+    if _clone(path, new / path.name):
         return
     try:
-        os.link(path, target)
+        os.link(path, new / path.name)
     except OSError as error:
         raise OutputError(
-            f"{target.parent}: the bundle can't be linked into it ({error.strerror}); choose a folder on its file system, "
+            f"{folder}: the bundle can't be linked into it ({error.strerror}); choose a folder on its file system, "
             f"export beside the bundle by giving none, or take weights copy"
         ) from None
 
@@ -183,10 +163,11 @@ def _clone(path: Path, target: Path) -> bool:
         return False
 
 
-def _copy(bundle: Bundle, target: Path, dtype: torch.dtype) -> Bundle:
-    """Write the weights that graphs read, in ``dtype``: a bundle without text encoders."""
+def _copy(bundle: Bundle, target: Path, dtype: torch.dtype) -> tuple[Mapping[str, TensorInfo], str]:
+    """Write the weights that graphs read, in ``dtype``: a bundle without text encoders. Its tensors, its content hash."""
     stored = {n: bundle.tensors[n] for n in exported_names(bundle)}
     sources = {n: SourceTensor(info.shape, info.dtype, path=bundle.path, info=info) for n, info in stored.items()}
     config = replace(bundle.config, text_encoder=None, text_encoder_2=None)
     write_bundle(target, sources, config, dtype=dtype, progress=False)
-    return Bundle(target)
+    copied = Bundle(target)
+    return copied.tensors, copied.content_hash

@@ -83,7 +83,7 @@ def first_columns(buffer: Tensor, length: int, columns: int) -> Tensor:
 
 
 class Product:
-    """A layer into a fixed buffer. What shapes decide (which views, which rows) is worked out once.
+    """A layer on rows of one shape, into a buffer. What shapes decide (which views, which rows) is worked out once.
 
     Args:
         layer: weights.
@@ -122,7 +122,7 @@ class Product:
         self._gelu_within = gelu_scratch is not None and with_gelu and not self._downs
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """inputs: [l * B, …]. Returns [l * B, columns]."""
+        """inputs: [l * B, …]. Returns [l * B, columns]: ``out``, if it stays there, else that or memory of its own."""
         first, *others = inputs
         if self._by_onednn:
             y = onednn.linear(first, self._weight, self._bias, gelu=self._gelu_within)

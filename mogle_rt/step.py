@@ -4,7 +4,7 @@ The residual stream x is a chain of sublayers, x += gate * f(LayerNorm(x) * scal
 together with the norm of the next sublayer. Everything that a run's shapes decide (views, rows, switches) is worked
 out once, when a `Step` is made. Running it then reads and writes the same memory each time, waits for nothing and
 branches on nothing: it can be captured in a CUDA graph, and one graph serves every step, as the step's number is
-itself in a buffer.
+itself in a buffer. (On a CPU, where nothing is captured, a library may bring memory of its own for a product.)
 """
 
 from __future__ import annotations

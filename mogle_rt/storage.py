@@ -11,6 +11,7 @@ import itertools
 import json
 import mmap
 import os
+import shutil
 import struct
 import sys
 import warnings
@@ -206,6 +207,50 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+@contextmanager
+def replace_together(folder: Path, last: str) -> Iterator[Path]:
+    """A folder inside ``folder`` for new files, which take their names in ``folder`` when the block ends well.
+
+    All of them do, or, whatever happens, none. ``last`` is the one that takes its name last.
+
+    Raises:
+        OutputError: a name is a folder's, or ``folder`` can't be written to.
+    """
+    new = folder / f".{os.getpid()}.part"
+    old = new / "old"
+    settled = True
+    try:
+        with _as_output_error(new):
+            old.mkdir(parents=True)
+        yield new
+        names = sorted((p.name for p in new.iterdir() if p != old), key=lambda name: (name == last, name))
+        had = {name for name in names if (folder / name).exists()}
+        for name in names:
+            if (folder / name).is_dir():
+                raise OutputError(f"{folder / name}: is a folder; a file name is needed")
+        settled = False
+        try:
+            for name in names:
+                with _as_output_error(folder / name):
+                    if name in had:
+                        (folder / name).rename(old / name)
+                    (new / name).rename(folder / name)
+            settled = True
+        except BaseException:
+            for name in names:
+                if (old / name).exists():
+                    (old / name).replace(folder / name)
+                elif name not in had:
+                    (folder / name).unlink(missing_ok=True)
+            settled = True
+            raise
+    except OutputError as error:
+        raise OutputError(str(error).replace(str(new), str(folder))) from None
+    finally:
+        if settled:  # otherwise the old files lie there still
+            shutil.rmtree(new, ignore_errors=True)
 
 
 @contextmanager

@@ -94,24 +94,24 @@ _joint_attention = _define(
 OPERATORS = tuple(_COSTS)  # names, "mogle_rt::…"
 
 
-def norm_modulate(*tensors: Any) -> Prepared:
+def norm_modulate(*args: Any) -> Prepared:
     """See `mogle_rt.torch_ops.norm_modulate`."""
-    return partial(_norm_modulate, *tensors)
+    return partial(_norm_modulate, *args)
 
 
-def residual(*tensors: Any) -> Prepared:
+def residual(*args: Any) -> Prepared:
     """See `mogle_rt.torch_ops.residual`."""
-    return partial(_residual, *tensors)
+    return partial(_residual, *args)
 
 
-def residual_norm_modulate(*tensors: Any) -> Prepared:
+def residual_norm_modulate(*args: Any) -> Prepared:
     """See `mogle_rt.torch_ops.residual_norm_modulate`."""
-    return partial(_residual_norm_modulate, *tensors)
+    return partial(_residual_norm_modulate, *args)
 
 
-def qk_norm_rope(*tensors: Any) -> Prepared:
+def qk_norm_rope(*args: Any) -> Prepared:
     """See `mogle_rt.torch_ops.qk_norm_rope`."""
-    return partial(_qk_norm_rope, *tensors)
+    return partial(_qk_norm_rope, *args)
 
 
 def rope_buffer(table: Tensor) -> Tensor:

@@ -449,11 +449,11 @@ def test_without_a_dtype_each_keeps_its_own(tiny_files: Files, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fused_weights_are_one_view_of_the_file(dtype: str, tiny_files: Files, tmp_path: Path) -> None:
+def test_stacked_weights_are_one_view_of_the_file(dtype: str, tiny_files: Files, tmp_path: Path) -> None:
     bundle = Bundle(tiny_files.convert(tmp_path / "b.safetensors", dtype=dtype))
-    fused = [f.at(i) for f in (schema.DOUBLE_STACKED | schema.SINGLE_STACKED).values() for i in range(2)]
-    assert max(len(f.sources) for f in fused) == 4  # q, k, v and proj_mlp
-    for layer in fused:
+    stacked = [f.at(i) for f in (schema.DOUBLE_STACKED | schema.SINGLE_STACKED).values() for i in range(2)]
+    assert max(len(f.sources) for f in stacked) == 4  # q, k, v and proj_mlp
+    for layer in stacked:
         for kind in ("weight", "bias"):
             names = [f"transformer.{source}.{kind}" for source in layer.sources]
             loaded = bundle.load(names, CPU, DTYPES[dtype])

@@ -236,6 +236,36 @@ def test_a_failed_export_leaves_the_one_before(
     Manifest.read(tmp_path).check_files(tmp_path)
 
 
+@pytest.mark.parametrize("number", range(8))  # weights, six graphs, manifest
+def test_a_full_disk_leaves_the_export_before(
+    number: int, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever file it is that can't be written to the end."""
+    assert run(tiny_bundle, "-o", tmp_path, "--no-verify", "--weights", "copy").code == 0
+    fsync, calls = os.fsync, iter(range(100))
+
+    def full(file: int) -> None:
+        if next(calls) == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with unchanged(tmp_path):
+        done = run(tiny_bundle, "-o", tmp_path, "--no-verify", "--weights", "copy", "--dtype", "fp16")
+        name = "weights.safetensors" if number == 0 else "manifest.json" if number == 7 else ".onnx"
+        assert_one_line(done, f"{name}: can't be written: No space left on device", str(tmp_path))
+        assert ".part" not in done.err
+    Manifest.read(tmp_path).check_files(tmp_path)
+
+
+def test_a_copy_goes_when_no_graph_needs_it(tiny_bundle: Path, tmp_path: Path) -> None:
+    """So that the next export may write one again."""
+    for weights in ("copy", "embed", "copy", "link", "copy"):
+        assert run(tiny_bundle, "-o", tmp_path, "--no-verify", "--weights", weights).code == 0
+        assert (tmp_path / "weights.safetensors").exists() == (weights == "copy")
+        Manifest.read(tmp_path).check_files(tmp_path)
+
+
 @pytest.mark.parametrize("weights", ["copy", "embed"])
 def test_weights_that_a_dtype_cannot_hold(weights: str, tiny_files: Files, tmp_path: Path) -> None:
     files = Files(tmp_path / "sources")

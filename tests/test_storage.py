@@ -18,7 +18,16 @@ from torch import Tensor
 
 from mogle_rt import storage
 from mogle_rt.errors import CheckpointError, OutputError
-from mogle_rt.storage import MappedFile, TensorInfo, atomic_write, header_room, read_chunks, read_header, write_header
+from mogle_rt.storage import (
+    MappedFile,
+    TensorInfo,
+    atomic_write,
+    header_room,
+    read_chunks,
+    read_header,
+    replace_together,
+    write_header,
+)
 
 KINDS = (
     *(torch.float32, torch.float16, torch.bfloat16, torch.float64),
@@ -273,3 +282,66 @@ def test_only_ordinary_files_are_replaced(make: Callable[[Path], None], tmp_path
         pytest.fail("was opened")
     assert (tmp_path / "x").stat().st_mode == mode
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {p.name: p.read_text() for p in folder.iterdir()}
+
+
+def fill(folder: Path, names: str, text: str) -> None:
+    for name in names:
+        (folder / name).write_text(text)
+
+
+def test_replace_together(tmp_path: Path) -> None:
+    """New files take their names, what else is there stays, and the one named last comes last."""
+    fill(tmp_path, "abx", "old")
+    with replace_together(tmp_path, last="a") as new:
+        fill(new, "abc", "new")
+        assert (tmp_path / "a").read_text() == "old"
+    assert contents(tmp_path) == {"a": "new", "b": "new", "c": "new", "x": "old"}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "interrupt"]
+)
+def test_replace_together_or_not_at_all(
+    error: BaseException, number: int, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of the renames fails, or is interrupted right after it was done."""
+    fill(tmp_path, "abx", "old")
+    rename, calls = Path.rename, iter(range(100))
+
+    def failing(path: Path, target: Path) -> Path:
+        now = next(calls) == number
+        if now and not after:
+            raise error
+        moved = rename(path, target)
+        if now:
+            raise error
+        return moved
+
+    monkeypatch.setattr(Path, "rename", failing)
+    expected = OutputError if isinstance(error, OSError) else KeyboardInterrupt
+    if number < 5:  # two old files go away, three new ones come
+        with pytest.raises(expected), replace_together(tmp_path, last="a") as new:
+            fill(new, "abc", "new")
+        assert contents(tmp_path) == {"a": "old", "b": "old", "x": "old"}
+    else:
+        with replace_together(tmp_path, last="a") as new:
+            fill(new, "abc", "new")
+        assert contents(tmp_path) == {"a": "new", "b": "new", "c": "new", "x": "old"}
+
+
+def test_replace_together_keeps_folders(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    fill(tmp_path / "a", "x", "precious")
+    with (
+        pytest.raises(OutputError, match=rf"^{tmp_path}/a: is a folder; a file name is needed$"),
+        replace_together(tmp_path, last="a") as new,
+    ):
+        fill(new, "a", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert contents(tmp_path / "a") == {"x": "precious"}

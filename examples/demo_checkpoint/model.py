@@ -295,12 +295,12 @@ def _layers(model: FaceMogle) -> list[tuple[nn.Module, tuple[str, ...]]]:
         for i in (1, 2):
             layer = model.get_submodule(f"{embedder}.linear_{i}")
             found.append((layer, (f"{prefix}.{embedder}.linear_{i}",)))
-    for kind, stack, fused in (
+    for kind, stack, stacked in (
         ("transformer_blocks", model.blocks, schema.DOUBLE_STACKED),
         ("single_transformer_blocks", model.single_blocks, schema.SINGLE_STACKED),
     ):
         for i, block in enumerate(stack):
-            found += [(block.get_submodule(name), f.at(i).sources) for name, f in fused.items()]
+            found += [(block.get_submodule(name), f.at(i).sources) for name, f in stacked.items()]
             norm = "norm1" if stack is model.blocks else "norm"
             found.append((block.get_submodule("modulation"), (f"{kind}.{i}.{norm}.linear",)))
             if stack is model.blocks:
