@@ -1,17 +1,18 @@
-"""The matrix products and attention of a call, done again with nothing between them.
+"""What a call's matrix products and attention take of its time.
 
 What an engine on the same library calls can't be faster than: FLOPs over the rate of one large product say less, as
-small products don't reach that rate.
+small products, on operands that the operation before left in the cache of another core, don't reach that rate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.machine import Clock
 
 aten = torch.ops.aten
 PRODUCTS = {
@@ -27,27 +28,26 @@ PRODUCTS = {
 }
 
 
-class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
+class _Stopwatch(TorchDispatchMode):
+    def __init__(self, clock: Clock) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[Callable[[], Any]] = []
+        self.clock, self.seconds = clock, 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.overloadpacket in PRODUCTS:
-            self.calls.append(partial(func, *args, **kwargs))
-        return func(*args, **kwargs)
+        if func.overloadpacket not in PRODUCTS:
+            return func(*args, **(kwargs or {}))
+        begin = self.clock()
+        result = func(*args, **(kwargs or {}))
+        self.seconds += self.clock() - begin
+        return result
 
 
-def recorded(call: Callable[[], object]) -> Callable[[], None]:
-    """The call's products, on the tensors that they had then."""
-    with _Recorder() as recorder:
-        call()
-    calls = recorder.calls
+def within(call: Callable[[], object], clock: Clock) -> Callable[[], float]:
+    """A function that makes the call and says how many seconds its products and attention took."""
 
-    @torch.inference_mode()
-    def replay() -> None:
-        for product in calls:
-            product()
+    def run() -> float:
+        with _Stopwatch(clock) as stopwatch:
+            call()
+        return stopwatch.seconds
 
-    return replay
+    return run

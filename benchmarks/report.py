@@ -34,7 +34,7 @@ class Row:
         fastest_ratio: ratio of the fastest rounds, which a busy machine disturbs less than medians; 0 if unknown.
         spread: half the distance of the quartiles over the median, the larger of both sides'.
         others: share of the processors that other programs took meanwhile.
-        core: the engine's own products alone, None where they weren't timed.
+        core: what the engine's own products take of its time, None where they weren't timed.
     """
 
     group: str
@@ -148,10 +148,10 @@ def cores(rows: Sequence[Row]) -> list[str]:
     if not lines:
         return []
     heading = [
-        "| | engine | its products and attention alone | engine / these | ratio | ratio if there were nothing else |",
+        "| | engine | of it products and attention | engine / these | ratio | ratio if there were nothing else |",
         "| --- | --: | --: | --: | --: | --: |",
     ]
-    text = "The engine's own matrix products and attention, done again with nothing between them:"
+    text = "What the engine's own matrix products and attention take of its time:"
     return ["", text, "", *heading, *lines]
 
 

@@ -45,6 +45,7 @@ class SideBySide:
     patience: float = 0.0
     _probe: Callable[[], float] = field(default=lambda: 0.0)
     _baseline_times: list[float] = field(default_factory=list)
+    _core_times: list[float] = field(default_factory=list)
     _rates: list[float] = field(default_factory=list)
 
     def __call__(
@@ -60,7 +61,7 @@ class SideBySide:
         before: Callable[[], object] = lambda: None,
         flops_needed: int | None = None,
         product: Shape | None = None,
-        core: Callable[[], object] | None = None,
+        core: Callable[[], float] | None = None,
         budget: float = 4.0,
     ) -> None:
         """Check, then time.
@@ -72,7 +73,7 @@ class SideBySide:
             before: run before each of the engine's rounds, untimed.
             flops_needed: None takes the counted ones.
             product: the matrix product whose rate is the limit's; None is the machine's fastest.
-            core: the engine's own products alone, see `benchmarks.products`.
+            core: seconds of the engine's products, see `benchmarks.products`; timed in turns like the rest.
             budget: seconds that the rounds should take, of which there are `MIN_ROUNDS` to `MAX_ROUNDS`.
         """
         clock = self.machine.clock
@@ -102,9 +103,8 @@ class SideBySide:
         try:
             with Neighbours() as neighbours:
                 measure: Any = self.benchmark.pedantic  # untyped
-                measure(engine, setup=lambda: self._between(baseline, before), rounds=rounds)
+                measure(engine, setup=lambda: self._between(baseline, before, core), rounds=rounds)
                 self._rates.append(self._probe())
-                core_times = [] if core is None else [self._time(core) for _ in range(rounds)]
         finally:
             gc.enable()
         assert self.benchmark.stats is not None
@@ -126,7 +126,7 @@ class SideBySide:
             fastest_ratio=min(self._baseline_times) / min(engine_times),
             spread=max(_spread(engine_times), _spread(self._baseline_times)),
             others=neighbours.share,
-            core=1000 * statistics.median(core_times) if core_times else None,
+            core=1000 * statistics.median(self._core_times) if self._core_times else None,
         )
         self.record(row)
         self.benchmark.extra_info |= {
@@ -155,11 +155,15 @@ class SideBySide:
         error = relative_rms(engine, baseline)
         assert error <= TOLERANCES[self.machine.dtype], f"engine and baseline differ by {error:.2g}"
 
-    def _between(self, baseline: Callable[[], Any], before: Callable[[], object]) -> None:
-        """What happens before each of the engine's rounds: a round of the baseline."""
+    def _between(
+        self, baseline: Callable[[], Any], before: Callable[[], object], core: Callable[[], float] | None
+    ) -> None:
+        """What happens before each of the engine's rounds: a round of the baseline, and one of the core."""
         if sum(self._baseline_times) >= len(self._rates) * PROBE_EVERY:
             self._rates.append(self._probe())
         self._baseline_times.append(self._time(baseline))
+        if core is not None:
+            self._core_times.append(core())
         before()
 
 

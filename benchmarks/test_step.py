@@ -56,7 +56,7 @@ def test_step(name: str, pixels: int, batch: int, models: ModelsOf, mask: Labels
         moved=weights,
         flops_needed=needed,
         product=job.product,
-        core=products.recorded(job.eager_step),
+        core=products.within(job.eager_step, compare.machine.clock),
     )
     # LoRA and experts come on top, and weigh something in narrow models only.
     assert compare.benchmark.extra_info["engine_flops"] == pytest.approx(needed, rel=0.25 if name == "tiny" else 0.05)
