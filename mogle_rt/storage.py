@@ -14,6 +14,7 @@ import os
 import shutil
 import struct
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -218,12 +219,13 @@ def replace_together(folder: Path, last: str) -> Iterator[Path]:
     Raises:
         OutputError: a name is a folder's, or ``folder`` can't be written to.
     """
-    new = folder / f".{os.getpid()}.part"
+    with _as_output_error(folder):
+        new = Path(tempfile.mkdtemp(prefix=".", suffix=".part", dir=folder))  # not in the way of one left by a kill
     old = new / "old"
     settled = True
     try:
         with _as_output_error(new):
-            old.mkdir(parents=True)
+            old.mkdir()
         yield new
         names = sorted((p.name for p in new.iterdir() if p != old), key=lambda name: (name == last, name))
         had = {name for name in names if (folder / name).exists()}
