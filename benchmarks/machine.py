@@ -76,8 +76,9 @@ class Machine:
         x = torch.randn((rows, inner), device=self.device, dtype=self.dtype)
         weight = torch.randn((outer, inner), device=self.device, dtype=self.dtype)
         calls: list[Callable[[], Tensor]] = [lambda: linear(x, weight)]
-        if onednn.available(weight):
-            calls.append(lambda: onednn.linear(x, weight))
+        if onednn.packs(weight):
+            packed = onednn.pack(weight)
+            calls.append(lambda: onednn.linear(x, packed))
         return min(calls, key=self._best)
 
     def _best(self, run: Callable[[], object], at_least: float = 0.3) -> float:

@@ -17,6 +17,7 @@ import torch
 
 PIXELS = 64  # small, so that weights dominate
 TEXT = 32
+STEPS = 28
 
 
 def peak() -> int:
@@ -51,13 +52,18 @@ def load_baseline(folder: Path) -> Any:
     return Baseline.from_files(folder / "flux", folder / "pytorch_lora_weights.safetensors", folder / "mogle.pt")
 
 
+def stop(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> None:
+    """After the first step."""
+    pipe.interrupt = True
+
+
 def first_step(model: Any, labels: torch.Tensor, prompt: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-    """Mask and first step of an image, which every weight but the decoder's has a part in: latents (1, N, 64)."""
+    """Mask and first step of an image of many, in which every weight but the decoder's has a part: latents (1, N, 64)."""
     from benchmarks.baseline import Baseline, schedule
 
     noise = torch.randn(1, (PIXELS // 16) ** 2, 64, generator=torch.Generator().manual_seed(0))
     if isinstance(model, Baseline):
-        timesteps, sigmas = schedule(1, noise.shape[1])
+        timesteps, sigmas = schedule(STEPS, noise.shape[1])
         mask = model.encode_mask(labels)
         return model.step(0, timesteps, sigmas, mask, noise, prompt, pooled, 3.5, PIXELS, PIXELS)
     return model(
@@ -65,10 +71,11 @@ def first_step(model: Any, labels: torch.Tensor, prompt: torch.Tensor, pooled: t
         prompt_embeds=prompt,
         pooled_prompt_embeds=pooled,
         latents=noise,
-        num_inference_steps=1,
+        num_inference_steps=STEPS,
         height=PIXELS,
         width=PIXELS,
         output_type="latent",
+        callback_on_step_end=stop,
     ).images
 
 

@@ -9,6 +9,7 @@ makes or uses these columns anyway.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -33,15 +34,39 @@ def empty_parameter(*shape: int) -> nn.Parameter:
 class Linear(nn.Module):
     """Weights of y = x Wᵀ + b; `Product` computes it.
 
-    ``padding`` further columns of y are zeros: where rows of another layer's output have so many more, and lie in one
-    buffer with these, cuBLAS adds the bias in its epilogue only if no gaps are left between the rows.
+    Args:
+        padding: so many further columns of y are zeros: where rows of another layer's output have so many more, and
+            lie in one buffer with these, cuBLAS adds the bias in its epilogue only if no gaps are left between the rows.
+        parts: the columns of y that products ask for, which together are all; by default all at once.
     """
 
-    def __init__(self, in_features: int, out_features: int, padding: int = 0) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, padding: int = 0, parts: tuple[slice, ...] = (slice(None),)
+    ) -> None:
         super().__init__()
-        self.padding = padding
+        self.padding, self._parts = padding, parts
         self.weight = empty_parameter(out_features + padding, in_features)
         self.bias = empty_parameter(out_features + padding)
+        self._packed: dict[tuple[int, int, int], Tensor] = {}
+
+    @property
+    def packable(self) -> bool:
+        """Whether `pack` makes products faster."""
+        return all(onednn.packs(self.weight[part]) for part in self._parts)
+
+    def pack(self, done: Callable[[], None]) -> None:
+        """Lay the weight out as oneDNN reads it; the plain one goes. ``done`` is called after each part of it."""
+        for part in self._parts:
+            self._packed[self._key(part)] = onednn.pack(self.weight[part].detach())
+            done()
+        self.weight = empty_parameter(*self.weight.shape)
+
+    def rows(self, part: slice) -> Tensor:
+        """The weight of these columns of y, [part, in]: a view of the whole, or packed."""
+        return self._packed[self._key(part)] if self._packed else self.weight[part].detach()
+
+    def _key(self, part: slice) -> tuple[int, int, int]:
+        return part.indices(len(self.bias))
 
 
 class LoraLinear(Linear):
@@ -52,11 +77,18 @@ class LoraLinear(Linear):
     [out + R, in], the latter with a bias of out + R.
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int, ride: Ride = Ride.NONE) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        ride: Ride = Ride.NONE,
+        parts: tuple[slice, ...] = (slice(None),),
+    ) -> None:
         self.ride, self.rank = ride, rank
         self.in_columns = in_features + (rank if ride is Ride.INPUT else 0)
         self.out_columns = out_features + (rank if ride is Ride.OUTPUT else 0)
-        super().__init__(self.in_columns, self.out_columns)
+        super().__init__(self.in_columns, self.out_columns, parts=parts)
         self.lora_down = empty_parameter(in_features, rank)
         self.lora_up = empty_parameter(rank, out_features)
 
@@ -106,26 +138,26 @@ class Product:
         gelu_scratch: Tensor | None = None,
         stays: bool = True,
     ) -> None:
-        weight = layer.weight[columns].detach()
+        weight = layer.rows(columns)
         widths = split or (weight.shape[1],)
-        self._bias, self._weights = layer.bias[columns].detach(), [w.t() for w in weight.split(widths, dim=1)]
-        self._weight, self._out, self._stays = weight, flat(out), stays
+        self._bias, self._out, self._stays = layer.bias[columns].detach(), flat(out), stays
+        self._packed = weight if weight.is_mkldnn else None
+        self._weights = [] if weight.is_mkldnn else [w.t() for w in weight.split(widths, dim=1)]
         self._scratch = None if gelu_scratch is None else flat(gelu_scratch)
         self._downs: list[Tensor] = []
         if isinstance(layer, LoraLinear) and layer.ride is Ride.NONE and lora_from < out.shape[0]:
             self._tail_from = lora_from * out.shape[1]
             self._up = layer.lora_up[:, columns].detach()
             self._downs = list(layer.lora_down.detach().split(widths))
-        self._by_onednn = len(widths) == 1 and onednn.serves(weight, len(self._out))
         # Where a library does GELU with the product, it is no pass of its own. It comes after the LoRA, if there is one.
-        with_gelu = self._by_onednn or out.device.type in ("cuda", "meta")
+        with_gelu = weight.is_mkldnn or out.device.type in ("cuda", "meta")
         self._gelu_within = gelu_scratch is not None and with_gelu and not self._downs
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """inputs: [l * B, …]. Returns [l * B, columns]: ``out``, if it stays there, else that or memory of its own."""
         first, *others = inputs
-        if self._by_onednn:
-            y = onednn.linear(first, self._weight, self._bias, gelu=self._gelu_within)
+        if self._packed is not None:
+            y = onednn.linear(first, self._packed, self._bias, gelu=self._gelu_within)
         elif self._gelu_within:
             y = torch._addmm_activation(self._bias, first, self._weights[0], use_gelu=True, out=self._out)
         else:

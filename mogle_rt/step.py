@@ -62,7 +62,7 @@ class Buffers:
     """
 
     def __init__(self, transformer: Transformer, layout: Layout, batch: int) -> None:
-        like, D = transformer.proj_out.weight, transformer.config.width
+        like, D = transformer.proj_out.bias, transformer.config.width
         C = transformer.config.in_channels
         lora = [m for m in transformer.modules() if isinstance(m, LoraLinear)]
         before = max((m.in_columns - D for m in lora if m.down_before is not None), default=0)
@@ -251,15 +251,14 @@ class Single(Sublayer):
 
     def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
         self.ops, self.layout, self.rope, self.norm_qk = ops, layout, rope, block.norm_qk
-        D, bounds, lora_from = b.x.shape[-1], layout.single_bounds, layout.single_lora_from
+        bounds, lora_from = layout.single_bounds, layout.single_lora_from
         normed, y = b.normed[..., : block.qkv_mlp.in_columns], first_columns(b.y, layout.total, block.out.out_columns)
         self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv_mlp.down_before, lora_from)
         self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from, b.clips)
         self.normed = flat(normed)
-        self.project_qkv = Product(block.qkv_mlp, b.qkv, lora_from, columns=slice(0, 3 * D), stays=False)
+        self.project_qkv = Product(block.qkv_mlp, b.qkv, lora_from, columns=block.qkv, stays=False)
         self.out = SingleOut(block, b, slice(None), y, lora_from)
-        mlp = slice(3 * D, None)
-        self.project_mlp = Product(block.qkv_mlp, self.out.hidden, lora_from, columns=mlp, gelu_scratch=b.scratch)
+        self.project_mlp = Product(block.qkv_mlp, self.out.hidden, lora_from, columns=block.mlp, gelu_scratch=b.scratch)
         self.batch, self.size = b.x.shape[1], block.norm_qk.shape[-1]
 
     def run(self) -> None:
@@ -286,11 +285,12 @@ class LastSingle(Sublayer):
         self.batch, self.size = b.x.shape[1], block.norm_qk.shape[-1]
         kv = first_columns(b.qkv, layout.total, 2 * D)
         q = b.qkv.view(-1)[kv.numel() :][: b.image.numel()].view(b.image.shape)
-        self.project_kv = Product(block.qkv_mlp, kv, lora_from, columns=slice(D, 3 * D), stays=False)
-        self.project_q = Product(block.qkv_mlp, q, image_lora_from, columns=slice(0, D), stays=False)
+        self.project_kv = Product(block.qkv_mlp, kv, lora_from, columns=block.kv, stays=False)
+        self.project_q = Product(block.qkv_mlp, q, image_lora_from, columns=block.q, stays=False)
         self.out = SingleOut(block, b, image, y, image_lora_from)
-        mlp, scratch = slice(3 * D, None), b.scratch[image]
-        self.project_mlp = Product(block.qkv_mlp, self.out.hidden, image_lora_from, columns=mlp, gelu_scratch=scratch)
+        self.project_mlp = Product(
+            block.qkv_mlp, self.out.hidden, image_lora_from, columns=block.mlp, gelu_scratch=b.scratch[image]
+        )
         self.norm_q, self.norm_k = block.norm_qk[:, :1], block.norm_qk[:, 1:]
         self.image_rope = rope[image]
 

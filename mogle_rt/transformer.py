@@ -104,14 +104,20 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """All streams in one sequence; attention and MLP side by side."""
+    """All streams in one sequence; attention and MLP side by side.
 
-    def __init__(self, config: TransformerConfig, ranks: dict[str, int], riding: bool) -> None:
+    Attributes:
+        q, kv, qkv, mlp: columns of ``qkv_mlp``'s output. The last block needs q of fewer rows than k and v.
+    """
+
+    def __init__(self, config: TransformerConfig, ranks: dict[str, int], riding: bool, last: bool) -> None:
         super().__init__()
         D, M = config.width, MLP_RATIO * config.width
         before, after = (Ride.INPUT, Ride.OUTPUT) if riding else (Ride.NONE, Ride.NONE)
+        self.q, self.kv, self.qkv, self.mlp = slice(0, D), slice(D, 3 * D), slice(0, 3 * D), slice(3 * D, 3 * D + M)
+        parts = (self.q, self.kv, self.mlp) if last else (self.qkv, self.mlp)
         self.norm_qk = empty_parameter(1, 2, config.attention_head_dim)
-        self.qkv_mlp = LoraLinear(D, 3 * D + M, ranks["qkv_mlp"], before)
+        self.qkv_mlp = LoraLinear(D, 3 * D + M, ranks["qkv_mlp"], before, parts)
         self.out = LoraLinear(D + M, D, ranks["out"], after)
 
 
@@ -152,7 +158,8 @@ class Transformer(nn.Module):
         self.x_embedder = LoraLinear(C, D, ranks["x_embedder"])
         self.context_embedder = nn.Linear(config.joint_attention_dim, D, device="meta")
         self.blocks = nn.ModuleList(DoubleBlock(config, double_ranks(i), riding) for i in range(config.num_layers))
+        count = config.num_single_layers
         self.single_blocks = nn.ModuleList(
-            SingleBlock(config, single_ranks(i), riding) for i in range(config.num_single_layers)
+            SingleBlock(config, single_ranks(i), riding, last=i == count - 1) for i in range(count)
         )
         self.proj_out = Linear(D, C)
