@@ -250,61 +250,61 @@ class Single(Sublayer):
     """A single block: attention and MLP side by side."""
 
     def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
-        self.ops, self.layout, self.rope, self.norm_qk = ops, layout, rope, block.norm_qk
+        self.ops, self.layout = ops, layout
         bounds, lora_from = layout.single_bounds, layout.single_lora_from
         normed, y = b.normed[..., : block.qkv_mlp.in_columns], first_columns(b.y, layout.total, block.out.out_columns)
         self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv_mlp.down_before, lora_from)
         self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from, b.clips)
         self.normed = flat(normed)
-        self.project_qkv = Product(block.qkv_mlp, b.qkv, lora_from, columns=block.qkv, stays=False)
+        self.project_qkv = Product(block.qkv_mlp, b.qkv, lora_from, columns=block.qkv)
+        qkv = heads(flat(b.qkv), b.x.shape[1], 3, block.norm_qk.shape[-1])
+        self.norm_rope = ops.qk_norm_rope(qkv, block.norm_qk, (layout.total,), rope)
+        self.q, self.k, self.v = qkv.unbind(2)
         self.out = SingleOut(block, b, slice(None), y, lora_from)
         self.project_mlp = Product(block.qkv_mlp, self.out.hidden, lora_from, columns=block.mlp, gelu_scratch=b.scratch)
-        self.batch, self.size = b.x.shape[1], block.norm_qk.shape[-1]
 
     def run(self) -> None:
-        layout = self.layout
         self.project_mlp(self.normed)
-        qkv = heads(self.project_qkv(self.normed), self.batch, 3, self.size)
-        self.ops.qk_norm_rope(qkv, self.norm_qk, (layout.total,), self.rope)()
-        q, k, v = qkv.unbind(2)
-        attention = self.ops.joint_attention(q, k, v, layout.condition_from, layout.plan)
-        self.out(attention)
+        self.project_qkv(self.normed)
+        self.norm_rope()
+        layout = self.layout
+        self.out(self.ops.joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan))
 
 
 class LastSingle(Sublayer):
     """The last single block, whose output is wanted in image rows: it needs their q and MLP only, and every k and v."""
 
     def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
-        self.ops, self.layout, self.rope = ops, layout, rope
+        self.ops, self.layout = ops, layout
         D, lora_from = b.x.shape[-1], layout.single_lora_from
         image, image_lora_from = layout.image_rows, 0 if layout.latent_lora else layout.image
         normed, y = b.normed[..., : block.qkv_mlp.in_columns], first_columns(b.y, layout.image, block.out.out_columns)
         self.norm = Norm(b.x, mod[1], mod[0], layout.single_bounds, normed, block.qkv_mlp.down_before, lora_from)
         self.addition = Addition(b.image, y, mod[2][:1], (layout.image,), block.out.up_after, image_lora_from, b.clips)
         self.normed, self.normed_image = flat(normed), flat(normed[image])
-        self.batch, self.size = b.x.shape[1], block.norm_qk.shape[-1]
         kv = first_columns(b.qkv, layout.total, 2 * D)
         q = b.qkv.view(-1)[kv.numel() :][: b.image.numel()].view(b.image.shape)
-        self.project_kv = Product(block.qkv_mlp, kv, lora_from, columns=block.kv, stays=False)
-        self.project_q = Product(block.qkv_mlp, q, image_lora_from, columns=block.q, stays=False)
+        self.project_kv = Product(block.qkv_mlp, kv, lora_from, columns=block.kv)
+        self.project_q = Product(block.qkv_mlp, q, image_lora_from, columns=block.q)
+        batch, size = b.x.shape[1], block.norm_qk.shape[-1]
+        q_heads, kv_heads = heads(flat(q), batch, 1, size), heads(flat(kv), batch, 2, size)
+        self.norm_rope_q = ops.qk_norm_rope(q_heads, block.norm_qk[:, :1], (layout.image,), rope[image])
+        self.norm_rope_k = ops.qk_norm_rope(kv_heads, block.norm_qk[:, 1:], (layout.total,), rope)
+        self.q, (self.k, self.v) = q_heads[:, :, 0], kv_heads.unbind(2)
         self.out = SingleOut(block, b, image, y, image_lora_from)
         self.project_mlp = Product(
             block.qkv_mlp, self.out.hidden, image_lora_from, columns=block.mlp, gelu_scratch=b.scratch[image]
         )
-        self.norm_q, self.norm_k = block.norm_qk[:, :1], block.norm_qk[:, 1:]
-        self.image_rope = rope[image]
 
     def run(self) -> None:
-        layout = self.layout
         self.project_mlp(self.normed_image)
-        kv = heads(self.project_kv(self.normed), self.batch, 2, self.size)
-        q = heads(self.project_q(self.normed_image), self.batch, 1, self.size)
-        self.ops.qk_norm_rope(q, self.norm_q, (layout.image,), self.image_rope)()
-        self.ops.qk_norm_rope(kv, self.norm_k, (layout.total,), self.rope)()
-        k, v = kv.unbind(2)
+        self.project_kv(self.normed)
+        self.project_q(self.normed_image)
+        self.norm_rope_q()
+        self.norm_rope_k()
+        layout = self.layout
         # Image queries belong to "the rest" whatever is switched: the condition's own queries are simply absent.
-        attention = self.ops.joint_attention(q[:, :, 0], k, v, layout.condition_from, layout.plan)
-        self.out(attention)
+        self.out(self.ops.joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan))
 
 
 class Step:

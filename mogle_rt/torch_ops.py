@@ -146,12 +146,15 @@ def qk_norm_rope(x: Tensor, norm_weight: Tensor, bounds: tuple[int, ...], rope: 
         rope: complex [L, 1, 1, 1, d / 2].
     """
     qk, size = x[:, :, : norm_weight.shape[1]], x.shape[-1]
-    groups = list(zip(qk.split(_sizes(bounds)), norm_weight.unsqueeze(2).unbind(), strict=True))
+    # Spread over the heads, the weights' innermost run is long, and the product vectorised well.
+    weights = norm_weight.unsqueeze(2).expand(-1, -1, x.shape[3], -1).contiguous()
+    groups = list(zip(qk.split(_sizes(bounds)), weights.unbind(), strict=True))
     pairs = qk.unflatten(-1, (-1, 2))
+    eps = torch.tensor(QK_NORM_EPS, device=x.device)
 
     def run() -> None:
         norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32)
-        qk.mul_(norm.square_().mul_(1 / size).add_(QK_NORM_EPS).rsqrt_())
+        qk.mul_(torch.addcmul(eps, norm, norm, value=1 / size).rsqrt_())
         for rows, weight in groups:
             rows.mul_(weight)
         if qk.dtype == torch.float32:
