@@ -18,6 +18,7 @@ import torch
 PIXELS = 64  # small, so that weights dominate
 TEXT = 32
 STEPS = 28
+GUIDANCE = 3.5
 
 
 def peak() -> int:
@@ -58,25 +59,50 @@ def stop(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) 
 
 
 def first_step(model: Any, labels: torch.Tensor, prompt: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-    """Mask and first step of an image of many, in which every weight but the decoder's has a part: latents (1, N, 64)."""
+    """Mask and first step of an image, in which every weight but the decoder's has a part: latents (1, N, 64)."""
     from benchmarks.baseline import Baseline, schedule
 
-    noise = torch.randn(1, (PIXELS // 16) ** 2, 64, generator=torch.Generator().manual_seed(0))
     if isinstance(model, Baseline):
-        timesteps, sigmas = schedule(STEPS, noise.shape[1])
+        start = noise()
+        timesteps, sigmas = schedule(STEPS, start.shape[1])
         mask = model.encode_mask(labels)
-        return model.step(0, timesteps, sigmas, mask, noise, prompt, pooled, 3.5, PIXELS, PIXELS)
-    return model(
+        return model.step(0, timesteps, sigmas, mask, start, prompt, pooled, GUIDANCE, PIXELS, PIXELS)
+    return by_pipeline(model, labels, prompt, pooled, output_type="latent", callback_on_step_end=stop)
+
+
+def first_image(model: Any, labels: torch.Tensor, prompt: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    """(1, 3, H, W)"""
+    from benchmarks.baseline import Baseline
+
+    if isinstance(model, Baseline):
+        image = model(labels, prompt, pooled, noise(), STEPS, GUIDANCE, height=PIXELS, width=PIXELS)["image"]
+        assert isinstance(image, torch.Tensor)
+        return image
+    return by_pipeline(model, labels, prompt, pooled, output_type="pt")
+
+
+def by_pipeline(
+    pipe: Any, labels: torch.Tensor, prompt: torch.Tensor, pooled: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """The runtime's images or latents."""
+    images = pipe(
         labels.numpy(),
         prompt_embeds=prompt,
         pooled_prompt_embeds=pooled,
-        latents=noise,
+        latents=noise(),
         num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
         height=PIXELS,
         width=PIXELS,
-        output_type="latent",
-        callback_on_step_end=stop,
+        **options,
     ).images
+    assert isinstance(images, torch.Tensor)
+    return images
+
+
+def noise() -> torch.Tensor:
+    """(1, N, 64)"""
+    return torch.randn(1, (PIXELS // 16) ** 2, 64, generator=torch.Generator().manual_seed(0))
 
 
 def step_inputs(joint: int, pooled: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

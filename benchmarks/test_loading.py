@@ -6,8 +6,11 @@ import gc
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from benchmarks import peak
 from benchmarks.conftest import ModelsOf
@@ -42,7 +45,29 @@ def test_load(models: ModelsOf, compare: SideBySide) -> None:
     )
 
 
-def test_load_and_use(models: ModelsOf, compare: SideBySide) -> None:
+def test_load_and_draw(models: ModelsOf, compare: SideBySide) -> None:
+    """From nothing to a small image: loading, preparing and 28 steps."""
+    side = models(SIZE)
+    config = side.size.transformer
+    inputs = peak.step_inputs(config.joint_attention_dim, config.pooled_projection_dim)
+    compare(
+        "load",
+        f"{SIZE}, until the first image of {peak.STEPS} steps",
+        lambda: quietly(peak.first_image, side.folder, inputs),
+        lambda: peak.first_image(peak.load_baseline(side.folder), *inputs),
+        before=gc.collect,
+        budget=16,
+    )
+
+
+def quietly(what: Callable[..., Tensor], folder: Path, inputs: tuple[Tensor, ...]) -> Tensor:
+    """By the runtime, without a bar."""
+    pipe = peak.load_engine(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return what(pipe, *inputs)
+
+
+def test_load_and_step(models: ModelsOf, compare: SideBySide) -> None:
     """Until the first step of a small image is done, so that every weight was read."""
     side = models(SIZE)
     config = side.size.transformer
@@ -50,7 +75,7 @@ def test_load_and_use(models: ModelsOf, compare: SideBySide) -> None:
     compare(
         "load",
         f"{SIZE}, until the first step",
-        lambda: peak.first_step(peak.load_engine(side.folder), *inputs),
+        lambda: quietly(peak.first_step, side.folder, inputs),
         lambda: peak.first_step(peak.load_baseline(side.folder), *inputs),
         before=gc.collect,
         moved=side.path.stat().st_size,

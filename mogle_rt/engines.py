@@ -12,14 +12,14 @@ from mogle_rt.attention import AttentionPlan
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import ModelConfig
 from mogle_rt.graphs import Runner, Runners
-from mogle_rt.loading import LazyWeights, load_mogle, load_transformer, pack_transformer
+from mogle_rt.loading import LazyWeights, load_mogle, load_transformer
 from mogle_rt.modulation import ModulationTables, modulation_tables, time_embedding
 from mogle_rt.ops import choose
+from mogle_rt.packing import STEPS_TO_PACK, pack, to_pack
 from mogle_rt.sampling import Schedule
 from mogle_rt.step import Step, StepInputs
 from mogle_rt.transformer import Layout, rope_table
 
-STEPS_TO_PACK = 4  # laying weights out anew took as long as it saves in two to four steps
 SHAPES_KEPT = 4  # on a GPU: shapes whose graphs are kept
 
 
@@ -135,9 +135,10 @@ class TorchEngine:
             sigma_steps=schedule.sigmas.diff().to(self.device),
         )
         self.weights.release("transformer.context_embedder.weight")  # no step needs it
-        if len(schedule) >= STEPS_TO_PACK:
-            pack_transformer(self.transformer, self.weights.bundle)
         self._runner = None  # where its shapes are not kept, its buffers go before new ones come
+        if len(schedule) >= STEPS_TO_PACK and (layers := to_pack(self.transformer, self.weights.bundle)):
+            self._runners.clear()  # their steps hold the plain weights
+            pack(layers, self.weights.bundle)
         self._runner = self._runners.get(
             shapes,
             inputs,

@@ -145,6 +145,10 @@ class Runners:
     def __len__(self) -> int:
         return len(self._runners)
 
+    def clear(self) -> None:
+        """Forget all."""
+        self._runners.clear()
+
     def find(self, shapes: Hashable) -> Step | None:
         """The step of these shapes, if there is one."""
         runner = self._runners.get(shapes)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
-import psutil  # type: ignore[import-untyped]
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mogle_rt import schema
 from mogle_rt.checkpoint import Bundle
-from mogle_rt.config import NUM_EXPERTS, TransformerConfig
+from mogle_rt.config import NUM_EXPERTS
 from mogle_rt.lora import Linear, LoraLinear, Ride
 from mogle_rt.mogle import MixtureOfExperts
 from mogle_rt.schema import EXPERT_NAMES, Stacked
@@ -73,46 +71,14 @@ def load_transformer(bundle: Bundle, device: torch.device, dtype: torch.dtype, *
         assign(model, f"{layer}.weight", weight)
         assign(model, f"{layer}.bias", bias)
 
-    for layer, stacked in _linears(config):
+    for name in schema.EMBEDDERS:
+        fill(name, Stacked((name,)))
+    for layer, stacked in schema.in_blocks(config, schema.DOUBLE_STACKED, schema.SINGLE_STACKED):
         fill(layer, stacked)
-    for layer, stacked in _in_blocks(config, schema.DOUBLE_NORM_STACKED, schema.SINGLE_NORM_STACKED):
+    for layer, stacked in schema.in_blocks(config, schema.DOUBLE_NORM_STACKED, schema.SINGLE_NORM_STACKED):
         value = stack(f"{s}.weight" for s in stacked.sources)
         assign(model, layer, value.view(-1, 2, config.attention_head_dim))
     return model.eval()
-
-
-def _in_blocks(
-    config: TransformerConfig, double: Mapping[str, Stacked], single: Mapping[str, Stacked]
-) -> Iterator[tuple[str, Stacked]]:
-    """Layers of all blocks: the runtime's name, and what is stored."""
-    for stack_name, count, table in (
-        ("blocks", config.num_layers, double),
-        ("single_blocks", config.num_single_layers, single),
-    ):
-        for i in range(count):
-            for layer, stacked in table.items():
-                yield f"{stack_name}.{i}.{layer}", stacked.at(i)
-
-
-def _linears(config: TransformerConfig) -> Iterator[tuple[str, Stacked]]:
-    """All linear layers: the runtime's name, and what is stored."""
-    yield from ((name, Stacked((name,))) for name in schema.EMBEDDERS)
-    yield from _in_blocks(config, schema.DOUBLE_STACKED, schema.SINGLE_STACKED)
-
-
-def pack_transformer(model: Transformer, bundle: Bundle) -> None:
-    """Lay the weights out anew where that makes products faster, see `Linear.pack`, if they find room.
-
-    The file's own needn't stay in memory then, and don't. (The system may drop a file's pages when memory is short, and
-    read them again; not those of weights that are laid out anew.)
-    """
-    layers = [(model.get_submodule(name), stacked) for name, stacked in _linears(model.config)]
-    waiting = [(layer, stacked) for layer, stacked in layers if isinstance(layer, Linear) and layer.packable]
-    if sum(layer.weight.nbytes for layer, _ in waiting) > psutil.virtual_memory().available:
-        return
-    # The largest first: while one is laid out it is there twice, which counts most at the end.
-    for layer, stacked in sorted(waiting, key=lambda item: -item[0].weight.nbytes):
-        layer.pack(partial(bundle.release, [f"transformer.{s}.weight" for s in stacked.sources]))
 
 
 def load_lora(

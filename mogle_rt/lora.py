@@ -1,7 +1,7 @@
 """Linear layers whose low-rank branch acts on the last rows only (the condition's; REFERENCE: LoRA on the branch).
 
 One product with the base weight serves all rows. The branch comes on top in one of three ways (`Ride`): as two small
-products over its own rows, added in place (best on a CPU, where weights stay views of the file); or riding along with
+products over its own rows, added in place (best on a CPU); or riding along with
 the product, in further columns of its input or of its output, which costs no pass of its own where a fused kernel
 makes or uses these columns anyway.
 """
@@ -52,14 +52,15 @@ class Linear(nn.Module):
     @property
     def packable(self) -> bool:
         """Whether `pack` makes products faster."""
-        return all(onednn.packs(self.weight[part]) for part in self._parts)
+        return onednn.packs(self.weight)
 
     def pack(self, done: Callable[[], None]) -> None:
         """Lay the weight out as oneDNN reads it; the plain one goes. ``done`` is called after each part of it."""
+        packed = {}
         for part in self._parts:
-            self._packed[self._key(part)] = onednn.pack(self.weight[part].detach())
+            packed[self._key(part)] = onednn.pack(self.weight[part].detach())
             done()
-        self.weight = empty_parameter(*self.weight.shape)
+        self._packed, self.weight = packed, empty_parameter(*self.weight.shape)
 
     def rows(self, part: slice) -> Tensor:
         """The weight of these columns of y, [part, in]: a view of the whole, or packed."""
@@ -141,8 +142,9 @@ class Product:
         weight = layer.rows(columns)
         widths = split or (weight.shape[1],)
         self._bias, self._out, self._stays = layer.bias[columns].detach(), flat(out), stays
-        self._packed = weight if weight.is_mkldnn else None
-        self._weights = [] if weight.is_mkldnn else [w.t() for w in weight.split(widths, dim=1)]
+        by_onednn = len(widths) == 1 and onednn.serves(weight, len(self._out))
+        self._for_onednn = weight if by_onednn else None
+        self._weights = [] if by_onednn else [w.t() for w in weight.split(widths, dim=1)]
         self._scratch = None if gelu_scratch is None else flat(gelu_scratch)
         self._downs: list[Tensor] = []
         if isinstance(layer, LoraLinear) and layer.ride is Ride.NONE and lora_from < out.shape[0]:
@@ -150,14 +152,14 @@ class Product:
             self._up = layer.lora_up[:, columns].detach()
             self._downs = list(layer.lora_down.detach().split(widths))
         # Where a library does GELU with the product, it is no pass of its own. It comes after the LoRA, if there is one.
-        with_gelu = weight.is_mkldnn or out.device.type in ("cuda", "meta")
+        with_gelu = by_onednn or out.device.type in ("cuda", "meta")
         self._gelu_within = gelu_scratch is not None and with_gelu and not self._downs
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """inputs: [l * B, …]. Returns [l * B, columns]: ``out``, if it stays there, else that or memory of its own."""
         first, *others = inputs
-        if self._packed is not None:
-            y = onednn.linear(first, self._packed, self._bias, gelu=self._gelu_within)
+        if self._for_onednn is not None:
+            y = onednn.linear(first, self._for_onednn, self._bias, gelu=self._gelu_within)
         elif self._gelu_within:
             y = torch._addmm_activation(self._bias, first, self._weights[0], use_gelu=True, out=self._out)
         else:

@@ -6,7 +6,7 @@ Shapes are written in symbols: D model width, d head size, J text width, P poole
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mogle_rt.config import MLP_RATIO, NUM_CLASSES, NUM_EXPERTS, MogleConfig, TransformerConfig
@@ -215,3 +215,16 @@ SINGLE_STACKED = {
 # RMSNorm weights of q and k, of text and of the rest, are one [2, 2, d] tensor in the runtime; [1, 2, d] in single blocks.
 DOUBLE_NORM_STACKED = {"norm_qk": Stacked(DOUBLE_NORMS[2:] + DOUBLE_NORMS[:2])}
 SINGLE_NORM_STACKED = {"norm_qk": Stacked(SINGLE_NORMS)}
+
+
+def in_blocks(
+    config: TransformerConfig, double: Mapping[str, Stacked], single: Mapping[str, Stacked]
+) -> Iterator[tuple[str, Stacked]]:
+    """Layers of such tables in every block: the runtime's full name, and what is stored."""
+    for stack, count, table in (
+        ("blocks", config.num_layers, double),
+        ("single_blocks", config.num_single_layers, single),
+    ):
+        for i in range(count):
+            for layer, stacked in table.items():
+                yield f"{stack}.{i}.{layer}", stacked.at(i)

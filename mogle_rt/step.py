@@ -256,12 +256,13 @@ class Single(Sublayer):
         self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv_mlp.down_before, lora_from)
         self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from, b.clips)
         self.normed = flat(normed)
-        self.project_qkv = Product(block.qkv_mlp, b.qkv, lora_from, columns=block.qkv)
+        self.project_qkv = Product(block.qkv_mlp, b.qkv, lora_from, columns=block.qkv_columns)
         qkv = heads(flat(b.qkv), b.x.shape[1], 3, block.norm_qk.shape[-1])
         self.norm_rope = ops.qk_norm_rope(qkv, block.norm_qk, (layout.total,), rope)
         self.q, self.k, self.v = qkv.unbind(2)
         self.out = SingleOut(block, b, slice(None), y, lora_from)
-        self.project_mlp = Product(block.qkv_mlp, self.out.hidden, lora_from, columns=block.mlp, gelu_scratch=b.scratch)
+        columns, hidden = block.mlp_columns, self.out.hidden
+        self.project_mlp = Product(block.qkv_mlp, hidden, lora_from, columns=columns, gelu_scratch=b.scratch)
 
     def run(self) -> None:
         self.project_mlp(self.normed)
@@ -284,8 +285,8 @@ class LastSingle(Sublayer):
         self.normed, self.normed_image = flat(normed), flat(normed[image])
         kv = first_columns(b.qkv, layout.total, 2 * D)
         q = b.qkv.view(-1)[kv.numel() :][: b.image.numel()].view(b.image.shape)
-        self.project_kv = Product(block.qkv_mlp, kv, lora_from, columns=block.kv)
-        self.project_q = Product(block.qkv_mlp, q, image_lora_from, columns=block.q)
+        self.project_kv = Product(block.qkv_mlp, kv, lora_from, columns=block.kv_columns)
+        self.project_q = Product(block.qkv_mlp, q, image_lora_from, columns=block.q_columns)
         batch, size = b.x.shape[1], block.norm_qk.shape[-1]
         q_heads, kv_heads = heads(flat(q), batch, 1, size), heads(flat(kv), batch, 2, size)
         self.norm_rope_q = ops.qk_norm_rope(q_heads, block.norm_qk[:, :1], (layout.image,), rope[image])
@@ -293,7 +294,7 @@ class LastSingle(Sublayer):
         self.q, (self.k, self.v) = q_heads[:, :, 0], kv_heads.unbind(2)
         self.out = SingleOut(block, b, image, y, image_lora_from)
         self.project_mlp = Product(
-            block.qkv_mlp, self.out.hidden, image_lora_from, columns=block.mlp, gelu_scratch=b.scratch[image]
+            block.qkv_mlp, self.out.hidden, image_lora_from, columns=block.mlp_columns, gelu_scratch=b.scratch[image]
         )
 
     def run(self) -> None:
@@ -330,9 +331,9 @@ class Step:
             assert isinstance(block, DoubleBlock)
             self.links.append(DoubleAttention(block, mod, b, inputs.rope, layout, ops))
             self.links.append(DoubleMlp(block, mod, b, layout, ops))
-        for i, (block, mod) in enumerate(zip(transformer.single_blocks, self.modulation.single, strict=True)):
+        for block, mod in zip(transformer.single_blocks, self.modulation.single, strict=True):
             assert isinstance(block, SingleBlock)
-            kind = LastSingle if i == len(transformer.single_blocks) - 1 else Single
+            kind = LastSingle if block.last else Single
             self.links.append(kind(block, mod, b, inputs.rope, layout, ops))
         scale, shift = self.modulation.out
         last = Norm(b.image, scale, shift, (layout.image,), b.normed[layout.image_rows, :, : transformer.config.width])

@@ -107,17 +107,19 @@ class SingleBlock(nn.Module):
     """All streams in one sequence; attention and MLP side by side.
 
     Attributes:
-        q, kv, qkv, mlp: columns of ``qkv_mlp``'s output. The last block needs q of fewer rows than k and v.
+        q_columns, kv_columns, qkv_columns, mlp_columns: of ``qkv_mlp``'s output.
+        last: whether it is the last block, which needs q of fewer rows than k and v.
     """
 
     def __init__(self, config: TransformerConfig, ranks: dict[str, int], riding: bool, last: bool) -> None:
         super().__init__()
         D, M = config.width, MLP_RATIO * config.width
         before, after = (Ride.INPUT, Ride.OUTPUT) if riding else (Ride.NONE, Ride.NONE)
-        self.q, self.kv, self.qkv, self.mlp = slice(0, D), slice(D, 3 * D), slice(0, 3 * D), slice(3 * D, 3 * D + M)
-        parts = (self.q, self.kv, self.mlp) if last else (self.qkv, self.mlp)
+        self.q_columns, self.kv_columns, self.qkv_columns = slice(0, D), slice(D, 3 * D), slice(0, 3 * D)
+        self.mlp_columns, self.last = slice(3 * D, 3 * D + M), last
+        parts = (self.q_columns, self.kv_columns) if last else (self.qkv_columns,)
         self.norm_qk = empty_parameter(1, 2, config.attention_head_dim)
-        self.qkv_mlp = LoraLinear(D, 3 * D + M, ranks["qkv_mlp"], before, parts)
+        self.qkv_mlp = LoraLinear(D, 3 * D + M, ranks["qkv_mlp"], before, (*parts, self.mlp_columns))
         self.out = LoraLinear(D + M, D, ranks["out"], after)
 
 

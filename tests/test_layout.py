@@ -23,7 +23,7 @@ LAYERS = [
     ["modulation", "mogle", "converter"],
     ["transformer", "conditioning", "text"],
     ["step", "arguments", "drawings"],
-    ["loading", "sampling", "graphs"],
+    ["loading", "packing", "sampling", "graphs"],
     ["engines", "manifest", "engine_file"],
     ["onnx_engine"],
     ["tensorrt_engine"],

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import re
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from mogle_rt import Pipeline, engines, onednn
+from mogle_rt import Pipeline, engines, onednn, packing
 from mogle_rt.checkpoint import Bundle
-from mogle_rt.config import ModelConfig
-from mogle_rt.engines import STEPS_TO_PACK, TorchEngine
-from mogle_rt.loading import pack_transformer
+from mogle_rt.engines import TorchEngine
 from mogle_rt.lora import Linear, LoraLinear, Product
+from mogle_rt.packing import STEPS_TO_PACK
 from mogle_rt.schema import transformer_tensors
-from tests.conftest import CASES, GoldenCase, assert_close
+from tests.checkpoints import Files
+from tests.conftest import CASES, GOLDEN, GoldenCase, assert_close
 from tests.test_golden import TOLERANCE, run_steps
+
+Bundles = Callable[[str], Path]
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"), reason="this PyTorch has no oneDNN"
@@ -43,36 +45,45 @@ def rng() -> torch.Generator:
 
 
 @pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """oneDNN for every product, whatever the weight's size and the run's length; says of each whether it did GELU."""
-    calls: list[bool] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
+    """oneDNN for every product, whatever its size; says of each whether the weight was packed and GELU done."""
+    calls: list[tuple[bool, bool]] = []
     linear = onednn.linear
 
-    def noted(x: Tensor, packed: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-        calls.append(gelu)
-        return linear(x, packed, bias, gelu=gelu)
+    def noted(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
+        calls.append((weight.is_mkldnn, gelu))
+        return linear(x, weight, bias, gelu=gelu)
 
     monkeypatch.setattr(onednn, "LEAST_WEIGHT", 0)
-    monkeypatch.setattr(engines, "STEPS_TO_PACK", 1)
+    monkeypatch.setattr(onednn, "ROWS_A_CHANNEL", 0)
     monkeypatch.setattr(onednn, "linear", noted)
     return calls
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 65, 33), (7, 33, 5), (64, 48, 192), (130, 257, 66)])
-def test_linear(rows: int, inner: int, outer: int, gelu: bool, rng: torch.Generator) -> None:
+def test_linear(rows: int, inner: int, outer: int, gelu: bool, packed: bool, rng: torch.Generator) -> None:
     x, weight, bias = (torch.randn(*shape, generator=rng) for shape in ((rows, inner), (outer, inner), (outer,)))
     exact = F.linear(x.double(), weight.double(), bias.double())
     exact = F.gelu(exact, approximate="tanh") if gelu else exact
-    assert_close(onednn.linear(x, onednn.pack(weight), bias, gelu=gelu), exact, rms=1e-6)
+    weight = onednn.pack(weight) if packed else weight
+    assert_close(onednn.linear(x, weight, bias, gelu=gelu), exact, rms=1e-6)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("with_gelu", [False, True])
 @pytest.mark.parametrize("lora_from", [0, 5, 9])
 @pytest.mark.parametrize("columns", [slice(None), slice(3, 20)])
 @pytest.mark.parametrize("stays", [True, False])
 def test_product(
-    stays: bool, columns: slice, lora_from: int, with_gelu: bool, rng: torch.Generator, always: list[bool]
+    stays: bool,
+    columns: slice,
+    lora_from: int,
+    with_gelu: bool,
+    packed: bool,
+    rng: torch.Generator,
+    calls: list[tuple[bool, bool]],
 ) -> None:
     """The same as PyTorch's, with LoRA on a tail of the rows (9: on none), and before GELU."""
     parts = (columns,) if columns == slice(None) else (slice(0, 3), columns, slice(20, 24))
@@ -84,99 +95,148 @@ def test_product(
     low = x[lora_from * batch :].double() @ layer.lora_down.double()
     exact[lora_from * batch :] += low @ layer.lora_up[:, columns].double()
     exact = F.gelu(exact, approximate="tanh") if with_gelu else exact
-    layer.pack(lambda: None)
+    if packed:
+        layer.pack(lambda: None)
     result = Product(layer, out, lora_from, columns=columns, gelu_scratch=scratch, stays=stays)(x)
     assert_close(result, exact, rms=1e-6)
     assert (result.data_ptr() == out.data_ptr()) == stays
-    assert always == [with_gelu and lora_from == 9]
+    assert calls == [(packed, with_gelu and lora_from == 9)]
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_golden_steps(name: str, golden_bundle: Callable[[str], Path], always: list[bool]) -> None:
+def test_golden_steps(
+    name: str,
+    packed: bool,
+    golden_bundle: Bundles,
+    calls: list[tuple[bool, bool]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """All switches with every product by oneDNN, which the golden sizes are too small for by themselves."""
+    monkeypatch.setattr(engines, "STEPS_TO_PACK", 1 if packed else 1000)
     case = GoldenCase.load(name)
     trace = run_steps(case, Bundle(golden_bundle(case.settings["checkpoint"])), case.model, "torch", None)
     for key in (f"noise_pred.{case.settings['steps'] - 1}", "final_latents"):
         assert_close(trace[key], case.tensors[key], rms=TOLERANCE)
-    assert {True, False} == set(always)
+    assert {(packed, True), (packed, False)} <= set(calls)
 
 
-def test_what_is_packed() -> None:
-    """Float32 weights on a CPU that are large enough; a layer if all its parts are."""
-    large = torch.empty(256, 256)
+def test_when_it_serves() -> None:
+    """Large float32 weights on a CPU: packed for any rows, plain ones whole and with enough rows."""
+    large = torch.empty(512, 256)
     assert onednn.packs(large)
     assert not onednn.packs(large[1:])
     assert not onednn.packs(large.to("meta"))
     assert not onednn.packs(large.bfloat16())
-    layer = Linear(256, 512, parts=(slice(0, 256), slice(256, 512)))
-    layer.weight = torch.nn.Parameter(torch.empty(512, 256), requires_grad=False)
-    assert layer.packable
-    layer = Linear(256, 512, parts=(slice(0, 255), slice(255, 512)))
-    layer.weight = torch.nn.Parameter(torch.empty(512, 256), requires_grad=False)
-    assert not layer.packable
+    assert onednn.serves(onednn.pack(large), 1)
+    assert onednn.serves(large, 32)
+    assert not onednn.serves(large, 31), "few rows: packing takes longer than it saves"
+    assert not onednn.serves(torch.empty(512, 512)[:, 256:], 32), "gaps between rows"
 
 
-@pytest.fixture
-def engine(golden_bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> TorchEngine:
-    monkeypatch.setattr(onednn, "LEAST_WEIGHT", 0)
-    return TorchEngine(Bundle(golden_bundle("tiny")), torch.device("cpu"), torch.float32, ModelConfig())
+def linears(pipe: Pipeline) -> list[Linear]:
+    """Those of the blocks."""
+    assert isinstance(pipe.engine, TorchEngine)
+    blocks = [*pipe.engine.transformer.blocks, *pipe.engine.transformer.single_blocks]
+    return [layer for block in blocks for layer in block.modules() if isinstance(layer, Linear)]
 
 
-def linears(engine: TorchEngine) -> list[Linear]:
-    return [layer for layer in engine.transformer.modules() if isinstance(layer, Linear)]
+class Draw:
+    """A pipeline of the golden checkpoint, in which every weight may be packed."""
 
+    def __init__(self, bundle: Path) -> None:
+        self.pipe = Pipeline(bundle, "cpu", "fp32")
+        config = self.pipe.bundle.config.transformer
+        self.prompt = torch.randn(1, 5, config.joint_attention_dim, generator=torch.Generator().manual_seed(1))
+        self.pooled = torch.ones(1, config.pooled_projection_dim)
 
-def test_one_weight_in_memory(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed weights take the plain ones' place, whose pages are let go of; a second time there is nothing to do."""
-    released: list[str] = []
-    monkeypatch.setattr(engine.weights.bundle, "release", released.extend)
-    expected = [layer.weight.shape for layer in linears(engine)]
-    pack_transformer(engine.transformer, engine.weights.bundle)
-    assert all(layer.weight.is_meta for layer in linears(engine))
-    assert [layer.weight.shape for layer in linears(engine)] == expected
-    config = engine.config
-    stored = {f"transformer.{n}" for n in transformer_tensors(config)}
-    used = {n for n in stored if n.endswith(".weight") and not re.search(r"norm|time_text|context_embedder", n)}
-    assert set(released) == used
-    released.clear()
-    pack_transformer(engine.transformer, engine.weights.bundle)
-    assert not released
-
-
-def test_no_room(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mapped weights can leave the memory when it is short, packed ones can't."""
-    needed = sum(layer.weight.nbytes for layer in linears(engine))
-    for available in (needed - 1, needed):
-        monkeypatch.setattr(psutil, "virtual_memory", lambda available=available: SimpleNamespace(available=available))
-        pack_transformer(engine.transformer, engine.weights.bundle)
-        assert linears(engine)[0].packable == (available < needed)
-
-
-@pytest.mark.parametrize(("steps", "packed"), [(STEPS_TO_PACK - 1, False), (STEPS_TO_PACK, True)])
-def test_few_steps(steps: int, packed: bool, golden_bundle: Callable[[str], Path], monkeypatch: Any) -> None:
-    """They don't save what packing takes. Packed weights stay for whatever run comes next."""
-    monkeypatch.setattr(onednn, "LEAST_WEIGHT", 0)
-    pipe = Pipeline(golden_bundle("tiny"), "cpu", "fp32")
-    config = pipe.bundle.config.transformer
-    prompt = torch.randn(1, 5, config.joint_attention_dim, generator=torch.Generator().manual_seed(1))
-    pooled = torch.ones(1, config.pooled_projection_dim)
-
-    def draw(steps: int, pixels: int) -> Tensor:
-        images = pipe(
+    def __call__(self, steps: int, pixels: int = 32) -> Tensor:
+        images = self.pipe(
             num_inference_steps=steps,
             height=pixels,
             width=pixels,
             generator=torch.Generator().manual_seed(0),
-            prompt_embeds=prompt,
-            pooled_prompt_embeds=pooled,
+            prompt_embeds=self.prompt,
+            pooled_prompt_embeds=self.pooled,
             output_type="latent",
         ).images
         assert isinstance(images, Tensor)
         return images
 
-    before = draw(2, 32)
-    assert isinstance(pipe.engine, TorchEngine)
-    assert all(layer.packable for layer in linears(pipe.engine))
-    draw(steps, 48)
-    assert all(layer.packable != packed for layer in linears(pipe.engine))
-    assert_close(draw(2, 32), before, rms=1e-6)
+
+@pytest.fixture
+def draw(golden_bundle: Bundles, calls: list[tuple[bool, bool]]) -> Draw:
+    return Draw(golden_bundle("tiny"))
+
+
+def test_file_is_let_go_of(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages of every packed weight, and of no other; a second time there is nothing to do."""
+    released: list[str] = []
+    monkeypatch.setattr(draw.pipe.bundle, "release", released.extend)
+    draw(STEPS_TO_PACK)
+    stored = [f"transformer.{name}" for name in transformer_tensors(draw.pipe.bundle.config.transformer)]
+    blocks = {n for n in stored if "blocks" in n and n.endswith(".weight") and "norm" not in n}
+    assert {n for n in released if "blocks" in n and "norm" not in n} == blocks
+    released.clear()
+    draw(STEPS_TO_PACK, 48)
+    assert not blocks & set(released)
+
+
+def test_one_weight_in_memory(tmp_path: Path, calls: list[tuple[bool, bool]]) -> None:
+    """The plain weights go, with the steps of earlier runs that used them. (In float16 in the file: they are copies.)"""
+    draw = Draw(Files(GOLDEN / "checkpoints" / "tiny").convert(tmp_path / "half.safetensors", dtype="fp16"))
+    draw(STEPS_TO_PACK - 1)
+    plain = [StorageWeakRef(layer.weight.untyped_storage()) for layer in linears(draw.pipe)]
+    assert not any(ref.expired() for ref in plain)
+    draw(STEPS_TO_PACK)
+    gc.collect()
+    assert all(ref.expired() for ref in plain)
+
+
+def test_few_steps(draw: Draw, calls: list[tuple[bool, bool]]) -> None:
+    """They don't save what packing takes; what is packed serves them too, with the same result."""
+    before = draw(STEPS_TO_PACK - 1)
+    assert not any(packed for packed, _ in calls)
+    draw(STEPS_TO_PACK, 48)
+    calls.clear()
+    assert_close(draw(STEPS_TO_PACK - 1), before, rms=1e-6)
+    assert any(packed for packed, _ in calls)
+
+
+def test_no_room(draw: Draw, calls: list[tuple[bool, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are packed as soon as they find room, for shapes that were drawn before too."""
+    weights = [layer.weight.nbytes for layer in linears(draw.pipe)]
+    needed = (sum(weights) + max(weights)) / packing.ROOM
+    monkeypatch.setattr(packing, "free_memory", lambda: needed - 1)
+    before = draw(STEPS_TO_PACK)
+    assert not any(packed for packed, _ in calls)
+    monkeypatch.setattr(packing, "free_memory", lambda: needed + 1)
+    calls.clear()
+    assert_close(draw(STEPS_TO_PACK), before, rms=1e-6)
+    assert any(packed for packed, _ in calls)
+
+
+@pytest.mark.parametrize(("written", "share"), [("max", None), ("1000000000000000", None), ("150000000000", 1.5e11)])
+def test_free_memory(written: str, share: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's, or what a container's limit leaves."""
+    machine = 2 * 10**11
+    (tmp_path / "memory.max").write_text(f"{written}\n")
+    monkeypatch.setattr(packing, "CONTAINER_LIMITS", (tmp_path / "missing", tmp_path / "memory.max"))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=machine))
+    taken = psutil.Process().memory_info().rss
+    expected = machine if share is None else share - taken
+    assert packing.free_memory() == pytest.approx(expected, abs=1e8)
+
+
+def test_interrupted(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer is packed whole or not at all."""
+    parts = (slice(0, 8), slice(8, 24))
+    layer = random_layer(rng, 12, 24, 4, parts)
+    weight = layer.weight.clone()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        layer.pack(interrupt)
+    assert torch.equal(torch.cat([layer.rows(part) for part in parts]), weight)

@@ -1,0 +1,60 @@
+"""Weights laid out for oneDNN in the plain ones' place: which ones, and whether they find room."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+from mogle_rt import schema
+from mogle_rt.checkpoint import Bundle
+from mogle_rt.lora import Linear
+from mogle_rt.transformer import Transformer
+
+logger = logging.getLogger(__name__)
+
+STEPS_TO_PACK = 4  # a run's: laying weights out took as long as it saves in two to eight steps
+ROOM = 0.8  # so much of the free memory they may take
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take; of a container's, where it has a limit."""
+    free: int = psutil.virtual_memory().available
+    for path in CONTAINER_LIMITS:
+        try:
+            limit = int(path.read_text())
+        except (OSError, ValueError):  # no such container, or no limit: "max"
+            continue
+        free = min(free, limit - psutil.Process().memory_info().rss)
+    return free
+
+
+def to_pack(model: Transformer, bundle: Bundle) -> list[tuple[Linear, list[str]]]:
+    """Layers that are faster packed, with the names of their stored weights; none if they don't find room.
+
+    The system may drop a mapped file's pages when memory is short, and read them again; packed weights stay.
+    """
+    layers = []
+    for name, stacked in schema.in_blocks(model.config, schema.DOUBLE_STACKED, schema.SINGLE_STACKED):
+        layer = model.get_submodule(name)
+        if isinstance(layer, Linear) and layer.packable:
+            layers.append((layer, [f"transformer.{source}.weight" for source in stacked.sources]))
+    if not layers:
+        return []
+    mapped = [layer for layer, names in layers if bundle.tensors[names[0]].dtype == layer.weight.dtype]
+    needed = sum(layer.weight.nbytes for layer in mapped) + max(layer.weight.nbytes for layer, _ in layers)
+    free = free_memory()
+    if needed > ROOM * free:
+        logger.info("weights stay as they are: packing them takes %.1f GB, %.1f GB are free", needed / 1e9, free / 1e9)
+        return []
+    return layers
+
+
+def pack(layers: list[tuple[Linear, list[str]]], bundle: Bundle) -> None:
+    """Lay them out anew, and let go of the file's pages."""
+    # The largest first: while one is laid out it is there twice, which counts most at the end.
+    for layer, names in sorted(layers, key=lambda item: -item[0].weight.nbytes):
+        layer.pack(partial(bundle.release, names))
