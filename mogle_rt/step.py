@@ -52,7 +52,7 @@ class Buffers:
     Attributes:
         tokens: [N + C, B, 64], latents, then condition tokens. latents, condition: its two parts.
         x: [L, B, D], the residual stream. image: its image rows. y: [L, B, D + Q], a sublayer's output.
-        normed: [L, B, D + R], a sublayer's input. qkv: [L, B, 3 D]. hidden: [L, B, 4 D], inside MLPs. scratch: as
+        normed: [L, B, D + R], room for a sublayer's input. qkv: [L, B, 3 D]. hidden: [L, B, 4 D], inside MLPs. scratch: as
             hidden, in the memory of qkv: an activation is done before q, k and v come or after they are used.
         beside: [L, B, 5 D], in the memory of hidden, attention and MLP of single blocks; None except on a CPU, see
             `SingleOut`.
@@ -158,7 +158,8 @@ class DoubleAttention(Sublayer):
     def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
         self.ops, self.layout = ops, layout
         T, D, bounds, lora_from = layout.text, b.x.shape[-1], layout.double_bounds, layout.double_lora_from
-        normed, y = b.normed[..., : block.qkv.in_columns], first_columns(b.y, layout.total, block.out.out_columns)
+        normed = first_columns(b.normed, layout.total, block.qkv.in_columns)
+        y = first_columns(b.y, layout.total, block.out.out_columns)
         self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv.down_before, lora_from)
         self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from)
         self.normed_text, self.normed_rest = flat(normed[:T, :, :D]), flat(normed[T:])
@@ -198,7 +199,8 @@ class DoubleMlp(Sublayer):
     def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, layout: Layout, ops: Ops) -> None:
         self.ops = ops
         T, D, bounds, lora_from = layout.text, b.x.shape[-1], layout.double_bounds, layout.double_lora_from
-        normed, y = b.normed[..., :D], first_columns(b.y, layout.total, block.ff_out.out_columns)
+        normed = first_columns(b.normed, layout.total, D)
+        y = first_columns(b.y, layout.total, block.ff_out.out_columns)
         self.norm = Norm(b.x, mod[4], mod[3], bounds, normed)
         self.addition = Addition(b.x, y, mod[5], bounds, block.ff_out.up_after, lora_from, b.clips)
         self.normed_text, self.normed_rest = flat(normed[:T]), flat(normed[T:])
@@ -252,7 +254,8 @@ class Single(Sublayer):
     def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
         self.ops, self.layout = ops, layout
         bounds, lora_from = layout.single_bounds, layout.single_lora_from
-        normed, y = b.normed[..., : block.qkv_mlp.in_columns], first_columns(b.y, layout.total, block.out.out_columns)
+        normed = first_columns(b.normed, layout.total, block.qkv_mlp.in_columns)
+        y = first_columns(b.y, layout.total, block.out.out_columns)
         self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv_mlp.down_before, lora_from)
         self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from, b.clips)
         self.normed = flat(normed)
@@ -279,7 +282,8 @@ class LastSingle(Sublayer):
         self.ops, self.layout = ops, layout
         D, lora_from = b.x.shape[-1], layout.single_lora_from
         image, image_lora_from = layout.image_rows, 0 if layout.latent_lora else layout.image
-        normed, y = b.normed[..., : block.qkv_mlp.in_columns], first_columns(b.y, layout.image, block.out.out_columns)
+        normed = first_columns(b.normed, layout.total, block.qkv_mlp.in_columns)
+        y = first_columns(b.y, layout.image, block.out.out_columns)
         self.norm = Norm(b.x, mod[1], mod[0], layout.single_bounds, normed, block.qkv_mlp.down_before, lora_from)
         self.addition = Addition(b.image, y, mod[2][:1], (layout.image,), block.out.up_after, image_lora_from, b.clips)
         self.normed, self.normed_image = flat(normed), flat(normed[image])
@@ -336,7 +340,8 @@ class Step:
             kind = LastSingle if block.last else Single
             self.links.append(kind(block, mod, b, inputs.rope, layout, ops))
         scale, shift = self.modulation.out
-        last = Norm(b.image, scale, shift, (layout.image,), b.normed[layout.image_rows, :, : transformer.config.width])
+        normed = first_columns(b.normed, layout.image, transformer.config.width)
+        last = Norm(b.image, scale, shift, (layout.image,), normed)
         self.first_norm = ops.norm_modulate(*self.links[0].norm)
         norms = [link.norm for link in self.links[1:]] + [last]
         self.joints = [link.joined(norm) for link, norm in zip(self.links, norms, strict=True)]

@@ -63,16 +63,17 @@ def norm_modulate(
     """
     width, sizes = x.shape[-1], _sizes(bounds)
     identity = _identity(width, x.device, x.dtype)
-    modulated = out if lora_down is None else out[..., :width]
+    modulated, further = out[..., :width], out[..., width:]
     groups = list(zip(shift.unbind(), scale.unbind(), modulated.split(sizes), strict=True))
+    without, branch, low = further[:lora_from], modulated[lora_from:].flatten(0, 1), further[lora_from:].flatten(0, 1)
 
     def run() -> None:
         normed = F.layer_norm(x, (width,), *identity, eps=LAYER_NORM_EPS)
         for rows, (shifted, scaled, into) in zip(normed.split(sizes), groups, strict=True):
             torch.addcmul(shifted, rows, scaled, out=into)
         if lora_down is not None:
-            out[:lora_from, :, width:] = 0
-            out[lora_from:, :, width:] = out[lora_from:, :, :width] @ lora_down
+            without.zero_()
+            torch.mm(branch, lora_down, out=low)
 
     return run
 

@@ -93,7 +93,7 @@ class DoubleBlock(nn.Module):
         D, M = config.width, MLP_RATIO * config.width
         before, after = (Ride.INPUT, Ride.OUTPUT) if riding else (Ride.NONE, Ride.NONE)
         self.norm_qk = empty_parameter(2, 2, config.attention_head_dim)  # text, and the rest; of q, and of k
-        self.qkv = LoraLinear(D, 3 * D, ranks["qkv"], before)
+        self.qkv = LoraLinear(D, 3 * D, ranks["qkv"], before, Ride.INPUT)
         self.out = LoraLinear(D, D, ranks["out"], after)
         self.ff_in = Linear(D, M)
         self.ff_out = LoraLinear(M, D, ranks["ff_out"], after)
@@ -119,7 +119,7 @@ class SingleBlock(nn.Module):
         self.mlp_columns, self.last = slice(3 * D, 3 * D + M), last
         parts = (self.q_columns, self.kv_columns) if last else (self.qkv_columns,)
         self.norm_qk = empty_parameter(1, 2, config.attention_head_dim)
-        self.qkv_mlp = LoraLinear(D, 3 * D + M, ranks["qkv_mlp"], before, (*parts, self.mlp_columns))
+        self.qkv_mlp = LoraLinear(D, 3 * D + M, ranks["qkv_mlp"], before, Ride.INPUT, (*parts, self.mlp_columns))
         self.out = LoraLinear(D + M, D, ranks["out"], after)
 
 

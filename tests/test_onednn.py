@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mogle_rt import Pipeline, engines, onednn, packing
+from mogle_rt import Pipeline, engines, lora, onednn, packing
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.engines import TorchEngine
-from mogle_rt.lora import Linear, LoraLinear, Product
+from mogle_rt.lora import MOST_PACKED_RANK, Linear, LoraLinear, Product, Ride
 from mogle_rt.packing import STEPS_TO_PACK
 from mogle_rt.schema import transformer_tensors
 from tests.checkpoints import Files
@@ -31,8 +31,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def random_layer(g: torch.Generator, inner: int, outer: int, rank: int, parts: tuple[slice, ...]) -> LoraLinear:
-    layer = LoraLinear(inner, outer, rank, parts=parts)
+def random_layer(
+    g: torch.Generator, inner: int, outer: int, rank: int, parts: tuple[slice, ...], packed_ride: Ride = Ride.NONE
+) -> LoraLinear:
+    layer = LoraLinear(inner, outer, rank, packed_ride=packed_ride, parts=parts)
     for name, parameter in layer.named_parameters():
         value = torch.randn(parameter.shape, generator=g) * 0.3
         setattr(layer, name, torch.nn.Parameter(value, requires_grad=False))
@@ -103,22 +105,48 @@ def test_product(
     assert calls == [(packed, with_gelu and lora_from == 9)]
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("packed", "rides"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("name", CASES)
 def test_golden_steps(
     name: str,
     packed: bool,
+    rides: bool,
     golden_bundle: Bundles,
     calls: list[tuple[bool, bool]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All switches with every product by oneDNN, which the golden sizes are too small for by themselves."""
     monkeypatch.setattr(engines, "STEPS_TO_PACK", 1 if packed else 1000)
+    monkeypatch.setattr(lora, "MOST_PACKED_RANK", 1000 if rides else 0)
     case = GoldenCase.load(name)
     trace = run_steps(case, Bundle(golden_bundle(case.settings["checkpoint"])), case.model, "torch", None)
     for key in (f"noise_pred.{case.settings['steps'] - 1}", "final_latents"):
         assert_close(trace[key], case.tensors[key], rms=TOLERANCE)
     assert {(packed, True), (packed, False)} <= set(calls)
+
+
+@pytest.mark.parametrize("rank", [4, 16, 20, 32, 33])
+def test_branch_rides(rank: int, rng: torch.Generator) -> None:
+    """In a packed layer whose input has room for it, and if its rank is small: no product of its own, GELU within."""
+    parts, rows, tail = (slice(0, 8), slice(8, 24)), 9, 5
+    layer = random_layer(rng, 12, 24, rank, parts, Ride.INPUT)
+    x = torch.randn(rows, 12, generator=rng)
+    exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    exact[tail:] += x[tail:].double() @ layer.lora_down.double() @ layer.lora_up.double()
+    exact = F.gelu(exact, approximate="tanh")
+    layer.pack(lambda: None)
+    rides = rank <= MOST_PACKED_RANK
+    assert (layer.ride is Ride.INPUT) == rides
+    assert layer.in_columns == 12 + (-(-rank // 16) * 16 if rides else 0)
+    widened = torch.cat([x, torch.zeros(rows, layer.in_columns - 12)], dim=1)
+    if layer.down_before is not None:
+        widened[tail:, 12:] = x[tail:] @ layer.down_before
+    out = torch.empty(rows, 1, 24)
+    for part in parts:
+        room = torch.empty(rows, 1, part.stop - part.start)
+        product = Product(layer, room, tail, columns=part, gelu_scratch=torch.empty_like(room))
+        out[:, 0, part] = product(widened)
+    assert_close(out[:, 0], exact, rms=1e-6)
 
 
 def test_when_it_serves() -> None:
