@@ -10,6 +10,7 @@ in the inputs of q, k, v and single blocks' MLPs, so that GELU needs no pass of 
 from __future__ import annotations
 
 import enum
+import mmap
 from collections.abc import Callable
 
 import torch
@@ -108,16 +109,16 @@ class LoraLinear(Linear):
         self.lora_up = empty_parameter(rank, out_features)
 
     @property
-    def _will_ride(self) -> bool:
+    def _widens(self) -> bool:
         """Whether packing moves the branch into the input's further columns."""
         wanted = self.ride is Ride.NONE and self._packed_ride is Ride.INPUT
         return wanted and 0 < self.rank <= MOST_PACKED_RANK
 
     def pack(self, done: Callable[[], None]) -> None:
         """`Linear.pack`, the branch's B with the weight where it is to ride."""
-        will_ride = self._will_ride
+        widens = self._widens
         super().pack(done)
-        if will_ride:
+        if widens:
             filled = F.pad(self.lora_down.t(), (0, 0, 0, -self.rank % RANK_STEP)).t()
             self.ride, self.rank = Ride.INPUT, filled.shape[1]
             self.in_columns += self.rank
@@ -125,10 +126,13 @@ class LoraLinear(Linear):
 
     def _to_pack(self, part: slice) -> Tensor:
         weight = super()._to_pack(part)
-        if not self._will_ride:
+        if not self._widens:
             return weight
         up = F.pad(self.lora_up[:, part].t(), (0, -self.rank % RANK_STEP))
-        return torch.cat([weight, up], dim=1)
+        # In memory of its own, which goes back to the system at once: C's allocator may keep it.
+        room = mmap.mmap(-1, (weight.numel() + up.numel()) * weight.itemsize)
+        widened = torch.frombuffer(room, dtype=weight.dtype).view(len(weight), -1)
+        return torch.cat([weight, up], dim=1, out=widened)
 
     @property
     def down_before(self) -> Tensor | None:
