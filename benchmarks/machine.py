@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import platform
@@ -34,6 +35,19 @@ PRODUCTS: tuple[Shape, ...] = (
 COPIES = tuple(2**power for power in (20, 24, 26, 28, 30))  # bytes
 
 
+def keep_freed_memory() -> bool:
+    """Have C's allocator keep what is freed, on either side alike. Whether it does: only glibc's is known.
+
+    By itself it gives memory back to the system and asks for it again, and a call that makes large tensors takes up to a
+    fifth longer or not, by the chance of where small ones lie.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(mmap_threshold, 32 << 20) and libc.mallopt(trim_threshold, (1 << 31) - 1))
+
+
 class CudaClock:
     """Seconds of the GPU's own time, by CUDA events. Reading it waits for what was launched."""
 
@@ -59,12 +73,14 @@ class Machine:
     """A device and its limits.
 
     Attributes:
+        keeps_memory: see `keep_freed_memory`.
         products: FLOP/s of matrix products, the best of a few runs.
         copies: bytes read and written a second by a copy's size, the best of a few.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
+        self.keeps_memory = keep_freed_memory()
         self.clock: Clock = CudaClock() if device.type == "cuda" else time.perf_counter
         self._repeats = 1 if device.type == "cpu" else 20  # a GPU's launches overlap
         self.products = {shape: _flops(shape) / self._best(self.product(shape)) for shape in PRODUCTS}
@@ -137,6 +153,7 @@ class Machine:
         facts["matrix products"] = ", ".join(
             f"{rate / 1e9:.0f} GFLOP/s at {' x '.join(map(str, shape))}" for shape, rate in self.products.items()
         )
+        facts["memory"] = "freed blocks up to 32 MiB are kept" if self.keeps_memory else "as the allocator likes"
         size = max(self.copies, key=lambda size: self.copies[size])
         facts["copies"] = (
             f"{self.copy_rate / 1e9:.1f} GB/s read and written ({self.copies[size] / 1e9:.1f} at {size >> 20} MiB)"
