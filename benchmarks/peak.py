@@ -106,7 +106,7 @@ def noise() -> torch.Tensor:
 
 
 def step_inputs(joint: int, pooled: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Labels and text for `first_step`, of a model with these widths."""
+    """Labels and text for `first_step` and `first_image`, of a model with these widths."""
     labels = torch.arange(PIXELS * PIXELS, dtype=torch.int64).view(PIXELS, PIXELS) // 512 % 19
     return labels.to(torch.uint8), torch.randn(1, TEXT, joint), torch.randn(1, pooled)
 

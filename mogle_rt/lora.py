@@ -59,7 +59,7 @@ class Linear(nn.Module):
 
     @property
     def packable(self) -> bool:
-        """Whether `pack` makes products faster."""
+        """Whether `pack` makes products faster. (Parts go with the whole; a small one costs no more than it did.)"""
         return onednn.packs(self.weight)
 
     def pack(self, done: Callable[[], None]) -> None:
@@ -116,13 +116,13 @@ class LoraLinear(Linear):
 
     def pack(self, done: Callable[[], None]) -> None:
         """`Linear.pack`, the branch's B with the weight where it is to ride."""
-        widens = self._widens
+        widens, filled = self._widens, F.pad(self.lora_down.t(), (0, 0, 0, -self.rank % RANK_STEP)).t()
         super().pack(done)
         if widens:
-            filled = F.pad(self.lora_down.t(), (0, 0, 0, -self.rank % RANK_STEP)).t()
             self.ride, self.rank = Ride.INPUT, filled.shape[1]
             self.in_columns += self.rank
             self.lora_down = nn.Parameter(filled, requires_grad=False)
+            self.lora_up = empty_parameter(*filled.shape[1:], self.lora_up.shape[1])  # it is in the packed weight
 
     def _to_pack(self, part: slice) -> Tensor:
         weight = super()._to_pack(part)

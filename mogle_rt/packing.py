@@ -21,14 +21,15 @@ CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memo
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take; of a container's, where it has a limit."""
+    """Bytes that this process may still take: the machine's, or of a container's limit what it doesn't hold itself."""
     free: int = psutil.virtual_memory().available
     for path in CONTAINER_LIMITS:
         try:
             limit = int(path.read_text())
         except (OSError, ValueError):  # no such container, or no limit: "max"
             continue
-        free = min(free, limit - psutil.Process().memory_info().rss)
+        taken = psutil.Process().memory_info()
+        free = min(free, limit - (taken.rss - getattr(taken, "shared", 0)))  # a mapped file's pages can go
     return free
 
 
@@ -45,7 +46,8 @@ def to_pack(model: Transformer, bundle: Bundle) -> list[tuple[Linear, list[str]]
     if not layers:
         return []
     mapped = [layer for layer, names in layers if bundle.tensors[names[0]].dtype == layer.weight.dtype]
-    needed = sum(layer.weight.nbytes for layer in mapped) + max(layer.weight.nbytes for layer, _ in layers)
+    # Each of the largest layer's parts may be there three times: plain, with further columns, and packed.
+    needed = sum(layer.weight.nbytes for layer in mapped) + 2 * max(layer.weight.nbytes for layer, _ in layers)
     free = free_memory()
     if needed > ROOM * free:
         logger.info("weights stay as they are: packing them takes %.1f GB, %.1f GB are free", needed / 1e9, free / 1e9)

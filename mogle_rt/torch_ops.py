@@ -63,9 +63,12 @@ def norm_modulate(
     """
     width, sizes = x.shape[-1], _sizes(bounds)
     identity = _identity(width, x.device, x.dtype)
-    modulated, further = out[..., :width], out[..., width:]
+    modulated = out[..., :width]
     groups = list(zip(shift.unbind(), scale.unbind(), modulated.split(sizes), strict=True))
-    without, branch, low = further[:lora_from], modulated[lora_from:].flatten(0, 1), further[lora_from:].flatten(0, 1)
+    if lora_down is not None:
+        rows = (x.shape[0] - lora_from) * x.shape[1]
+        branch, low = (part[lora_from:].view(rows, part.shape[-1]) for part in (modulated, out[..., width:]))
+        without = out[:lora_from, :, width:]
 
     def run() -> None:
         normed = F.layer_norm(x, (width,), *identity, eps=LAYER_NORM_EPS)

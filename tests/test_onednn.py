@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import pytest
@@ -17,9 +18,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from mogle_rt import Pipeline, engines, lora, onednn, packing
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.engines import TorchEngine
+from mogle_rt.loading import load_transformer
 from mogle_rt.lora import MOST_PACKED_RANK, Linear, LoraLinear, Product, Ride
 from mogle_rt.packing import STEPS_TO_PACK
 from mogle_rt.schema import transformer_tensors
+from mogle_rt.transformer import Transformer
 from tests.checkpoints import Files
 from tests.conftest import CASES, GOLDEN, GoldenCase, assert_close
 from tests.test_golden import TOLERANCE, run_steps
@@ -119,14 +122,25 @@ def test_golden_steps(
     monkeypatch.setattr(engines, "STEPS_TO_PACK", 1 if packed else 1000)
     monkeypatch.setattr(lora, "MOST_PACKED_RANK", 1000 if rides else 0)
     case = GoldenCase.load(name)
+    loaded: list[Transformer] = []
+
+    def load(*args: Any, **options: Any) -> Transformer:
+        loaded.append(load_transformer(*args, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(engines, "load_transformer", load)
     trace = run_steps(case, Bundle(golden_bundle(case.settings["checkpoint"])), case.model, "torch", None)
     for key in (f"noise_pred.{case.settings['steps'] - 1}", "final_latents"):
         assert_close(trace[key], case.tensors[key], rms=TOLERANCE)
     assert {(packed, True), (packed, False)} <= set(calls)
+    for name, layer in loaded[0].named_modules():
+        if isinstance(layer, LoraLinear):
+            fed_by_norm = name.endswith((".qkv", ".qkv_mlp"))
+            assert (layer.ride is Ride.INPUT) == (rides and fed_by_norm), name
 
 
 @pytest.mark.parametrize("rank", [4, 16, 20, 32, 33])
-def test_branch_rides(rank: int, rng: torch.Generator) -> None:
+def test_branch_rides(rank: int, rng: torch.Generator, calls: list[tuple[bool, bool]]) -> None:
     """In a packed layer whose input has room for it, and if its rank is small: no product of its own, GELU within."""
     parts, rows, tail = (slice(0, 8), slice(8, 24)), 9, 5
     layer = random_layer(rng, 12, 24, rank, parts, Ride.INPUT)
@@ -147,6 +161,7 @@ def test_branch_rides(rank: int, rng: torch.Generator) -> None:
         product = Product(layer, room, tail, columns=part, gelu_scratch=torch.empty_like(room))
         out[:, 0, part] = product(widened)
     assert_close(out[:, 0], exact, rms=1e-6)
+    assert calls == [(True, rides)] * 2
 
 
 def test_when_it_serves() -> None:
@@ -234,7 +249,7 @@ def test_few_steps(draw: Draw, calls: list[tuple[bool, bool]]) -> None:
 def test_no_room(draw: Draw, calls: list[tuple[bool, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are packed as soon as they find room, for shapes that were drawn before too."""
     weights = [layer.weight.nbytes for layer in linears(draw.pipe)]
-    needed = (sum(weights) + max(weights)) / packing.ROOM
+    needed = (sum(weights) + 2 * max(weights)) / packing.ROOM
     monkeypatch.setattr(packing, "free_memory", lambda: needed - 1)
     before = draw(STEPS_TO_PACK)
     assert not any(packed for packed, _ in calls)
@@ -251,15 +266,16 @@ def test_free_memory(written: str, share: float | None, tmp_path: Path, monkeypa
     (tmp_path / "memory.max").write_text(f"{written}\n")
     monkeypatch.setattr(packing, "CONTAINER_LIMITS", (tmp_path / "missing", tmp_path / "memory.max"))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=machine))
-    taken = psutil.Process().memory_info().rss
-    expected = machine if share is None else share - taken
+    taken = psutil.Process().memory_info()
+    expected = machine if share is None else share - (taken.rss - taken.shared)
     assert packing.free_memory() == pytest.approx(expected, abs=1e8)
 
 
-def test_interrupted(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packed_ride", [Ride.NONE, Ride.INPUT])
+def test_interrupted(packed_ride: Ride, rng: torch.Generator) -> None:
     """A layer is packed whole or not at all."""
     parts = (slice(0, 8), slice(8, 24))
-    layer = random_layer(rng, 12, 24, 4, parts)
+    layer = random_layer(rng, 12, 24, 4, parts, packed_ride)
     weight = layer.weight.clone()
 
     def interrupt() -> None:
@@ -268,3 +284,4 @@ def test_interrupted(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(KeyboardInterrupt):
         layer.pack(interrupt)
     assert torch.equal(torch.cat([layer.rows(part) for part in parts]), weight)
+    assert layer.ride is Ride.NONE
