@@ -16,6 +16,7 @@ from benchmarks import peak
 from benchmarks.conftest import ModelsOf
 from benchmarks.report import Row
 from benchmarks.side_by_side import SideBySide
+from benchmarks.sizes import Models
 
 SIZE = "width 1536"
 MIB = 1 << 20
@@ -45,42 +46,31 @@ def test_load(models: ModelsOf, compare: SideBySide) -> None:
     )
 
 
-def test_load_and_draw(models: ModelsOf, compare: SideBySide) -> None:
-    """From nothing to a small image: loading, preparing and 28 steps."""
-    side = models(SIZE)
+def from_nothing(compare: SideBySide, side: Models, until: str, what: Callable[..., Tensor], **options: Any) -> None:
+    """Times loading and then ``what``, a function of `benchmarks.peak`."""
     config = side.size.transformer
     inputs = peak.step_inputs(config.joint_attention_dim, config.pooled_projection_dim)
-    compare(
-        "load",
-        f"{SIZE}, until the first image of {peak.STEPS} steps",
-        lambda: quietly(peak.first_image, side.folder, inputs),
-        lambda: peak.first_image(peak.load_baseline(side.folder), *inputs),
-        before=gc.collect,
-        budget=16,
-    )
+
+    def engine() -> Tensor:
+        pipe = peak.load_engine(side.folder)
+        pipe.set_progress_bar_config(disable=True)
+        return what(pipe, *inputs)
+
+    def baseline() -> Tensor:
+        return what(peak.load_baseline(side.folder), *inputs)
+
+    compare("load", f"{SIZE}, until {until}", engine, baseline, before=gc.collect, **options)
 
 
-def quietly(what: Callable[..., Tensor], folder: Path, inputs: tuple[Tensor, ...]) -> Tensor:
-    """By the runtime, without a bar."""
-    pipe = peak.load_engine(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return what(pipe, *inputs)
+def test_load_and_draw(models: ModelsOf, compare: SideBySide) -> None:
+    """From nothing to a small image: loading, preparing and 28 steps."""
+    from_nothing(compare, models(SIZE), f"the first image of {peak.STEPS} steps", peak.first_image, budget=16)
 
 
 def test_load_and_step(models: ModelsOf, compare: SideBySide) -> None:
     """Until the first step of a small image is done, so that every weight was read."""
     side = models(SIZE)
-    config = side.size.transformer
-    inputs = peak.step_inputs(config.joint_attention_dim, config.pooled_projection_dim)
-    compare(
-        "load",
-        f"{SIZE}, until the first step",
-        lambda: quietly(peak.first_step, side.folder, inputs),
-        lambda: peak.first_step(peak.load_baseline(side.folder), *inputs),
-        before=gc.collect,
-        moved=side.path.stat().st_size,
-        budget=8,
-    )
+    from_nothing(compare, side, "the first step", peak.first_step, moved=side.path.stat().st_size, budget=8)
     resident = side.resident_bytes("transformer", "lora", "mogle", "vae") / MIB
     engine, baseline = memory("engine", side.folder), memory("baseline", side.folder)
     for key, name, limit in (("loaded", "until ready", None), ("stepped", "until the first step", resident)):
