@@ -15,7 +15,7 @@ from mogle_rt.graphs import Runner, Runners
 from mogle_rt.loading import LazyWeights, load_mogle, load_transformer
 from mogle_rt.modulation import ModulationTables, modulation_tables, time_embedding
 from mogle_rt.ops import choose
-from mogle_rt.packing import STEPS_TO_PACK, pack, to_pack
+from mogle_rt.packing import pack, to_pack
 from mogle_rt.sampling import Schedule
 from mogle_rt.step import Step, StepInputs
 from mogle_rt.transformer import Layout, rope_table
@@ -136,7 +136,7 @@ class TorchEngine:
         )
         self.weights.release("transformer.context_embedder.weight")  # no step needs it
         self._runner = None  # where its shapes are not kept, its buffers go before new ones come
-        if len(schedule) >= STEPS_TO_PACK and (layers := to_pack(self.transformer, self.weights.bundle)):
+        if layers := to_pack(self.transformer, self.weights.bundle):
             self._runners.clear()  # their steps hold the plain weights
             pack(layers, self.weights.bundle)
         self._runner = self._runners.get(

@@ -15,7 +15,6 @@ from mogle_rt.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
-STEPS_TO_PACK = 4  # a run's: laying weights out took as long as it saves in two to eight steps
 ROOM = 0.8  # so much of the free memory they may take
 CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -36,7 +35,9 @@ def free_memory() -> int:
 def to_pack(model: Transformer, bundle: Bundle) -> list[tuple[Linear, list[str]]]:
     """Layers that are faster packed, with the names of their stored weights; none if they don't find room.
 
-    The system may drop a mapped file's pages when memory is short, and read them again; packed weights stay.
+    The system may drop a mapped file's pages when memory is short, and read them again; packed weights stay. The length
+    of a run doesn't count, though packing took as long as it saves in two to eight steps: one seed is to give the same
+    bytes whatever was drawn before.
     """
     layers = []
     for name, stacked in schema.in_blocks(model.config, schema.DOUBLE_STACKED, schema.SINGLE_STACKED):

@@ -20,7 +20,6 @@ from mogle_rt.checkpoint import Bundle
 from mogle_rt.engines import TorchEngine
 from mogle_rt.loading import load_transformer
 from mogle_rt.lora import MOST_PACKED_RANK, Linear, LoraLinear, Product, Ride
-from mogle_rt.packing import STEPS_TO_PACK
 from mogle_rt.schema import transformer_tensors
 from mogle_rt.transformer import Transformer
 from tests.checkpoints import Files
@@ -119,7 +118,8 @@ def test_golden_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All switches with every product by oneDNN, which the golden sizes are too small for by themselves."""
-    monkeypatch.setattr(engines, "STEPS_TO_PACK", 1 if packed else 1000)
+    if not packed:
+        monkeypatch.setattr(packing, "free_memory", lambda: 0)
     monkeypatch.setattr(lora, "MOST_PACKED_RANK", 1000 if rides else 0)
     case = GoldenCase.load(name)
     loaded: list[Transformer] = []
@@ -216,33 +216,33 @@ def test_file_is_let_go_of(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pages of every packed weight, and of no other; a second time there is nothing to do."""
     released: list[str] = []
     monkeypatch.setattr(draw.pipe.bundle, "release", released.extend)
-    draw(STEPS_TO_PACK)
+    draw(2)
     stored = [f"transformer.{name}" for name in transformer_tensors(draw.pipe.bundle.config.transformer)]
     blocks = {n for n in stored if "blocks" in n and n.endswith(".weight") and "norm" not in n}
     assert {n for n in released if "blocks" in n and "norm" not in n} == blocks
     released.clear()
-    draw(STEPS_TO_PACK, 48)
+    draw(2, 48)
     assert not blocks & set(released)
 
 
-def test_one_weight_in_memory(tmp_path: Path, calls: list[tuple[bool, bool]]) -> None:
+def test_one_weight_in_memory(tmp_path: Path, calls: list[tuple[bool, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain weights go, with the steps of earlier runs that used them. (In float16 in the file: they are copies.)"""
     draw = Draw(Files(GOLDEN / "checkpoints" / "tiny").convert(tmp_path / "half.safetensors", dtype="fp16"))
-    draw(STEPS_TO_PACK - 1)
+    with monkeypatch.context() as short:
+        short.setattr(packing, "free_memory", lambda: 0)
+        draw(2)
     plain = [StorageWeakRef(layer.weight.untyped_storage()) for layer in linears(draw.pipe)]
     assert not any(ref.expired() for ref in plain)
-    draw(STEPS_TO_PACK)
+    draw(2)
     gc.collect()
     assert all(ref.expired() for ref in plain)
 
 
-def test_few_steps(draw: Draw, calls: list[tuple[bool, bool]]) -> None:
-    """They don't save what packing takes; what is packed serves them too, with the same result."""
-    before = draw(STEPS_TO_PACK - 1)
-    assert not any(packed for packed, _ in calls)
-    draw(STEPS_TO_PACK, 48)
-    calls.clear()
-    assert_close(draw(STEPS_TO_PACK - 1), before, rms=1e-6)
+def test_history_does_not_count(golden_bundle: Bundles, calls: list[tuple[bool, bool]]) -> None:
+    """One seed, one image, to the last bit, whatever was drawn before."""
+    draw = Draw(golden_bundle("tiny"))
+    draw(6, 48)
+    assert torch.equal(draw(1), Draw(golden_bundle("tiny"))(1))
     assert any(packed for packed, _ in calls)
 
 
@@ -251,11 +251,11 @@ def test_no_room(draw: Draw, calls: list[tuple[bool, bool]], monkeypatch: pytest
     weights = [layer.weight.nbytes for layer in linears(draw.pipe)]
     needed = (sum(weights) + 2 * max(weights)) / packing.ROOM
     monkeypatch.setattr(packing, "free_memory", lambda: needed - 1)
-    before = draw(STEPS_TO_PACK)
+    before = draw(2)
     assert not any(packed for packed, _ in calls)
     monkeypatch.setattr(packing, "free_memory", lambda: needed + 1)
     calls.clear()
-    assert_close(draw(STEPS_TO_PACK), before, rms=1e-6)
+    assert_close(draw(2), before, rms=1e-6)
     assert any(packed for packed, _ in calls)
 
 
