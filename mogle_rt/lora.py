@@ -116,9 +116,11 @@ class LoraLinear(Linear):
 
     def pack(self, done: Callable[[], None]) -> None:
         """`Linear.pack`, the branch's B with the weight where it is to ride."""
-        widens, filled = self._widens, F.pad(self.lora_down.t(), (0, 0, 0, -self.rank % RANK_STEP)).t()
-        super().pack(done)
-        if widens:
+        if not self._widens:
+            super().pack(done)
+        else:
+            filled = F.pad(self.lora_down.t(), (0, 0, 0, -self.rank % RANK_STEP)).t()
+            super().pack(done)
             self.ride, self.rank = Ride.INPUT, filled.shape[1]
             self.in_columns += self.rank
             self.lora_down = nn.Parameter(filled, requires_grad=False)

@@ -39,6 +39,8 @@ def to_pack(model: Transformer, bundle: Bundle) -> list[tuple[Linear, list[str]]
     of a run doesn't count, though packing took as long as it saves in two to eight steps: one seed is to give the same
     bytes whatever was drawn before.
     """
+    if model.proj_out.weight.device.type != "cpu":
+        return []
     layers = []
     for name, stacked in schema.in_blocks(model.config, schema.DOUBLE_STACKED, schema.SINGLE_STACKED):
         layer = model.get_submodule(name)
