@@ -23,8 +23,8 @@ def parse_dtype(value: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for; by default a CUDA GPU, else Apple's, else the CPU.
+def choose_device(device: str | int | torch.device | None) -> torch.device:
+    """The device asked for, a number N being cuda:N; by default a CUDA GPU, else Apple's, else the CPU.
 
     Raises:
         DeviceError: unknown, or not on this machine.
@@ -34,7 +34,8 @@ def choose_device(device: str | torch.device | None) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        chosen = torch.device(device)
+        # PyTorch takes a number too, but not in every build.
+        chosen = torch.device(f"cuda:{device}" if type(device) is int else device)
     except (RuntimeError, TypeError):
         raise DeviceError(f"device must be cpu, cuda, cuda:N or mps, got {device!r}") from None
     if chosen.type not in ("cpu", "cuda", "mps"):

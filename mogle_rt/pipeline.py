@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class Pipeline:
 
     Args:
         checkpoint: a bundle, see ``mogle-rt convert``; or ``demo``, the small one in the package (128 x 128 pixels).
-        device: "cpu", "cuda", "cuda:N" or "mps"; None takes the best there is.
+        device: "cpu", "cuda", "cuda:N" or N, or "mps"; None takes the best there is.
         dtype: "fp32", "bf16", "fp16" or a torch dtype; None takes what the device multiplies fast.
         model_config: the reference's switches, see `ModelConfig`; unknown names are refused.
         kernels: "triton" or "torch", the operations of a step; None takes what the environment variable
@@ -92,7 +92,7 @@ class Pipeline:
     def __init__(
         self,
         checkpoint: str | Path,
-        device: str | torch.device | None = None,
+        device: str | int | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         model_config: ModelConfig | Mapping[str, Any] | None = None,
         *,
@@ -139,7 +139,10 @@ class Pipeline:
         self._interrupt = value
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """Options for the tqdm bar of the denoising loop, e.g. ``disable=True``. By default it shows on a terminal only."""
+        """Options for the tqdm bar, e.g. ``disable=True``. By default it shows on a terminal only.
+
+        It counts denoising steps; its description, unless ``desc`` gives one, is what a call does at the moment.
+        """
         self._progress_bar_config = options
 
     @torch.no_grad()
@@ -227,33 +230,34 @@ class Pipeline:
 
         schedule = make_schedule(self.bundle.config.scheduler, num_inference_steps, grid[0] * grid[1])
         noise = self._noise(latents, batch, height, width, generator if generators is None else generators)
-        with self._stage("text"):
-            prompt_embeds, pooled_prompt_embeds = self._embed(
-                prompts, prompt_embeds, pooled_prompt_embeds, max_sequence_length
-            )
-        with self._stage("mask"):
-            mask_latents = self._encode_masks(labels, batch, mask_posterior, generator, generators)
-        with self._stage("prepare"):
-            self.engine.prepare(
-                Conditions(
-                    mask_latents=mask_latents,
-                    prompt_embeds=_expand(prompt_embeds, batch),
-                    pooled_prompt_embeds=_expand(pooled_prompt_embeds, batch),
-                    guidance_scale=guidance_scale,
-                    grid=grid,
-                    condition_scale=condition_scale,
-                    position_delta=position_delta,
-                    position_scale=position_scale,
-                ),
-                schedule,
-            )
-        with self._stage("denoise"):
-            packed = self._denoise(noise, schedule, callback_on_step_end)
-        report.interrupted, report.execution = self._interrupt, self.engine.execution
-        if output_type == "latent":
-            return PipelineOutput(images=packed)
-        with self._stage("decode"):
-            images = self._decode(packed, height, width, output_type)
+        with self._progress_bar(num_inference_steps) as bar:
+            with self._stage("text", bar):
+                prompt_embeds, pooled_prompt_embeds = self._embed(
+                    prompts, prompt_embeds, pooled_prompt_embeds, max_sequence_length
+                )
+            with self._stage("mask", bar):
+                mask_latents = self._encode_masks(labels, batch, mask_posterior, generator, generators)
+            with self._stage("prepare", bar):
+                self.engine.prepare(
+                    Conditions(
+                        mask_latents=mask_latents,
+                        prompt_embeds=_expand(prompt_embeds, batch),
+                        pooled_prompt_embeds=_expand(pooled_prompt_embeds, batch),
+                        guidance_scale=guidance_scale,
+                        grid=grid,
+                        condition_scale=condition_scale,
+                        position_delta=position_delta,
+                        position_scale=position_scale,
+                    ),
+                    schedule,
+                )
+            with self._stage("denoise", bar):
+                packed = self._denoise(noise, schedule, callback_on_step_end, bar)
+            report.interrupted, report.execution = self._interrupt, self.engine.execution
+            if output_type == "latent":
+                return PipelineOutput(images=packed)
+            with self._stage("decode", bar):
+                images = self._decode(packed, height, width, output_type)
         return PipelineOutput(images=images)
 
     def _labels(self, mask: MaskLike | Sequence[MaskLike] | None, height: int, width: int) -> list[Labels]:
@@ -304,15 +308,23 @@ class Pipeline:
         # Always drawn in float32: one seed is one noise in every dtype.
         return pack_latents(randn_tensor(shape, generator=generator, device=self.device)).to(self.dtype)
 
-    def _denoise(self, noise: Tensor, schedule: Schedule, callback: StepCallback | None) -> Tensor:
-        options = {"total": len(schedule), "disable": None, "desc": "denoise"} | self._progress_bar_config
-        with tqdm(**options) as bar:
+    @contextmanager
+    def _progress_bar(self, steps: int) -> Iterator[tqdm[NoReturn]]:
+        with tqdm(**{"total": steps, "disable": None} | self._progress_bar_config) as bar:
+            try:
+                yield bar
+            except BaseException:
+                bar.leave = False  # an error's message says more
+                raise
 
-            def on_step(k: int, latents: Tensor) -> Tensor | None:
-                bar.update()
-                return None if callback is None else self._called_back(callback, k, schedule, latents)
+    def _denoise(self, noise: Tensor, schedule: Schedule, callback: StepCallback | None, bar: tqdm[NoReturn]) -> Tensor:
+        bar.unpause()  # its rate is that of the steps
 
-            return denoise(self.engine, noise, schedule, on_step, lambda: self._interrupt)
+        def on_step(k: int, latents: Tensor) -> Tensor | None:
+            bar.update()
+            return None if callback is None else self._called_back(callback, k, schedule, latents)
+
+        return denoise(self.engine, noise, schedule, on_step, lambda: self._interrupt)
 
     def _called_back(self, callback: StepCallback, k: int, schedule: Schedule, latents: Tensor) -> Tensor:
         """The latents that the callback wants: others, or those it was given, which it may have edited."""
@@ -333,8 +345,10 @@ class Pipeline:
         return self.image_processor.postprocess(image, output_type=output_type)
 
     @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        """Time a stage into the report; the GPU is waited for, so that its time counts where it was spent."""
+    def _stage(self, name: str, bar: tqdm[NoReturn]) -> Iterator[None]:
+        """Show a stage and time it into the report; the GPU is waited for, so that its time counts where it was spent."""
+        if "desc" not in self._progress_bar_config:
+            bar.set_description(name)
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":

@@ -917,7 +917,7 @@ def test_a_prompt_for_a_bundle_without_text_encoders(tiny_files: Files, tmp_path
         assert_one_line(run("generate", path, "-p", "a face", "-o", tmp_path / "x.png", *QUICK), *words)
 
 
-NO_DEVICES = ("gpu", "cuda:x", "cuda:-1", "vulkan", "meta", "xpu", "", 5, ["cpu"])
+NO_DEVICES = ("gpu", "cuda:x", "cuda:-1", "vulkan", "meta", "xpu", "", True, -1, ["cpu"])
 OPTIONS: dict[str, tuple[dict[str, Any], type[MogleError], tuple[str, ...]]] = {
     "dtype": ({"dtype": "fp8"}, ConfigError, ("dtype must be bf16, fp16 or fp32, got fp8",)),
     "dtype_of_integers": ({"dtype": torch.int8}, ConfigError, ("dtype must be bf16, fp16 or fp32, got torch.int8",)),
@@ -957,6 +957,7 @@ def test_bad_options(name: str, tiny_bundle: Path) -> None:
 def test_devices_that_are_not_there(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert_raises(DeviceError, lambda: choose_device(3), "cuda:3 was asked", "sees 0 CUDA GPUs", "use cpu")
     for device, words in (("cuda", "PyTorch sees 0 CUDA GPUs"), ("cuda:3", "cuda:3 was asked"), ("mps", "has none")):
         assert_raises(DeviceError, lambda device=device: choose_device(device), words, "use cpu")  # type: ignore[misc]
         with unchanged(tmp_path):
@@ -964,7 +965,7 @@ def test_devices_that_are_not_there(tiny_bundle: Path, tmp_path: Path, monkeypat
             assert_one_line(run(*args), words, "use cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_device("cuda:1") == torch.device("cuda:1")
+    assert choose_device("cuda:1") == choose_device(1) == torch.device("cuda:1")
     assert_raises(DeviceError, lambda: choose_device("cuda:2"), "cuda:2", "sees 2 CUDA GPUs")
 
 
@@ -1256,6 +1257,7 @@ def test_a_convert_that_is_told_to_stop(number: signal.Signals, existing: bool, 
             [sys.executable, "-m", "mogle_rt", *map(str, convert_args(files, output))],
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # shells have background jobs ignore SIGINT
         )
         deadline = time.monotonic() + 100
         while not any(p.name.endswith(".part") for p in tmp_path.iterdir()):

@@ -292,12 +292,24 @@ def test_interrupting_from_the_callback(pipe: Pipeline) -> None:
 def test_progress_bar(pipe: Pipeline, capfd: pytest.CaptureFixture[str]) -> None:
     run(pipe, None, None)
     assert capfd.readouterr().err == ""  # not a terminal
-    pipe.set_progress_bar_config(disable=False)
     try:
+        pipe.set_progress_bar_config(disable=False)
         run(pipe, None, None)
+        drawn = capfd.readouterr().err
+        pipe.set_progress_bar_config(disable=False, desc="faces")
+        run(pipe, None, None)
+        described = capfd.readouterr().err
+        with pytest.raises(InputError):
+            run(pipe, None, None, callback_on_step_end=lambda *_: 1)
+        failed = capfd.readouterr().err
     finally:
         pipe.set_progress_bar_config()
-    assert "3/3" in capfd.readouterr().err
+    assert "3/3" in drawn
+    stages = [drawn.index(f"{stage}:") for stage in ("text", "mask", "prepare", "denoise", "decode")]
+    assert stages == sorted(stages)  # each is shown when it begins, whatever it takes
+    assert "faces: 100%" in described
+    assert "prepare" not in described
+    assert failed.rstrip(" ").endswith("\r")  # the bar is wiped: what follows is the error's message
 
 
 def test_the_run_is_reported(pipe: Pipeline) -> None:
