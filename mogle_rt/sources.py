@@ -70,8 +70,10 @@ def find(spec: str | Path, *, default_file: str | None = None) -> Path:
     name = str(spec)
     try:
         path = Path(spec).expanduser()
-        if path.exists():
-            return path
+        path.stat()  # `exists` hides other errors from Python 3.14 on
+        return path
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a name with a null character
+        pass
     except (OSError, RuntimeError) as error:  # a name too long, a folder that is closed to us, ~ of an unknown user
         raise CheckpointError(f"{name}: can't be read: {error}") from None
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
