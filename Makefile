@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test oldest bench lint clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mogle_rt needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -18,6 +18,12 @@ demo: $(STAMP)  ## draw faces from the package's masks and prompts, into demo/gr
 
 test: $(STAMP)  ## the whole test suite
 	$(BIN)/python -m pytest
+
+oldest:  ## the whole test suite with the oldest releases that pyproject.toml allows
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet uv
+	build/oldest/bin/uv pip install --quiet --python build/oldest/bin/python --resolution lowest-direct -e '.[dev]'
+	build/oldest/bin/python -m pytest
 
 bench: $(STAMP)  ## the benchmarks, into benchmarks/RESULTS.md
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --results benchmarks/RESULTS.md

@@ -121,7 +121,7 @@ def test_a_bad_size_names_the_nearest(pipe: Pipeline) -> None:
 def test_numpy_s_numbers_are_numbers(pipe: Pipeline) -> None:
     a = run(pipe, None, None, num_inference_steps=np.int32(2), height=np.int64(32), guidance_scale=np.float32(2))
     assert a.shape == (1, 3, 32, SIZE)
-    with pytest.raises(InputError, match=r"got np.int64\(70\); the nearest is 64"):
+    with pytest.raises(InputError, match=r"got (np.int64\()?70\)?; the nearest is 64"):
         run(pipe, None, None, height=np.int64(70))
 
 
