@@ -33,18 +33,19 @@ def choose_device(device: str | int | torch.device | None) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    asked = f"cuda:{device}" if type(device) is int else device  # PyTorch takes a number too, but not in every build
     try:
-        # PyTorch takes a number too, but not in every build.
-        chosen = torch.device(f"cuda:{device}" if type(device) is int else device)
+        chosen = torch.device(asked)
     except (RuntimeError, TypeError):
         raise DeviceError(f"device must be cpu, cuda, cuda:N or mps, got {device!r}") from None
-    if chosen.type not in ("cpu", "cuda", "mps"):
+    # PyTorch keeps eight bits of a number: cuda:256 would be cuda:0.
+    if chosen.type not in ("cpu", "cuda", "mps") or str(chosen) != str(asked):
         raise DeviceError(f"device must be cpu, cuda, cuda:N or mps, got {device!r}")
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("device mps was asked for, but this machine has none; use cpu")
     if chosen.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (chosen.index or 0) >= count:
+        if not 0 <= (chosen.index or 0) < count:
             raise DeviceError(f"device {chosen} was asked for, but PyTorch sees {count} CUDA GPUs; use cpu")
     return chosen
 

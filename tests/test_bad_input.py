@@ -917,7 +917,7 @@ def test_a_prompt_for_a_bundle_without_text_encoders(tiny_files: Files, tmp_path
         assert_one_line(run("generate", path, "-p", "a face", "-o", tmp_path / "x.png", *QUICK), *words)
 
 
-NO_DEVICES = ("gpu", "cuda:x", "cuda:-1", "vulkan", "meta", "xpu", "", True, -1, ["cpu"])
+NO_DEVICES = ("gpu", "cuda:x", "cuda:-1", "vulkan", "meta", "xpu", "", True, -1, 256, "cuda:200", ["cpu"])
 OPTIONS: dict[str, tuple[dict[str, Any], type[MogleError], tuple[str, ...]]] = {
     "dtype": ({"dtype": "fp8"}, ConfigError, ("dtype must be bf16, fp16 or fp32, got fp8",)),
     "dtype_of_integers": ({"dtype": torch.int8}, ConfigError, ("dtype must be bf16, fp16 or fp32, got torch.int8",)),
@@ -967,6 +967,7 @@ def test_devices_that_are_not_there(tiny_bundle: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("cuda:1") == choose_device(1) == torch.device("cuda:1")
     assert_raises(DeviceError, lambda: choose_device("cuda:2"), "cuda:2", "sees 2 CUDA GPUs")
+    assert_raises(DeviceError, lambda: choose_device(torch.device("cuda:200")), "sees 2 CUDA GPUs")
 
 
 # What the command line is given

@@ -312,6 +312,27 @@ def test_progress_bar(pipe: Pipeline, capfd: pytest.CaptureFixture[str]) -> None
     assert failed.rstrip(" ").endswith("\r")  # the bar is wiped: what follows is the error's message
 
 
+def test_the_bar_s_rate_is_that_of_steps(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Steps take a second each; preparing takes an hour, which doesn't count."""
+    clock, prepare = [0.0], pipe.engine.prepare
+
+    def slow_prepare(*args: Any) -> None:
+        clock[0] += 3600
+        prepare(*args)
+
+    def slow_step(*_: object) -> None:
+        clock[0] += 1
+
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    monkeypatch.setattr(pipe.engine, "prepare", slow_prepare)
+    monkeypatch.setattr(pipe, "_progress_bar_config", {"disable": False})
+    run(pipe, None, None, num_inference_steps=4, callback_on_step_end=slow_step)
+    last = capfd.readouterr().err.rstrip().split("\r")[-1]
+    assert "4/4 [00:04<00:00" in last, last
+
+
 def test_the_run_is_reported(pipe: Pipeline) -> None:
     run(pipe, draw(1), ["a", "b"])
     report = pipe.last_run
