@@ -20,6 +20,7 @@ HEADINGS = (
     "engine / limit",
     "spread",
     "others",
+    "between cores",
 )
 
 
@@ -35,6 +36,7 @@ class Row:
         spread: half the distance of the quartiles over the median, the larger of both sides'.
         others: share of the processors that other programs took meanwhile.
         core: what the engine's own products take of its time, None where they weren't timed.
+        transfers: bytes a second from one processor to another meanwhile, None if unknown; see `benchmarks.cores`.
     """
 
     group: str
@@ -48,6 +50,7 @@ class Row:
     spread: float = 0.0
     others: float = 0.0
     core: float | None = None
+    transfers: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -81,6 +84,7 @@ class Row:
             "-" if self.limit is None else _number(self.engine / self.limit),
             f"{self.spread:.0%}{' noisy' if self.noisy else ''}" if self.spread else "-",
             f"{self.others:.0%}",
+            "-" if self.transfers is None else f"{self.transfers / 1e9:.0f} GB/s",
         )
 
 
@@ -167,7 +171,9 @@ product measured alongside (in steps and images, the model's own largest), or th
 over the rate of copies, whichever is more. **largest ratio**: what an engine at that limit would reach. **of the
 fastest**: the ratio of either side's fastest round, which a busy machine disturbs less. **spread**: half the distance
 of the quartiles over the median, of the noisier side. **others**: what other programs took of the processors' time
-meanwhile.
+meanwhile. **between cores**: how fast one processor gets what another has just written, in no order. Where it is slow,
+they share no cache, and everything that is done on both takes longer, the baseline more than the engine; a virtual
+machine's host may change it at any moment.
 """
 
 

@@ -16,7 +16,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks import flops
+from benchmarks import cores, flops
 from benchmarks.machine import Machine, Shape
 from benchmarks.report import NOISY, Row
 
@@ -43,10 +43,11 @@ class SideBySide:
     machine: Machine
     rows: list[Row]
     patience: float = 0.0
-    _probe: Callable[[], float] = field(default=lambda: 0.0)
+    _product_rate: Callable[[], float] = field(default=lambda: 0.0)
     _baseline_times: list[float] = field(default_factory=list)
     _core_times: list[float] = field(default_factory=list)
     _rates: list[float] = field(default_factory=list)
+    _transfers: list[float] = field(default_factory=list)
 
     def __call__(
         self,
@@ -78,7 +79,7 @@ class SideBySide:
         """
         clock = self.machine.clock
         shape = product or self.machine.fastest_product
-        self._probe = partial(self.machine.product_rate_now, shape, self.machine.product(shape))
+        self._product_rate = partial(self.machine.product_rate_now, shape, self.machine.product(shape))
         before()
         result, counted = flops.count(eager or engine)
         if eager is not None:
@@ -104,7 +105,7 @@ class SideBySide:
             with Neighbours() as neighbours:
                 measure: Any = self.benchmark.pedantic  # untyped
                 measure(engine, setup=lambda: self._between(baseline, before, core), rounds=rounds)
-                self._rates.append(self._probe())
+                self._probe()
         finally:
             gc.enable()
         assert self.benchmark.stats is not None
@@ -126,6 +127,7 @@ class SideBySide:
             fastest_ratio=min(self._baseline_times) / min(engine_times),
             spread=max(_spread(engine_times), _spread(self._baseline_times)),
             others=neighbours.share,
+            transfers=statistics.median(self._transfers) if self._transfers else None,
             core=1000 * statistics.median(self._core_times) if self._core_times else None,
         )
         self.record(row)
@@ -134,6 +136,12 @@ class SideBySide:
             "product_rate": statistics.median(self._rates),
             "baseline_times_ms": [1000 * t for t in self._baseline_times],
         }
+
+    def _probe(self) -> None:
+        """Look at what the machine gives at this moment."""
+        self._rates.append(self._product_rate())
+        if self.machine.device.type == "cpu" and (rate := cores.transfer_rate()) is not None:
+            self._transfers.append(rate)
 
     def _time(self, call: Callable[[], object]) -> float:
         """Seconds of a call."""
@@ -160,7 +168,7 @@ class SideBySide:
     ) -> None:
         """What happens before each of the engine's rounds: a round of the baseline, and one of the core."""
         if sum(self._baseline_times) >= len(self._rates) * PROBE_EVERY:
-            self._rates.append(self._probe())
+            self._probe()
         self._baseline_times.append(self._time(baseline))
         if core is not None:
             self._core_times.append(core())
