@@ -125,6 +125,8 @@ def to_label_batch(mask: MaskLike | Sequence[MaskLike], *, height: int, width: i
     if isinstance(mask, (np.ndarray, Tensor)) and (
         mask.ndim == 4 or (mask.ndim == 3 and not _is_colour(tuple(mask.shape)))
     ):
+        if mask.ndim == 3:
+            _refuse_planes(_to_numpy(mask) if isinstance(mask, Tensor) else mask)
         mask = list(mask)
     if not isinstance(mask, (list, tuple)):
         return [to_labels(mask, height=height, width=width)]  # type: ignore[arg-type]
@@ -197,7 +199,10 @@ def _to_numpy(tensor: Tensor) -> NDArray[Any]:
         kind = "meta" if tensor.is_meta else "sparse"
         raise MaskError(f"a mask tensor must be dense and hold data, got a {kind} one")
     dense = tensor.detach().cpu()
-    numbers: NDArray[Any] = (dense.float() if dense.dtype == torch.bfloat16 else dense).numpy()
+    try:
+        numbers: NDArray[Any] = (dense.float() if dense.dtype == torch.bfloat16 else dense).numpy()
+    except TypeError:  # float8 and the like
+        raise MaskError(f"a mask must hold class numbers 0…18 or colours, got values of type {dense.dtype}") from None
     return numbers
 
 
@@ -206,6 +211,8 @@ def _from_image(image: Image.Image, what: str) -> Labels:
         image.load()  # an image that was opened but not read yet
     except (OSError, ValueError, SyntaxError) as error:
         raise MaskError(f"{what}: can't be read: {error}") from None
+    if 0 in image.size:
+        raise MaskError(f"{what}: a picture of {image.width} x {image.height} pixels holds no mask")
     if image.mode == "P":
         return _from_palette(image, what)
     if image.mode in ("1", "L", "LA", "La"):
@@ -216,16 +223,18 @@ def _from_image(image: Image.Image, what: str) -> Labels:
 
 
 def _from_palette(image: Image.Image, what: str) -> Labels:
-    """Pixels of a palette image are class numbers, unless its palette holds the class colours in another order."""
+    """Pixels of a palette image are class numbers, unless its palette holds the class colours in another order, or greys
+    that are class numbers themselves, as when a grey picture is saved as GIF."""
     indices = np.asarray(image)
     used = np.unique(indices)
     palette = np.asarray(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3)
     if used.max(initial=0) < len(palette) and palette.any():
         colours = palette[used]
         distances = ((colours[:, None].astype(np.int32) - PALETTE.astype(np.int32)) ** 2).sum(-1)
-        if (distances.min(-1) == 0).all():
+        greys = (colours == colours[:, :1]).all() and 0 < colours.max() < NUM_CLASSES
+        if greys or (distances.min(-1) == 0).all():
             table = np.zeros(256, dtype=np.uint8)
-            table[used] = distances.argmin(-1)
+            table[used] = colours[:, 0] if greys else distances.argmin(-1)
             return table[indices]
     return _from_numbers(indices, what)
 
@@ -250,9 +259,31 @@ def _is_colour(shape: tuple[int, ...]) -> bool:
     return len(shape) >= 3 and shape[-1] in (3, 4)
 
 
-def _from_numbers(numbers: NDArray[Any], what: str) -> Labels:
+def _refuse_planes(array: NDArray[Any]) -> None:
+    """Three dimensions are a batch of masks. One mask in other clothes would be taken for one, and drawn as nonsense.
+
+    Raises:
+        MaskError: it is a plane for each class (one-hot), or for each channel of a colour.
+    """
+    for axis in (0, 2):
+        hot = array == 1
+        if array.shape[axis] == NUM_CLASSES and (hot.sum(axis) == 1).all() and (hot | (array == 0)).all():
+            raise MaskError(
+                f"a mask of shape {list(array.shape)} with one 1 in each place is one-hot; give its class numbers: its "
+                f"argmax over dimension {axis}"
+            )
+    if array.dtype.kind in "iuf" and array.shape[0] in (3, 4) and _not_classes(array).any():
+        raise MaskError(f"a mask of colours must have shape [H, W, 3 or 4], got {list(array.shape)}")
+
+
+def _not_classes(numbers: NDArray[Any]) -> NDArray[np.bool_]:
     with np.errstate(invalid="ignore"):
-        wrong = ~((numbers >= 0) & (numbers < NUM_CLASSES)) | (numbers != np.floor(numbers))
+        wrong: NDArray[np.bool_] = ~((numbers >= 0) & (numbers < NUM_CLASSES)) | (numbers != np.floor(numbers))
+    return wrong
+
+
+def _from_numbers(numbers: NDArray[Any], what: str) -> Labels:
+    wrong = _not_classes(numbers)
     if wrong.any():
         y, x = np.argwhere(wrong)[0]
         raise MaskError(

@@ -113,6 +113,14 @@ def grey_palette(labels: Labels) -> Image.Image:
     return Image.fromarray(labels, mode="L").convert("P")
 
 
+def palette_of_the_greys_used(labels: Labels) -> Image.Image:
+    """As an optimiser, or GIF, stores a grey picture of class numbers."""
+    greys, indices = np.unique(labels, return_inverse=True)
+    image = Image.fromarray(indices.reshape(labels.shape).astype(np.uint8), mode="P")
+    image.putpalette(np.repeat(greys, 3).tolist())
+    return image
+
+
 def rgb(labels: Labels) -> Image.Image:
     return Image.fromarray(COLOURS[labels], mode="RGB")
 
@@ -131,6 +139,7 @@ PICTURES: dict[str, Callable[[Labels], Image.Image]] = {
     "palette_in_another_order": shuffled_palette,
     "palette_of_other_colours": other_palette,
     "palette_of_greys": grey_palette,
+    "palette_of_the_greys_used": palette_of_the_greys_used,
     "no_palette": lambda labels: Image.fromarray(labels, mode="P"),
     "grey": lambda labels: Image.fromarray(labels, mode="L"),
     "grey_alpha": lambda labels: Image.fromarray(labels, mode="L").convert("LA"),
@@ -147,6 +156,8 @@ FILES: dict[str, tuple[Callable[[Labels], Image.Image], str]] = {
     "palette.gif": (palette_image, "GIF"),
     "palette.bmp": (palette_image, "BMP"),
     "palette.tif": (palette_image, "TIFF"),
+    "palette_of_the_greys_used.png": (palette_of_the_greys_used, "PNG"),
+    "grey.gif": (lambda labels: Image.fromarray(labels, mode="L"), "GIF"),
     "grey.png": (lambda labels: Image.fromarray(labels, mode="L"), "PNG"),
     "grey_16_bit.png": (grey16, "PNG"),
     "grey_16_bit.tif": (grey16, "TIFF"),
@@ -461,6 +472,7 @@ NO_MASKS: dict[str, tuple[Callable[[], Any], str]] = {
     "black_and_white": (lambda: Image.fromarray(numbers(255, "u1")).convert("1"), r"\(x=5, y=2\) holds 255"),
     "booleans": (lambda: np.zeros((4, 4), dtype=bool), "got values of type bool"),
     "boolean_tensor": (lambda: torch.zeros(4, 4, dtype=torch.bool), "got values of type bool"),
+    "float8": (lambda: torch.zeros(4, 4, dtype=torch.float8_e4m3fn), "got values of type torch.float8_e4m3fn"),
     "complex": (lambda: np.zeros((4, 4), dtype=complex), "got values of type complex128"),
     "texts": (lambda: np.full((4, 4), "skin"), "got values of type <U4"),
     "objects": (lambda: np.full((4, 4), None), "got values of type object"),
@@ -470,6 +482,7 @@ NO_MASKS: dict[str, tuple[Callable[[], Any], str]] = {
     "two_channels": (lambda: np.zeros((4, 4, 2), dtype=np.uint8), r"got shape \[4, 4, 2\]"),
     "four_dimensions": (lambda: np.zeros((2, 4, 4, 3), dtype=np.uint8), r"got shape \[2, 4, 4, 3\]"),
     "no_rows": (lambda: np.zeros((0, 5), dtype=np.uint8), r"got shape \[0, 5\]"),
+    "no_pixels": (lambda: Image.new("L", (0, 5)), "a picture of 0 x 5 pixels holds no mask"),
     "sparse": (lambda: torch.zeros(4, 4).to_sparse(), "got a sparse one"),
     "meta": (lambda: torch.zeros(4, 4, device="meta"), "got a meta one"),
     "number": (lambda: 3, "got int"),
@@ -490,6 +503,23 @@ def test_what_is_no_mask(kind: str) -> None:
 def test_no_masks_at_all(several: Any) -> None:
     with pytest.raises(MaskError, match="the list of masks is empty"):
         masks.to_label_batch(several, height=8, width=8)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_one_mask_as_planes_is_no_batch(kind: Callable[[NDArray[Any]], Any]) -> None:
+    """One-hot in either order, and colours with the channels first; a batch of 19 masks of two classes is one."""
+    labels = random_labels(0)
+    hot = (labels[..., None] == np.arange(19)).astype(np.int64)
+    for planes, dimension in ((hot, 2), (hot.transpose(2, 0, 1), 0)):
+        with pytest.raises(
+            MaskError, match=rf"is one-hot; give its class numbers: its argmax over dimension {dimension}"
+        ):
+            masks.to_label_batch(kind(planes), height=24, width=20)
+    colours = COLOURS[labels].transpose(2, 0, 1)
+    with pytest.raises(MaskError, match=r"colours must have shape \[H, W, 3 or 4\], got \[3, 24, 20\]"):
+        masks.to_label_batch(kind(np.ascontiguousarray(colours)), height=24, width=20)
+    assert len(masks.to_label_batch(kind((hot.transpose(2, 0, 1) + 1) % 2), height=24, width=20)) == 19
+    assert len(masks.to_label_batch(kind(np.stack([labels] * 3)), height=24, width=20)) == 3
 
 
 def test_the_bad_one_of_a_list_is_named(tmp_path: Path) -> None:
