@@ -11,7 +11,9 @@ import itertools
 import json
 import mmap
 import os
+import secrets
 import shutil
+import stat
 import struct
 import sys
 import tempfile
@@ -68,7 +70,7 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> Tenso
         raise CheckpointError(f"{path}: damaged header: the entry of tensor {name!r} is malformed") from None
     if not isinstance(code, str) or code not in DTYPES:
         raise CheckpointError(f"{path}: tensor {name!r} has dtype {code!r}, which is not one of {', '.join(DTYPES)}")
-    if not all(isinstance(v, int) and v >= 0 for v in (*shape, begin, end)):
+    if not all(isinstance(v, int) and 0 <= v < 2**63 for v in (*shape, begin, end)):
         raise CheckpointError(f"{path}: damaged header: the entry of tensor {name!r} is malformed")
     info = TensorInfo(DTYPES[code], shape, data_start + begin, data_start + end)
     if end - begin != info.numel * info.dtype.itemsize:
@@ -192,12 +194,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """
     with _as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
+        try:
+            mode = path.stat().st_mode  # not `exists`, which hides a name too long from Python 3.14 on
+        except FileNotFoundError:
+            mode = stat.S_IFREG
+        if stat.S_ISDIR(mode):
             raise OutputError(f"{path}: is a folder; a file name is needed")
-        if path.exists() and not path.is_file():
+        if not stat.S_ISREG(mode):
             raise OutputError(f"{path}: is a device or pipe; only ordinary files can be replaced")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        file = temporary.open("w+b")
+        temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # short: a name may be as long as the system takes
+        file = temporary.open("x+b")
     try:
         with _as_output_error(path):
             with file:

@@ -7,6 +7,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,28 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_name_may_be_as_long_as_the_system_takes(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * os.pathconf(tmp_path, "PC_NAME_MAX"))
+    with atomic_write(path) as f:
+        f.write(b"whole")
+    assert path.read_bytes() == b"whole"
+
+
+def test_threads_may_write_one_file(tmp_path: Path) -> None:
+    """One after the other or together: each writes a whole file, and the last stays."""
+
+    def write(number: int) -> None:
+        with atomic_write(tmp_path / "x") as f:
+            for _ in range(10):
+                f.write(bytes([number]) * 1000)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write, range(40)))
+    written = (tmp_path / "x").read_bytes()
+    assert written == written[:1] * 10_000
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, MemoryError])
