@@ -192,7 +192,7 @@ def export_onnx(
             condition_modulation_rows=tuple(condition_row_names(bundle.config.transformer)),
         )
         manifest.write(new)
-    if previous is not None and previous.weights.mode == "copy" and options.weights != "copy":
+    if previous is not None and previous.weights.mode == "copy" and manifest.weights.file != COPY_NAME:
         (folder / COPY_NAME).unlink(missing_ok=True)  # no graph points into it any more
     return manifest
 

@@ -192,6 +192,17 @@ def test_copy_onto_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
     Bundle(copied).verify()
 
 
+def test_a_bundle_of_the_copy_s_name_stays(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Linked where a copy was before, or the copy itself exported: graphs point into the file of that name again."""
+    (tmp_path / "source").mkdir()
+    bundle, folder = tmp_path / "source" / "weights.safetensors", tmp_path / "out"
+    shutil.copy(tiny_bundle, bundle)
+    for options in ((bundle, "-o", folder, "--weights", "copy"), (folder / bundle.name, "--weights", "link")):
+        assert run(*options, "--no-verify").code == 0
+        Manifest.read(folder).check_files(folder)
+    Bundle(folder / bundle.name).verify()
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "step.onnx"])
 def test_files_of_others_are_kept(name: str, tiny_bundle: Path, tmp_path: Path) -> None:
     """What an export has written, the next replaces; what someone else has, none."""
