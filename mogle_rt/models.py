@@ -96,7 +96,16 @@ def _text_config(part: str, config: Mapping[str, Any]) -> Any:
     wanted = ("clip_text_model", "clip") if part == "text_encoder" else ("t5",)
     if model_type not in wanted:
         raise CheckpointError(f"{part}: model_type must be {wanted[0]!r}, got {model_type!r}")
-    return _text_classes(part)[1].from_dict(dict(config))
+    return _text_classes(part)[1].from_dict(_harmless(config))
+
+
+def _harmless(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what names code: transformers fetches attention and quantisation kernels from the hub."""
+    return {
+        name: _harmless(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if "implementation" not in name and name not in ("quantization_config", "auto_map")
+    }
 
 
 def text_encoder_shapes(part: str, config: Mapping[str, Any], found: Mapping[str, object]) -> dict[str, Shape]:
@@ -158,6 +167,9 @@ def load_tokenizer(part: str, files: Mapping[str, bytes]) -> Any:
             for name, data in files.items():
                 (Path(folder) / Path(name).name).write_bytes(data)
             with _quiet_transformers():
-                return (CLIPTokenizer if part == "tokenizer" else T5Tokenizer).from_pretrained(folder)
+                tokenizer = (CLIPTokenizer if part == "tokenizer" else T5Tokenizer).from_pretrained(folder)
         except Exception as error:  # transformers raises whatever its parsers do
             raise CheckpointError(f"{part}: its files can't be read: {_reason(error)}") from None
+    if not isinstance(tokenizer.model_max_length, (int, float)):  # transformers takes anything
+        raise CheckpointError(f"{part}: model_max_length must be a number, got {tokenizer.model_max_length!r}")
+    return tokenizer

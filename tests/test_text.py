@@ -11,6 +11,7 @@ from diffusers import FluxPipeline
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from mogle_rt.checkpoint import Bundle
+from mogle_rt.models import load_text_encoder
 from mogle_rt.text import TextEncoders
 from tests.checkpoints import Files
 from tests.conftest import assert_close, relative_rms
@@ -39,6 +40,28 @@ def test_equals_diffusers(encoders: TextEncoders, tiny_files: Files, length: int
     assert ours.shape == (3, length, 24)
     assert_close(ours, embeds, rms=1e-6)
     assert_close(our_pooled, pooled, rms=1e-6)
+
+
+def test_a_configuration_names_no_code(tiny_bundle: Path) -> None:
+    """transformers would fetch such kernels from the hub and import them."""
+    bundle = Bundle(tiny_bundle)
+    for part, config in (
+        ("text_encoder", bundle.config.text_encoder),
+        ("text_encoder_2", bundle.config.text_encoder_2),
+    ):
+        assert config is not None
+        evil = {"attn_implementation": "evil/kernel", "_attn_implementation": "evil/kernel"}
+        evil |= {"experts_implementation": "evil/kernel", "_experts_implementation_internal": "evil/kernel"}
+        spoilt = {
+            **config,
+            **evil,
+            "quantization_config": {"quant_method": "fp8"},
+            "auto_map": {"AutoModel": "evil--x.Y"},
+        }
+        model = load_text_encoder(part, spoilt, bundle.part(part, torch.device("cpu"), torch.float32))
+        assert model.config._attn_implementation in ("sdpa", "eager")
+        assert "evil" not in repr(model.config)
+        assert not hasattr(model, "hf_quantizer")
 
 
 def test_words_matter(encoders: TextEncoders) -> None:
