@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from mogle_rt.cost import Cost
+    from mogle_rt.drawings import Existing
     from mogle_rt.gpus import Gpu
     from mogle_rt.pipeline import Pipeline
 
@@ -255,6 +256,9 @@ def generate(
     engine_path: Annotated[Path | None, typer.Option(help="The export's folder; default: the bundle's own.")] = None,
     metadata: Annotated[bool, typer.Option(help="Write prompt, seed and settings into the images.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that are there already.")] = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Draw only images that aren't there yet; goes with --seed.")
+    ] = False,
 ) -> None:
     """Draw faces from masks and prompts."""
     from mogle_rt.drawings import find_masks, plan
@@ -264,9 +268,16 @@ def generate(
     masks: list[Path | None] = list(find_masks(mask)) if mask else [None]
     if seed is None:
         seed = secrets.randbelow(2**31)
-    if not 0 <= seed < 2**63 - len(masks) * num_images:
-        raise InputError(f"--seed must be from 0 to 2^63, got {seed}")
-    jobs = plan(masks, prompt, num_images, seed, output, overwrite=overwrite)
+    most = 2**63 - len(masks) * num_images - 1
+    if not 0 <= seed <= most:
+        raise InputError(f"--seed must be from 0 to {most}, got {seed}")
+    if overwrite and skip_existing:
+        raise InputError("--overwrite and --skip-existing exclude each other")
+    existing: Existing = "replace" if overwrite else "skip" if skip_existing else "refuse"
+    jobs = plan(masks, prompt, num_images, seed, output, existing)
+    if not jobs:
+        console.print("nothing to draw: all images are there already")
+        return
     switches = parse_json(model_config)
 
     from mogle_rt.arguments import check_options
@@ -295,6 +306,11 @@ def generate(
         engine=engine,  # type: ignore[arg-type]
         engine_path=engine_path,
     )
+    if not pipe.bundle.has_text_encoders:
+        raise InputError(
+            f"{checkpoint}: holds no text encoders, without which there are no prompts; convert it with them, or call "
+            "mogle_rt.Pipeline with prompt_embeds"
+        )
     seconds = {"load": time.perf_counter() - start}
     for i in range(0, len(jobs), batch_size):
         batch = jobs[i : i + batch_size]

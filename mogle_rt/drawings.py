@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from mogle_rt.errors import InputError, OutputError
 from mogle_rt.image_files import check_suffix
@@ -22,8 +22,11 @@ class Drawing(NamedTuple):
     path: Path
 
 
+Existing = Literal["refuse", "replace", "skip"]
+
+
 def plan(
-    masks: list[Path | None], prompts: list[str] | None, num_images: int, seed: int, output: Path, *, overwrite: bool
+    masks: list[Path | None], prompts: list[str] | None, num_images: int, seed: int, output: Path, existing: Existing
 ) -> list[Drawing]:
     """Every image, checked before any work is done.
 
@@ -33,17 +36,20 @@ def plan(
         num_images: of each mask.
         seed: the first image's; the next have the next.
         output: a file, or a folder.
-        overwrite: files that are there already may be replaced.
+        existing: what happens where a file is there already; "skip" leaves out what an interrupted job has drawn.
 
     Raises:
         InputError: prompts that are no text, or too many or few. OutputError: a file is there or can't be written.
     """
     drawings = list(_drawings(masks, _prompts(prompts, masks), num_images, seed, output))
     _check_writable(output)
-    taken = [drawing.path for drawing in drawings if drawing.path.exists()]
-    if taken and not overwrite:
-        raise OutputError(f"{taken[0]}: exists already; choose another name, or --overwrite")
-    return drawings
+    if existing == "replace":
+        return drawings
+    new = [drawing for drawing in drawings if not drawing.path.exists()]
+    if existing == "refuse" and len(new) < len(drawings):
+        taken = next(drawing.path for drawing in drawings if drawing.path.exists())
+        raise OutputError(f"{taken}: exists already; choose another name, --overwrite or --skip-existing")
+    return new
 
 
 def find_masks(paths: list[Path]) -> Iterator[Path]:
@@ -56,7 +62,7 @@ def find_masks(paths: list[Path]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in MASK_SUFFIXES)
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in MASK_SUFFIXES and not p.name.startswith("."))
         if not found:
             raise InputError(f"{path}: a folder without masks ({', '.join(sorted(MASK_SUFFIXES))})")
         yield from found
@@ -65,17 +71,21 @@ def find_masks(paths: list[Path]) -> Iterator[Path]:
 def _prompts(given: list[str] | None, masks: list[Path | None]) -> list[str]:
     """One for each mask."""
     if given is None:
-        beside = [mask.with_suffix(".txt") if mask else None for mask in masks]
-        try:
-            return [path.read_text("utf-8").strip() if path and path.is_file() else "" for path in beside]
-        except UnicodeDecodeError as error:
-            raise InputError(f"the text file beside a mask must be UTF-8 text: {error}") from None
+        return [_text_of(mask.with_suffix(".txt")) if mask else "" for mask in masks]
     for prompt in given:
         if any("\ud800" <= c <= "\udfff" for c in prompt):  # how Python keeps bytes that are no text
             raise InputError(f"--prompt must be UTF-8 text, got {prompt!r}")
     if len(given) not in (1, len(masks)):
         raise InputError(f"--prompt must be given once or once for each of {len(masks)} masks, got {len(given)}")
     return given * len(masks) if len(given) == 1 else given
+
+
+def _text_of(path: Path) -> str:
+    """What a text file says; nothing where there is none."""
+    try:
+        return path.read_text("utf-8-sig").strip() if path.is_file() else ""  # Windows' editors put a mark before it
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: must be UTF-8 text: {error}") from None
 
 
 def _drawings(
@@ -87,6 +97,7 @@ def _drawings(
         check_suffix(output)
         if len(masks) > 1:
             raise OutputError(f"{output}: {len(masks)} masks need a folder as output, not a file")
+    given = [mask for mask in masks if mask is not None and mask.exists()]
     for i, (mask, prompt) in enumerate(zip(masks, prompts, strict=True)):
         for j in range(num_images):
             number = i * num_images + j
@@ -94,8 +105,8 @@ def _drawings(
                 path = output / f"{mask.stem if mask else 'face'}_{seed + number}.png"
             else:
                 path = output if num_images == 1 else output.with_stem(f"{output.stem}_{j + 1}")
-            if mask and path.exists() and path.samefile(mask):
-                raise OutputError(f"{path}: is the mask itself; choose another name for the image")
+            if path.exists() and any(path.samefile(mask) for mask in given):
+                raise OutputError(f"{path}: is a mask itself; choose another name for the image")
             yield Drawing(mask, prompt, seed + number, path)
 
 

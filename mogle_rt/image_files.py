@@ -51,7 +51,7 @@ def xmp(settings: Mapping[str, Any] | None) -> bytes:
         'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">'
         f"<Iptc4xmpExt:DigitalSourceType>{DIGITAL_SOURCE_TYPE}</Iptc4xmpExt:DigitalSourceType>"
         f'{description}</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
-    ).encode()
+    ).encode(errors="backslashreplace")  # of bytes in a file's name that are no text, JSON's escapes
 
 
 def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> None:
@@ -73,7 +73,8 @@ def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any] | Non
         info = PngInfo()
         info.add_itxt("XML:com.adobe.xmp", packet.decode())
         for key, value in (settings or {}).items():
-            info.add_itxt(key, value if isinstance(value, str) else json.dumps(value))
+            text = value if isinstance(value, str) else json.dumps(value)
+            info.add_itxt(key, text.encode(errors="backslashreplace").decode())
         image.save(buffer, kind, pnginfo=info)
     else:
         if len(packet) > JPEG_XMP_LIMIT:

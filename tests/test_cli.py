@@ -311,6 +311,7 @@ def test_a_folder_of_masks_into_a_folder(tiny_bundle: Path, tmp_path: Path) -> N
     for i, name in enumerate(("c.png", "a.bmp", "b.gif")):
         draw_mask(folder / name, seed=i)
     (folder / "notes.txt").write_text("no mask")
+    (folder / "._c.png").write_text("what macOS keeps beside a file")
     output.mkdir()
     result = run("generate", tiny_bundle, "-m", folder, "-o", output, "--seed", "0", *QUICK)
     assert result.code == 0
@@ -338,11 +339,42 @@ def test_images_are_replaced_whole(tiny_bundle: Path, mask: Path, tmp_path: Path
     output.write_text("an older file")
     refused = run("generate", tiny_bundle, "-m", mask, "-o", output, *QUICK)
     assert refused.code == 1
-    assert "face.png: exists already; choose another name, or --overwrite" in refused.err
+    assert "face.png: exists already; choose another name, --overwrite or --skip-existing" in refused.err
     assert output.read_text() == "an older file"
     assert run("generate", tiny_bundle, "-m", mask, "-o", output, "--overwrite", *QUICK).code == 0
     assert pixels(output)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["face.png", "mask.png"]
+
+
+def test_an_interrupted_job_goes_on(tiny_bundle: Path, mask: Path, tmp_path: Path) -> None:
+    output = tmp_path / "faces"
+    arguments = (
+        "generate",
+        tiny_bundle,
+        "-m",
+        mask,
+        "-n",
+        "3",
+        "-o",
+        output,
+        "--seed",
+        "5",
+        "--batch-size",
+        "2",
+        *QUICK,
+    )
+    assert run(*arguments).code == 0
+    whole = {path.name: pixels(path) for path in output.iterdir()}
+    (output / "mask_6.png").unlink()
+    before = (output / "mask_5.png").stat()
+    result = run(*arguments, "--skip-existing")
+    assert (result.code, result.out.split()) == (0, [str(output / "mask_6.png")])
+    assert {path.name: pixels(path) for path in output.iterdir()} == whole
+    assert (output / "mask_5.png").stat() == before
+    result = run(*arguments, "--skip-existing")
+    assert (result.code, result.out, result.err) == (0, "", "nothing to draw: all images are there already\n")
+    result = run(*arguments, "--skip-existing", "--overwrite")
+    assert (result.code, result.err) == (1, "error: --overwrite and --skip-existing exclude each other\n")
 
 
 def prompts_of(folder: Path) -> list[str]:
@@ -373,10 +405,21 @@ def test_prompts_of_several_masks(tiny_bundle: Path, tmp_path: Path) -> None:
     result = run("generate", tiny_bundle, "-m", masks[0], "-p", "x", "-p", "y", "-o", tmp_path / "z.png", *QUICK)
     assert result.code == 1
     assert "--prompt must be given once or once for each of 1 masks, got 2" in result.err
-    (tmp_path / "masks" / "a.txt").write_bytes(b"\xff\xfe")
-    result = run("generate", tiny_bundle, "-m", masks[0], "-o", tmp_path / "z.png", *QUICK)
-    assert result.code == 1
-    assert "must be UTF-8 text" in result.err
+    (tmp_path / "masks" / "a.txt").write_text("as Windows writes it", encoding="utf-8-sig")
+    assert run("generate", tiny_bundle, "-m", masks[0], "-o", tmp_path / "marked", *QUICK).code == 0
+    assert prompts_of(tmp_path / "marked") == ["as Windows writes it"]
+
+
+def test_a_mask_whose_name_is_no_text(tiny_bundle: Path, tmp_path: Path) -> None:
+    """The settings hold its bytes as JSON's escapes."""
+    named = tmp_path / os.fsdecode(b"m\xff.png")
+    draw_mask(tmp_path / "m.png").rename(named)
+    assert run("generate", tiny_bundle, "-m", named, "-o", tmp_path / "out", "--seed", "3", *QUICK).code == 0
+    with Image.open(tmp_path / "out" / os.fsdecode(b"m\xff_3.png")) as image:
+        image.load()
+        (settings,) = parse_xmp(image.text[PNG_XMP])[1]  # type: ignore[attr-defined]
+        assert settings["mask"] == named.name
+        assert image.text["mask"] == "m\\udcff.png"  # type: ignore[attr-defined]
 
 
 def test_too_little_memory_on_a_cpu(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
