@@ -26,6 +26,7 @@ if not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
+    from mogle_rt import masks
     from mogle_rt.config import ModelConfig
     from mogle_rt.converter import convert
     from mogle_rt.pipeline import Pipeline
@@ -52,10 +53,17 @@ __all__ = [
     "__version__",
     "convert",
     "errors",
+    "masks",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'mogle_rt' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name == "masks":
+        return importlib.import_module("mogle_rt.masks")
+    raise AttributeError(f"module 'mogle_rt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

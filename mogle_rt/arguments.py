@@ -17,8 +17,17 @@ from mogle_rt.errors import InputError, NumericalError
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
 
 
+MOST = 2**31 - 1  # of images and pixels: what is more would overflow, long after memory has ended
+MOST_STEPS = 10_000  # each one's modulations are held: of FLUX's full size, 2 MB an image
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:  # whole numbers beyond all floats
+        return False
 
 
 def check_options(
@@ -42,19 +51,21 @@ def check_options(
     Raises:
         InputError: one is out of range.
     """
-    for name, number in (
-        ("num_inference_steps", num_inference_steps),
-        ("num_images_per_prompt", num_images_per_prompt),
-        ("max_sequence_length", max_sequence_length),
+    for name, number, most in (
+        ("num_inference_steps", num_inference_steps, MOST_STEPS),
+        ("num_images_per_prompt", num_images_per_prompt, MOST),
+        ("max_sequence_length", max_sequence_length, MAX_TEXT_TOKENS),
     ):
         if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
             raise InputError(f"{name} must be a positive integer, got {number!r}")
-    if max_sequence_length > MAX_TEXT_TOKENS:
-        raise InputError(f"max_sequence_length can be at most {MAX_TEXT_TOKENS}, got {max_sequence_length}")
+        if number > most:
+            raise InputError(f"{name} can be at most {most}, got {number!r}")
     for name, size in (("height", height), ("width", width)):
         if not isinstance(size, Integral) or isinstance(size, bool) or size < PATCH or size % PATCH:
             near = f"; the nearest is {max(PATCH, round(size / PATCH) * PATCH)}" if _is_number(size) else ""
             raise InputError(f"{name} must be a multiple of {PATCH}, got {size!r}{near}")
+        if size > MOST:
+            raise InputError(f"{name} can be at most {MOST}, got {size!r}")
     for name, value in (("guidance_scale", guidance_scale), ("condition_scale", condition_scale)):
         if not _is_number(value) or value < 0:
             raise InputError(f"{name} must be a finite number of 0 or more, got {value!r}")
@@ -66,7 +77,7 @@ def check_options(
         raise InputError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
     if callback is not None and not callable(callback):
         raise InputError(f"callback_on_step_end must be a function, got {callback!r}")
-    if list(callback_inputs) != ["latents"]:
+    if not isinstance(callback_inputs, Sequence) or list(callback_inputs) != ["latents"]:
         raise InputError(f"callback_on_step_end_tensor_inputs can be ['latents'] only, got {callback_inputs!r}")
     if mask_posterior not in ("mean", "sample"):
         raise InputError(f"mask_posterior must be 'mean' or 'sample', got {mask_posterior!r}")
@@ -92,6 +103,10 @@ def prompt_list(prompt: str | Sequence[str] | None, embeds: Tensor | None, poole
     for one in prompts:
         if not isinstance(one, str):
             raise InputError(f"prompt must be a text or a list of texts, got {type(one).__name__}")
+        try:
+            one.encode()
+        except UnicodeEncodeError:  # half of a pair, or how Python keeps bytes that are no text
+            raise InputError(f"prompt must be UTF-8 text, got {one!r}") from None
     return prompts
 
 
@@ -122,6 +137,16 @@ def generator_list(generator: Generators, batch: int) -> list[torch.Generator] |
             f"generator must be one torch.Generator or a list of {batch} (one an image), got {generator!r}"
         )
     return generators
+
+
+def check_embeddings(embeds: Any, pooled: Any, width: int, pooled_width: int) -> None:
+    """T5's [B, T, J] and CLIP's [B, P].
+
+    Raises:
+        InputError, NumericalError: see `check_tensor`.
+    """
+    check_tensor("prompt_embeds", embeds, (None, None, width))
+    check_tensor("pooled_prompt_embeds", pooled, (embeds.shape[0], pooled_width))
 
 
 def check_tensor(name: str, value: Any, shape: tuple[int | None, ...]) -> None:

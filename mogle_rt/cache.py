@@ -17,12 +17,12 @@ class TensorCache:
         max_bytes: how much the entries may hold together; 0 turns the cache off.
 
     Raises:
-        ConfigError: ``max_bytes`` is negative.
+        ConfigError: ``max_bytes`` is negative, or no whole number.
     """
 
     def __init__(self, max_bytes: int) -> None:
-        if max_bytes < 0:
-            raise ConfigError(f"a cache's size must be 0 bytes or more, got {max_bytes}")
+        if not isinstance(max_bytes, int) or max_bytes < 0:
+            raise ConfigError(f"a cache's size must be 0 bytes or more, got {max_bytes!r}")
         self.max_bytes = max_bytes
         self.nbytes = 0
         self.hits = 0

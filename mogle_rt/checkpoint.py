@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mogle_rt import schema
-from mogle_rt.config import MogleConfig, Options, SchedulerConfig, TransformerConfig
+from mogle_rt.config import PATCH, MogleConfig, Options, SchedulerConfig, TransformerConfig
 from mogle_rt.demo import bundle_path
 from mogle_rt.errors import CheckpointError, ConfigError
 from mogle_rt.storage import MappedFile, TensorInfo, read_chunks, read_header
@@ -120,16 +120,18 @@ class Bundle:
 
     @property
     def default_size(self) -> int:
-        """Pixels of an image's side where none is asked for: 512, or less if the VAE was made for less."""
+        """Pixels of an image's side where none is asked for: 512, or as many whole tokens as the VAE was made for."""
         size = self.config.vae.get("sample_size")
-        return min(size, DEFAULT_SIZE) if isinstance(size, int) and size > 0 else DEFAULT_SIZE
+        if not isinstance(size, int) or isinstance(size, bool) or size < PATCH:
+            return DEFAULT_SIZE
+        return min(size // PATCH * PATCH, DEFAULT_SIZE)
 
     @property
     def default_text_tokens(self) -> int:
         """T5 tokens where no number is asked for: what its tokenizer says, at most 512 (which FLUX's says)."""
         try:
             length = json.loads(self.files("tokenizer_2")["tokenizer_config.json"])["model_max_length"]
-        except (KeyError, ValueError):
+        except (KeyError, TypeError, ValueError):
             return MAX_TEXT_TOKENS
         return min(length, MAX_TEXT_TOKENS) if isinstance(length, int) and length > 0 else MAX_TEXT_TOKENS
 
@@ -147,6 +149,9 @@ class Bundle:
             if part not in PARTS:
                 raise CheckpointError(f"{self.path}: unexpected tensor {full!r}")
             self._names[part].append(name)
+        blocks = self.config.transformer.num_layers + self.config.transformer.num_single_layers
+        if blocks > len(self.tensors):  # before all that they would need is listed
+            raise CheckpointError(f"{self.path}: {len(self.tensors)} tensors can't make {blocks} blocks")
         check_names(self._shapes("transformer"), schema.transformer_tensors(self.config.transformer), self.path)
         check_names(self._shapes("mogle"), schema.mogle_tensors(self.config.mogle), self.path)
         ranks = self.lora_ranks()

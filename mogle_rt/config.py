@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -98,13 +98,13 @@ def _require_positive(owner: object, *names: str) -> None:
 
 
 def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
 
 
 def _require_finite(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
             raise ConfigError(f"{type(owner).__name__}: {name} must be a number, got {value!r}")
 
 
@@ -140,6 +140,8 @@ class TransformerConfig(Options):
         for name in ("num_layers", "num_single_layers"):
             if not _is_int(getattr(self, name), 0):
                 raise ConfigError(f"TransformerConfig: {name} must be 0 or more, got {getattr(self, name)!r}")
+        if not self.num_layers + self.num_single_layers:
+            raise ConfigError("TransformerConfig: num_layers and num_single_layers are both 0; there must be a block")
         _require_bool(self, "guidance_embeds")
         if sum(self.axes_dims_rope) != self.attention_head_dim:
             raise ConfigError(

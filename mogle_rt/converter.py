@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from mogle_rt.errors import CheckpointError, ConfigError, OutputError
 from mogle_rt.models import autoencoder, tensor_shapes, text_encoder_shapes
 from mogle_rt.sources import SourceTensor
 from mogle_rt.storage import TensorInfo, atomic_write, header_room, write_header
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model")
 TOKENIZER_FILE_LIMIT = 64 << 20
@@ -62,7 +65,13 @@ def convert(
     lora_file = sources.find(lora, default_file="pytorch_lora_weights.safetensors")
     mogle_file = sources.find(mogle, default_file="global_local_mask_moe.pt")
     tensors, config = gather(flux_dir, lora_file, mogle_file, text_encoders=text_encoders)
-    if output.exists():
+    if text_encoders and config.text_encoder is None:
+        logger.warning("%s holds no text encoders: prompts for this bundle must come as embeddings", flux_dir)
+    try:
+        existing = output.exists()
+    except OSError:  # a name too long: told when it is written to
+        existing = False
+    if existing:
         own = {lora_file, mogle_file, *(t.path for t in tensors.values() if t.path), *flux_dir.glob("*/*")}
         if any(output.samefile(source) for source in own):
             raise OutputError(f"{output}: is one of the files to convert; choose another name for the bundle")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mogle_rt.errors import InputError, OutputError
+from mogle_rt.errors import CheckpointError, InputError, OutputError
 
 NAME = "demo"  # in a checkpoint's place, everywhere
 DATA = Path(__file__).with_name("data")
@@ -15,7 +16,13 @@ EXAMPLES = DATA / "examples"
 
 
 def bundle_path(checkpoint: str | Path) -> Path:
-    """The file of a checkpoint: ``demo`` is the one in the package, all else is a path."""
+    """The file of a checkpoint: ``demo`` is the one in the package, all else is a path.
+
+    Raises:
+        CheckpointError: it is neither a text nor a path.
+    """
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise CheckpointError(f"a checkpoint must be a path, or {NAME!r}, got {checkpoint!r}")
     return BUNDLE if str(checkpoint) == NAME else Path(checkpoint)
 
 

@@ -41,17 +41,17 @@ class Conditions:
     guidance_scale: float
     grid: tuple[int, int]
     condition_scale: float = 1.0
-    position_delta: tuple[int, int] = (0, 0)
+    position_delta: tuple[float, float] = (0, 0)
     position_scale: float = 1.0
 
 
 def token_ids(grid: tuple[int, int]) -> Tensor:
     """Ids (0, row, column) of the image tokens: [N, 3]."""
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    rows, columns = torch.meshgrid(*(torch.arange(count, device="cpu") for count in grid), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
 
 
-def condition_ids(ids: Tensor, position_delta: tuple[int, int], position_scale: float) -> Tensor:
+def condition_ids(ids: Tensor, position_delta: tuple[float, float], position_scale: float) -> Tensor:
     """Ids of the condition's tokens: moved, then scaled about the centre of a cell. [N, 3] -> [N, 3]."""
     ids = ids.clone()
     ids[:, 1] += position_delta[0]
@@ -74,7 +74,7 @@ class TorchEngine:
             sum; None takes for each run what costs less, see `mogle_rt.triton_ops.cheaper_mixture`.
 
     Raises:
-        ConfigError: the kernels can't be had, or the mixture can't be fused.
+        ConfigError: the kernels can't be had or don't take so wide a model, or the mixture can't be fused.
     """
 
     def __init__(
@@ -89,6 +89,7 @@ class TorchEngine:
         mixture: str | None = None,
     ) -> None:
         self.ops = choose(kernels, device)
+        self.ops.check_model(bundle.config.transformer, bundle.config.mogle)
         self.device, self.dtype, self.model = device, dtype, model
         self.config = bundle.config.transformer
         self.weights = LazyWeights(bundle, device, dtype)
@@ -109,7 +110,7 @@ class TorchEngine:
         batch, image_tokens = mask_latents.shape[0], mask_latents.shape[2]
         ids = token_ids(c.grid)
         moved = condition_ids(ids, c.position_delta, c.position_scale)
-        joint_ids = torch.cat([torch.zeros(prompt_embeds.shape[1], 3), ids, moved])
+        joint_ids = torch.cat([ids.new_zeros(prompt_embeds.shape[1], 3), ids, moved])
         layout = Layout(
             text=prompt_embeds.shape[1],
             image=image_tokens,
@@ -122,7 +123,7 @@ class TorchEngine:
         shapes = (batch, len(schedule), layout, type(mixture))
         made_from = (
             schedule.model_timesteps.to(self.device),
-            torch.tensor(c.guidance_scale * 1000.0, device=self.device),
+            torch.tensor(c.guidance_scale * 1000.0, dtype=torch.float32, device=self.device),
             pooled.expand(batch, -1).clone(),  # a later run is copied over it: not the caller's own
         )
         inputs = StepInputs(

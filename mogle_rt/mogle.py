@@ -166,7 +166,7 @@ class MixtureOfExperts(nn.Module):
         if self._absent is None or self._absent[0] != contents[shared]:  # black is the same for all masks of a size
             self._absent = contents[shared], self._outputs_of(planes[shared], ops)
         listed = [-1 if sharing > 1 and number == shared else number for number in numbers]
-        index = torch.tensor(listed, dtype=torch.int32).view(mask_latents.shape[:2])
+        index = torch.tensor(listed, dtype=torch.int32, device="cpu").view(mask_latents.shape[:2])
         return Regions(planes, index.to(planes.device), self._absent[1]), index
 
     def _outputs_of(self, picture: Tensor, ops: Ops) -> Tensor:

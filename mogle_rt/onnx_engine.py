@@ -309,7 +309,7 @@ class StepPreparation:
             "pooled_prompt_embeds": c.pooled_prompt_embeds.expand(batch, -1),
             "model_timesteps": schedule.model_timesteps,
             "timesteps": schedule.timesteps,
-            "guidance": torch.tensor([c.guidance_scale * 1000.0]),
+            "guidance": torch.tensor([c.guidance_scale * 1000.0], dtype=torch.float32),
             "grid": torch.tensor(c.grid),
             "position_delta": torch.tensor(c.position_delta, dtype=torch.float32),
             "position_scale": torch.tensor([c.position_scale], dtype=torch.float32),

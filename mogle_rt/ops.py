@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mogle_rt.attention import AttentionPlan
+from mogle_rt.config import MogleConfig, TransformerConfig
 from mogle_rt.errors import ConfigError
 
 VARIABLE = "MOGLE_RT_KERNELS"
@@ -29,6 +30,8 @@ class Ops(Protocol):
     """
 
     RIDING: bool
+
+    def check_model(self, transformer: TransformerConfig, mogle: MogleConfig) -> None: ...
 
     def rope_buffer(self, table: Tensor) -> Tensor: ...
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +21,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from mogle_rt.arguments import Generators, check_options, check_tensor, common_count, generator_list, prompt_list
+from mogle_rt.arguments import (
+    Generators,
+    check_embeddings,
+    check_options,
+    check_tensor,
+    common_count,
+    generator_list,
+    prompt_list,
+)
 from mogle_rt.cache import TensorCache
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.conditioning import Conditioner, MaskPosterior, pack_latents, unpack_latents
@@ -27,7 +37,7 @@ from mogle_rt.config import PATCH, VAE_SCALE, ModelConfig
 from mogle_rt.devices import choose_device, choose_dtype
 from mogle_rt.engine_choice import Engine, EngineName, engine_dtype, make_engine
 from mogle_rt.engines import Conditions
-from mogle_rt.errors import InputError
+from mogle_rt.errors import InputError, NumericalError
 from mogle_rt.masks import Labels, MaskLike, to_label_batch
 from mogle_rt.models import autoencoder, load_autoencoder
 from mogle_rt.sampling import Schedule, denoise, make_schedule
@@ -35,6 +45,9 @@ from mogle_rt.text import TextEncoders
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Any]], Mapping[str, Any] | None]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 CACHE_BYTES = 256 << 20
 DECODE_PIXELS = 1024 * 1024  # pixels decoded at once: bounds the VAE's activations, not the result
@@ -62,8 +75,25 @@ class RunReport:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+def _one_at_a_time(call: Callable[Concatenate[Pipeline, P], R]) -> Callable[Concatenate[Pipeline, P], R]:
+    """Calls from several threads wait for each other: a call's state is in the engine's buffers."""
+
+    @functools.wraps(call)
+    def alone(self: Pipeline, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            if self._running:  # the same thread: others wait
+                raise InputError("a pipeline can't be called from within its own call; make another Pipeline for that")
+            self._running = True
+            try:
+                return call(self, *args, **kwargs)
+            finally:
+                self._running = False
+
+    return alone
+
+
 class Pipeline:
-    """Face-MoGLE from a bundle.
+    """Face-MoGLE from a bundle. Threads may share one: their calls are made one after the other.
 
     Args:
         checkpoint: a bundle, see ``mogle-rt convert``; or ``demo``, the small one in the package (128 x 128 pixels).
@@ -126,7 +156,8 @@ class Pipeline:
         self.image_processor = VaeImageProcessor(vae_scale_factor=VAE_SCALE * 2)
         self.last_run = RunReport()
         self._text_encoders: TextEncoders | None = None
-        self._interrupt = False
+        self._interrupt = self._running = False
+        self._lock = threading.RLock()
         self._progress_bar_config: dict[str, Any] = {}
 
     @property
@@ -145,6 +176,7 @@ class Pipeline:
         """
         self._progress_bar_config = options
 
+    @_one_at_a_time
     @torch.no_grad()
     def __call__(
         self,
@@ -167,6 +199,7 @@ class Pipeline:
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         mask_posterior: MaskPosterior = "mean",
+        return_dict: bool = True,
     ) -> PipelineOutput:
         """Draw faces. Each image of a batch is the one it would be alone, up to rounding.
 
@@ -192,9 +225,10 @@ class Pipeline:
             callback_on_step_end_tensor_inputs: as in diffusers; ``["latents"]`` is all there is.
             mask_posterior: "mean" of the VAE's posterior, or "sample" to draw from it with the generator, as the
                 reference does.
+            return_dict: False gives the tuple ``(images,)`` in place of a `PipelineOutput`, as in diffusers.
 
         Raises:
-            InputError: an argument is out of range, or counts or shapes don't match.
+            InputError: an argument is out of range, counts or shapes don't match, or a callback calls the pipeline.
             MaskError: a mask can't be read.
             CheckpointError: a prompt was given, and the bundle has no text encoders.
             NumericalError: the result is not finite.
@@ -218,11 +252,18 @@ class Pipeline:
             callback_inputs=callback_on_step_end_tensor_inputs,
             mask_posterior=mask_posterior,
         )
-        height, width, num_inference_steps = int(height), int(width), int(num_inference_steps)  # numpy's too
+        # Numbers of other kinds, as numpy's, become Python's own: what is computed mustn't depend on the kind.
+        height, width, num_inference_steps = int(height), int(width), int(num_inference_steps)
+        num_images_per_prompt, max_sequence_length = int(num_images_per_prompt), int(max_sequence_length)
+        guidance_scale, condition_scale = float(guidance_scale), float(condition_scale)
+        rows, columns = map(float, position_delta)
         self._interrupt = False
         grid = (height // PATCH, width // PATCH)
         labels = self._labels(mask, height, width)
         prompts = prompt_list(prompt, prompt_embeds, pooled_prompt_embeds)
+        if prompt_embeds is not None:
+            t = self.bundle.config.transformer
+            check_embeddings(prompt_embeds, pooled_prompt_embeds, t.joint_attention_dim, t.pooled_projection_dim)
         pairs = common_count(len(labels), len(prompts) if prompt_embeds is None else prompt_embeds.shape[0])
         batch = pairs * num_images_per_prompt
         generators = generator_list(generator, batch)
@@ -246,19 +287,19 @@ class Pipeline:
                         guidance_scale=guidance_scale,
                         grid=grid,
                         condition_scale=condition_scale,
-                        position_delta=position_delta,
-                        position_scale=position_scale,
+                        position_delta=(rows, columns),
+                        position_scale=float(position_scale),
                     ),
                     schedule,
                 )
             with self._stage("denoise", bar):
                 packed = self._denoise(noise, schedule, callback_on_step_end, bar)
             report.interrupted, report.execution = self._interrupt, self.engine.execution
-            if output_type == "latent":
-                return PipelineOutput(images=packed)
-            with self._stage("decode", bar):
-                images = self._decode(packed, height, width, output_type)
-        return PipelineOutput(images=images)
+            images = packed
+            if output_type != "latent":
+                with self._stage("decode", bar):
+                    images = self._decode(packed, height, width, output_type)
+        return PipelineOutput(images=images) if return_dict else (images,)  # type: ignore[return-value]
 
     def _labels(self, mask: MaskLike | Sequence[MaskLike] | None, height: int, width: int) -> list[Labels]:
         if mask is None:
@@ -269,9 +310,6 @@ class Pipeline:
         self, prompts: list[str], embeds: Tensor | None, pooled: Tensor | None, max_sequence_length: int
     ) -> tuple[Tensor, Tensor]:
         if embeds is not None and pooled is not None:
-            config = self.bundle.config.transformer
-            check_tensor("prompt_embeds", embeds, (None, None, config.joint_attention_dim))
-            check_tensor("pooled_prompt_embeds", pooled, (embeds.shape[0], config.pooled_projection_dim))
             return embeds, pooled
         known = {p: found for p in prompts if (found := self.prompt_cache.get((p, max_sequence_length))) is not None}
         new = [p for p in dict.fromkeys(prompts) if p not in known]
@@ -306,7 +344,8 @@ class Pipeline:
             return latents.to(self.device, self.dtype)
         shape = (batch, channels // 4, height // VAE_SCALE, width // VAE_SCALE)
         # Always drawn in float32: one seed is one noise in every dtype.
-        return pack_latents(randn_tensor(shape, generator=generator, device=self.device)).to(self.dtype)
+        noise = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
+        return pack_latents(noise).to(self.dtype)
 
     @contextmanager
     def _progress_bar(self, steps: int) -> Iterator[tqdm[NoReturn]]:
@@ -342,6 +381,10 @@ class Pipeline:
         z = unpack_latents(packed, height, width) / self.vae.config.scaling_factor + self.vae.config.shift_factor
         chunk = max(1, DECODE_PIXELS // (height * width))
         image = torch.cat([self.vae.decode(part.to(self.vae.dtype)).sample for part in z.split(chunk)])
+        if not bool(torch.isfinite(image).all()):
+            raise NumericalError(
+                f"the decoded image holds NaN or infinity: the VAE doesn't decode it in {self.vae.dtype}"
+            )
         return self.image_processor.postprocess(image, output_type=output_type)
 
     @contextmanager

@@ -40,7 +40,7 @@ def make_schedule(config: SchedulerConfig, num_inference_steps: int, image_token
     would move timesteps, and with them the gate, by a unit in the last place against the reference.
 
     Raises:
-        InputError: fewer than one step.
+        InputError: fewer than one step, or an image so large that its shift overflows.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -50,13 +50,18 @@ def make_schedule(config: SchedulerConfig, num_inference_steps: int, image_token
     if config.use_dynamic_shifting:
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         mu = config.base_shift + slope * (image_tokens - config.base_image_seq_len)
-        sigmas = FlowMatchEulerDiscreteScheduler(time_shift_type=config.time_shift_type).time_shift(mu, 1.0, sigmas)
+        try:
+            sigmas = FlowMatchEulerDiscreteScheduler(time_shift_type=config.time_shift_type).time_shift(mu, 1.0, sigmas)
+        except OverflowError:
+            raise InputError(
+                f"{image_tokens} image tokens are too many for the schedule; take a smaller size"
+            ) from None
     else:
         sigmas = config.shift * sigmas / (1 + (config.shift - 1) * sigmas)
     rounded = torch.from_numpy(sigmas).to(torch.float32)
     timesteps = rounded * config.num_train_timesteps
     model_timesteps = timesteps / 1000 * 1000
-    return Schedule(torch.cat([rounded, torch.zeros(1)]), timesteps, model_timesteps)
+    return Schedule(torch.cat([rounded, rounded.new_zeros(1)]), timesteps, model_timesteps)
 
 
 class Engine(Protocol):

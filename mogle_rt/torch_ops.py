@@ -20,6 +20,7 @@ from torch import Tensor
 from mogle_rt.attention import joint_attention
 
 if TYPE_CHECKING:
+    from mogle_rt.config import MogleConfig, TransformerConfig
     from mogle_rt.ops import Prepared
 
 __all__ = ["RIDING", "joint_attention"]
@@ -28,6 +29,10 @@ RIDING = False  # see `mogle_rt.lora`
 LAYER_NORM_EPS = 1e-6
 QK_NORM_EPS = 1e-6
 FP16_MAX = 65504
+
+
+def check_model(transformer: TransformerConfig, mogle: MogleConfig) -> None:
+    """PyTorch's operations take a model of any shape."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -42,7 +47,7 @@ def _identity(width: int, device: torch.device, dtype: torch.dtype) -> tuple[Ten
     if device.type != "cpu":
         return None, None
     with torch.inference_mode():
-        return torch.ones(width, dtype=dtype), torch.zeros(width, dtype=dtype)
+        return torch.ones(width, device=device, dtype=dtype), torch.zeros(width, device=device, dtype=dtype)
 
 
 def norm_modulate(
@@ -154,7 +159,7 @@ def qk_norm_rope(x: Tensor, norm_weight: Tensor, bounds: tuple[int, ...], rope: 
     weights = norm_weight.unsqueeze(2).expand(-1, -1, x.shape[3], -1).contiguous()
     groups = list(zip(qk.split(_sizes(bounds)), weights.unbind(), strict=True))
     pairs = qk.unflatten(-1, (-1, 2))
-    eps = torch.tensor(QK_NORM_EPS, device=x.device)
+    eps = torch.tensor(QK_NORM_EPS, dtype=torch.float32, device=x.device)
 
     def run() -> None:
         norm = torch.linalg.vector_norm(qk, dim=-1, keepdim=True, dtype=torch.float32)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mogle_rt import attention
 from mogle_rt.attention import AttentionPlan, Visibility
+from mogle_rt.config import MogleConfig, TransformerConfig
+from mogle_rt.errors import ConfigError
 from mogle_rt.kernels import gate_mix as gate_kernels
 from mogle_rt.kernels import joint_attention as attention_kernels
 from mogle_rt.kernels import norm_modulate as norm_kernels
@@ -22,8 +24,9 @@ from mogle_rt.kernels import qk_norm_rope as rope_kernels
 from mogle_rt.kernels import region_expert_mix as fused_kernels
 from mogle_rt.kernels import region_experts as expert_kernels
 from mogle_rt.kernels import residual_norm_modulate as residual_kernels
-from mogle_rt.kernels.common import Cost
+from mogle_rt.kernels.common import LARGEST_ROW, Cost
 from mogle_rt.kernels.common import interpreted as interpreted
+from mogle_rt.kernels.gate import LARGEST_WIDTH
 
 if TYPE_CHECKING:
     from mogle_rt.ops import Prepared
@@ -48,6 +51,26 @@ def _define(module: Any, name: str, schema: str) -> Callable[..., None]:
     packet: Any = getattr(torch.ops.mogle_rt, name)
     operator: Callable[..., None] = packet.default
     return operator
+
+
+def check_model(transformer: TransformerConfig, mogle: MogleConfig) -> None:
+    """Whether the kernels take a model of this shape: a program holds rows, heads and the gate's layers whole.
+
+    Raises:
+        ConfigError: something is too wide.
+    """
+    head = min(attention_kernels.LARGEST_HEAD, rope_kernels.LARGEST_HEAD)
+    for name, size, largest in (
+        ("width", transformer.width, LARGEST_ROW),
+        ("attention_head_dim", transformer.attention_head_dim, head),
+        ("latent_dim", mogle.latent_dim, LARGEST_WIDTH),
+        ("expert_dim", mogle.expert_dim if mogle.has_expert else 0, LARGEST_WIDTH),
+        ("gate_dim", mogle.gate_dim if mogle.has_gating else 0, LARGEST_WIDTH),
+    ):
+        if size > largest:
+            raise ConfigError(
+                f"Triton's kernels take {name} up to {largest}, this model has {size}; use kernels='torch'"
+            )
 
 
 def declared(operator: str, args: Sequence[Any]) -> Cost:

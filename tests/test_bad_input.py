@@ -43,8 +43,10 @@ from mogle_rt import (
     converter,
 )
 from mogle_rt.checkpoint import Bundle
+from mogle_rt.config import SchedulerConfig
 from mogle_rt.devices import choose_device
 from mogle_rt.image_files import save_image
+from mogle_rt.sampling import make_schedule
 from tests.checkpoints import Files
 from tests.test_cli import QUICK, Result, draw_mask, run, run_process
 from tests.test_convert import write_sparse_checkpoint
@@ -172,6 +174,9 @@ BUNDLES = {
     "header_a_list": Case(lambda p: write_raw(p, [1, 2], b""), ("header is not a JSON object",)),
     "header_too_deep": Case(lambda p: write_raw(p, b"[" * 300_000, b""), ("header is not a JSON object",)),
     "entry_without_shape": Case(edit_header(lambda h: h[WEIGHT].pop("shape")), (WEIGHT, "malformed")),
+    "entry_beyond_all_sizes": Case(
+        edit_header(lambda h: h[WEIGHT].update(shape=[0, 2**70], data_offsets=[0, 0])), (WEIGHT, "malformed")
+    ),
     "entry_not_an_object": Case(edit_header(lambda h: h.update({WEIGHT: 5})), (WEIGHT, "malformed")),
     "shape_of_texts": Case(edit_header(lambda h: h[WEIGHT].update(shape="32")), (WEIGHT, "malformed")),
     "shape_negative": Case(edit_header(lambda h: h[WEIGHT].update(shape=[-32, -160])), (WEIGHT, "malformed")),
@@ -228,6 +233,18 @@ BUNDLES = {
     "config_t5_of_other_width": Case(
         edit_config(lambda c: c["text_encoder_2"].update(d_model=99)), ("d_model is 99", "is 24")
     ),
+    "config_of_a_billion_layers": Case(
+        edit_config(lambda c: c["transformer"].update(num_layers=10**9)), ("tensors can't make 1000000002 blocks",)
+    ),
+    "config_of_no_block": Case(
+        edit_config(lambda c: c["transformer"].update(num_layers=0, num_single_layers=0)), ("there must be a block",)
+    ),
+    "config_of_a_number_beyond_floats": Case(
+        edit_config(lambda c: c["scheduler"].update(max_shift=10**400)), ("max_shift must be a number",)
+    ),
+    "config_of_a_count_beyond_all": Case(
+        edit_config(lambda c: c["scheduler"].update(num_train_timesteps=10**400)), ("must be a positive integer",)
+    ),
     "config_of_more_layers": Case(
         edit_config(lambda c: c["transformer"].update(num_layers=3)), ("missing tensor 'transformer_blocks.2.",)
     ),
@@ -280,6 +297,11 @@ def test_bad_bundles(name: str, tiny_bundle: Path, tmp_path: Path) -> None:
 # Bundles that open, but can't be run
 
 
+def as_bytes(content: bytes) -> torch.Tensor:
+    """A file as a bundle holds it."""
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
 def spoil(name: str, value: float) -> Callable[[Path], None]:
     return edit_tensors(lambda t: t[name].view(-1)[:1].fill_(value))
 
@@ -325,6 +347,19 @@ RUNS = {
     "tokenizer_file_of_no_name": Case(
         edit_tensors(lambda t: t.update({"tokenizer...": torch.ones(3, dtype=torch.uint8)})),
         ("tokenizer", "can't be read"),
+    ),
+    "tokenizer_config_a_list": Case(
+        edit_tensors(lambda t: t.update({"tokenizer_2.tokenizer_config.json": as_bytes(b"[]")})),
+        ("tokenizer_2", "can't be read"),
+    ),
+    "tokenizer_length_a_text": Case(
+        edit_tensors(
+            lambda t: t.update({"tokenizer_2.tokenizer_config.json": as_bytes(b'{"model_max_length": "long"}')})
+        ),
+        ("tokenizer_2", "model_max_length must be a number, got 'long'"),
+    ),
+    "nan_in_the_decoder": Case(
+        spoil("vae.decoder.conv_out.bias", float("nan")), ("the decoded image holds NaN or infinity",), NumericalError
     ),
     "nan_in_the_transformer": Case(
         spoil("transformer.proj_out.weight", float("nan")), ("latents became NaN or infinite",), NumericalError
@@ -822,12 +857,31 @@ CALLS = {
     "second_mask_bad": Call({"mask": [BLACK, BLACK + 77]}, ("mask 1", "holds 77")),
     "zero_steps": Call({"num_inference_steps": 0}, ("num_inference_steps must be a positive integer, got 0",)),
     "negative_steps": Call({"num_inference_steps": -3}, ("num_inference_steps", "got -3")),
+    "steps_without_end": Call({"num_inference_steps": 10**30}, ("num_inference_steps can be at most 10000, got 1000",)),
     "half_a_step": Call({"num_inference_steps": 1.5}, ("num_inference_steps", "got 1.5")),
     "steps_a_text": Call({"num_inference_steps": "4"}, ("num_inference_steps", "got '4'")),
     "height": Call({"height": 100}, ("height must be a multiple of 16, got 100; the nearest is 96",)),
     "width": Call({"width": 600}, ("width must be a multiple of 16, got 600; the nearest is",)),
     "tiny_height": Call({"height": 3}, ("got 3; the nearest is 16",)),
     "negative_width": Call({"width": -64}, ("got -64; the nearest is 16",)),
+    "height_beyond_memory": Call({"height": 16 * 10**20}, ("height can be at most", "got 16000")),
+    "guidance_beyond_floats": Call({"guidance_scale": 10**400}, ("guidance_scale must be a finite number", "got 1000")),
+    "position_delta_beyond_floats": Call({"position_delta": (10**400, 0)}, ("position_delta must be two numbers",)),
+    "prompt_of_half_a_pair": Call({"prompt": "a\ud800"}, ("prompt must be UTF-8 text, got 'a\\ud800'",)),
+    "embeds_a_list": Call(
+        {"prompt_embeds": [1], "pooled_prompt_embeds": [1]}, ("prompt_embeds must be a tensor, got list",)
+    ),
+    "embeds_of_no_dimension": Call(
+        {"prompt_embeds": torch.tensor(1.0), "pooled_prompt_embeds": POOLED},
+        ("prompt_embeds must have shape", "got []"),
+    ),
+    "pooled_a_list": Call(
+        {"prompt_embeds": EMBEDS, "pooled_prompt_embeds": [1]}, ("pooled_prompt_embeds must be a tensor, got list",)
+    ),
+    "one_hot_mask": Call(
+        {"mask": torch.eye(19)[:, :, None].expand(-1, -1, 5)}, ("is one-hot; give its class numbers",)
+    ),
+    "callback_inputs_none": Call({"callback_on_step_end_tensor_inputs": None}, ("can be ['latents'] only, got None",)),
     "height_a_fraction": Call({"height": 64.0}, ("height", "got 64.0; the nearest is 64")),
     "no_images": Call({"num_images_per_prompt": 0}, ("num_images_per_prompt", "got 0")),
     "sequence_too_long": Call({"max_sequence_length": 513}, ("max_sequence_length can be at most 512, got 513",)),
@@ -908,13 +962,24 @@ def test_bad_calls(name: str, pipe: Pipeline) -> None:
     pipe(None, None, 1, height=16, width=16)  # none the worse for it
 
 
+def test_a_size_beyond_the_schedule() -> None:
+    flux = SchedulerConfig(shift=3.0, use_dynamic_shifting=True)
+    assert_raises(
+        InputError, lambda: make_schedule(flux, 4, 10**7), "10000000 image tokens are too many for the schedule"
+    )
+    assert make_schedule(flux, 4, 10**6).sigmas.isfinite().all()
+
+
 def test_a_prompt_for_a_bundle_without_text_encoders(tiny_files: Files, tmp_path: Path) -> None:
     path = tiny_files.convert(tmp_path / "ckpt.safetensors", text_encoders=False)
-    words = (str(path), "holds no text encoders; pass prompt_embeds and pooled_prompt_embeds instead of a prompt")
+    words = f"{path}: holds no text encoders"
     with unchanged(tmp_path):
         pipe = Pipeline(path, device="cpu", dtype="fp32")
-        assert_raises(CheckpointError, lambda: pipe(None, "a face", 2, height=32, width=32), *words)
-        assert_one_line(run("generate", path, "-p", "a face", "-o", tmp_path / "x.png", *QUICK), *words)
+        advice = "; pass prompt_embeds and pooled_prompt_embeds instead of a prompt"
+        assert_raises(CheckpointError, lambda: pipe(None, "a face", 2, height=32, width=32), words + advice)
+        for prompt in (("-p", "a face"), ()):  # on the command line there is no other way
+            result = run("generate", path, *prompt, "-o", tmp_path / "x.png", *QUICK)
+            assert_one_line(result, words, "convert it with them")
 
 
 NO_DEVICES = ("gpu", "cuda:x", "cuda:-1", "vulkan", "meta", "xpu", "", True, -1, 256, "cuda:200", ["cpu"])
@@ -936,6 +1001,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[MogleError], tuple[str, ...]]] = {
         ConfigError,
         ("latent_lora must be true or false, got 1",),
     ),
+    "cache_of_no_size": ({"cache_bytes": None}, ConfigError, ("a cache's size must be 0 bytes or more, got None",)),
+    "cache_of_a_text": ({"cache_bytes": "1G"}, ConfigError, ("a cache's size must be 0 bytes or more, got '1G'",)),
     "model_config_a_list": ({"model_config": ["latent_lora"]}, ConfigError, ("must be a mapping", "got list")),
     **{
         f"device_{device!r}": (
@@ -952,6 +1019,11 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[MogleError], tuple[str, ...]]] = {
 def test_bad_options(name: str, tiny_bundle: Path) -> None:
     options, kind, words = OPTIONS[name]
     assert_raises(kind, lambda: Pipeline(tiny_bundle, **options), *words)
+
+
+@pytest.mark.parametrize("checkpoint", [None, 5])
+def test_a_checkpoint_that_is_no_path(checkpoint: Any) -> None:
+    assert_raises(CheckpointError, lambda: Pipeline(checkpoint), "a checkpoint must be a path, or 'demo', got")
 
 
 def test_devices_that_are_not_there(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -998,6 +1070,11 @@ def touched(path: Path) -> Path:
     return path
 
 
+def with_text(mask: Path, content: bytes) -> Path:
+    mask.with_suffix(".txt").write_bytes(content)
+    return mask
+
+
 Args = Callable[[Path], tuple[object, ...]]
 COMMANDS: dict[str, tuple[Args, tuple[str, ...]]] = {
     "zero_steps": (lambda d: ("--steps", 0), ("num_inference_steps must be a positive integer, got 0",)),
@@ -1042,8 +1119,17 @@ COMMANDS: dict[str, tuple[Args, tuple[str, ...]]] = {
     "output_name_too_long": (lambda d: ("-o", d / ("x" * 300 + ".png")), ("File name too long",)),
     "output_the_mask": (
         lambda d: ("-m", draw_mask(d / "same.png"), "-o", d / "same.png"),
-        ("same.png: is the mask itself; choose another name",),
+        ("same.png: is a mask itself; choose another name",),
     ),
+    "output_another_mask": (
+        lambda d: ("-m", draw_mask(d / "a.png"), "-m", draw_mask(d / "a_7.png"), "-o", d, "--seed", 7, "--overwrite"),
+        ("a_7.png: is a mask itself; choose another name",),
+    ),
+    "text_beside_a_mask": (
+        lambda d: ("-m", with_text(draw_mask(d / "a.png"), b"caf\xe9")),
+        ("a.txt: must be UTF-8 text",),
+    ),
+    "steps_without_end": (lambda d: ("--steps", 10**30), ("num_inference_steps can be at most 10000, got 1000",)),
 }
 
 
@@ -1091,7 +1177,7 @@ NO_OUTPUTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "the_root": (lambda d: Path("/"), "is a folder; a file name is needed"),
     "below_a_file": (lambda d: d / "file" / "x", "file is a file, not a folder"),
     "deep_below_a_file": (lambda d: d / "file" / "a" / "x", "Not a directory"),
-    "name_too_long": (lambda d: d / ("x" * 250), "File name too long"),
+    "name_too_long": (lambda d: d / ("x" * 256), "File name too long"),
     "no_such_world": (lambda d: Path("/proc/nothing/here/x"), "No such file or directory"),
     "a_device": (lambda d: d / "pipe", "is a device or pipe; only ordinary files can be replaced"),
 }

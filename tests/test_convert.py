@@ -375,13 +375,18 @@ def test_text_encoders_as_published(tiny_files: Files, tiny_bundle: Path, tmp_pa
 
 
 @pytest.mark.parametrize("without", ["option", "folders"])
-def test_without_text_encoders(without: str, tiny_files: Files, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_without_text_encoders(
+    without: str, tiny_files: Files, tiny_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where they are lacking, that is told: prompts need them."""
     files = tiny_files
     if without == "folders":
         files = copy_of(tiny_files, tmp_path / "sources")
         for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
             shutil.rmtree(files.flux / part)
     output = files.convert(tmp_path / "b.safetensors", text_encoders=without != "option")
+    told = [f"{files.flux} holds no text encoders: prompts for this bundle must come as embeddings"]
+    assert caplog.messages == (told if without == "folders" else [])
     bundle = Bundle(output)
     bundle.verify()
     assert not bundle.has_text_encoders

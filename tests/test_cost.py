@@ -323,6 +323,23 @@ def test_impossible_jobs(wrong: dict[str, int]) -> None:
         Job(**wrong)  # type: ignore[arg-type]
 
 
+@needs_triton
+@pytest.mark.parametrize("part", ["expert_dim", "gate_dim"])
+def test_models_too_wide_for_the_kernels(part: str) -> None:
+    """Told when the engine is made, with a way out; PyTorch's operations take any width, and parts that aren't used none."""
+    wide: dict[str, Any] = {part: 300}
+    with pytest.raises(
+        ConfigError, match=rf"^Triton's kernels take {part} up to 256, this model has 300; use kernels='torch'$"
+    ):
+        estimate(job(TINY, mogle=MogleConfig(**wide), kernels="triton"))
+    estimate(job(TINY, mogle=MogleConfig(**wide), kernels="torch", height=32, width=32))
+    unused = MogleConfig(**wide, has_expert=part != "expert_dim", has_gating=part != "gate_dim")
+    estimate(job(TINY, mogle=unused, kernels="triton", height=32, width=32))
+    heads = replace(TINY, attention_head_dim=260, axes_dims_rope=(20, 120, 120), num_attention_heads=1)
+    with pytest.raises(ConfigError, match="take attention_head_dim up to 256, this model has 260"):
+        estimate(job(heads, kernels="triton", height=32, width=32))
+
+
 # -------------------------------------------------------------------------------------------------------------- cards
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +126,56 @@ def test_numpy_s_numbers_are_numbers(pipe: Pipeline) -> None:
     assert a.shape == (1, 3, 32, SIZE)
     with pytest.raises(InputError, match=r"got (np.int64\()?70\)?; the nearest is 64"):
         run(pipe, None, None, height=np.int64(70))
+
+
+def test_numbers_of_all_kinds_draw_the_same(pipe: Pipeline) -> None:
+    """The first kind mustn't decide what later calls of the shape may be given."""
+    kinds: list[Callable[[float], Any]] = [float, np.float64, np.float32, Fraction]
+    images = []
+    for kind in kinds:
+        scales = {f"{name}_scale": kind(x) for name, x in (("guidance", 2), ("condition", 0.5), ("position", 1.5))}
+        delta = (kind(1), kind(-2))
+        images.append(run(pipe, draw(1), "a", generator=seeded(0), position_delta=delta, **scales))
+    assert all(torch.equal(image, images[0]) for image in images[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_process_s_defaults_change_nothing(dtype: torch.dtype, tiny_bundle: Path, pipe: Pipeline) -> None:
+    expected = run(pipe, draw(1), "a", generator=seeded(0))
+    torch.set_default_dtype(dtype)
+    torch.set_default_device("meta")  # what lands there by mistake can't be used
+    try:
+        again = run(pipe, draw(1), "a", generator=seeded(0), height=SIZE + 16)
+        again = run(pipe, draw(1), "a", generator=seeded(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(again, expected)
+
+
+def test_threads_take_turns(pipe: Pipeline) -> None:
+    jobs: list[dict[str, Any]] = [{"mask": draw(i), "prompt": str(i), "guidance_scale": float(i)} for i in (1, 2)]
+
+    def image(job: dict[str, Any]) -> Tensor:
+        return run(pipe, generator=seeded(0), **job)
+
+    alone = [image(job) for job in jobs]
+    with ThreadPoolExecutor(2) as threads:
+        for i, together in enumerate(threads.map(image, jobs * 6)):
+            assert torch.equal(together, alone[i % 2])
+
+
+def test_a_callback_may_not_call_its_own_pipeline(pipe: Pipeline) -> None:
+    with pytest.raises(InputError, match="can't be called from within its own call; make another Pipeline"):
+        run(pipe, None, None, callback_on_step_end=lambda pipe, *_: pipe(None, None))
+    run(pipe, None, None)  # and is free again
+
+
+def test_a_tuple_if_asked_for(pipe: Pipeline) -> None:
+    expected = run(pipe, draw(1), "a", generator=seeded(0))
+    options: dict[str, Any] = {"num_inference_steps": 3, "height": SIZE, "width": SIZE, "output_type": "pt"}
+    (images,) = pipe(draw(1), "a", generator=seeded(0), return_dict=False, **options)
+    assert torch.equal(images, expected)
 
 
 def test_a_callback_that_returns_no_dict(pipe: Pipeline) -> None:
