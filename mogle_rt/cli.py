@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mogle_rt import __version__
 from mogle_rt.config import PATCH
-from mogle_rt.errors import ConfigError, InputError, MogleError
+from mogle_rt.errors import ConfigError, InputError, MogleError, OutputError
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +67,7 @@ def convert(
     text_encoders: Annotated[
         bool, typer.Option(help="Include CLIP and T5; without them, prompts are embeddings.")
     ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there already.")] = False,
 ) -> None:
     """Make the single-file bundle from the reference's files."""
     from mogle_rt.converter import convert as run
@@ -77,6 +78,8 @@ def convert(
     missing = [name for name, value in (("--flux", flux), ("--lora", lora), ("--mogle", mogle)) if value is None]
     if missing or flux is None or lora is None or mogle is None:
         raise InputError(f"missing {', '.join(missing)}; or pass --released for the published files")
+    if output.is_file() and not overwrite:
+        raise OutputError(f"{output}: exists already; choose another name, or --overwrite")
     start = time.perf_counter()
     path = run(flux, lora, mogle, output, dtype=dtype, text_encoders=text_encoders)
     size = path.stat().st_size

@@ -139,7 +139,7 @@ def to_label_batch(mask: MaskLike | Sequence[MaskLike], *, height: int, width: i
         except MaskError as error:
             if isinstance(one, (str, os.PathLike)):
                 raise
-            raise MaskError(f"mask {i}: {error}") from None
+            raise MaskError(f"mask {i}: {str(error).removeprefix('mask: ')}") from None
     return batch
 
 

@@ -705,7 +705,8 @@ SOURCES = {
 
 
 def convert_args(files: Files, output: Path) -> tuple[object, ...]:
-    return ("convert", "--flux", files.flux, "--lora", files.lora, "--mogle", files.mogle, "-o", output)
+    sources = ("--flux", files.flux, "--lora", files.lora, "--mogle", files.mogle)
+    return ("convert", *sources, "-o", output, "--overwrite")
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -125,6 +125,18 @@ def test_convert(tiny_files: Files, tiny_bundle: Path, tmp_path: Path) -> None:
     assert list(output.parent.iterdir()) == [output]
 
 
+def test_convert_keeps_what_is_there(tiny_files: Files, tiny_bundle: Path, tmp_path: Path) -> None:
+    output = tmp_path / "ckpt.safetensors"
+    output.write_text("another bundle, of 34 GB")
+    args = ("--flux", tiny_files.flux, "--lora", tiny_files.lora, "--mogle", tiny_files.mogle, "-o", output)
+    refused = run("convert", *args)
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err == f"error: {output}: exists already; choose another name, or --overwrite\n"
+    assert output.read_text() == "another bundle, of 34 GB"
+    assert run("convert", *args, "--overwrite").code == 0
+    assert output.read_bytes() == tiny_bundle.read_bytes()
+
+
 def test_convert_options(tiny_files: Files, tmp_path: Path) -> None:
     output = tmp_path / "ckpt.safetensors"
     args = ("--flux", tiny_files.flux, "--lora", tiny_files.lora, "--mogle", tiny_files.mogle, "-o", output)

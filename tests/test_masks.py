@@ -524,7 +524,7 @@ def test_one_mask_as_planes_is_no_batch(kind: Callable[[NDArray[Any]], Any]) -> 
 
 def test_the_bad_one_of_a_list_is_named(tmp_path: Path) -> None:
     good = np.zeros((4, 4), dtype=np.uint8)
-    with pytest.raises(MaskError, match=r"mask 2: .*holds 77"):
+    with pytest.raises(MaskError, match=r"^mask 2: pixel \(x=0, y=0\) holds 77"):
         masks.to_label_batch([good, good, good + 77], height=4, width=4)
     with pytest.raises(MaskError, match=r"mask 1: .*got list"):
         masks.to_label_batch([good, [[0]]], height=4, width=4)  # type: ignore[list-item]
