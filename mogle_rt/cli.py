@@ -134,11 +134,13 @@ def info(
 def cost(
     checkpoint: Annotated[Path | None, typer.Argument(help="A bundle: its shapes are read, not its weights.")] = None,
     flux_dev: Annotated[bool, typer.Option("--flux-dev", help="FLUX.1-dev's shapes, without any file.")] = False,
-    height: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 512,
-    width: Annotated[int, typer.Option(help="Pixels, a multiple of 16.")] = 512,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16; default: the bundle's, or 512.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16; default: the bundle's, or 512.")] = None,
     batch: Annotated[int, typer.Option(help="Images computed at once.")] = 1,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 28,
-    text_tokens: Annotated[int, typer.Option(help="T5 tokens of the prompt.")] = 512,
+    text_tokens: Annotated[
+        int | None, typer.Option(help="T5 tokens of the prompt; default: the bundle's, or 512.")
+    ] = None,
     classes: Annotated[int, typer.Option(help="Classes in each mask; absent ones share one picture.")] = 12,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the bundle's, or bf16.")] = None,
     kernels: Annotated[str | None, typer.Option(help="'triton' or 'torch': operations of a step.")] = None,
@@ -162,12 +164,13 @@ def cost(
 
     options: dict[str, Any] = {"height": height, "width": width, "batch": batch, "steps": steps}
     options |= {"text_tokens": text_tokens, "classes": classes}
-    given = options | {"kernels": kernels} | ({} if dtype is None else {"dtype": parse_dtype(dtype)})
+    asked = options | {"kernels": kernels, "dtype": None if dtype is None else parse_dtype(dtype)}
+    given = {name: value for name, value in asked.items() if value is not None}
     job = Job(**given) if checkpoint is None else Job.of(Bundle(checkpoint), **given)
     result = estimate(job)
     ways = {"mogle_rt": result.engine, "reference": result.reference}
     limits = {name: _limits(card, way, job.dtype.itemsize) for name, way in ways.items()} if card else {}
-    settings = options | {
+    settings = {name: getattr(job, name) for name in options} | {
         "kernels": ops.choice(kernels, torch.device("meta")),
         "dtype": str(job.dtype).removeprefix("torch."),
         "image_tokens": job.tokens,

@@ -88,10 +88,15 @@ class Job:
 
     @classmethod
     def of(cls, bundle: Bundle, **options: Any) -> Job:
-        """With a bundle's model, in the dtype of its transformer unless ``options`` say another."""
+        """With a bundle's model; what ``options`` don't say is the bundle's own: dtype, size, text tokens."""
         text = {p: sum(bundle.tensors[f"{p}.{n}"].numel for n in bundle.names(p)) for p in FLUX_TEXT if bundle.names(p)}
-        options.setdefault("dtype", bundle.tensors["transformer.x_embedder.weight"].dtype)
-        return cls(config=bundle.config, ranks=bundle.lora_ranks(), text=text, **options)
+        own: dict[str, Any] = {
+            "dtype": bundle.tensors["transformer.x_embedder.weight"].dtype,
+            "height": bundle.default_size,
+            "width": bundle.default_size,
+            "text_tokens": bundle.default_text_tokens,
+        }
+        return cls(config=bundle.config, ranks=bundle.lora_ranks(), text=text, **own | options)
 
     @property
     def tokens(self) -> int:

@@ -263,17 +263,20 @@ def _refuse_planes(array: NDArray[Any]) -> None:
     """Three dimensions are a batch of masks. One mask in other clothes would be taken for one, and drawn as nonsense.
 
     Raises:
-        MaskError: it is a plane for each class (one-hot), or for each channel of a colour.
+        MaskError: it is a plane for each class (one-hot), or, it seems, for each channel of a colour.
     """
+    shape = list(array.shape)
     for axis in (0, 2):
-        hot = array == 1
-        if array.shape[axis] == NUM_CLASSES and (hot.sum(axis) == 1).all() and (hot | (array == 0)).all():
+        if shape[axis] == NUM_CLASSES and (((hot := array == 1) | (array == 0)).all() and (hot.sum(axis) == 1).all()):
             raise MaskError(
-                f"a mask of shape {list(array.shape)} with one 1 in each place is one-hot; give its class numbers: its "
-                f"argmax over dimension {axis}"
+                f"a mask of shape {shape} with one 1 in each place is one-hot; give its class numbers: its argmax over "
+                f"dimension {axis}"
             )
-    if array.dtype.kind in "iuf" and array.shape[0] in (3, 4) and _not_classes(array).any():
-        raise MaskError(f"a mask of colours must have shape [H, W, 3 or 4], got {list(array.shape)}")
+    if array.dtype.kind in "iuf" and shape[0] in (3, 4) and _not_classes(array).any():
+        raise MaskError(
+            f"an array of shape {shape} is {shape[0]} masks, but not all of its values are class numbers (0…18); a mask "
+            "of colours must have shape [H, W, 3 or 4]"
+        )
 
 
 def _not_classes(numbers: NDArray[Any]) -> NDArray[np.bool_]:

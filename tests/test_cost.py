@@ -393,6 +393,19 @@ def test_command_on_a_bundle(tiny_bundle: Path) -> None:
         assert line in out
 
 
+def test_command_counts_what_the_bundle_draws() -> None:
+    """By default the size and the text tokens that `generate` takes."""
+    _, out, _ = run("demo", "--json")
+    described = json.loads(out)["job"]
+    bundle = Bundle("demo")
+    assert (described["height"], described["width"]) == (bundle.default_size, bundle.default_size) == (128, 128)
+    assert described["text_tokens"] == bundle.default_text_tokens == 48
+    _, out, _ = run("--flux-dev", "--json")
+    assert [json.loads(out)["job"][name] for name in ("height", "width", "text_tokens")] == [512, 512, 512]
+    _, out, _ = run("demo", "--json", "--width", 64)
+    assert [json.loads(out)["job"][name] for name in ("height", "width")] == [128, 64]
+
+
 def test_command_gives_json(tiny_bundle: Path) -> None:
     status, out, _ = run(tiny_bundle, "--height", 64, "--width", 48, "--gpu", "L4", "--dtype", "fp16", "--json")
     report = json.loads(out)

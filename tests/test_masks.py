@@ -516,7 +516,8 @@ def test_one_mask_as_planes_is_no_batch(kind: Callable[[NDArray[Any]], Any]) -> 
         ):
             masks.to_label_batch(kind(planes), height=24, width=20)
     colours = COLOURS[labels].transpose(2, 0, 1)
-    with pytest.raises(MaskError, match=r"colours must have shape \[H, W, 3 or 4\], got \[3, 24, 20\]"):
+    words = r"shape \[3, 24, 20\] is 3 masks, but not all .* class numbers .* colours must have shape \[H, W, 3 or 4\]"
+    with pytest.raises(MaskError, match=words):
         masks.to_label_batch(kind(np.ascontiguousarray(colours)), height=24, width=20)
     assert len(masks.to_label_batch(kind((hot.transpose(2, 0, 1) + 1) % 2), height=24, width=20)) == 19
     assert len(masks.to_label_batch(kind(np.stack([labels] * 3)), height=24, width=20)) == 3
