@@ -360,21 +360,7 @@ def test_images_are_replaced_whole(tiny_bundle: Path, mask: Path, tmp_path: Path
 
 def test_an_interrupted_job_goes_on(tiny_bundle: Path, mask: Path, tmp_path: Path) -> None:
     output = tmp_path / "faces"
-    arguments = (
-        "generate",
-        tiny_bundle,
-        "-m",
-        mask,
-        "-n",
-        "3",
-        "-o",
-        output,
-        "--seed",
-        "5",
-        "--batch-size",
-        "2",
-        *QUICK,
-    )
+    arguments = ("generate", tiny_bundle, "-m", mask, "-n", "3", "-o", output, "--seed", "5", *QUICK)
     assert run(*arguments).code == 0
     whole = {path.name: pixels(path) for path in output.iterdir()}
     (output / "mask_6.png").unlink()
