@@ -267,7 +267,10 @@ def _refuse_planes(array: NDArray[Any]) -> None:
     """
     shape = list(array.shape)
     for axis in (0, 2):
-        if shape[axis] == NUM_CLASSES and (((hot := array == 1) | (array == 0)).all() and (hot.sum(axis) == 1).all()):
+        if shape[axis] != NUM_CLASSES:
+            continue
+        hot = array == 1
+        if (hot | (array == 0)).all() and (hot.sum(axis) == 1).all():
             raise MaskError(
                 f"a mask of shape {shape} with one 1 in each place is one-hot; give its class numbers: its argmax over "
                 f"dimension {axis}"
