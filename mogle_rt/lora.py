@@ -192,6 +192,7 @@ class Product:
         self._downs: list[Tensor] = []
         if isinstance(layer, LoraLinear) and layer.ride is Ride.NONE and lora_from < out.shape[0]:
             self._tail_from = lora_from * out.shape[1]
+            self._tail = self._out[self._tail_from :]
             self._up = layer.lora_up[:, columns].detach()
             self._downs = list(layer.lora_down.detach().split(widths))
         # Where a library does GELU with the product, it is no pass of its own. It comes after the LoRA, if there is one.
@@ -209,12 +210,13 @@ class Product:
             y = torch.addmm(self._bias, first, self._weights[0], out=self._out)
         for x, weight in zip(others, self._weights[1:], strict=True):
             y.addmm_(x, weight)
+        scratch = None if self._gelu_within else self._scratch
+        if self._stays and scratch is None and y is not self._out:
+            y = self._out.copy_(y)
         if self._downs:
             low = torch.mm(first[self._tail_from :], self._downs[0])
             for x, down in zip(others, self._downs[1:], strict=True):
                 low.addmm_(x[self._tail_from :], down)
-            y[self._tail_from :].addmm_(low, self._up)
-        into = self._out if self._stays else y
-        if self._scratch is not None and not self._gelu_within:
-            return gelu(y, self._scratch, into)
-        return y if y is into else into.copy_(y)
+            tail = self._tail if y is self._out else y[self._tail_from :]
+            tail.addmm_(low, self._up)
+        return y if scratch is None else gelu(y, scratch, self._out if self._stays else y)

@@ -75,7 +75,16 @@ class Ops(Protocol):
 
     def qk_norm_rope(self, x: Tensor, norm_weight: Tensor, bounds: tuple[int, ...], rope: Tensor) -> Prepared: ...
 
-    def joint_attention(self, q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: AttentionPlan) -> Tensor: ...
+    def joint_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        condition_from: int,
+        plan: AttentionPlan,
+        scores: Tensor | None,
+        out: Tensor,
+    ) -> Callable[[], Tensor]: ...
 
     def experts(
         self,

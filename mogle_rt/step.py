@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mogle_rt.attention import scores_room
 from mogle_rt.lora import LoraLinear, Product, first_columns, flat
 from mogle_rt.modulation import ModulationTables
 from mogle_rt.mogle import Bank, Fused, MixtureOfExperts
@@ -56,6 +57,7 @@ class Buffers:
             hidden, in the memory of qkv: an activation is done before q, k and v come or after they are used.
         beside: [L, B, 5 D], in the memory of hidden, attention and MLP of single blocks; None except on a CPU, see
             `SingleOut`.
+        scores: room for attention's, see `mogle_rt.attention.scores_room`.
         velocity: [N, B, 64].
         index: int64 [1], the step's number.
         clips: whether x is kept in fp16's range at the end of a block, as the reference does in fp16.
@@ -80,6 +82,7 @@ class Buffers:
         self.hidden = first_columns(inner, layout.total, 4 * D)
         self.qkv = self.scratch.view(-1)[: layout.total * batch * 3 * D].view(layout.total, batch, 3 * D)
         self.image = self.x[layout.image_rows]
+        self.scores = scores_room(like, transformer.config.num_attention_heads, layout.total)
         self.velocity = rows(layout.image, C)
         self.clips = like.dtype == torch.float16
         self.index = torch.zeros(1, dtype=torch.int64, device=like.device)
@@ -167,18 +170,19 @@ class DoubleAttention(Sublayer):
         self.project_qkv = Product(block.qkv, b.qkv[T:], lora_from - T)
         qkv = heads(flat(b.qkv), b.x.shape[1], 3, block.norm_qk.shape[-1])
         self.norm_rope = ops.qk_norm_rope(qkv, block.norm_qk, (T, layout.total), rope)
-        self.q, self.k, self.v = qkv.unbind(2)
+        attended = first_columns(b.normed, layout.total, D)  # free once q, k and v are there
+        q, k, v = qkv.unbind(2)
+        self.attend = ops.joint_attention(q, k, v, layout.condition_from, layout.plan, b.scores, attended)
         self.context_out = Product(block.context_out, y[:T])
         self.out = Product(block.out, y[T:], lora_from - T)
         self.text_rows = T * b.x.shape[1]
         self.shares_condition = layout.add_cond_attn and layout.condition > 0
 
     def run(self) -> None:
-        layout = self.layout
         self.context_qkv(self.normed_text)
         self.project_qkv(self.normed_rest)
         self.norm_rope()
-        attention = flat(self.ops.joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan))
+        attention = flat(self.attend())
         self.context_out(attention[: self.text_rows])
         self.out(attention[self.text_rows :])
         if self.shares_condition:
@@ -225,13 +229,15 @@ class SingleOut:
         y: its place. lora_from: as in `Product`.
 
     Attributes:
+        attention: [l, B, D], where attention may go.
         hidden: [l, B, 4 D], where the MLP's activations go.
     """
 
     def __init__(self, block: SingleBlock, b: Buffers, rows: slice, y: Tensor, lora_from: int) -> None:
-        D = b.x.shape[-1]
+        D, self.beside = b.x.shape[-1], b.beside is not None
         if b.beside is None:
-            self.attention, self.hidden = None, b.hidden[rows]
+            self.hidden = b.hidden[rows]
+            self.attention = first_columns(b.normed, len(self.hidden), D)  # free once q, k and v are there
             self.inputs = flat(self.hidden)
             self.out = Product(block.out, y, lora_from, split=(D, 4 * D))
         else:
@@ -241,18 +247,19 @@ class SingleOut:
 
     def __call__(self, attention: Tensor) -> None:
         """attention: [l, B, D]."""
-        if self.attention is None:
+        if not self.beside:
             self.out(flat(attention), self.inputs)
-        else:
+            return
+        if attention is not self.attention:
             self.attention.copy_(attention)
-            self.out(self.inputs)
+        self.out(self.inputs)
 
 
 class Single(Sublayer):
     """A single block: attention and MLP side by side."""
 
     def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
-        self.ops, self.layout = ops, layout
+        self.ops = ops
         bounds, lora_from = layout.single_bounds, layout.single_lora_from
         normed = first_columns(b.normed, layout.total, block.qkv_mlp.in_columns)
         y = first_columns(b.y, layout.total, block.out.out_columns)
@@ -262,8 +269,9 @@ class Single(Sublayer):
         self.project_qkv = Product(block.qkv_mlp, b.qkv, lora_from, columns=block.qkv_columns)
         qkv = heads(flat(b.qkv), b.x.shape[1], 3, block.norm_qk.shape[-1])
         self.norm_rope = ops.qk_norm_rope(qkv, block.norm_qk, (layout.total,), rope)
-        self.q, self.k, self.v = qkv.unbind(2)
         self.out = SingleOut(block, b, slice(None), y, lora_from)
+        q, k, v = qkv.unbind(2)
+        self.attend = ops.joint_attention(q, k, v, layout.condition_from, layout.plan, b.scores, self.out.attention)
         columns, hidden = block.mlp_columns, self.out.hidden
         self.project_mlp = Product(block.qkv_mlp, hidden, lora_from, columns=columns, gelu_scratch=b.scratch)
 
@@ -271,15 +279,14 @@ class Single(Sublayer):
         self.project_mlp(self.normed)
         self.project_qkv(self.normed)
         self.norm_rope()
-        layout = self.layout
-        self.out(self.ops.joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan))
+        self.out(self.attend())
 
 
 class LastSingle(Sublayer):
     """The last single block, whose output is wanted in image rows: it needs their q and MLP only, and every k and v."""
 
     def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
-        self.ops, self.layout = ops, layout
+        self.ops = ops
         D, lora_from = b.x.shape[-1], layout.single_lora_from
         image, image_lora_from = layout.image_rows, 0 if layout.latent_lora else layout.image
         normed = first_columns(b.normed, layout.total, block.qkv_mlp.in_columns)
@@ -295,8 +302,10 @@ class LastSingle(Sublayer):
         q_heads, kv_heads = heads(flat(q), batch, 1, size), heads(flat(kv), batch, 2, size)
         self.norm_rope_q = ops.qk_norm_rope(q_heads, block.norm_qk[:, :1], (layout.image,), rope[image])
         self.norm_rope_k = ops.qk_norm_rope(kv_heads, block.norm_qk[:, 1:], (layout.total,), rope)
-        self.q, (self.k, self.v) = q_heads[:, :, 0], kv_heads.unbind(2)
         self.out = SingleOut(block, b, image, y, image_lora_from)
+        # Image queries belong to "the rest" whatever is switched: the condition's own queries are simply absent.
+        q, (k, v) = q_heads[:, :, 0], kv_heads.unbind(2)
+        self.attend = ops.joint_attention(q, k, v, layout.condition_from, layout.plan, b.scores, self.out.attention)
         self.project_mlp = Product(
             block.qkv_mlp, self.out.hidden, image_lora_from, columns=block.mlp_columns, gelu_scratch=b.scratch[image]
         )
@@ -307,9 +316,7 @@ class LastSingle(Sublayer):
         self.project_q(self.normed_image)
         self.norm_rope_q()
         self.norm_rope_k()
-        layout = self.layout
-        # Image queries belong to "the rest" whatever is switched: the condition's own queries are simply absent.
-        self.out(self.ops.joint_attention(self.q, self.k, self.v, layout.condition_from, layout.plan))
+        self.out(self.attend())
 
 
 class Step:

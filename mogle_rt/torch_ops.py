@@ -10,20 +10,19 @@ What a step does with the same tensors again and again is `Prepared`: given them
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mogle_rt.attention import joint_attention
+from mogle_rt import attention
 
 if TYPE_CHECKING:
+    from mogle_rt.attention import AttentionPlan
     from mogle_rt.config import MogleConfig, TransformerConfig
     from mogle_rt.ops import Prepared
-
-__all__ = ["RIDING", "joint_attention"]
 
 RIDING = False  # see `mogle_rt.lora`
 LAYER_NORM_EPS = 1e-6
@@ -173,6 +172,20 @@ def qk_norm_rope(x: Tensor, norm_weight: Tensor, bounds: tuple[int, ...], rope: 
             pairs.copy_(torch.view_as_real(rotated))
 
     return run
+
+
+def joint_attention(
+    q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: AttentionPlan, scores: Tensor | None, out: Tensor
+) -> Callable[[], Tensor]:
+    """See `mogle_rt.attention.joint_attention`.
+
+    Args:
+        scores: room for them, where they are to be made whole, see `mogle_rt.attention.scores_room`.
+        out: [Lq, B, H * d], where the result may go: what is returned is that, or memory that a library brings.
+    """
+    if scores is not None:
+        return attention.attention_by_products(q, k, v, condition_from, plan, scores, out)
+    return functools.partial(attention.joint_attention, q, k, v, condition_from, plan)
 
 
 def experts(

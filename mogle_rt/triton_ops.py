@@ -154,17 +154,22 @@ def gate_mix_mean(latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tens
     _gate_mix_mean(latents, gate_input, time, *gate, bank, sums, out)
 
 
-def joint_attention(q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: AttentionPlan) -> Tensor:
-    """See `mogle_rt.attention.joint_attention`.
+def joint_attention(
+    q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: AttentionPlan, scores: Tensor | None, out: Tensor
+) -> Callable[[], Tensor]:
+    """See `mogle_rt.torch_ops.joint_attention`.
 
     The library's fused attention (flash or cuDNN's, as PyTorch chooses) where everything sees everything; else one
     launch in place of up to four and a merge.
     """
     if plan.visibility is Visibility.JOINT or condition_from >= k.shape[0]:
-        return attention.joint_attention(q, k, v, condition_from, plan)
-    out = q.new_empty(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
-    _joint_attention(q, k, v, out, condition_from, plan.visibility.value, plan.log_scale)
-    return out
+        return partial(attention.joint_attention, q, k, v, condition_from, plan)
+
+    def run() -> Tensor:
+        _joint_attention(q, k, v, out, condition_from, plan.visibility.value, plan.log_scale)
+        return out
+
+    return run
 
 
 def experts(planes: Tensor, index: Tensor, absent: Tensor, *layers: Tensor) -> Tensor:

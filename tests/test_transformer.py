@@ -11,13 +11,17 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 from benchmarks.baseline import Baseline
+from mogle_rt import attention
 from mogle_rt.attention import (
     PLAIN_QUERIES,
+    WHOLE_SCORES,
     AttentionPlan,
     Visibility,
+    attention_by_products,
     attention_with_lse,
     joint_attention,
     plain_attention_with_lse,
+    scores_room,
 )
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import ModelConfig, TransformerConfig
@@ -113,8 +117,16 @@ SWITCHES: list[dict[str, bool]] = [
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "+".join(s) or "released")
 @pytest.mark.parametrize("condition_scale", [1.0, 0.4, 2.5])
-def test_step_equals_the_baseline(switches: dict[str, bool], condition_scale: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("most_whole_scores", [WHOLE_SCORES, 0], ids=["products", "fused"])
+def test_step_equals_the_baseline(
+    switches: dict[str, bool],
+    condition_scale: float,
+    most_whole_scores: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Random weights, odd sizes, a rank other than 4: the reference's own way of computing gives the same step."""
+    monkeypatch.setattr(attention, "WHOLE_SCORES", most_whole_scores)
     c = CONFIGS[1]
     files = write_checkpoint(tmp_path, c, seed=5, rank=3)
     baseline = Baseline.from_files(files.flux, files.lora, files.mogle, **switches)  # type: ignore[arg-type]
@@ -138,6 +150,7 @@ def test_step_equals_the_baseline(switches: dict[str, bool], condition_scale: fl
         ),
         schedule,
     )
+    assert (engine.prepared.buffers.scores is None) == (most_whole_scores == 0)
     for k in (0, steps - 1):
         t = schedule.timesteps[k : k + 1]
         condition = baseline.condition(mask_latents, latents, t)
@@ -181,6 +194,37 @@ def test_grouped_attention_equals_dense(visibility: Visibility, queries: int, ba
     q, k, v = (torch.randn(rows, batch, 3, 24) for rows in (queries, 26, 26))
     plan = AttentionPlan(visibility, log_scale=-1.3 if visibility is Visibility.SCALED else 0.0)
     assert_close(joint_attention(q, k, v, 15, plan), dense_attention(q, k, v, 15, plan).float(), rms=1e-6)
+
+
+@pytest.mark.parametrize("visibility", list(Visibility))
+@pytest.mark.parametrize("queries", [11, 26], ids=["rest only", "all"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("condition_from", [15, 26], ids=["condition", "none"])
+def test_attention_by_products_equals_dense(
+    visibility: Visibility, queries: int, batch: int, condition_from: int
+) -> None:
+    """As the step calls it: q, k and v side by side, a result with gaps between its rows, whatever was in its memory."""
+    qkv, (heads, size) = torch.randn(26, batch, 3, 3, 24), (3, 24)
+    q, k, v = qkv[:queries, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    plan = AttentionPlan(visibility, log_scale=-1.3 if visibility is Visibility.SCALED else 0.0)
+    scores = scores_room(q, heads, 26)
+    assert scores is not None
+    beside = torch.full((queries, batch, heads * size + 5), torch.nan)
+    out = beside[..., : heads * size]
+    attend = attention_by_products(q, k, v, condition_from, plan, scores.fill_(torch.nan), out)
+    expected = dense_attention(q, k, v, condition_from, plan).float()
+    for _ in range(2):
+        assert attend() is out
+        assert_close(out, expected, rms=1e-6)
+    assert beside[..., heads * size :].isnan().all()
+
+
+def test_scores_are_made_whole_where_it_is_faster() -> None:
+    like = torch.empty(0)
+    assert scores_room(like, 2, WHOLE_SCORES).shape == (2, WHOLE_SCORES, WHOLE_SCORES)  # type: ignore[union-attr]
+    assert scores_room(like, 2, WHOLE_SCORES + 1) is None
+    assert scores_room(like.bfloat16(), 2, 8) is None
+    assert scores_room(like.to("meta"), 2, 8) is None
 
 
 @pytest.mark.parametrize("attend", [attention_with_lse, plain_attention_with_lse], ids=["kernel", "plain"])
