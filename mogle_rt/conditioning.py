@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mogle_rt.cache import TensorCache
+from mogle_rt.channels_last import arranged
 from mogle_rt.config import NUM_CLASSES, VAE_SCALE
 from mogle_rt.masks import Labels, condition_picture
 
@@ -109,9 +110,8 @@ class Conditioner:
         parts = []
         for i in range(0, len(pictures), at_once):
             drawn = np.stack([condition_picture(labels, number) for labels, number in pictures[i : i + at_once]])
-            # Contiguous: on channels-last input PyTorch's group norm is a hundred times less exact on flat pictures.
-            x = torch.from_numpy(drawn).to(self.vae.device).permute(0, 3, 1, 2).to(self.vae.dtype).contiguous()
-            parts.append(self.vae.encode(x / 255 * 2 - 1).latent_dist.parameters)
+            x = torch.from_numpy(drawn).to(self.vae.device).permute(0, 3, 1, 2).to(self.vae.dtype) / 255 * 2 - 1
+            parts.append(self.vae.encode(arranged(x, pictures[0][0].size)).latent_dist.parameters.contiguous())
         return torch.cat(parts)
 
 

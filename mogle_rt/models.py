@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mogle_rt.channels_last import exact_norms
 from mogle_rt.checkpoint import check_names
 from mogle_rt.errors import CheckpointError
 
@@ -64,6 +65,7 @@ def load_autoencoder(vae: Any, tensors: Mapping[str, torch.Tensor], where: str) 
                 module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
         if isinstance(module, torch.nn.SiLU):
             module.inplace = True  # it follows a norm, whose output nothing else reads: a large tensor less
+    exact_norms(vae)
     return vae.eval()
 
 

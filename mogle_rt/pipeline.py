@@ -31,6 +31,7 @@ from mogle_rt.arguments import (
     prompt_list,
 )
 from mogle_rt.cache import TensorCache
+from mogle_rt.channels_last import arranged
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.conditioning import Conditioner, MaskPosterior, pack_latents, unpack_latents
 from mogle_rt.config import PATCH, VAE_SCALE, ModelConfig
@@ -379,8 +380,9 @@ class Pipeline:
 
     def _decode(self, packed: Tensor, height: int, width: int, output_type: OutputType) -> Any:
         z = unpack_latents(packed, height, width) / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        z = arranged(z.to(self.vae.dtype), height * width)
         chunk = max(1, DECODE_PIXELS // (height * width))
-        image = torch.cat([self.vae.decode(part.to(self.vae.dtype)).sample for part in z.split(chunk)])
+        image = torch.cat([self.vae.decode(part).sample.contiguous() for part in z.split(chunk)])
         if not bool(torch.isfinite(image).all()):
             raise NumericalError(
                 f"the decoded image holds NaN or infinity: the VAE doesn't decode it in {self.vae.dtype}"

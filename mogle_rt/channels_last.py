@@ -1,0 +1,65 @@
+"""The VAE on a CPU, with the channels of its activations last.
+
+oneDNN's convolutions work that way. Given PyTorch's own layout they rearrange what they read and write, which from
+256 px a side on takes a twentieth to a tenth of the VAE's time. But PyTorch's group norm adds up such activations one
+pixel after the other, and loses up to four digits where most pixels are equal, as a region's are: `GroupNorm` doesn't.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEAST_PIXELS = 256 * 256  # of a picture; smaller ones take up to a fifth longer (measured on an AMD EPYC, Zen 4)
+
+
+def arranged(x: Tensor, pixels: int) -> Tensor:
+    """What the VAE is given, [B, C, h, w], laid out for a picture of so many pixels."""
+    last = x.device.type == "cpu" and x.dtype == torch.float32 and pixels >= LEAST_PIXELS
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def exact_norms(vae: nn.Module) -> None:
+    """Put `GroupNorm` in place of PyTorch's, with the same weights."""
+    for module in list(vae.modules()):
+        for name, norm in module.named_children():
+            if type(norm) is nn.GroupNorm:
+                setattr(module, name, GroupNorm(norm))
+
+
+class GroupNorm(nn.GroupNorm):
+    """A group norm that is as exact with channels last as otherwise.
+
+    Args:
+        norm: whose weights and settings it takes.
+    """
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__(norm.num_groups, norm.num_channels, norm.eps, affine=False)
+        self.affine, self.weight, self.bias = norm.affine, norm.weight, norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, C, h, w], or of any shape that PyTorch's takes."""
+        ours = x.dim() == 4 and x.device.type == "cpu" and x.dtype == torch.float32
+        if not ours or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        if len(x) == 1:
+            return self._one(x)
+        return torch.cat([self._one(image) for image in x.split(1)])
+
+    def _one(self, x: Tensor) -> Tensor:
+        """One image: statistics of each column, of those the groups', and one pass that applies them."""
+        _, C, h, w = x.shape
+        columns = x.permute(0, 2, 3, 1).view(1, h, 1, w * C).permute(0, 3, 1, 2)
+        means, variances = torch.ops.aten.batch_norm_update_stats(columns, None, None, 0.0)
+        means, variances = (s.view(w, self.num_groups, -1) for s in (means, variances))
+        mean = _average(means)
+        variance = _average(variances + (means - mean).square())
+        mean, variance = (s.expand(1, -1, means.shape[2]).reshape(C) for s in (mean, variance))
+        return F.batch_norm(x, mean, variance, self.weight, self.bias, eps=self.eps)
+
+
+def _average(x: Tensor) -> Tensor:
+    """[w, G, c] -> [1, G, 1]. One dimension after the other: over both at once PyTorch adds up less exactly."""
+    return x.mean(0, keepdim=True).mean(2, keepdim=True)
