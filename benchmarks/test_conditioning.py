@@ -33,4 +33,6 @@ def test_mask(case: str, models: ModelsOf, mask: Labels, compare: SideBySide) ->
             side.pipeline.conditioner([before])
 
     latents = 20 * (pixels // 16) ** 2 * 64 * side.dtype.itemsize
-    compare("mask", f"{case}, {pixels} px", engine, baseline, before=arrange, moved=2 * latents)
+    # The first time is seconds on either side, and close: it takes more than the fewest rounds to tell.
+    budget = 30.0 if case == "first time" else 4.0
+    compare("mask", f"{case}, {pixels} px", engine, baseline, before=arrange, moved=2 * latents, budget=budget)

@@ -158,6 +158,7 @@ def qk_norm_rope(x: Tensor, norm_weight: Tensor, bounds: tuple[int, ...], rope: 
     weights = norm_weight.unsqueeze(2).expand(-1, -1, x.shape[3], -1).contiguous()
     groups = list(zip(qk.split(_sizes(bounds)), weights.unbind(), strict=True))
     pairs = qk.unflatten(-1, (-1, 2))
+    rotated = torch.view_as_complex(pairs) if qk.dtype == torch.float32 else None
     eps = torch.tensor(QK_NORM_EPS, dtype=torch.float32, device=x.device)
 
     def run() -> None:
@@ -165,11 +166,10 @@ def qk_norm_rope(x: Tensor, norm_weight: Tensor, bounds: tuple[int, ...], rope: 
         qk.mul_(torch.addcmul(eps, norm, norm, value=1 / size).rsqrt_())
         for rows, weight in groups:
             rows.mul_(weight)
-        if qk.dtype == torch.float32:
-            torch.view_as_complex(pairs).mul_(rope)
+        if rotated is None:
+            pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * rope))
         else:
-            rotated = torch.view_as_complex(pairs.float()) * rope
-            pairs.copy_(torch.view_as_real(rotated))
+            rotated.mul_(rope)
 
     return run
 
