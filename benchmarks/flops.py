@@ -44,7 +44,13 @@ def _fused_kernels() -> dict[Any, Callable[..., int]]:
 
 
 def count(call: Callable[[], T]) -> tuple[T, int]:
-    """The call's result and its FLOPs in matrix products, convolutions and attention.
+    """The call's result and its FLOPs in matrix products, convolutions and attention."""
+    result, operations = by_operation(call)
+    return result, sum(operations.values())
+
+
+def by_operation(call: Callable[[], T]) -> tuple[T, dict[Any, int]]:
+    """The same by operation (an overload packet).
 
     PyTorch's counter leaves out the CPU's attention kernel, products that add in place or go through an activation,
     and fused kernels; they are added here. A CUDA graph's replay shows none of its operations: count an eager call.
@@ -60,7 +66,7 @@ def count(call: Callable[[], T]) -> tuple[T, int]:
     missing |= _fused_kernels()
     with FlopCounterMode(display=False, custom_mapping=missing) as counter:
         result = call()
-    return result, counter.get_total_flops()
+    return result, counter.get_flop_counts()["Global"]
 
 
 def step(config: TransformerConfig, text: int, tokens: int) -> int:

@@ -15,12 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.machine import Clock
 
 aten = torch.ops.aten
-PRODUCTS = {
+PRODUCTS = {  # and attention, whole or by its three operations
     aten.mm,
     aten.addmm,
     aten.addmm_,
     aten._addmm_activation,
     aten.bmm,
+    aten.baddbmm,
+    aten.softmax,
     aten.linear,
     aten.scaled_dot_product_attention,
     aten._scaled_dot_product_flash_attention_for_cpu,

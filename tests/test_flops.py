@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import flops
+from benchmarks import flops, products
 from benchmarks.sizes import SIZES
-from mogle_rt import schema
+from mogle_rt import attention, schema
+from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import NUM_EXPERTS, ModelConfig
 from mogle_rt.counting import counting
 from mogle_rt.engines import Conditions, TorchEngine
 from mogle_rt.job import FLUX_BUNDLE, WeightlessBundle
 from mogle_rt.sampling import make_schedule
+from tests.checkpoints import write_checkpoint
 from tests.conftest import needs_triton
 
 META = torch.device("meta")
@@ -50,3 +53,28 @@ def test_a_steps_flops(name: str, pixels: int, batch: int, kernels: str) -> None
     assert counted == expected
     needed = batch * flops.step(transformer, size.text, side**2)
     assert needed < counted < (1.25 if name == "tiny" else 1.05) * needed
+
+
+@pytest.mark.parametrize("whole_scores", [True, False], ids=["products", "fused"])
+def test_whatever_has_flops_is_timed_as_a_product(
+    whole_scores: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise "nothing but products and attention" in the results would be less than that."""
+    if not whole_scores:
+        monkeypatch.setattr(attention, "WHOLE_SCORES", 0)
+    bundle = Bundle(write_checkpoint(tmp_path).convert(tmp_path / "b.safetensors"))
+    engine = TorchEngine(bundle, torch.device("cpu"), torch.float32, ModelConfig())
+    transformer, tokens = bundle.config.transformer, 6
+    conditions = Conditions(
+        mask_latents=torch.randn(1, NUM_EXPERTS, tokens, 64),
+        prompt_embeds=torch.randn(1, 4, transformer.joint_attention_dim),
+        pooled_prompt_embeds=torch.randn(1, transformer.pooled_projection_dim),
+        guidance_scale=3.5,
+        grid=(2, 3),
+    )
+    engine.prepare(conditions, make_schedule(bundle.config.scheduler, 4, tokens))
+    engine.start(torch.randn(1, tokens, 64), 0)
+    with torch.inference_mode():
+        _, operations = flops.by_operation(engine.prepared.advance)
+    assert set(operations) <= products.PRODUCTS
+    assert (torch.ops.aten.baddbmm in operations) == whole_scores
