@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mogle_rt.config import ModelConfig
 
-PLAIN_QUERIES = 256  # at once, where scores are made whole: memory then grows with the sequence, not with its square
+# Queries at once, on devices without an attention kernel: memory then grows with the sequence, not with its square.
+PLAIN_QUERIES = 256
 # On a CPU, plain products over whole scores take 2 to 40 % less time than PyTorch's fused attention up to so many tokens
 # (4 heads of 64 and 24 of 128; most where cores share no cache), and from 800 on as long or longer.
 WHOLE_SCORES = 640

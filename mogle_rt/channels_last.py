@@ -2,16 +2,20 @@
 
 oneDNN's convolutions work that way. Given PyTorch's own layout they rearrange what they read and write, which from
 256 px a side on takes a twentieth to a tenth of the VAE's time. But PyTorch's group norm adds up such activations one
-pixel after the other, and loses up to four digits where most pixels are equal, as a region's are: `GroupNorm` doesn't.
+pixel after the other, and where most pixels are equal, as a region's are, nothing may be left of float32's digits.
+`GroupNorm` loses none to speak of: its error is about twice that with PyTorch's own layout.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 LEAST_PIXELS = 256 * 256  # of a picture; smaller ones take up to a fifth longer (measured on an AMD EPYC, Zen 4)
+MOST_SUMMED = 64  # pixels that are added up one after the other
 
 
 def arranged(x: Tensor, pixels: int) -> Tensor:
@@ -29,7 +33,7 @@ def exact_norms(vae: nn.Module) -> None:
 
 
 class GroupNorm(nn.GroupNorm):
-    """A group norm that is as exact with channels last as otherwise.
+    """A group norm that is exact with channels last, too.
 
     Args:
         norm: whose weights and settings it takes.
@@ -42,18 +46,24 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, h, w], or of any shape that PyTorch's takes."""
         ours = x.dim() == 4 and x.device.type == "cpu" and x.dtype == torch.float32
-        if not ours or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        differentiated = torch.is_grad_enabled() and x.requires_grad
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        if not (ours and last) or differentiated:
             return super().forward(x)
         if len(x) == 1:
             return self._one(x)
-        return torch.cat([self._one(image) for image in x.split(1)])
+        out = torch.empty_like(x)
+        for image, into in zip(x.split(1), out.split(1), strict=True):
+            into.copy_(self._one(image))
+        return out
 
     def _one(self, x: Tensor) -> Tensor:
-        """One image: statistics of each column, of those the groups', and one pass that applies them."""
+        """One image: statistics of few pixels at a time, of those the groups', and one pass that applies them."""
         _, C, h, w = x.shape
-        columns = x.permute(0, 2, 3, 1).view(1, h, 1, w * C).permute(0, 3, 1, 2)
-        means, variances = torch.ops.aten.batch_norm_update_stats(columns, None, None, 0.0)
-        means, variances = (s.view(w, self.num_groups, -1) for s in (means, variances))
+        summed = math.gcd(h * w, MOST_SUMMED)
+        parts = x.permute(0, 2, 3, 1).reshape(1, summed, 1, -1).permute(0, 3, 1, 2)
+        means, variances = torch.ops.aten.batch_norm_update_stats(parts, None, None, 0.0)
+        means, variances = (s.view(h * w // summed, self.num_groups, -1) for s in (means, variances))
         mean = _average(means)
         variance = _average(variances + (means - mean).square())
         mean, variance = (s.expand(1, -1, means.shape[2]).reshape(C) for s in (mean, variance))
@@ -61,5 +71,5 @@ class GroupNorm(nn.GroupNorm):
 
 
 def _average(x: Tensor) -> Tensor:
-    """[w, G, c] -> [1, G, 1]. One dimension after the other: over both at once PyTorch adds up less exactly."""
+    """[n, G, c] -> [1, G, 1]. One dimension after the other: over both at once PyTorch adds up less exactly."""
     return x.mean(0, keepdim=True).mean(2, keepdim=True)

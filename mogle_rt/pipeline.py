@@ -381,7 +381,8 @@ class Pipeline:
     def _decode(self, packed: Tensor, height: int, width: int, output_type: OutputType) -> Any:
         z = unpack_latents(packed, height, width) / self.vae.config.scaling_factor + self.vae.config.shift_factor
         z = arranged(z.to(self.vae.dtype), height * width)
-        chunk = max(1, DECODE_PIXELS // (height * width))
+        # A CPU is faster with one image, whose activations stay in its caches.
+        chunk = 1 if self.device.type == "cpu" else max(1, DECODE_PIXELS // (height * width))
         image = torch.cat([self.vae.decode(part).sample.contiguous() for part in z.split(chunk)])
         if not bool(torch.isfinite(image).all()):
             raise NumericalError(

@@ -53,7 +53,8 @@ class Buffers:
     Attributes:
         tokens: [N + C, B, 64], latents, then condition tokens. latents, condition: its two parts.
         x: [L, B, D], the residual stream. image: its image rows. y: [L, B, D + Q], a sublayer's output.
-        normed: [L, B, D + R], room for a sublayer's input. qkv: [L, B, 3 D]. hidden: [L, B, 4 D], inside MLPs. scratch: as
+        normed: [L, B, D + R], room for a sublayer's input; attention's result goes there, too, where that has been read
+            and it isn't to lie in ``beside``. qkv: [L, B, 3 D]. hidden: [L, B, 4 D], inside MLPs. scratch: as
             hidden, in the memory of qkv: an activation is done before q, k and v come or after they are used.
         beside: [L, B, 5 D], in the memory of hidden, attention and MLP of single blocks; None except on a CPU, see
             `SingleOut`.
@@ -234,7 +235,7 @@ class SingleOut:
     """
 
     def __init__(self, block: SingleBlock, b: Buffers, rows: slice, y: Tensor, lora_from: int) -> None:
-        D, self.beside = b.x.shape[-1], b.beside is not None
+        D, self.in_one_product = b.x.shape[-1], b.beside is not None
         if b.beside is None:
             self.hidden = b.hidden[rows]
             self.attention = first_columns(b.normed, len(self.hidden), D)  # free once q, k and v are there
@@ -247,7 +248,7 @@ class SingleOut:
 
     def __call__(self, attention: Tensor) -> None:
         """attention: [l, B, D]."""
-        if not self.beside:
+        if not self.in_one_product:
             self.out(flat(attention), self.inputs)
             return
         if attention is not self.attention:

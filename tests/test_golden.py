@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.baseline import Baseline
 from mogle_rt import Pipeline
+from mogle_rt.channels_last import LEAST_PIXELS
 from mogle_rt.checkpoint import Bundle
 from mogle_rt.config import NUM_CLASSES, ModelConfig
 from mogle_rt.engines import TorchEngine
@@ -53,6 +54,13 @@ WAYS: list[tuple[str, str, str | None]] = [(name, kernels, None) for name in CAS
 WAYS += [(name, kernels, "fused") for name in ("base", "not_square") for kernels in ("torch", "triton")]
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_steps_with_the_librarys_attention(name: str, golden_bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in long sequences and on GPUs; golden ones are short, and a CPU takes plain products there."""
+    monkeypatch.setattr("mogle_rt.attention.WHOLE_SCORES", 0)
+    test_steps(name, "torch", None, golden_bundle)
+
+
 @pytest.mark.parametrize(
     ("name", "kernels", "mixture"),
     [pytest.param(*way, marks=in_the_interpreter if way[1] == "triton" else ()) for way in WAYS],
@@ -69,8 +77,10 @@ def test_steps(name: str, kernels: str, mixture: str | None, golden_bundle: Bund
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_pipeline(name: str, golden_bundle: Bundles) -> None:
+@pytest.mark.parametrize("channels_last_from", [LEAST_PIXELS, 0], ids=["", "channels last"])
+def test_pipeline(name: str, channels_last_from: int, golden_bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the labels to the image, through the public call."""
+    monkeypatch.setattr("mogle_rt.channels_last.LEAST_PIXELS", channels_last_from)
     case = GoldenCase.load(name)
     height, width = case.size
     pipe = Pipeline(golden_bundle(case.settings["checkpoint"]), device="cpu", dtype="fp32", model_config=case.model)

@@ -84,15 +84,19 @@ def test_attention_may_come_in_any_layout(
     bundle: Bundle, switches: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CUDA's memory-efficient kernel, which float32 takes, gives [B, L, H, d] transposed."""
+    monkeypatch.setattr("mogle_rt.attention.WHOLE_SCORES", 0)
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig(**switches))
     expected = run(engine, bundle, asked_of(bundle)(1, batch=2))
-    attention = F.scaled_dot_product_attention
+    attention, calls = F.scaled_dot_product_attention, 0
 
     def transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
         return attention(q, k, v).transpose(1, 2).contiguous().transpose(1, 2)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
     assert torch.equal(run(engine, bundle, asked_of(bundle)(1, batch=2)), expected)
+    assert calls
 
 
 def test_modulations_are_kept_while_nothing_they_hang_on_changes(

@@ -17,7 +17,7 @@ ROOT = Path(mogle_rt.__file__).parent
 LAYERS = [
     ["errors", "config"],
     ["cache", "schema", "storage", "devices", "gpus", "demo"],
-    ["masks", "image_files", "sources", "checkpoint", "attention", "activation", "onednn"],
+    ["masks", "image_files", "sources", "checkpoint", "attention", "activation", "onednn", "channels_last"],
     ["models", "lora", "torch_ops", "triton_ops"],
     ["ops"],
     ["modulation", "mogle", "converter"],
