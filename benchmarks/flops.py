@@ -66,7 +66,7 @@ def by_operation(call: Callable[[], T]) -> tuple[T, dict[Any, int]]:
     missing |= _fused_kernels()
     with FlopCounterMode(display=False, custom_mapping=missing) as counter:
         result = call()
-    return result, counter.get_flop_counts()["Global"]
+    return result, counter.get_flop_counts().get("Global", {})
 
 
 def step(config: TransformerConfig, text: int, tokens: int) -> int:

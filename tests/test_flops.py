@@ -55,6 +55,11 @@ def test_a_steps_flops(name: str, pixels: int, batch: int, kernels: str) -> None
     assert needed < counted < (1.25 if name == "tiny" else 1.05) * needed
 
 
+def test_a_call_may_have_no_flops() -> None:
+    x = torch.ones(2)
+    assert flops.count(lambda: x) == (x, 0)
+
+
 @pytest.mark.parametrize("whole_scores", [True, False], ids=["products", "fused"])
 def test_whatever_has_flops_is_timed_as_a_product(
     whole_scores: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
