@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,6 +140,16 @@ def test_vae_keeps_the_layout_and_its_results(tmp_path: Path) -> None:
             assert all(layouts)
 
 
+def noting(call: Callable[[Tensor], Any], inputs: list[Tensor]) -> Callable[[Tensor], Any]:
+    """The call, which also notes what it is given."""
+
+    def noted(x: Tensor) -> Any:
+        inputs.append(x)
+        return call(x)
+
+    return noted
+
+
 def test_pipeline_draws_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = write_checkpoint(tmp_path).convert(tmp_path / "b.safetensors")
     config = Bundle(checkpoint).config.transformer
@@ -146,8 +157,12 @@ def test_pipeline_draws_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     mask[8:20, 10:30] = 1
     mask[10:12, 12:15] = 4
 
-    def draw() -> Tensor:
-        pipe, generator = mogle_rt.Pipeline(checkpoint), torch.Generator().manual_seed(3)
+    def draw() -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Images, and what the VAE was given."""
+        pipe, generator = mogle_rt.Pipeline(checkpoint, "cpu", "fp32"), torch.Generator().manual_seed(3)
+        given: dict[str, list[Tensor]] = {"encode": [], "decode": []}
+        for name in given:
+            monkeypatch.setattr(pipe.vae, name, noting(getattr(pipe.vae, name), given[name]))
         images = pipe(
             mask,
             prompt_embeds=torch.randn(1, 4, config.joint_attention_dim, generator=generator),
@@ -156,14 +171,19 @@ def test_pipeline_draws_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             height=32,
             width=48,
             num_inference_steps=2,
+            num_images_per_prompt=2,
             output_type="pt",
         ).images
         assert isinstance(images, Tensor)
-        return images
+        assert images.is_contiguous()
+        assert [len(x) for x in given["decode"]] == [1, 1], "a CPU is faster with one image at a time"
+        return images, given
 
-    before = draw()
+    before, plain = draw()
     monkeypatch.setattr(channels_last, "LEAST_PIXELS", 0)
-    after = draw()
-    assert after.is_contiguous()
-    assert not torch.equal(after, before), "the layout was not used"
+    after, last = draw()
+    for name in ("encode", "decode"):
+        assert plain[name]
+        assert all(x.is_contiguous() for x in plain[name])
+        assert all(x.is_contiguous(memory_format=LAST) and not x.is_contiguous() for x in last[name])
     assert_close(after, before, rms=1e-5)
