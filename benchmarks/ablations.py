@@ -18,7 +18,7 @@ import torch
 from benchmarks.quality import Cases, Judge, draw, load_cases, without_regions
 from examples.demo_checkpoint.export import read_weights, unpack, write_bundle
 from mogle_rt import Pipeline
-from mogle_rt.checkpoint import Bundle
+from mogle_rt.bundle.bundle import Bundle
 
 
 def ablated(bundle: str) -> dict[str, Pipeline]:

@@ -20,7 +20,7 @@ from benchmarks.machine import Machine
 from benchmarks.report import Row
 from benchmarks.side_by_side import TOLERANCES, SideBySide
 from benchmarks.sizes import Models, face_mask
-from mogle_rt.devices import parse_dtype
+from mogle_rt.config import parse_dtype
 from mogle_rt.masks import Labels, to_labels
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no benchmark may reach for the network

@@ -31,7 +31,7 @@ def _fused_kernels() -> dict[Any, Callable[..., int]]:
     """Of the runtime's own operators, what each declares."""
     if importlib.util.find_spec("triton") is None:
         return {}
-    from mogle_rt import triton_ops
+    from mogle_rt.ops import triton_ops
 
     def formula(name: str) -> Callable[..., int]:
         def flops(*args: Any, out_val: Any = None) -> int:

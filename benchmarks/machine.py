@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mogle_rt import onednn
+from mogle_rt.linear import onednn
 
 Clock = Callable[[], float]
 Shape = tuple[int, int, int]  # of a product: rows, in, out

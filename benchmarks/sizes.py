@@ -16,12 +16,13 @@ from benchmarks.baseline import Baseline
 from benchmarks.machine import Shape
 from examples.mask import face
 from mogle_rt import Pipeline
-from mogle_rt.checkpoint import Bundle
+from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import MLP_RATIO, PATCH, ModelConfig, TransformerConfig
-from mogle_rt.engines import Conditions, TorchEngine
+from mogle_rt.engines.contract import Conditions
+from mogle_rt.engines.torch_engine import TorchEngine
 from mogle_rt.export.exporter import export
+from mogle_rt.loop.schedule import Schedule, make_schedule
 from mogle_rt.masks import CLASS_NAMES, Labels, resize
-from mogle_rt.sampling import Schedule, make_schedule
 from tests.checkpoints import VAE, write_checkpoint
 
 GUIDANCE = 3.5

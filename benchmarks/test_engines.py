@@ -10,7 +10,7 @@ from benchmarks.conftest import ModelsOf
 from benchmarks.side_by_side import SideBySide
 from benchmarks.sizes import Job, Models
 from mogle_rt import DeviceError, Pipeline
-from mogle_rt.engine_choice import Engine
+from mogle_rt.engines.contract import Engine
 from mogle_rt.masks import Labels
 
 MODEL = "width 256"

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import binary_dilation
 
 from mogle_rt import Pipeline
-from mogle_rt.demo import Example, examples
+from mogle_rt.bundle.shipped import Example, examples
 from mogle_rt.masks import colorize, to_labels
 
 SEED = 3

@@ -11,13 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mogle_rt.cli import parse_json, run_app
+from mogle_rt.apps.cli import parse_json, run_app
 from mogle_rt.errors import DeviceError, InputError
 
 if TYPE_CHECKING:
-    from mogle_rt.checkpoint import Bundle
+    from mogle_rt.bundle.bundle import Bundle
+    from mogle_rt.engines.manifest import Manifest
     from mogle_rt.export.verify import Comparison
-    from mogle_rt.manifest import Manifest
 
 app = typer.Typer(
     name="mogle_rt.export",
@@ -81,11 +81,11 @@ def main(
     switches = parse_json(model_config)
     _require_onnx()
     import mogle_rt.export.tensorrt as tensorrt
-    from mogle_rt.checkpoint import Bundle
+    from mogle_rt.bundle.bundle import Bundle
+    from mogle_rt.engines.manifest import Manifest
+    from mogle_rt.engines.tensorrt_engine import PACKAGES
     from mogle_rt.export.exporter import export
     from mogle_rt.export.verify import check as check_again
-    from mogle_rt.manifest import Manifest
-    from mogle_rt.tensorrt_engine import PACKAGES
 
     if check is not None:
         results = check_again(check, checkpoint, _say)

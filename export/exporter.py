@@ -11,28 +11,20 @@ from typing import Any
 import onnx
 import torch
 
-from mogle_rt import __version__, demo
-from mogle_rt.checkpoint import Bundle, BundleConfig
-from mogle_rt.config import DTYPE_NAMES, ModelConfig
-from mogle_rt.devices import parse_dtype
-from mogle_rt.engine_file import read_engine
+from mogle_rt import __version__
+from mogle_rt.bundle import shipped as demo
+from mogle_rt.bundle.bundle import Bundle, BundleConfig
+from mogle_rt.bundle.files import atomic_write, replace_together
+from mogle_rt.config import DTYPE_NAMES, ModelConfig, parse_dtype
+from mogle_rt.engines.engine_file import read_engine
+from mogle_rt.engines.manifest import NAME, EngineSpec, GraphSpec, Manifest, TensorSpec, WeightsSpec, header_sha256
 from mogle_rt.errors import CheckpointError, InputError, OutputError
 from mogle_rt.export.graph import BFLOAT16_OPSET, DEFAULT_OPSET, NEWEST_OPSET, OLDEST_OPSET, GraphBuilder
 from mogle_rt.export.prepare import PrepareGraph, build_experts, condition_row_names, modulation_row_names
 from mogle_rt.export.step import StepGraph
 from mogle_rt.export.vae import VaeGraph
 from mogle_rt.export.weights import COPY_NAME, MODES, Mode, Weights, place_weights
-from mogle_rt.manifest import (
-    NAME,
-    EngineSpec,
-    GraphSpec,
-    Manifest,
-    TensorSpec,
-    WeightsSpec,
-    header_sha256,
-)
 from mogle_rt.masks import CLASS_NAMES, PALETTE
-from mogle_rt.storage import atomic_write, replace_together
 
 GRAPHS = ("vae_encoder", "experts", "prepare", "step", "step_scaled", "vae_decoder")
 SHORT_NAMES = {getattr(torch, long): short for short, long in DTYPE_NAMES.items()}

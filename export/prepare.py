@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 import torch
 
-from mogle_rt.checkpoint import BundleConfig
+from mogle_rt.bundle.bundle import BundleConfig
+from mogle_rt.bundle.schema import EXPERT_NAMES, SINUSOID_DIM
 from mogle_rt.config import NUM_EXPERTS, ModelConfig, TransformerConfig
 from mogle_rt.export.graph import GraphBuilder
-from mogle_rt.schema import EXPERT_NAMES, SINUSOID_DIM
-from mogle_rt.transformer import ROPE_THETA
+from mogle_rt.model.positions import ROPE_THETA
 
 SINUSOID_PERIOD = 10_000
 
@@ -78,7 +78,7 @@ class PrepareGraph:
         self.g, self.config, self.t, self.model = builder, config, config.transformer, model
 
     def build(self) -> onnx.ModelProto:
-        """The whole graph, see `mogle_rt.manifest` for its inputs and outputs."""
+        """The whole graph, see `mogle_rt.engines.manifest` for its inputs and outputs."""
         g, t = self.g, self.t
         D = t.width
         prompt = g.input("prompt_embeds", ("batch", "text_tokens", t.joint_attention_dim))

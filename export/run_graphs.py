@@ -11,12 +11,12 @@ import onnx
 import torch
 from torch import Tensor
 
-from mogle_rt.checkpoint import Bundle
+from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import ModelConfig
+from mogle_rt.engines.exported import Session
+from mogle_rt.engines.manifest import Manifest
 from mogle_rt.export.exporter import ExportOptions, build_graph
 from mogle_rt.export.weights import Weights
-from mogle_rt.manifest import Manifest
-from mogle_rt.onnx_engine import Session
 
 CPU = torch.device("cpu")
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import onnx
 import torch
 
-from mogle_rt.attention import AttentionPlan, Visibility
-from mogle_rt.checkpoint import BundleConfig
+from mogle_rt.bundle.bundle import BundleConfig
 from mogle_rt.config import MLP_RATIO, NUM_EXPERTS, ModelConfig
 from mogle_rt.export.graph import GraphBuilder
 from mogle_rt.export.prepare import condition_row_names, modulation_row_names
+from mogle_rt.ops.attention import AttentionPlan, Visibility
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class StepGraph:
         self.visibility = Visibility.SCALED if scaled else AttentionPlan.of(model, 1.0).visibility
 
     def build(self) -> onnx.ModelProto:
-        """The whole graph, see `mogle_rt.manifest` for its inputs and outputs."""
+        """The whole graph, see `mogle_rt.engines.manifest` for its inputs and outputs."""
         g, t, C, D = self.g, self.t, self.t.in_channels, self.t.width
         latents = g.input("latents", ("batch", "tokens", C))
         step = g.input("step", (1,), torch.int64)

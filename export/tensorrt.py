@@ -1,7 +1,7 @@
 """Building TensorRT and TensorRT-RTX engines of the step. TensorRT-RTX does so without a GPU, for a named one.
 
 Networks are strongly typed: the precision of every layer is the graph's. Both packages have one API, see
-`mogle_rt.tensorrt_engine.Package`; only TensorRT-RTX can build for GPUs that aren't there.
+`mogle_rt.engines.tensorrt_engine.Package`; only TensorRT-RTX can build for GPUs that aren't there.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 import onnx
 import torch
 
-from mogle_rt.checkpoint import Bundle
+from mogle_rt.bundle.bundle import Bundle
+from mogle_rt.bundle.files import atomic_write
 from mogle_rt.config import PATCH, ModelConfig
-from mogle_rt.engine_file import EngineHeader, write_engine
+from mogle_rt.engines.engine_file import EngineHeader, write_engine
+from mogle_rt.engines.exported import manifest_dtype
+from mogle_rt.engines.manifest import EngineSpec, Manifest
+from mogle_rt.engines.tensorrt_engine import Package
 from mogle_rt.errors import ConfigError, DeviceError, InputError
 from mogle_rt.export.exporter import ExportOptions, build_graph
 from mogle_rt.export.weights import Weights
-from mogle_rt.manifest import EngineSpec, Manifest
-from mogle_rt.onnx_engine import manifest_dtype
-from mogle_rt.storage import atomic_write
-from mogle_rt.tensorrt_engine import Package
 
 SIZE = re.compile(r"(\d+)x(\d+)(?:x(\d+))?")
 

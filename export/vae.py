@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import torch
 
-from mogle_rt.checkpoint import BundleConfig
+from mogle_rt.bundle.bundle import BundleConfig
 from mogle_rt.errors import CheckpointError
 from mogle_rt.export.graph import GraphBuilder
 
@@ -43,7 +43,7 @@ class VaeGraph:
         return self.vae.get(name, default)
 
     def build_encoder(self) -> onnx.ModelProto:
-        """Pictures -> the mean of their posterior, scaled and packed, see `mogle_rt.manifest`."""
+        """Pictures -> the mean of their posterior, scaled and packed, see `mogle_rt.engines.manifest`."""
         g, C = self.g, self.latent_channels
         pictures = g.input("pictures", ("pictures", "height", "width", 3), torch.uint8)
         x = g.node("Transpose", g.cast(pictures, g.dtype), perm=[0, 3, 1, 2])
@@ -67,7 +67,7 @@ class VaeGraph:
         return g.model()
 
     def build_decoder(self) -> onnx.ModelProto:
-        """Packed latents -> images in [0, 1], see `mogle_rt.manifest`."""
+        """Packed latents -> images in [0, 1], see `mogle_rt.engines.manifest`."""
         g, C = self.g, self.latent_channels
         latents = g.input("latents", ("batch", "tokens", 4 * C))
         rows, columns = g.nodes_of("Split", [g.input("grid", (2,), torch.int64)], 2, axis=0, num_outputs=2)

@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 from mogle_rt import __version__
-from mogle_rt.checkpoint import Bundle
-from mogle_rt.conditioning import pack_latents, unpack_latents
+from mogle_rt.bundle.bundle import Bundle
+from mogle_rt.bundle.schema import transformer_tensors
 from mogle_rt.config import NUM_EXPERTS, PATCH, ModelConfig
-from mogle_rt.engines import Conditions, TorchEngine
+from mogle_rt.encoders.vae import autoencoder, load_autoencoder, pack_latents, unpack_latents
+from mogle_rt.engines.contract import Conditions
+from mogle_rt.engines.exported import NO_ATTENTION, manifest_dtype
+from mogle_rt.engines.manifest import Manifest, manifest_path
+from mogle_rt.engines.torch_engine import TorchEngine
 from mogle_rt.errors import CheckpointError, NumericalError
 from mogle_rt.export.exporter import build_graph
 from mogle_rt.export.run_graphs import CPU, Run, evaluate, options_of, run_built, run_files
 from mogle_rt.export.weights import Weights, exported_names
-from mogle_rt.manifest import Manifest, manifest_path
-from mogle_rt.models import autoencoder, load_autoencoder
-from mogle_rt.onnx_engine import NO_ATTENTION, manifest_dtype
-from mogle_rt.sampling import make_schedule
-from mogle_rt.schema import transformer_tensors
+from mogle_rt.loop.schedule import make_schedule
 
 # Largest relative RMS error; the largest single one, relative to the largest value, may be LARGEST times that.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}

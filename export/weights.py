@@ -23,12 +23,12 @@ from typing import Literal
 import onnx
 import torch
 
-from mogle_rt.checkpoint import Bundle
-from mogle_rt.converter import require_finite, write_bundle
+from mogle_rt.bundle.bundle import Bundle
+from mogle_rt.bundle.container import TensorInfo
+from mogle_rt.conversion.convert import require_finite, write_bundle
+from mogle_rt.conversion.sources import SourceTensor
+from mogle_rt.engines.manifest import header_sha256
 from mogle_rt.errors import InputError, OutputError
-from mogle_rt.manifest import header_sha256
-from mogle_rt.sources import SourceTensor
-from mogle_rt.storage import TensorInfo
 
 Mode = Literal["link", "copy", "embed"]
 MODES = ("link", "copy", "embed")
@@ -94,7 +94,7 @@ def place_weights(bundle: Bundle, folder: Path, new: Path, mode: Mode, dtype: to
     """Put weights where graphs in ``folder`` find them.
 
     Args:
-        new: where files lie that ``folder`` gets, see `mogle_rt.storage.replace_together`.
+        new: where files lie that ``folder`` gets, see `mogle_rt.bundle.files.replace_together`.
         mode: "link" points into the bundle (weights stay in the stored dtype, and graphs cast them if they compute in
             another), "copy" writes `COPY_NAME` in ``dtype``, "embed" writes them into the graphs in ``dtype``.
 

@@ -28,14 +28,14 @@ if not Path(__file__).with_name("kernels").is_dir():
 if TYPE_CHECKING:
     from mogle_rt import masks
     from mogle_rt.config import ModelConfig
-    from mogle_rt.converter import convert
+    from mogle_rt.conversion.convert import convert
     from mogle_rt.pipeline import Pipeline
 
 # Loaded when first used: `import mogle_rt` and `mogle-rt --help` needn't wait for torch and diffusers.
 _LAZY = {
     "ModelConfig": "mogle_rt.config",
     "Pipeline": "mogle_rt.pipeline",
-    "convert": "mogle_rt.converter",
+    "convert": "mogle_rt.conversion.convert",
 }
 
 __all__ = [

@@ -1,6 +1,6 @@
 """``python -m mogle_rt`` is ``mogle-rt``."""
 
-from mogle_rt.cli import main
+from mogle_rt.apps.cli import main
 
 if __name__ == "__main__":
     main()

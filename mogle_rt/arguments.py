@@ -10,8 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mogle_rt.checkpoint import MAX_TEXT_TOKENS
-from mogle_rt.config import PATCH
+from mogle_rt.config import MAX_TEXT_TOKENS, PATCH
 from mogle_rt.errors import InputError, NumericalError
 
 Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None

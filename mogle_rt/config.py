@@ -7,9 +7,12 @@ import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from mogle_rt.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 NUM_CLASSES = 19
 MLP_RATIO = 4
@@ -18,6 +21,23 @@ PATCH = 16  # pixels a token covers in each direction: 8x VAE times 2x2 packing
 VAE_SCALE = 8
 
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def parse_dtype(value: str | torch.dtype) -> torch.dtype:
+    """A torch dtype from "bf16", "fp16", "fp32", torch's own name, or itself.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    import torch  # here, as the command line reads options before it needs torch
+
+    name = str(value).removeprefix("torch.")
+    name = DTYPE_NAMES.get(name, name)
+    if name not in DTYPE_NAMES.values():
+        raise ConfigError(f"dtype must be bf16, fp16 or fp32, got {value}")
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,3 +250,6 @@ class SchedulerConfig(Options):
                 )
         if self.stochastic_sampling or self.shift_terminal:
             raise ConfigError("scheduler options stochastic_sampling and shift_terminal are not supported by this loop")
+
+
+MAX_TEXT_TOKENS = 512  # T5's, FLUX's most

@@ -30,19 +30,21 @@ from mogle_rt.arguments import (
     generator_list,
     prompt_list,
 )
-from mogle_rt.cache import TensorCache
-from mogle_rt.channels_last import arranged
-from mogle_rt.checkpoint import Bundle
-from mogle_rt.conditioning import Conditioner, MaskPosterior, pack_latents, unpack_latents
+from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import PATCH, VAE_SCALE, ModelConfig
-from mogle_rt.devices import choose_device, choose_dtype
-from mogle_rt.engine_choice import Engine, EngineName, engine_dtype, make_engine
-from mogle_rt.engines import Conditions
+from mogle_rt.encoders.cache import TensorCache
+from mogle_rt.encoders.conditioning import Conditioner, MaskPosterior
+from mogle_rt.encoders.group_norm import arranged
+from mogle_rt.encoders.text import TextEncoders
+from mogle_rt.encoders.vae import DECODE_PIXELS, autoencoder, load_autoencoder, pack_latents, unpack_latents
+from mogle_rt.engines.choice import EngineName, engine_dtype, make_engine
+from mogle_rt.engines.contract import Conditions, Engine
 from mogle_rt.errors import InputError, NumericalError
-from mogle_rt.masks import Labels, MaskLike, to_label_batch
-from mogle_rt.models import autoencoder, load_autoencoder
-from mogle_rt.sampling import Schedule, denoise, make_schedule
-from mogle_rt.text import TextEncoders
+from mogle_rt.loop.denoise import denoise
+from mogle_rt.loop.schedule import Schedule, make_schedule
+from mogle_rt.masks.classes import Labels
+from mogle_rt.masks.labels import MaskLike, to_label_batch
+from mogle_rt.memory.devices import choose_device, choose_dtype
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Any]], Mapping[str, Any] | None]
@@ -51,7 +53,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 CACHE_BYTES = 256 << 20
-DECODE_PIXELS = 1024 * 1024  # pixels decoded at once: bounds the VAE's activations, not the result
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import mogle_rt
-from mogle_rt import schema
+from mogle_rt.bundle import schema
 from mogle_rt.config import MogleConfig, TransformerConfig
 
 TINY = TransformerConfig(

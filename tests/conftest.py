@@ -19,7 +19,7 @@ from torch import Tensor
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 from mogle_rt.config import ModelConfig
-from mogle_rt.engines import Conditions
+from mogle_rt.engines.contract import Conditions
 from tests.checkpoints import Files, write_checkpoint
 
 TRITON = importlib.util.find_spec("triton") is not None
@@ -28,10 +28,10 @@ needs_triton = pytest.mark.skipif(not TRITON, reason="triton comes for x86-64 Li
 in_the_interpreter = pytest.mark.skipif(
     not INTERPRETED, reason="kernels are compiled in this process, or missing; TRITON_INTERPRET=1 has them interpreted"
 )
-collect_ignore_glob = [] if TRITON else ["test_kernel*.py"]
+collect_ignore_glob = [] if TRITON else ["kernels/test_*.py"]
 
 if INTERPRETED:
-    from tests.interpreter import correct_bfloat16
+    from tests.kernels.interpreter import correct_bfloat16
 
     correct_bfloat16()
 

@@ -40,16 +40,16 @@ from mogle_rt import (
     NumericalError,
     OutputError,
     Pipeline,
-    converter,
 )
-from mogle_rt.checkpoint import Bundle
+from mogle_rt.apps.image_files import save_image
+from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import SchedulerConfig
-from mogle_rt.devices import choose_device
-from mogle_rt.image_files import save_image
-from mogle_rt.sampling import make_schedule
+from mogle_rt.conversion import convert as converter
+from mogle_rt.loop.schedule import make_schedule
+from mogle_rt.memory.devices import choose_device
+from tests.apps.test_cli import QUICK, Result, draw_mask, run, run_process
 from tests.checkpoints import Files
-from tests.test_cli import QUICK, Result, draw_mask, run, run_process
-from tests.test_convert import write_sparse_checkpoint
+from tests.conversion.test_convert import write_sparse_checkpoint
 
 # Helpers
 

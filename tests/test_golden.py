@@ -11,12 +11,13 @@ from torch import Tensor
 
 from benchmarks.baseline import Baseline
 from mogle_rt import Pipeline
-from mogle_rt.channels_last import LEAST_PIXELS
-from mogle_rt.checkpoint import Bundle
+from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import NUM_CLASSES, ModelConfig
-from mogle_rt.engines import TorchEngine
-from mogle_rt.lora import LoraLinear
-from mogle_rt.sampling import euler, make_schedule
+from mogle_rt.encoders.group_norm import LEAST_PIXELS
+from mogle_rt.engines.torch_engine import TorchEngine
+from mogle_rt.linear.layers import LoraLinear
+from mogle_rt.loop.denoise import euler
+from mogle_rt.loop.schedule import make_schedule
 from tests.checkpoints import Files
 from tests.conftest import CASES, GOLDEN, GoldenCase, assert_close, in_the_interpreter, relative_rms
 
@@ -57,7 +58,7 @@ WAYS += [(name, kernels, "fused") for name in ("base", "not_square") for kernels
 @pytest.mark.parametrize("name", CASES)
 def test_steps_with_the_librarys_attention(name: str, golden_bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in long sequences and on GPUs; golden ones are short, and a CPU takes plain products there."""
-    monkeypatch.setattr("mogle_rt.attention.WHOLE_SCORES", 0)
+    monkeypatch.setattr("mogle_rt.ops.attention.WHOLE_SCORES", 0)
     test_steps(name, "torch", None, golden_bundle)
 
 
@@ -80,7 +81,7 @@ def test_steps(name: str, kernels: str, mixture: str | None, golden_bundle: Bund
 @pytest.mark.parametrize("channels_last_from", [LEAST_PIXELS, 0], ids=["", "channels last"])
 def test_pipeline(name: str, channels_last_from: int, golden_bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the labels to the image, through the public call."""
-    monkeypatch.setattr("mogle_rt.channels_last.LEAST_PIXELS", channels_last_from)
+    monkeypatch.setattr("mogle_rt.encoders.group_norm.LEAST_PIXELS", channels_last_from)
     case = GoldenCase.load(name)
     height, width = case.size
     pipe = Pipeline(golden_bundle(case.settings["checkpoint"]), device="cpu", dtype="fp32", model_config=case.model)

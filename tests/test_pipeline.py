@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from mogle_rt import CheckpointError, InputError, Pipeline
-from mogle_rt.conditioning import Conditioner, pack_latents, unpack_latents
+from mogle_rt.encoders.conditioning import Conditioner
+from mogle_rt.encoders.vae import pack_latents, unpack_latents
 from mogle_rt.masks import Labels, resize
 from mogle_rt.pipeline import OutputType
 from tests.checkpoints import Files

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import mogle_rt
 from examples.demo_checkpoint.model import FaceMogle, Parts, to_parts
-from mogle_rt.checkpoint import TEXT_PARTS, Bundle
+from mogle_rt.bundle.bundle import TEXT_PARTS, Bundle
 
 SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",

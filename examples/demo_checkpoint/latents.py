@@ -18,8 +18,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from examples.demo_checkpoint.renders import Renders, palette_pictures, pictures, planes
-from mogle_rt.conditioning import pack_latents
 from mogle_rt.config import NUM_CLASSES
+from mogle_rt.encoders.vae import pack_latents
 
 BLACK, WHITE = 0, 1  # rows of the pictures that all masks share
 

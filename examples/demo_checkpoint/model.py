@@ -2,7 +2,7 @@
 
 Every image of a batch has its own noise level, modulations are computed in the step, nothing is done in place. The
 weights have the names of the published files on the way out (`to_parts`) and in (`load_parts`); q, k and v are one
-product here, as in the runtime. Shapes are those of `mogle_rt.schema`.
+product here, as in the runtime. Shapes are those of `mogle_rt.bundle.schema`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from mogle_rt import schema
+from mogle_rt.bundle import schema
+from mogle_rt.bundle.schema import EXPERT_NAMES, SINUSOID_DIM
 from mogle_rt.config import NUM_EXPERTS, MogleConfig, TransformerConfig
-from mogle_rt.engines import token_ids
-from mogle_rt.schema import EXPERT_NAMES, SINUSOID_DIM
-from mogle_rt.transformer import rope_table
+from mogle_rt.model.positions import rope_table, token_ids
 
 CONFIG = TransformerConfig(
     num_layers=2,

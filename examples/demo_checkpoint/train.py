@@ -28,8 +28,8 @@ from examples.demo_checkpoint.muon import Muon
 from examples.demo_checkpoint.renders import Renders
 from examples.demo_checkpoint.train_text import TOKENS, Reader, captions
 from examples.demo_checkpoint.training import PRODUCTS, Average, Clock, Team, in_team, learning_rate, save_state
-from mogle_rt.conditioning import unpack_latents
 from mogle_rt.config import NUM_CLASSES, VAE_SCALE
+from mogle_rt.encoders.vae import unpack_latents
 
 BATCH = 16
 CAPTIONS = 4  # of each picture

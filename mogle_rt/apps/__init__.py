@@ -1,0 +1,1 @@
+"""Ways to use the runtime: the command line and what it writes."""

@@ -1,0 +1,84 @@
+"""Writing images: atomically, with their settings, and marked as AI-generated."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from mogle_rt.bundle.files import atomic_write
+from mogle_rt.errors import OutputError
+
+SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+JPEG_XMP_LIMIT = 65_504  # bytes: a segment's 65,533 less the name of what is in it
+DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+
+
+def check_suffix(path: Path) -> str:
+    """The format that a file name asks for.
+
+    Raises:
+        OutputError: it is neither PNG nor JPEG.
+    """
+    try:
+        return SUFFIXES[path.suffix.lower()]
+    except KeyError:
+        raise OutputError(
+            f"{path}: images are written as {', '.join(SUFFIXES)}, not {path.suffix or 'no suffix'!r}"
+        ) from None
+
+
+def xmp(settings: Mapping[str, Any] | None) -> bytes:
+    """An XMP packet: the IPTC digital source type, and the settings as JSON in dc:description."""
+    description = ""
+    if settings is not None:
+        text = escape(json.dumps(settings, ensure_ascii=False))
+        for character in "\ufffe\uffff":  # XML has no place for these two
+            text = text.replace(character, f"\\u{ord(character):x}")
+        description = (
+            f'<dc:description><rdf:Alt><rdf:li xml:lang="x-default">{text}</rdf:li></rdf:Alt></dc:description>'
+        )
+    return (
+        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description rdf:about="" xmlns:dc="http://purl.org/dc/elements/1.1/" '
+        'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">'
+        f"<Iptc4xmpExt:DigitalSourceType>{DIGITAL_SOURCE_TYPE}</Iptc4xmpExt:DigitalSourceType>"
+        f'{description}</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
+    ).encode(errors="backslashreplace")  # of bytes in a file's name that are no text, JSON's escapes
+
+
+def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Write a PNG or JPEG.
+
+    Args:
+        image: RGB.
+        path: .png, .jpg or .jpeg; replaced only when the new file is whole.
+        settings: JSON-ready prompt, seed and so on, put into the file; None leaves them out. The mark of AI generation
+            (IPTC DigitalSourceType trainedAlgorithmicMedia) is always written.
+
+    Raises:
+        OutputError: another suffix, or the file can't be written.
+    """
+    kind = check_suffix(path)
+    packet = xmp(settings)
+    buffer = io.BytesIO()
+    if kind == "PNG":
+        info = PngInfo()
+        info.add_itxt("XML:com.adobe.xmp", packet.decode())
+        for key, value in (settings or {}).items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            info.add_itxt(key, text.encode(errors="backslashreplace").decode())
+        image.save(buffer, kind, pnginfo=info)
+    else:
+        if len(packet) > JPEG_XMP_LIMIT:
+            raise OutputError(f"{path}: a JPEG can't hold settings of {len(packet)} bytes; write a PNG, or no metadata")
+        image.save(buffer, kind, quality=95, subsampling=0, xmp=packet)
+    with atomic_write(path) as f:
+        f.write(buffer.getvalue())

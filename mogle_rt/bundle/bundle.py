@@ -1,0 +1,231 @@
+"""The bundle, ckpt.safetensors: everything that makes an image, in one file that is read lazily.
+
+Tensors stand under ``transformer.``, ``lora.``, ``mogle.``, ``vae.``, ``text_encoder.`` and ``text_encoder_2.`` with the
+reference's own names, tokenizer files as uint8 tensors under ``tokenizer.`` and ``tokenizer_2.``; the configurations are
+JSON in the metadata. `mogle_rt.convert` writes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mogle_rt.bundle import schema
+from mogle_rt.bundle.container import MappedFile, TensorInfo, read_chunks, read_header
+from mogle_rt.bundle.schema import check_names
+from mogle_rt.bundle.shipped import bundle_path
+from mogle_rt.config import MAX_TEXT_TOKENS, PATCH, MogleConfig, Options, SchedulerConfig, TransformerConfig
+from mogle_rt.errors import CheckpointError, ConfigError
+
+FORMAT = "mogle_rt"
+FORMAT_VERSION = 1
+PARTS = ("transformer", "lora", "mogle", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+TEXT_PARTS = PARTS[4:]
+DEFAULT_SIZE = 512  # pixels
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleConfig(Options):
+    """All configurations of a bundle.
+
+    ``vae``, ``text_encoder`` and ``text_encoder_2`` are diffusers' and transformers' own and are theirs to check.
+    """
+
+    transformer: TransformerConfig
+    mogle: MogleConfig
+    scheduler: SchedulerConfig
+    vae: Mapping[str, Any]
+    text_encoder: Mapping[str, Any] | None = None
+    text_encoder_2: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.vae, Mapping):
+            raise ConfigError(f"vae must be a configuration, got {type(self.vae).__name__}")
+        t, clip, t5 = self.transformer, self.text_encoder or {}, self.text_encoder_2 or {}
+        for name, size, of, expected in (
+            ("mogle latent_dim", self.mogle.latent_dim, "in_channels", t.in_channels),
+            ("4 x vae latent_channels", 4 * self.vae.get("latent_channels", 4), "in_channels", t.in_channels),
+            ("text_encoder hidden_size", clip.get("hidden_size"), "pooled_projection_dim", t.pooled_projection_dim),
+            ("text_encoder_2 d_model", t5.get("d_model"), "joint_attention_dim", t.joint_attention_dim),
+        ):
+            if size not in (None, expected):
+                raise ConfigError(f"{name} is {size}, the transformer's {of} is {expected}: they must be equal")
+
+    @classmethod
+    def parse(cls, text: str, *, what: str) -> BundleConfig:
+        """From the JSON in a bundle's metadata.
+
+        Raises:
+            CheckpointError: not JSON, or a configuration is not valid.
+        """
+        try:
+            raw = json.loads(text)
+            return cls.from_mapping(
+                raw
+                | {
+                    "transformer": TransformerConfig.from_mapping(raw["transformer"]),
+                    "mogle": MogleConfig.from_mapping(raw["mogle"]),
+                    "scheduler": SchedulerConfig.from_mapping(raw["scheduler"]),
+                }
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{what}: the configuration in the file is damaged: {reason}") from None
+
+
+class Bundle:
+    """An open bundle. Opening reads the header only and checks every name, shape and size in it.
+
+    Args:
+        path: of the file, or ``demo`` for the checkpoint in the package.
+
+    Raises:
+        CheckpointError: see `mogle_rt.bundle.container.read_header`; or not a bundle, of a newer format, or its tensors
+            don't fit its configuration.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = bundle_path(path)
+        self.tensors, metadata = read_header(self.path)
+        self._names: dict[str, list[str]] = {part: [] for part in PARTS}
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{self.path}: a safetensors file, but not a mogle_rt bundle; make one with `mogle-rt convert`"
+            )
+        version = metadata.get("format_version", "")
+        if version != str(FORMAT_VERSION):
+            raise CheckpointError(f"{self.path}: bundle format {version!r}; this version reads {FORMAT_VERSION}")
+        self._config_text = metadata.get("config", "")
+        self.config = BundleConfig.parse(self._config_text, what=str(self.path))
+        self.content_hash = metadata.get("sha256", "")
+        self._check_tensors()
+        self._file = MappedFile(self.path)
+
+    def names(self, part: str) -> list[str]:
+        """Names of a part's tensors, without the part's prefix."""
+        return self._names[part]
+
+    @property
+    def has_text_encoders(self) -> bool:
+        """Whether prompts can be given as text."""
+        configs = (self.config.text_encoder, self.config.text_encoder_2)
+        return None not in configs and all(self.names(part) for part in TEXT_PARTS)
+
+    @property
+    def default_size(self) -> int:
+        """Pixels of an image's side where none is asked for: 512, or as many whole tokens as the VAE was made for."""
+        size = self.config.vae.get("sample_size")
+        if not isinstance(size, int) or isinstance(size, bool) or size < PATCH:
+            return DEFAULT_SIZE
+        return min(size // PATCH * PATCH, DEFAULT_SIZE)
+
+    @property
+    def default_text_tokens(self) -> int:
+        """T5 tokens where no number is asked for: what its tokenizer says, at most 512 (which FLUX's says)."""
+        try:
+            length = json.loads(self.files("tokenizer_2")["tokenizer_config.json"])["model_max_length"]
+        except (KeyError, TypeError, ValueError):
+            return MAX_TEXT_TOKENS
+        return min(length, MAX_TEXT_TOKENS) if isinstance(length, int) and length > 0 else MAX_TEXT_TOKENS
+
+    def lora_ranks(self) -> dict[str, int]:
+        """Rank of the LoRA on each layer."""
+        suffix = ".lora_A.weight"
+        shapes = {
+            n.removesuffix(suffix): self.tensors[f"lora.{n}"].shape for n in self.names("lora") if n.endswith(suffix)
+        }
+        return {name: shape[0] if shape else 0 for name, shape in shapes.items()}
+
+    def _check_tensors(self) -> None:
+        for full in self.tensors:
+            part, _, name = full.partition(".")
+            if part not in PARTS:
+                raise CheckpointError(f"{self.path}: unexpected tensor {full!r}")
+            self._names[part].append(name)
+        blocks = self.config.transformer.num_layers + self.config.transformer.num_single_layers
+        if blocks > len(self.tensors):  # before all that they would need is listed
+            raise CheckpointError(f"{self.path}: {len(self.tensors)} tensors can't make {blocks} blocks")
+        check_names(self._shapes("transformer"), schema.transformer_tensors(self.config.transformer), self.path)
+        check_names(self._shapes("mogle"), schema.mogle_tensors(self.config.mogle), self.path)
+        ranks = self.lora_ranks()
+        for name in schema.lora_modules(self.config.transformer):
+            if name not in ranks:
+                raise CheckpointError(f"{self.path}: missing LoRA of layer {name!r}")
+        check_names(self._shapes("lora"), schema.lora_tensors(self.config.transformer, ranks), self.path)
+        for name, info in self.tensors.items():
+            allowed = (torch.uint8,) if name.startswith("tokenizer") else FLOATS
+            if info.dtype not in allowed:
+                raise CheckpointError(f"{self.path}: tensor {name!r} can't be {info.dtype}")
+
+    def _shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        return {name: self.tensors[f"{part}.{name}"].shape for name in self.names(part)}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor by its full name: a read-only view of the file."""
+        return self._file.tensor(self.tensors[name])
+
+    def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Tensors stacked along their first dimension, on ``device`` and in ``dtype``.
+
+        Neighbours in the file that need no conversion come as one view of it, without a copy.
+        """
+        infos = [self.tensors[n] for n in names]
+        if device.type == "cpu" and infos[0].dtype == dtype:
+            view = self._file.view(infos)
+            if view is not None:
+                return view.view(-1, *infos[0].shape[1:])
+        rows = [i.shape[0] for i in infos]
+        out = torch.empty(sum(rows), *infos[0].shape[1:], device=device, dtype=dtype)
+        for part, info in zip(out.split(rows), infos, strict=True):
+            part.copy_(self._file.tensor(info))
+            self._file.release(info)
+        return out
+
+    def release(self, names: Sequence[str]) -> None:
+        """These tensors needn't stay in memory; used again, they are read again."""
+        for name in names:
+            self._file.release(self.tensors[name])
+
+    def part(self, part: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """All tensors of a part, by their names in it."""
+        return {name: self.load([f"{part}.{name}"], device, dtype) for name in self.names(part)}
+
+    def files(self, part: str) -> dict[str, bytes]:
+        """A tokenizer's files by name."""
+        return {name: self.tensor(f"{part}.{name}").numpy().tobytes() for name in self.names(part)}
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> None:
+        """Read the whole file and compare it with the hash in its header.
+
+        Args:
+            progress: called with the number of bytes after each chunk.
+
+        Raises:
+            CheckpointError: the contents were changed after conversion.
+        """
+        digest = hashlib.sha256(self._config_text.encode())
+        for name, info in sorted(self.tensors.items(), key=lambda item: (item[1].begin, item[1].end, item[0])):
+            digest.update(describe(name, info))
+            for chunk in read_chunks(self.path, info):
+                digest.update(chunk.view(torch.uint8).numpy().data)
+                if progress:
+                    progress(chunk.nbytes)
+        if digest.hexdigest() != self.content_hash:
+            raise CheckpointError(f"{self.path}: its contents were changed: the hash in the header is another")
+
+
+def describe(name: str, info: TensorInfo) -> bytes:
+    """What a bundle's hash takes in of a tensor before its bytes: a header with names exchanged has another hash."""
+    return json.dumps([name, str(info.dtype), list(info.shape)]).encode()
+
+
+def parameter_count(tensors: Mapping[str, TensorInfo]) -> int:
+    """Number of parameters in tensors that are not files."""
+    return sum(i.numel for n, i in tensors.items() if not n.startswith("tokenizer"))

@@ -1,0 +1,206 @@
+"""The safetensors container, read without loading it: header, offsets, chunks, memory map; and atomic writing.
+
+The format (an 8-byte little-endian header length, a JSON header, the tensors' bytes) is read here rather than through
+the `safetensors` package because a bundle needs what that doesn't offer: one zero-copy view over neighbouring tensors,
+reads in chunks, and a write that streams.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import mmap
+import os
+import struct
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from mogle_rt.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+MAX_HEADER = 100 << 20  # the safetensors package refuses larger ones too
+CHUNK = 8 << 20  # bytes held at once while a tensor streams through
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in its file. ``begin`` and ``end`` are absolute byte offsets."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for d in self.shape:
+            n *= d
+        return n
+
+
+def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    try:
+        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]  # type: ignore[index]
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{path}: damaged header: the entry of tensor {name!r} is malformed") from None
+    if not isinstance(code, str) or code not in DTYPES:
+        raise CheckpointError(f"{path}: tensor {name!r} has dtype {code!r}, which is not one of {', '.join(DTYPES)}")
+    if not all(isinstance(v, int) and 0 <= v < 2**63 for v in (*shape, begin, end)):
+        raise CheckpointError(f"{path}: damaged header: the entry of tensor {name!r} is malformed")
+    info = TensorInfo(DTYPES[code], shape, data_start + begin, data_start + end)
+    if end - begin != info.numel * info.dtype.itemsize:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} of shape {list(shape)} and {code} can't take {end - begin} bytes"
+        )
+    return info
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; every byte of the file is accounted for.
+
+    Raises:
+        CheckpointError: not such a file, cut short, longer than its header says, or with a damaged header.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            start = f.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if not 2 <= length <= MAX_HEADER or 8 + length > size:
+                raise CheckpointError(f"{path}: not a safetensors file, or cut short ({size} bytes)")
+            raw = f.read(length)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from None
+    try:
+        header = json.loads(raw)
+        if not isinstance(header, dict):
+            raise TypeError
+    except (ValueError, TypeError, RecursionError):
+        raise CheckpointError(f"{path}: not a safetensors file: its header is not a JSON object") from None
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: damaged header: the metadata must be texts")
+    tensors = {name: _parse_entry(path, name, entry, 8 + length) for name, entry in header.items()}
+    position = 8 + length
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != position:
+            raise CheckpointError(f"{path}: damaged header: tensor {name!r} does not follow its neighbour")
+        position = info.end
+    if position != size:
+        word = "cut short" if position > size else "too long"
+        raise CheckpointError(f"{path}: {word}: the header describes {position} bytes, the file has {size}")
+    return tensors, metadata
+
+
+def read_chunks(path: Path, info: TensorInfo, *, once: bool = False) -> Iterator[torch.Tensor]:
+    """The tensor's elements, flat and in order, at most `CHUNK` bytes at a time. A chunk is valid until the next.
+
+    Args:
+        once: the system needn't keep the file's pages in memory: they won't be read again soon.
+
+    Raises:
+        CheckpointError: the file is gone, cut short or unreadable by now.
+    """
+    left = info.end - info.begin
+    buffer = bytearray(min(CHUNK, max(left, 1)))
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(info.begin)
+            while left:
+                view = memoryview(buffer)[: min(left, len(buffer))]
+                if file.readinto(view) != len(view):
+                    raise CheckpointError(f"{path}: cut short while it was read")
+                if once and hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), info.end - left, len(view), os.POSIX_FADV_DONTNEED)
+                yield torch.frombuffer(view, dtype=info.dtype)
+                left -= len(view)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from None
+
+
+class MappedFile:
+    """A memory map of a file, from which tensors are taken as views: nothing is read until it is used."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as f:
+            self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable.*")
+            self._bytes = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
+
+    def view(self, infos: Sequence[TensorInfo]) -> torch.Tensor | None:
+        """One flat tensor over neighbours of one dtype, without a copy; None if they aren't neighbours.
+
+        The memory is the file's own and must not be written to.
+        """
+        for a, b in itertools.pairwise(infos):
+            if a.end != b.begin or a.dtype != b.dtype:
+                return None
+        dtype = infos[0].dtype
+        if infos[0].begin % dtype.itemsize:
+            return None
+        return self._bytes[infos[0].begin : infos[-1].end].view(dtype)
+
+    def tensor(self, info: TensorInfo) -> torch.Tensor:
+        """One tensor; a view if the file aligns it, else a copy."""
+        flat = self.view([info])
+        if flat is None:
+            flat = self._bytes[info.begin : info.end].clone().view(info.dtype)
+        return flat.view(info.shape)
+
+    def release(self, info: TensorInfo) -> None:
+        """Tell the system that the tensor's pages needn't stay in memory (they are read anew if used again)."""
+        if not hasattr(self._map, "madvise"):
+            return
+        begin = -(-info.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = info.end // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+def write_header(file: BinaryIO, tensors: dict[str, TensorInfo], metadata: dict[str, str], start: int) -> None:
+    """Write a header that ends at byte ``start``, padded with spaces."""
+    entries: dict[str, object] = {"__metadata__": metadata}
+    for name, info in tensors.items():
+        entries[name] = {
+            "dtype": DTYPE_CODES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [info.begin - start, info.end - start],
+        }
+    raw = json.dumps(entries, separators=(",", ":"), sort_keys=False).encode()
+    if len(raw) > start - 8:
+        raise CheckpointError(f"header of {len(raw)} bytes does not fit into {start - 8}")
+    file.seek(0)
+    file.write(struct.pack("<Q", start - 8) + raw.ljust(start - 8))
+
+
+def header_room(names: Sequence[str], metadata: dict[str, str]) -> int:
+    """Bytes to leave for the header: a multiple of the page size, so that tensors start aligned."""
+    length = 8 + len(json.dumps(metadata)) + sum(len(n) + 128 for n in names) + 256
+    return -(-length // 4096) * 4096
+
+
+if sys.byteorder != "little":  # pragma: no cover
+    raise ImportError("mogle_rt reads tensors as little-endian memory; this machine is big-endian")

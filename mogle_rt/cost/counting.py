@@ -1,0 +1,206 @@
+"""Counting what PyTorch code does, on tensors without memory: launches, FLOPs, bytes moved and bytes alive.
+
+Units: bytes, floating point operations (a multiply-add is two). An operation is one kernel launch; views and
+allocations are free; attention is one operation. Bytes read and written are those of its operands: nothing is assumed
+to stay in a cache between operations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from mogle_rt.ops import attention
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """What a stretch of code did.
+
+    Attributes:
+        launches: kernels. flops: of matrix products, convolutions and attention. read, written: bytes.
+        peak: most bytes alive at once, of all that was made since counting began.
+    """
+
+    launches: int = 0
+    flops: int = 0
+    read: int = 0
+    written: int = 0
+    peak: int = 0
+
+    @property
+    def moved(self) -> int:
+        """Bytes read and written."""
+        return self.read + self.written
+
+    def __add__(self, other: Count) -> Count:
+        """One after the other."""
+        return Count(
+            launches=self.launches + other.launches,
+            flops=self.flops + other.flops,
+            read=self.read + other.read,
+            written=self.written + other.written,
+            peak=max(self.peak, other.peak),
+        )
+
+    def __mul__(self, times: int) -> Count:
+        """Again and again."""
+        return Count(
+            launches=self.launches * times,
+            flops=self.flops * times,
+            read=self.read * times,
+            written=self.written * times,
+            peak=self.peak,
+        )
+
+
+# No kernels, though they aren't views by their schemas: allocations, and views made in place.
+FREE = {aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
+FREE |= {aten.resize_, aten.set_, aten.squeeze_, aten.unsqueeze_, aten.transpose_, aten.t_, aten.as_strided_}
+OVERWRITE = {aten.copy_, aten.fill_, aten.zero_, aten.normal_, aten.uniform_}  # in place, whatever was there
+SHAPED = {aten.zeros_like, aten.ones_like, aten.full_like, aten.new_zeros, aten.new_ones, aten.new_full}  # read nothing
+GATHER = {aten.embedding, aten.index, aten.index_select, aten.gather}  # read of the first operand what they give
+
+
+def _tensors(values: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _touched(tensors: Sequence[Tensor]) -> int:
+    """Bytes of tensors; what an expanded view repeats counts once."""
+    total = 0
+    for t in tensors:
+        size = t.element_size()
+        for length, stride in zip(t.shape, t.stride(), strict=True):
+            size *= length if stride else min(length, 1)
+        total += size
+    return total
+
+
+class OpCounter(TorchDispatchMode):
+    """Counts what runs under it on other devices than the CPU, and follows the memory that it makes there.
+
+    Attributes:
+        live: bytes of storages that were made under this counter and are alive.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self._count = Count()
+        self._storages: set[int] = set()
+        self._basic: set[Any] = set()  # operations that aren't made of others
+
+    def take(self) -> Count:
+        """What was done since the last call (or the beginning); the peak starts anew from what is alive."""
+        taken, self._count = self._count, Count(peak=self.live)
+        return taken
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "prim":  # questions about a tensor
+            return func(*args, **kwargs)
+        if func not in self._basic:  # in inference mode, operations that are made of others come here whole
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+            self._basic.add(func)
+        out = func(*args, **kwargs)
+        operands, results = _tensors((args, kwargs)), _tensors(out)
+        if func.is_view or all(t.device.type == "cpu" for t in (*operands, *results)):
+            return out
+        self._follow(operands, results)
+        done = Count() if func.overloadpacket in FREE else self._done(func, args, kwargs, operands, results, out)
+        self._count += dataclasses.replace(done, peak=self.live)
+        return out
+
+    def _done(
+        self, func: Any, args: Any, kwargs: Any, operands: list[Tensor], results: list[Tensor], out: Any
+    ) -> Count:
+        if func.namespace == "mogle_rt":  # a fused kernel, which says itself what it takes
+            from mogle_rt.ops import triton_ops
+
+            own = triton_ops.declared(func.overloadpacket._qualified_op_name, args)
+            return Count(launches=own.launches, flops=own.flops, read=own.read, written=own.written)
+        packet = func.overloadpacket
+        changed: list[Tensor] = []
+        blind: list[Tensor] = []  # changed without being read
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = _tensors(args[i] if i < len(args) else kwargs.get(argument.name))
+                changed += given
+                blind += given if argument.is_out or packet in OVERWRITE else []
+        made = [r for r in results if all(r is not c for c in changed)]
+        read = 0 if packet in SHAPED else _touched(operands) - _touched(blind)
+        if packet in GATHER:
+            read += _touched(results) - _touched(operands[:1])
+        # addmm_ has the formula of addmm; `out` is a buffer to the operation and a shape to the formula.
+        if packet is aten._addmm_activation:
+            packet = aten.addmm
+        formula = flop_registry.get(packet) or flop_registry.get(getattr(aten, packet.__name__.rstrip("_"), None))
+        options = {name: value for name, value in kwargs.items() if name != "out"}
+        flops = int(formula(*args, **options, out_val=out)) if formula else 0
+        return Count(launches=1, flops=flops, read=read, written=_touched(changed + made))
+
+    def _follow(self, operands: list[Tensor], results: list[Tensor]) -> None:
+        """Notice new storages (no operand lies in them), and when they go."""
+        known = {t.untyped_storage()._cdata for t in operands}
+        for tensor in results:
+            storage = tensor.untyped_storage()
+            address, size = storage._cdata, storage.nbytes()
+            if address not in known and address not in self._storages:
+                self._storages.add(address)
+                self.live += size
+                weakref.finalize(storage, self._forget, address, size).atexit = False
+
+    def _forget(self, address: int, size: int) -> None:
+        self._storages.discard(address)
+        self.live -= size
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, by the one operation that a GPU runs."""
+    if attn_mask is None:
+        out, lse = aten._scaled_dot_product_flash_attention(query, key, value)[:2]
+    else:
+        out, lse = aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, True)[:2]
+    return out, lse
+
+
+class _FusedAttention(TorchFunctionMode):
+    """PyTorch's attention stays one operation; on meta and fake tensors it would be taken apart."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and _tensors((args, kwargs))[0].device.type != "cpu":
+            return _fused_attention(*args, **kwargs)[0]
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[OpCounter]:
+    """An `OpCounter` under which attention on the meta device is what it is on a GPU."""
+    with_lse = attention.attention_with_lse
+    attention.attention_with_lse = _fused_attention  # type: ignore[assignment]
+    try:
+        with torch.no_grad(), _FusedAttention(), OpCounter() as counter:
+            yield counter
+    finally:
+        attention.attention_with_lse = with_lse

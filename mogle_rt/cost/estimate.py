@@ -1,0 +1,142 @@
+"""What a job costs, without weights: the engine's own code runs on the meta device, and every operation is counted.
+
+Nothing of this engine's cost is a formula: its modules are built without memory, prepared and stepped, by the code
+that makes images and on the branches that a GPU takes. The reference's way is a ledger, see `mogle_rt.cost.reference`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mogle_rt.config import NUM_EXPERTS, PATCH, VAE_SCALE
+from mogle_rt.cost.counting import Count, counting
+from mogle_rt.cost.job import Job, WeightlessBundle
+from mogle_rt.cost.reference import reference_step
+from mogle_rt.encoders.vae import DECODE_PIXELS, ENCODE_PIXELS, autoencoder
+from mogle_rt.engines.contract import Conditions
+from mogle_rt.engines.torch_engine import TorchEngine
+from mogle_rt.loop.schedule import make_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """One way of doing a job, all its images together.
+
+    Attributes:
+        encode: all pictures of the masks. prepare: what is done once a run. step: one step, with experts and gate,
+            transformer and Euler update. decode: latents to pictures.
+        steps: how many.
+        resident: bytes of weights that stay in memory. peak: of everything, at the worst moment. Both without the text
+            encoders, which take ``text`` bytes more.
+    """
+
+    encode: Count
+    prepare: Count
+    step: Count
+    decode: Count
+    steps: int
+    resident: int
+    peak: int
+    text: int
+
+    @property
+    def flops(self) -> int:
+        """Of the whole job, from masks and prompt embeddings to pictures."""
+        return self.encode.flops + self.prepare.flops + self.steps * self.step.flops + self.decode.flops
+
+    @property
+    def peak_with_text(self) -> int:
+        """Bytes, with the text encoders."""
+        return self.peak + self.text
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        stages = {name: dataclasses.asdict(getattr(self, name)) for name in ("encode", "prepare", "step", "decode")}
+        names = ("flops", "resident", "peak", "peak_with_text")
+        return stages | {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A job's cost both ways, and its parameters by part."""
+
+    parameters: dict[str, int]
+    engine: Cost
+    reference: Cost
+
+
+def estimate(job: Job) -> Estimate:
+    """Count a job: this engine and the VAE by running them without weights, the reference by its ledger."""
+    meta, dtype, flux, batch = torch.device("meta"), job.dtype, job.config.transformer, job.batch
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, device=meta, dtype=dtype)
+
+    with counting() as counter:
+        bundle = WeightlessBundle(job.config, job.ranks)
+        engine = TorchEngine(bundle, meta, dtype, job.model, kernels=job.kernels)
+        vae = nn.Module.to(autoencoder(job.config.vae), dtype).eval()  # diffusers' own `to` talks
+        parameters = bundle.parameters() | {"vae": sum(p.numel() for p in vae.parameters())}
+        resident, weights = counter.live, sum(parameters.values()) * dtype.itemsize
+
+        def count(run: Callable[[int], object], total: int, at_once: int) -> Count:
+            """Of ``total`` pictures, ``at_once`` together."""
+            result = Count()
+            for size, times in ((at_once, total // at_once), (total % at_once, 1)):
+                if size and times:
+                    counter.take()
+                    run(size)
+                    result += counter.take() * times
+            return result
+
+        def encode(pictures: int) -> None:
+            vae.encode(empty(pictures, 3, job.height, job.width))
+
+        def decode(images: int) -> None:
+            vae.decode(empty(images, flux.in_channels // 4, job.height // VAE_SCALE, job.width // VAE_SCALE))
+
+        encode_alone, decode_alone = count(encode, 1, 1), count(decode, 1, 1)
+        pixels = job.height * job.width
+        encoded = count(encode, job.pictures * batch, max(1, ENCODE_PIXELS // pixels))
+        conditions = Conditions(
+            mask_latents=empty(batch, NUM_EXPERTS, job.tokens, flux.in_channels),
+            prompt_embeds=empty(batch, job.text_tokens, flux.joint_attention_dim),
+            pooled_prompt_embeds=empty(batch, flux.pooled_projection_dim),
+            guidance_scale=3.5,
+            grid=(job.height // PATCH, job.width // PATCH),
+            condition_scale=job.condition_scale,
+        )
+        counter.take()
+        engine.prepare(conditions, make_schedule(job.config.scheduler, job.steps, job.tokens))
+        prepared = counter.take()
+        engine.advance()
+        step = counter.take()
+        decoded = count(decode, batch, max(1, DECODE_PIXELS // pixels))
+
+    common: dict[str, Any] = {"steps": job.steps, "text": sum(job.text.values()) * dtype.itemsize}
+    mine = Cost(
+        encode=encoded,
+        prepare=prepared,
+        step=step,
+        decode=decoded,
+        resident=resident,
+        peak=max(c.peak for c in (encoded, prepared, step, decoded)),
+        **common,
+    )
+    ledger = reference_step(job)
+    theirs = Cost(
+        encode=encode_alone * (NUM_EXPERTS * batch),
+        prepare=Count(),
+        step=ledger * batch,
+        decode=decode_alone * batch,
+        resident=weights,
+        peak=weights + max(ledger.peak, max(encode_alone.peak, decode_alone.peak) - resident),
+        **common,
+    )
+    return Estimate(parameters=parameters | dict(job.text), engine=mine, reference=theirs)

@@ -1,0 +1,1 @@
+"""Pictures and prompts, made into tensors."""

@@ -1,0 +1,118 @@
+"""Masks -> packed VAE latents of the 20 condition pictures (REFERENCE: mask -> condition tokens, steps 1 to 3)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mogle_rt.config import NUM_CLASSES
+from mogle_rt.encoders.cache import TensorCache
+from mogle_rt.encoders.group_norm import arranged
+from mogle_rt.encoders.vae import ENCODE_PIXELS, pack_latents
+from mogle_rt.masks.classes import Labels
+from mogle_rt.masks.labels import condition_picture
+
+MaskPosterior = Literal["mean", "sample"]
+
+
+class Conditioner:
+    """Encodes masks with the VAE. Equal pictures are encoded once, in a mask, a batch and across calls.
+
+    All absent classes are the same black picture, and an edit of one region changes the pictures of the regions it
+    touches only.
+
+    Args:
+        vae: diffusers' AutoencoderKL.
+        cache: packed latents [N, 64] by the content of their picture.
+    """
+
+    def __init__(self, vae: Any, cache: TensorCache) -> None:
+        self.vae = vae
+        self.cache = cache
+
+    def __call__(
+        self,
+        masks: Sequence[Labels],
+        *,
+        posterior: MaskPosterior = "mean",
+        generators: Sequence[torch.Generator | None] | None = None,
+    ) -> Tensor:
+        """Encode masks.
+
+        Args:
+            masks: B label maps, uint8 [H, W] of one size.
+            posterior: "mean" of the VAE's posterior, or "sample" to draw from it as the reference does.
+            generators: for "sample", one for each mask.
+
+        Returns:
+            [B, 20, N, 64] in the VAE's device and dtype.
+        """
+        keys = [picture_keys(labels) for labels in masks]
+        wanted = {
+            key: (labels, number) for labels, row in zip(masks, keys, strict=True) for number, key in enumerate(row)
+        }
+        if posterior == "mean":
+            latents = self._means(wanted)
+            return torch.stack([torch.stack([latents[key] for key in row]) for row in keys])
+        parameters = dict(zip(wanted, self._encode(list(wanted.values())), strict=True))
+        seeds = generators or [None] * len(masks)
+        return torch.stack(
+            [
+                self._draw(torch.stack([parameters[key] for key in row]), seed)
+                for row, seed in zip(keys, seeds, strict=True)
+            ]
+        )
+
+    def _means(self, wanted: dict[PictureKey, tuple[Labels, int]]) -> dict[PictureKey, Tensor]:
+        """Packed latents of pictures, from the cache or encoded: [N, 64] each."""
+        found = {key: entry[0] for key in wanted if (entry := self.cache.get(key)) is not None}
+        missing = [key for key in wanted if key not in found]
+        if missing:
+            parameters = self._encode([wanted[key] for key in missing])
+            for key, latents in zip(missing, self._pack(parameters.chunk(2, dim=1)[0]), strict=True):
+                found[key] = latents.clone()  # alone, so that dropping it from the cache frees its memory
+                self.cache.put(key, (found[key],))
+        return found
+
+    def _draw(self, parameters: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A sample of the posteriors: [20, 32, h, w] -> [20, N, 64]."""
+        mean, logvar = parameters.chunk(2, dim=1)
+        noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return self._pack(mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise)
+
+    def _pack(self, z: Tensor) -> Tensor:
+        return pack_latents((z - self.vae.config.shift_factor) * self.vae.config.scaling_factor)
+
+    def _encode(self, pictures: Sequence[tuple[Labels, int]]) -> Tensor:
+        """Posterior parameters (mean, log variance) of (labels, number of the picture): [P, 32, H/8, W/8]."""
+        # A CPU is faster with one picture, whose activations stay in its caches.
+        at_once = 1 if self.vae.device.type == "cpu" else max(1, ENCODE_PIXELS // pictures[0][0].size)
+        parts = []
+        for i in range(0, len(pictures), at_once):
+            drawn = np.stack([condition_picture(labels, number) for labels, number in pictures[i : i + at_once]])
+            x = torch.from_numpy(drawn).to(self.vae.device).permute(0, 3, 1, 2).to(self.vae.dtype) / 255 * 2 - 1
+            parts.append(self.vae.encode(arranged(x, pictures[0][0].size)).latent_dist.parameters.contiguous())
+        return torch.cat(parts)
+
+
+PictureKey: TypeAlias = tuple[tuple[int, ...], int, bytes]
+
+
+def picture_keys(labels: Labels) -> list[PictureKey]:
+    """A key for each of a mask's 20 pictures, equal for equal pictures: the mask's own, then those of the planes."""
+    black: PictureKey = (labels.shape, 1, b"")
+    keys: list[PictureKey] = [(labels.shape, 0, _digest(labels))]
+    present = np.bincount(labels.reshape(-1), minlength=NUM_CLASSES) > 0
+    keys += [(labels.shape, 1, _digest(np.packbits(labels == c))) if present[c] else black for c in range(NUM_CLASSES)]
+    return keys
+
+
+def _digest(array: NDArray[np.uint8]) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).digest()

@@ -1,0 +1,70 @@
+"""Prompts -> embeddings, as diffusers' FluxPipeline makes them: CLIP's pooled vector and T5's sequence."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mogle_rt.bundle.bundle import Bundle
+from mogle_rt.encoders.text_models import load_text_encoder, load_tokenizer
+from mogle_rt.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+class TextEncoders:
+    """CLIP and T5 with their tokenizers.
+
+    Args:
+        bundle: must hold them.
+        device, dtype: where and in what to compute.
+
+    Raises:
+        CheckpointError: the bundle was made without text encoders, or they don't fit their configuration.
+    """
+
+    def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> None:
+        if not bundle.has_text_encoders:
+            raise CheckpointError(
+                f"{bundle.path}: holds no text encoders; pass prompt_embeds and pooled_prompt_embeds instead of a prompt"
+            )
+        config = bundle.config
+        assert config.text_encoder is not None
+        assert config.text_encoder_2 is not None
+        self.device = device
+        self.tokenizer = load_tokenizer("tokenizer", bundle.files("tokenizer"))
+        self.tokenizer_2 = load_tokenizer("tokenizer_2", bundle.files("tokenizer_2"))
+        self.clip = load_text_encoder("text_encoder", config.text_encoder, bundle.part("text_encoder", device, dtype))
+        self.t5 = load_text_encoder(
+            "text_encoder_2", config.text_encoder_2, bundle.part("text_encoder_2", device, dtype)
+        )
+
+    def encode(self, prompts: list[str], max_sequence_length: int) -> tuple[Tensor, Tensor]:
+        """Embed prompts.
+
+        Args:
+            prompts: B texts; what goes beyond CLIP's 77 tokens or ``max_sequence_length`` is cut off, with a warning.
+            max_sequence_length: T5 tokens, padded to.
+
+        Returns:
+            prompt_embeds [B, T, J] and pooled_prompt_embeds [B, P].
+        """
+        clip_length = self.clip.config.max_position_embeddings
+        pooled = self.clip(self._tokens(self.tokenizer, "CLIP", prompts, clip_length)).pooler_output
+        sequence = self.t5(self._tokens(self.tokenizer_2, "T5", prompts, max_sequence_length))[0]
+        return sequence, pooled
+
+    def _tokens(self, tokenizer: Any, name: str, prompts: list[str], length: int) -> Tensor:
+        def tokenize(**options: Any) -> Any:
+            return tokenizer(prompts, return_tensors="pt", max_length=length, **options).input_ids
+
+        ids = tokenize(padding="max_length", truncation=True)
+        for prompt, full in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
+            if len(full) > length:
+                logger.warning(
+                    "%s reads %d tokens; the prompt %r has %d and is cut", name, length, prompt[:60], len(full)
+                )
+        return ids.to(self.device)

@@ -1,0 +1,123 @@
+"""The parts that are other libraries': diffusers' VAE, transformers' text encoders and tokenizers, from a bundle."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mogle_rt.bundle.schema import Shape
+from mogle_rt.encoders.vae import one_line_reason, tensor_shapes
+from mogle_rt.errors import CheckpointError
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without the library's own bars and notes: a bundle is already checked."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _text_classes(part: str) -> tuple[Any, Any]:
+    import transformers
+
+    if part == "text_encoder":
+        return transformers.CLIPTextModel, transformers.CLIPTextConfig
+    return transformers.T5EncoderModel, transformers.T5Config
+
+
+def _text_config(part: str, config: Mapping[str, Any]) -> Any:
+    model_type = config.get("model_type")
+    wanted = ("clip_text_model", "clip") if part == "text_encoder" else ("t5",)
+    if model_type not in wanted:
+        raise CheckpointError(f"{part}: model_type must be {wanted[0]!r}, got {model_type!r}")
+    return _text_classes(part)[1].from_dict(_harmless(config))
+
+
+def _harmless(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what names code: transformers fetches attention and quantisation kernels from the hub."""
+    return {
+        name: _harmless(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if "implementation" not in name and name not in ("quantization_config", "auto_map")
+    }
+
+
+def text_encoder_shapes(part: str, config: Mapping[str, Any], found: Mapping[str, object]) -> dict[str, Shape]:
+    """Names and shapes of a text encoder's tensors, with the spelling that ``found`` uses.
+
+    CLIP's published files say ``text_model.X`` where newer transformers say ``X``; T5's tied embedding counts once.
+
+    Raises:
+        CheckpointError: the configuration is not one of such an encoder.
+    """
+    try:
+        with _quiet_transformers(), torch.device("meta"):
+            model = _text_classes(part)[0](_text_config(part, config))
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises whatever its checks and layers do
+        raise CheckpointError(f"{part}: not a valid configuration: {one_line_reason(error)}") from None
+    shapes = tensor_shapes(model)
+    if "shared.weight" in shapes:
+        shapes.pop("encoder.embed_tokens.weight", None)
+    if any(name.startswith("text_model.") for name in found):
+        shapes = {f"text_model.{name.removeprefix('text_model.')}": shape for name, shape in shapes.items()}
+    return shapes
+
+
+def load_text_encoder(part: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+    """CLIP's (``text_encoder``) or T5's (``text_encoder_2``) encoder with its weights.
+
+    Raises:
+        CheckpointError: the configuration or the tensors don't fit.
+    """
+    model_class, _ = _text_classes(part)
+    dtype = next(iter(tensors.values())).dtype
+    try:
+        with _quiet_transformers():
+            model, report = model_class.from_pretrained(
+                None, config=_text_config(part, config), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+            )
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises whatever its checks and layers do
+        raise CheckpointError(f"{part}: can't be made from its configuration: {one_line_reason(error)}") from None
+    wrong = sorted(map(str, {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}))
+    if wrong:
+        raise CheckpointError(f"{part}: tensors don't fit the configuration: {', '.join(wrong[:3])}")
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(part: str, files: Mapping[str, bytes]) -> Any:
+    """CLIP's (``tokenizer``) or T5's (``tokenizer_2``) tokenizer from its files.
+
+    Raises:
+        CheckpointError: the files are not those of such a tokenizer.
+    """
+    from transformers import CLIPTokenizer, T5Tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name, data in files.items():
+                (Path(folder) / Path(name).name).write_bytes(data)
+            with _quiet_transformers():
+                tokenizer = (CLIPTokenizer if part == "tokenizer" else T5Tokenizer).from_pretrained(folder)
+        except Exception as error:  # transformers raises whatever its parsers do
+            raise CheckpointError(f"{part}: its files can't be read: {one_line_reason(error)}") from None
+    if not isinstance(tokenizer.model_max_length, (int, float)):  # transformers takes anything
+        raise CheckpointError(f"{part}: model_max_length must be a number, got {tokenizer.model_max_length!r}")
+    return tokenizer

@@ -1,0 +1,1 @@
+"""What runs a step: PyTorch, or an export by onnxruntime or TensorRT."""

@@ -1,0 +1,45 @@
+"""What the pipeline asks of an engine, and what it gives to one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from mogle_rt.loop.denoise import Denoiser
+from mogle_rt.loop.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What one call of the pipeline asks of an engine.
+
+    Attributes:
+        mask_latents: [B, 20, N, 64], packed VAE latents of the palette picture and the 19 region planes.
+        prompt_embeds: [B, T, J]. pooled_prompt_embeds: [B, P].
+        guidance_scale: strength of the distilled guidance; without effect on models that take none.
+        grid: rows and columns of image tokens, (H / 16, W / 16).
+        condition_scale, position_delta, position_scale: see `Pipeline`.
+    """
+
+    mask_latents: Tensor
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+    guidance_scale: float
+    grid: tuple[int, int]
+    condition_scale: float = 1.0
+    position_delta: tuple[float, float] = (0, 0)
+    position_scale: float = 1.0
+
+
+class Engine(Denoiser, Protocol):
+    """What the pipeline asks of an engine: the loop's part, and before it, what no step changes.
+
+    ``execution`` says how steps are run.
+    """
+
+    @property
+    def execution(self) -> str: ...
+
+    def prepare(self, conditions: Conditions, schedule: Schedule) -> object: ...

@@ -1,0 +1,104 @@
+"""A TensorRT engine as a file: a header that says what it fits, then the plan.
+
+Layout: 8 bytes of magic, a little-endian uint64 with the header's length, the header (JSON, UTF-8), the plan.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mogle_rt.bundle.files import atomic_write
+from mogle_rt.errors import CheckpointError
+
+MAGIC = b"MOGLETRT"
+FORMAT_VERSION = 1
+MAX_HEADER = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineHeader:
+    """What an engine fits.
+
+    Attributes:
+        runtime, runtime_version: "tensorrt" or "tensorrt-rtx", and the version that built it.
+        target: the compute capability of its GPU, e.g. "8.9".
+        graph, dtype: the step's graph ("step" or "step_scaled") and what it computes in.
+        bundle_sha256, graph_sha256: what it was built from.
+        profile: input -> smallest, usual and largest shape.
+        plan_bytes: size of what follows.
+        weight_streaming, refittable: what it was built with.
+    """
+
+    format_version: int = FORMAT_VERSION
+    runtime: str
+    runtime_version: str
+    target: str
+    graph: str
+    dtype: str
+    bundle_sha256: str
+    graph_sha256: str
+    profile: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    plan_bytes: int
+    weight_streaming: bool = False
+    refittable: bool = False
+
+    def fits(self, bundle_sha256: str, graph_sha256: str) -> bool:
+        """Whether it was built from this bundle's weights and this graph."""
+        return (self.bundle_sha256, self.graph_sha256) == (bundle_sha256, graph_sha256)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON gives it back."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
+
+
+def write_engine(path: Path, header: EngineHeader, plan: memoryview) -> None:
+    """Write an engine, whole or not at all."""
+    raw = json.dumps(header.to_dict()).encode()
+    with atomic_write(path) as file:
+        file.write(MAGIC + struct.pack("<Q", len(raw)) + raw)
+        file.write(plan)
+
+
+def read_engine(path: Path) -> tuple[EngineHeader, int]:
+    """The header, and where the plan starts.
+
+    Raises:
+        CheckpointError: not such a file, damaged, cut short, or of another version.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(len(MAGIC) + 8)
+            length = int.from_bytes(start[len(MAGIC) :], "little")
+            text = file.read(min(length, MAX_HEADER))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path}: no such engine; build one: python -m mogle_rt.export BUNDLE --format tensorrt-rtx"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from None
+    if not start.startswith(MAGIC) or length > MAX_HEADER:
+        raise CheckpointError(f"{path}: not an engine file of mogle_rt")
+    try:
+        raw = json.loads(text)
+    except ValueError:
+        raise CheckpointError(f"{path}: damaged engine file: its header is not JSON") from None
+    if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: engine file of another version; build it again")
+    try:
+        profile = {name: tuple(tuple(shape) for shape in shapes) for name, shapes in raw["profile"].items()}
+        header = EngineHeader(**raw | {"profile": profile})
+        if not isinstance(header.plan_bytes, int):
+            raise TypeError(f"plan_bytes must be a number, got {header.plan_bytes!r}")
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: damaged engine file: {type(error).__name__}: {error}") from None
+    begin = len(MAGIC) + 8 + length
+    if size != begin + header.plan_bytes:
+        raise CheckpointError(f"{path}: cut short: {size} bytes where {begin + header.plan_bytes} are needed")
+    return header, begin

@@ -1,0 +1,41 @@
+"""The loop's part of engines that give velocities."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from mogle_rt.loop.denoise import euler
+from mogle_rt.loop.schedule import Schedule
+
+
+class VelocityLoop(ABC):
+    """The loop's part of an engine that gives velocities: latents on its device, Euler's update in PyTorch."""
+
+    _sigmas = torch.zeros(1)
+    _latents = torch.zeros(1)
+    _k = 0
+
+    def follow(self, schedule: Schedule, device: torch.device) -> None:
+        """Take in the schedule of the coming run."""
+        self._sigmas = schedule.sigmas.to(device)
+
+    @abstractmethod
+    def step(self, latents: Tensor, k: int) -> Tensor:
+        """Velocity at step k of the prepared run: [B, N, 64] -> [B, N, 64]."""
+
+    def start(self, latents: Tensor, k: int = 0) -> None:
+        """Take latents [B, N, 64] into step k."""
+        self._latents, self._k = latents, k
+
+    def advance(self) -> None:
+        """One step of the loop."""
+        k = self._k
+        velocity = self.step(self._latents, k)
+        self._latents, self._k = euler(self._latents, velocity, self._sigmas[k], self._sigmas[k + 1]), k + 1
+
+    def latents(self) -> Tensor:
+        """[B, N, 64], after the last `advance`."""
+        return self._latents.clone()

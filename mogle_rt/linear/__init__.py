@@ -1,0 +1,1 @@
+"""One weight matrix, and how its product is made."""

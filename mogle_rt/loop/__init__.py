@@ -1,0 +1,1 @@
+"""The denoising loop: schedule, steps over fixed buffers, CUDA graphs."""

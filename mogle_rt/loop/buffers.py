@@ -1,0 +1,95 @@
+"""What a step reads and writes: inputs that no step changes, and buffers whose addresses stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+
+import torch
+from torch import Tensor
+
+from mogle_rt.linear.layers import LoraLinear
+from mogle_rt.linear.views import first_columns
+from mogle_rt.model.layout import Layout
+from mogle_rt.model.mixture import Bank, Fused
+from mogle_rt.model.modulation import ModulationTables
+from mogle_rt.model.transformer import Transformer
+from mogle_rt.ops.attention import scores_room
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInputs:
+    """All that a step reads beside its latents; no step changes it.
+
+    Attributes:
+        mixture: expert outputs, or what the experts see; and the gate's constant input.
+        time_table: [S, 64], the gate's time embeddings; None without a gate.
+        text: [T, B, D], prompt embeddings after ``context_embedder``.
+        modulation: AdaLN modulations of all steps.
+        modulation_of: what they were made from: the model's timesteps [S], 1000 guidance_scale [], pooled prompts [B, P].
+        rope: rotary table of the joint sequence [text, image, condition], [L, …] as `Ops.rope_buffer` makes it.
+        sigma_steps: [S] float32, the next noise level minus this one, of every step.
+    """
+
+    mixture: Bank | Fused
+    time_table: Tensor | None
+    text: Tensor
+    modulation: ModulationTables
+    modulation_of: tuple[Tensor, Tensor, Tensor]
+    rope: Tensor
+    sigma_steps: Tensor
+
+
+class Buffers:
+    """What the steps of a run write.
+
+    Attributes:
+        tokens: [N + C, B, 64], latents, then condition tokens. latents, condition: its two parts.
+        x: [L, B, D], the residual stream. image: its image rows. y: [L, B, D + Q], a sublayer's output.
+        normed: [L, B, D + R], room for a sublayer's input; attention's result goes there, too, where that has been read
+            and it isn't to lie in ``beside``. qkv: [L, B, 3 D]. hidden: [L, B, 4 D], inside MLPs. scratch: as
+            hidden, in the memory of qkv: an activation is done before q, k and v come or after they are used.
+        beside: [L, B, 5 D], in the memory of hidden, attention and MLP of single blocks; None except on a CPU, see
+            `SingleOut`.
+        scores: room for attention's, see `mogle_rt.ops.attention.scores_room`.
+        velocity: [N, B, 64].
+        index: int64 [1], the step's number.
+        clips: whether x is kept in fp16's range at the end of a block, as the reference does in fp16.
+    """
+
+    def __init__(self, transformer: Transformer, layout: Layout, batch: int) -> None:
+        like, D = transformer.proj_out.bias, transformer.config.width
+        C = transformer.config.in_channels
+        lora = [m for m in transformer.modules() if isinstance(m, LoraLinear)]
+        before = max((m.in_columns - D for m in lora if m.down_before is not None), default=0)
+        after = max((m.rank for m in lora if m.up_after is not None), default=0)
+
+        def rows(count: int, columns: int) -> Tensor:
+            return like.new_empty(count, batch, columns)
+
+        self.tokens = rows(layout.image + layout.condition, C)
+        self.latents, self.condition = self.tokens.split([layout.image, layout.condition])
+        self.x, self.y = rows(layout.total, D), rows(layout.total, D + after)
+        self.normed, self.scratch = rows(layout.total, D + before), rows(layout.total, 4 * D)
+        self.beside = rows(layout.total, 5 * D) if like.device.type == "cpu" else None
+        inner = rows(layout.total, 4 * D) if self.beside is None else self.beside
+        self.hidden = first_columns(inner, layout.total, 4 * D)
+        self.qkv = self.scratch.view(-1)[: layout.total * batch * 3 * D].view(layout.total, batch, 3 * D)
+        self.image = self.x[layout.image_rows]
+        self.scores = scores_room(like, transformer.config.num_attention_heads, layout.total)
+        self.velocity = rows(layout.image, C)
+        self.clips = like.dtype == torch.float16
+        self.index = torch.zeros(1, dtype=torch.int64, device=like.device)
+
+
+def describe(x: Tensor) -> str:
+    """For messages."""
+    return f"{list(x.shape)} {x.dtype} on {x.device}"
+
+
+def tensors_of(values: object) -> list[Tensor]:
+    """All tensors of nested dataclasses and tuples, in order."""
+    if isinstance(values, Tensor):
+        return [values]
+    if is_dataclass(values):
+        values = [getattr(values, f.name) for f in fields(values)]
+    return [t for v in values for t in tensors_of(v)] if isinstance(values, list | tuple) else []

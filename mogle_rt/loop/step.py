@@ -1,0 +1,113 @@
+"""One denoising step, as a straight line of operations over fixed buffers.
+
+The residual stream x is a chain of sublayers, x += gate * f(LayerNorm(x) * scale + shift); each addition is done
+together with the norm of the next sublayer. Everything that a run's shapes decide (views, rows, switches) is worked
+out once, when a `Step` is made. Running it then reads and writes the same memory each time, waits for nothing and
+branches on nothing: it can be captured in a CUDA graph, and one graph serves every step, as the step's number is
+itself in a buffer. (On a CPU, where nothing is captured, a library may bring memory of its own for a product.)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mogle_rt.linear.product import Product
+from mogle_rt.linear.views import first_columns, flat
+from mogle_rt.loop.buffers import Buffers, StepInputs, describe, tensors_of
+from mogle_rt.loop.sublayers import DoubleAttention, DoubleMlp, LastSingle, Norm, Single, Sublayer
+from mogle_rt.model.layout import Layout
+from mogle_rt.model.mixture import MixtureOfExperts
+from mogle_rt.model.transformer import DoubleBlock, SingleBlock, Transformer
+from mogle_rt.ops.contract import Ops
+
+
+class Step:
+    """A step of runs of one shape. Its buffers are filled by `load`; then `advance` does step after step.
+
+    Args:
+        transformer, mogle: the weights.
+        inputs: of the first run; later ones of the same shapes are copied over them.
+        layout: rows and switches.
+        ops: see `mogle_rt.ops.choice`.
+    """
+
+    def __init__(
+        self, transformer: Transformer, mogle: MixtureOfExperts, inputs: StepInputs, layout: Layout, ops: Ops
+    ) -> None:
+        self.mogle, self.inputs, self.ops = mogle, inputs, ops
+        self.buffers = b = Buffers(transformer, layout, inputs.text.shape[1])
+        self.modulation = inputs.modulation.buffers()
+        self.time = None if inputs.time_table is None else inputs.time_table[:1].clone()
+        self.sigma_step = inputs.sigma_steps[:1].clone()
+        self.links: list[Sublayer] = []
+        for block, mod in zip(transformer.blocks, self.modulation.double, strict=True):
+            assert isinstance(block, DoubleBlock)
+            self.links.append(DoubleAttention(block, mod, b, inputs.rope, layout, ops))
+            self.links.append(DoubleMlp(block, mod, b, layout, ops))
+        for block, mod in zip(transformer.single_blocks, self.modulation.single, strict=True):
+            assert isinstance(block, SingleBlock)
+            kind = LastSingle if block.last else Single
+            self.links.append(kind(block, mod, b, inputs.rope, layout, ops))
+        scale, shift = self.modulation.out
+        normed = first_columns(b.normed, layout.image, transformer.config.width)
+        last = Norm(b.image, scale, shift, (layout.image,), normed)
+        self.first_norm = ops.norm_modulate(*self.links[0].norm)
+        norms = [link.norm for link in self.links[1:]] + [last]
+        self.joints = [link.joined(norm) for link, norm in zip(self.links, norms, strict=True)]
+        self.embed = Product(transformer.x_embedder, b.x[layout.text :], layout.double_lora_from - layout.text)
+        self.project_out = Product(transformer.proj_out, b.velocity)
+        self.tokens, self.last_normed, self.x_text = flat(b.tokens), flat(last.out), b.x[: layout.text]
+
+    def load(self, inputs: StepInputs) -> None:
+        """Another run's inputs over the first one's: addresses stay.
+
+        Raises:
+            ValueError: a shape, dtype or device is another.
+        """
+        pairs = list(zip(tensors_of(self.inputs), tensors_of(inputs), strict=True))
+        for mine, other in pairs:
+            if (mine.shape, mine.dtype, mine.device) != (other.shape, other.dtype, other.device):
+                raise ValueError(f"step inputs must be {describe(mine)} as in the first run, got {describe(other)}")
+        for mine, other in pairs:
+            if mine is not other:
+                mine.copy_(other)
+        self.inputs.modulation.fill_condition(self.modulation)
+
+    def addresses(self) -> list[int]:
+        """Where everything lies that the step reads or writes, weights aside."""
+        held = (self.inputs, self.modulation, self.time, self.sigma_step, list(vars(self.buffers).values()))
+        return [t.data_ptr() for t in tensors_of(held)]
+
+    def seek(self, k: int) -> None:
+        """Go to step k."""
+        self.buffers.index.fill_(k)
+
+    def select(self) -> None:
+        """Fetch what belongs to the step that the index names."""
+        index, inputs = self.buffers.index, self.inputs
+        inputs.modulation.select(index, into=self.modulation)
+        if inputs.time_table is not None:
+            torch.index_select(inputs.time_table, 0, index, out=self.time)
+        torch.index_select(inputs.sigma_steps, 0, index, out=self.sigma_step)
+
+    def condition(self) -> None:
+        """Latents -> condition tokens: gate and mix."""
+        self.mogle(self.buffers.latents, self.inputs.mixture, self.time, self.buffers.condition, self.ops)
+
+    def velocity(self) -> None:
+        """Latents and condition tokens -> velocity: the transformer."""
+        self.x_text.copy_(self.inputs.text)
+        self.embed(self.tokens)
+        self.first_norm()
+        for link, join in zip(self.links, self.joints, strict=True):
+            link.run()
+            join()
+        self.project_out(self.last_normed)
+
+    def advance(self) -> None:
+        """One step of the loop: x + (σ' - σ) v, and on to the next index."""
+        self.select()
+        self.condition()
+        self.velocity()
+        self.buffers.latents.addcmul_(self.buffers.velocity, self.sigma_step)
+        self.buffers.index.add_(1)

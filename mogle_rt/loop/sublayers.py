@@ -1,0 +1,246 @@
+"""A step's sublayers, as links of a chain over fixed buffers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mogle_rt.linear.product import Product
+from mogle_rt.linear.views import first_columns, flat
+from mogle_rt.loop.buffers import Buffers
+from mogle_rt.model.layout import Layout
+from mogle_rt.model.transformer import DoubleBlock, SingleBlock
+from mogle_rt.ops.contract import Ops, Prepared
+
+
+class Norm(NamedTuple):
+    """Arguments of `ops.norm_modulate`."""
+
+    x: Tensor
+    scale: Tensor
+    shift: Tensor
+    bounds: tuple[int, ...]
+    out: Tensor
+    lora_down: Tensor | None = None
+    lora_from: int = 0
+
+
+class Addition(NamedTuple):
+    """Arguments of `ops.residual`."""
+
+    x: Tensor
+    y: Tensor
+    gate: Tensor
+    bounds: tuple[int, ...]
+    lora_up: Tensor | None = None
+    lora_from: int = 0
+    clip: bool = False
+
+
+class Sublayer(ABC):
+    """A link of the chain: `run` reads the output of ``norm`` and writes ``addition.y``."""
+
+    norm: Norm
+    addition: Addition
+    ops: Ops
+
+    @abstractmethod
+    def run(self) -> None:
+        """From the norm's output to the addition's input."""
+
+    def joined(self, following: Norm) -> Prepared:
+        """Adds the result to the residual stream; then the norm of the next link, in the same pass where rows agree."""
+        a, n = self.addition, following
+        if a.x is n.x and a.bounds == n.bounds:
+            return self.ops.residual_norm_modulate(
+                a.x,
+                a.y,
+                a.gate,
+                n.scale,
+                n.shift,
+                n.bounds,
+                n.out,
+                n.lora_down,
+                n.lora_from,
+                a.lora_up,
+                a.lora_from,
+                a.clip,
+            )
+        add, norm = self.ops.residual(*a), self.ops.norm_modulate(*n)
+
+        def both() -> None:
+            add()
+            norm()
+
+        return both
+
+
+def heads(x: Tensor, batch: int, parts: int, size: int) -> Tensor:
+    """[l * B, P * H * d] -> [l, B, P, H, d], of heads of ``size`` d."""
+    return x.view(-1, batch, parts, x.shape[1] // parts // size, size)
+
+
+class DoubleAttention(Sublayer):
+    """Attention of a double block: q, k and v of text and of the rest, one attention, an output layer each."""
+
+    def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
+        self.ops, self.layout = ops, layout
+        T, D, bounds, lora_from = layout.text, b.x.shape[-1], layout.double_bounds, layout.double_lora_from
+        normed = first_columns(b.normed, layout.total, block.qkv.in_columns)
+        y = first_columns(b.y, layout.total, block.out.out_columns)
+        self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv.down_before, lora_from)
+        self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from)
+        self.normed_text, self.normed_rest = flat(normed[:T, :, :D]), flat(normed[T:])
+        self.context_qkv = Product(block.context_qkv, b.qkv[:T])
+        self.project_qkv = Product(block.qkv, b.qkv[T:], lora_from - T)
+        qkv = heads(flat(b.qkv), b.x.shape[1], 3, block.norm_qk.shape[-1])
+        self.norm_rope = ops.qk_norm_rope(qkv, block.norm_qk, (T, layout.total), rope)
+        attended = first_columns(b.normed, layout.total, D)  # free once q, k and v are there
+        q, k, v = qkv.unbind(2)
+        self.attend = ops.joint_attention(q, k, v, layout.condition_from, layout.plan, b.scores, attended)
+        self.context_out = Product(block.context_out, y[:T])
+        self.out = Product(block.out, y[T:], lora_from - T)
+        self.text_rows = T * b.x.shape[1]
+        self.shares_condition = layout.add_cond_attn and layout.condition > 0
+
+    def run(self) -> None:
+        self.context_qkv(self.normed_text)
+        self.project_qkv(self.normed_rest)
+        self.norm_rope()
+        attention = flat(self.attend())
+        self.context_out(attention[: self.text_rows])
+        self.out(attention[self.text_rows :])
+        if self.shares_condition:
+            self._share_condition()
+
+    def _share_condition(self) -> None:
+        """The condition's gated output goes to the image too."""
+        a, c = self.addition, self.layout.condition_from
+        y = a.y[c:, :, : a.x.shape[-1]]
+        if a.lora_up is not None:
+            y = y + a.y[c:, :, a.x.shape[-1] :] @ a.lora_up
+        a.x[self.layout.text : c].addcmul_(a.gate[2], y)
+
+
+class DoubleMlp(Sublayer):
+    """MLPs of a double block: text's and the rest's."""
+
+    def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, layout: Layout, ops: Ops) -> None:
+        self.ops = ops
+        T, D, bounds, lora_from = layout.text, b.x.shape[-1], layout.double_bounds, layout.double_lora_from
+        normed = first_columns(b.normed, layout.total, D)
+        y = first_columns(b.y, layout.total, block.ff_out.out_columns)
+        self.norm = Norm(b.x, mod[4], mod[3], bounds, normed)
+        self.addition = Addition(b.x, y, mod[5], bounds, block.ff_out.up_after, lora_from, b.clips)
+        self.normed_text, self.normed_rest = flat(normed[:T]), flat(normed[T:])
+        self.context_in = Product(block.context_ff_in, b.hidden[:T], gelu_scratch=b.scratch[:T], stays=False)
+        self.ff_in = Product(block.ff_in, b.hidden[T:], gelu_scratch=b.scratch[T:], stays=False)
+        self.context_out = Product(block.context_ff_out, y[:T])
+        self.ff_out = Product(block.ff_out, y[T:], lora_from - T)
+
+    def run(self) -> None:
+        self.context_out(self.context_in(self.normed_text))
+        self.ff_out(self.ff_in(self.normed_rest))
+
+
+class SingleOut:
+    """The output layer of a single block: of attention and MLP, side by side.
+
+    On a CPU both lie in one buffer, for one product, which oneDNN takes. Elsewhere the MLP has a buffer of its own, as
+    cuBLAS does GELU in its epilogue only where no gaps are left between the rows, and two products add up.
+
+    Args:
+        rows: positions whose output is wanted.
+        y: its place. lora_from: as in `Product`.
+
+    Attributes:
+        attention: [l, B, D], where attention may go.
+        hidden: [l, B, 4 D], where the MLP's activations go.
+    """
+
+    def __init__(self, block: SingleBlock, b: Buffers, rows: slice, y: Tensor, lora_from: int) -> None:
+        D, self.in_one_product = b.x.shape[-1], b.beside is not None
+        if b.beside is None:
+            self.hidden = b.hidden[rows]
+            self.attention = first_columns(b.normed, len(self.hidden), D)  # free once q, k and v are there
+            self.inputs = flat(self.hidden)
+            self.out = Product(block.out, y, lora_from, split=(D, 4 * D))
+        else:
+            self.attention, self.hidden = b.beside[rows].split([D, 4 * D], dim=-1)
+            self.inputs = flat(b.beside[rows])
+            self.out = Product(block.out, y, lora_from)
+
+    def __call__(self, attention: Tensor) -> None:
+        """attention: [l, B, D]."""
+        if not self.in_one_product:
+            self.out(flat(attention), self.inputs)
+            return
+        if attention is not self.attention:
+            self.attention.copy_(attention)
+        self.out(self.inputs)
+
+
+class Single(Sublayer):
+    """A single block: attention and MLP side by side."""
+
+    def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
+        self.ops = ops
+        bounds, lora_from = layout.single_bounds, layout.single_lora_from
+        normed = first_columns(b.normed, layout.total, block.qkv_mlp.in_columns)
+        y = first_columns(b.y, layout.total, block.out.out_columns)
+        self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv_mlp.down_before, lora_from)
+        self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from, b.clips)
+        self.normed = flat(normed)
+        self.project_qkv = Product(block.qkv_mlp, b.qkv, lora_from, columns=block.qkv_columns)
+        qkv = heads(flat(b.qkv), b.x.shape[1], 3, block.norm_qk.shape[-1])
+        self.norm_rope = ops.qk_norm_rope(qkv, block.norm_qk, (layout.total,), rope)
+        self.out = SingleOut(block, b, slice(None), y, lora_from)
+        q, k, v = qkv.unbind(2)
+        self.attend = ops.joint_attention(q, k, v, layout.condition_from, layout.plan, b.scores, self.out.attention)
+        columns, hidden = block.mlp_columns, self.out.hidden
+        self.project_mlp = Product(block.qkv_mlp, hidden, lora_from, columns=columns, gelu_scratch=b.scratch)
+
+    def run(self) -> None:
+        self.project_mlp(self.normed)
+        self.project_qkv(self.normed)
+        self.norm_rope()
+        self.out(self.attend())
+
+
+class LastSingle(Sublayer):
+    """The last single block, whose output is wanted in image rows: it needs their q and MLP only, and every k and v."""
+
+    def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
+        self.ops = ops
+        D, lora_from = b.x.shape[-1], layout.single_lora_from
+        image, image_lora_from = layout.image_rows, 0 if layout.latent_lora else layout.image
+        normed = first_columns(b.normed, layout.total, block.qkv_mlp.in_columns)
+        y = first_columns(b.y, layout.image, block.out.out_columns)
+        self.norm = Norm(b.x, mod[1], mod[0], layout.single_bounds, normed, block.qkv_mlp.down_before, lora_from)
+        self.addition = Addition(b.image, y, mod[2][:1], (layout.image,), block.out.up_after, image_lora_from, b.clips)
+        self.normed, self.normed_image = flat(normed), flat(normed[image])
+        kv = first_columns(b.qkv, layout.total, 2 * D)
+        q = b.qkv.view(-1)[kv.numel() :][: b.image.numel()].view(b.image.shape)
+        self.project_kv = Product(block.qkv_mlp, kv, lora_from, columns=block.kv_columns)
+        self.project_q = Product(block.qkv_mlp, q, image_lora_from, columns=block.q_columns)
+        batch, size = b.x.shape[1], block.norm_qk.shape[-1]
+        q_heads, kv_heads = heads(flat(q), batch, 1, size), heads(flat(kv), batch, 2, size)
+        self.norm_rope_q = ops.qk_norm_rope(q_heads, block.norm_qk[:, :1], (layout.image,), rope[image])
+        self.norm_rope_k = ops.qk_norm_rope(kv_heads, block.norm_qk[:, 1:], (layout.total,), rope)
+        self.out = SingleOut(block, b, image, y, image_lora_from)
+        # Image queries belong to "the rest" whatever is switched: the condition's own queries are simply absent.
+        q, (k, v) = q_heads[:, :, 0], kv_heads.unbind(2)
+        self.attend = ops.joint_attention(q, k, v, layout.condition_from, layout.plan, b.scores, self.out.attention)
+        self.project_mlp = Product(
+            block.qkv_mlp, self.out.hidden, image_lora_from, columns=block.mlp_columns, gelu_scratch=b.scratch[image]
+        )
+
+    def run(self) -> None:
+        self.project_mlp(self.normed_image)
+        self.project_kv(self.normed)
+        self.project_q(self.normed_image)
+        self.norm_rope_q()
+        self.norm_rope_k()
+        self.out(self.attend())

@@ -1,0 +1,19 @@
+"""Semantic masks: whatever a person holds, read as labels of the 19 CelebAMask-HQ classes."""
+
+from mogle_rt.masks.borders import TOLERANCE
+from mogle_rt.masks.classes import CLASS_NAMES, PALETTE, Labels
+from mogle_rt.masks.labels import MaskLike, colorize, condition_picture, resize, to_image, to_label_batch, to_labels
+
+__all__ = [
+    "CLASS_NAMES",
+    "PALETTE",
+    "TOLERANCE",
+    "Labels",
+    "MaskLike",
+    "colorize",
+    "condition_picture",
+    "resize",
+    "to_image",
+    "to_label_batch",
+    "to_labels",
+]

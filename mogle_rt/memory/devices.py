@@ -1,0 +1,50 @@
+"""Which device and dtype to compute on."""
+
+from __future__ import annotations
+
+import torch
+
+from mogle_rt.config import parse_dtype
+from mogle_rt.errors import DeviceError
+
+
+def choose_device(device: str | int | torch.device | None) -> torch.device:
+    """The device asked for, a number N being cuda:N; by default a CUDA GPU, else Apple's, else the CPU.
+
+    Raises:
+        DeviceError: unknown, or not on this machine.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    asked = f"cuda:{device}" if type(device) is int else device  # PyTorch takes a number too, but not in every build
+    try:
+        chosen = torch.device(asked)
+    except (RuntimeError, TypeError):
+        raise DeviceError(f"device must be cpu, cuda, cuda:N or mps, got {device!r}") from None
+    # PyTorch keeps eight bits of a number: cuda:256 would be cuda:0.
+    if chosen.type not in ("cpu", "cuda", "mps") or str(chosen) != str(asked):
+        raise DeviceError(f"device must be cpu, cuda, cuda:N or mps, got {device!r}")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("device mps was asked for, but this machine has none; use cpu")
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not 0 <= (chosen.index or 0) < count:
+            raise DeviceError(f"device {chosen} was asked for, but PyTorch sees {count} CUDA GPUs; use cpu")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for; by default what the device multiplies fast.
+
+    On CPUs that is float32 unless they have AMX: others take bfloat16 at float32's speed at best, and without any
+    support hundreds of times slower.
+    """
+    if dtype is not None:
+        return parse_dtype(dtype)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "mps":
+        return torch.float16
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32

@@ -1,0 +1,171 @@
+"""AdaLN modulations of the whole schedule, before the loop (REFERENCE: norm1, norm1_context, norm, norm_out).
+
+All timesteps are known beforehand, so each modulation layer is one matrix product over (step, image). Its weight is
+read, used and let go: a quarter of the model's weights never has to stay in memory. The condition's modulations belong
+to timestep 0 and are constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor
+
+from mogle_rt.bundle.schema import SINUSOID_DIM
+from mogle_rt.config import TransformerConfig
+
+
+class Weights(Protocol):
+    """Tensors by their full bundle names, on the device and in the dtype of the run."""
+
+    def __call__(self, name: str) -> Tensor: ...
+
+    def release(self, name: str) -> None:
+        """It needn't stay in memory."""
+
+
+@dataclass(frozen=True)
+class StepModulation:
+    """Modulations of one step, as rows for groups of the sequence (see `mogle_rt.ops.choice`). Scales have their 1 added.
+
+    Attributes:
+        double: [L, 6, G, B, D], for each double block shift, scale, gate of attention, then of the MLP; groups are
+            text, image and, if there is one, condition.
+        single: [L, 3, G, B, D]; groups are text with image, and condition.
+        out: [2, 1, B, D], scale and shift of the last norm.
+    """
+
+    double: Tensor
+    single: Tensor
+    out: Tensor
+
+
+@dataclass(frozen=True)
+class ModulationTables:
+    """Modulations of all S steps; the condition's, which are constant, once."""
+
+    double: Tensor  # [S, L, 6, 2, B, D], text and image rows of double blocks
+    single: Tensor  # [S, L, 3, 1, B, D], text and image rows of single blocks
+    out: Tensor  # [S, 2, 1, B, D]
+    condition_double: Tensor | None  # [L, 6, 1, B, D]
+    condition_single: Tensor | None  # [L, 3, 1, B, D]
+
+    def buffers(self) -> StepModulation:
+        """Room for one step's, with the condition's rows, which no step changes, filled in."""
+
+        def with_condition(table: Tensor, condition: Tensor | None) -> Tensor:
+            blocks, chunks, groups, batch, width = table.shape[1:]
+            return table.new_empty(blocks, chunks, groups + (condition is not None), batch, width)
+
+        buffers = StepModulation(
+            double=with_condition(self.double, self.condition_double),
+            single=with_condition(self.single, self.condition_single),
+            out=self.out.new_empty(self.out.shape[1:]),
+        )
+        self.fill_condition(buffers)
+        return buffers
+
+    def fill_condition(self, into: StepModulation) -> None:
+        """Write the condition's rows."""
+        for condition, buffer in ((self.condition_double, into.double), (self.condition_single, into.single)):
+            if condition is not None:
+                buffer[:, :, -1:] = condition
+
+    def select(self, step: Tensor, into: StepModulation) -> None:
+        """Write a step's rows. step: int64 [1] on the device."""
+        for table, buffer in ((self.double, into.double), (self.single, into.single), (self.out, into.out)):
+            if table.numel():
+                rows = buffer[:, :, : table.shape[3]] if buffer.dim() == 5 else buffer
+                torch.index_select(table, 0, step, out=rows[None])
+
+
+def _mlp(x: Tensor, name: str, weights: Weights) -> Tensor:
+    x = F.linear(x, weights(f"{name}.linear_1.weight"), weights(f"{name}.linear_1.bias"))
+    y = F.linear(F.silu(x), weights(f"{name}.linear_2.weight"), weights(f"{name}.linear_2.bias"))
+    for layer in ("linear_1", "linear_2"):
+        weights.release(f"{name}.{layer}.weight")
+    return y
+
+
+def _sinusoid(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return get_timestep_embedding(t, SINUSOID_DIM, flip_sin_to_cos=True, downscale_freq_shift=0).to(dtype)
+
+
+def time_embedding(timesteps: Tensor, guidance: Tensor | None, pooled: Tensor, weights: Weights) -> Tensor:
+    """temb = MLP(t) + MLP(guidance) + MLP(pooled).
+
+    Args:
+        timesteps: [S], in the transformer's scale 0…1000.
+        guidance: [B], guidance_scale times 1000, or None for models without it.
+        pooled: [B, P], CLIP's pooled prompt embeddings.
+
+    Returns:
+        [S, B, D] in ``pooled``'s dtype.
+    """
+    prefix = "transformer.time_text_embed"
+    constant = _mlp(pooled, f"{prefix}.text_embedder", weights)
+    if guidance is not None:
+        constant = constant + _mlp(_sinusoid(guidance, pooled.dtype), f"{prefix}.guidance_embedder", weights)
+    return _mlp(_sinusoid(timesteps, pooled.dtype), f"{prefix}.timestep_embedder", weights)[:, None] + constant
+
+
+def modulation_tables(
+    config: TransformerConfig,
+    temb: Tensor,
+    condition_temb: Tensor | None,
+    weights: Weights,
+    *,
+    latent_lora: bool = False,
+) -> ModulationTables:
+    """Every modulation of a run, layer by layer.
+
+    Args:
+        temb: [S, B, D], see `time_embedding`.
+        condition_temb: [B, D], the same for timestep 0; None without a condition.
+        weights: reads a tensor of the bundle; it is let go after its layer.
+        latent_lora: the branch LoRA acts on the image's (and in single blocks the text's) modulation too.
+    """
+    steps, batch, width = temb.shape
+    rows = F.silu(temb).reshape(steps * batch, width)
+    # The condition's rows stand below those of the steps: a weight is read once for both.
+    all_rows = rows if condition_temb is None else torch.cat([rows, F.silu(condition_temb)])
+
+    def table(count: int, chunks: int, groups: int, *leading: int) -> Tensor:
+        return temb.new_empty(*leading, count, chunks, groups, batch, width)
+
+    double = table(config.num_layers, 6, 2, steps)
+    single = table(config.num_single_layers, 3, 1, steps)
+    condition_double = None if condition_temb is None else table(config.num_layers, 6, 1)
+    condition_single = None if condition_temb is None else table(config.num_single_layers, 3, 1)
+
+    def fill(name: str, into: Tensor, condition_into: Tensor | None = None, *, lora: bool = False) -> None:
+        """into: [S, chunks, B, D], condition_into: [chunks, B, D]."""
+        x = rows if condition_into is None else all_rows
+        y = F.linear(x, weights(f"transformer.{name}.weight"), weights(f"transformer.{name}.bias"))
+        lora_from = 0 if lora else len(rows)
+        if lora_from < len(x):
+            down, up = weights(f"lora.{name}.lora_A.weight"), weights(f"lora.{name}.lora_B.weight")
+            y[lora_from:].addmm_(x[lora_from:] @ down.t(), up.t())
+        for part, out in ((y[: len(rows)], into), (y[len(rows) :], condition_into)):
+            if out is not None:
+                out.copy_(part.view(*out.shape[:-3], batch, -1, width).transpose(-3, -2))
+        weights.release(f"transformer.{name}.weight")
+
+    for i in range(config.num_layers):
+        constant = None if condition_double is None else condition_double[i, :, 0]
+        fill(f"transformer_blocks.{i}.norm1.linear", double[:, i, :, 1], constant, lora=latent_lora)
+        fill(f"transformer_blocks.{i}.norm1_context.linear", double[:, i, :, 0])
+    for i in range(config.num_single_layers):
+        constant = None if condition_single is None else condition_single[i, :, 0]
+        fill(f"single_transformer_blocks.{i}.norm.linear", single[:, i, :, 0], constant, lora=latent_lora)
+    out = temb.new_empty(steps, 2, 1, batch, width)
+    fill("norm_out.linear", out[:, :, 0])
+    for t in (double, single, condition_double, condition_single):
+        if t is not None:
+            t[..., 1::3, :, :, :] += 1  # scale -> 1 + scale
+    out[:, 0] += 1  # here the scale stands first
+    return ModulationTables(double, single, out, condition_double, condition_single)

@@ -1,0 +1,119 @@
+"""The operations of a step, as everything above sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from mogle_rt.config import MogleConfig, TransformerConfig
+from mogle_rt.ops.attention import AttentionPlan
+
+Prepared = Callable[[], None]  # an operation on the tensors that it was given, as often as it's called
+
+
+class Ops(Protocol):
+    """The operations of a step; `mogle_rt.ops.torch_ops` says what each does. Activations are sequence-major.
+
+    ``RIDING``: the blocks' LoRA rides along in further columns, see `mogle_rt.linear.layers`.
+    """
+
+    RIDING: bool
+
+    def check_model(self, transformer: TransformerConfig, mogle: MogleConfig) -> None: ...
+
+    def rope_buffer(self, table: Tensor) -> Tensor: ...
+
+    def norm_modulate(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        bounds: tuple[int, ...],
+        out: Tensor,
+        lora_down: Tensor | None,
+        lora_from: int,
+    ) -> Prepared: ...
+
+    def residual(
+        self,
+        x: Tensor,
+        y: Tensor,
+        gate: Tensor,
+        bounds: tuple[int, ...],
+        lora_up: Tensor | None,
+        lora_from: int,
+        clip: bool,
+    ) -> Prepared: ...
+
+    def residual_norm_modulate(
+        self,
+        x: Tensor,
+        y: Tensor,
+        gate: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        bounds: tuple[int, ...],
+        out: Tensor,
+        lora_down: Tensor | None,
+        lora_from: int,
+        lora_up: Tensor | None,
+        lora_up_from: int,
+        clip: bool,
+    ) -> Prepared: ...
+
+    def qk_norm_rope(self, x: Tensor, norm_weight: Tensor, bounds: tuple[int, ...], rope: Tensor) -> Prepared: ...
+
+    def joint_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        condition_from: int,
+        plan: AttentionPlan,
+        scores: Tensor | None,
+        out: Tensor,
+    ) -> Callable[[], Tensor]: ...
+
+    def experts(
+        self,
+        planes: Tensor,
+        index: Tensor,
+        absent: Tensor,
+        weight_in: Tensor,
+        bias_in: Tensor,
+        weight_out: Tensor,
+        bias_out: Tensor,
+    ) -> Tensor: ...
+
+    def expert_mix(
+        self,
+        latents: Tensor,
+        gate_input: Tensor,
+        time: Tensor,
+        *layers: Tensor,
+        planes: Tensor,
+        index: Tensor,
+        absent: Tensor,
+        out: Tensor,
+    ) -> None: ...
+
+    def cheaper_mixture(
+        self,
+        planes: Tensor,
+        index: Tensor,
+        absent: Tensor,
+        *,
+        gate: Sequence[Tensor],
+        experts: Sequence[Tensor],
+        steps: int,
+    ) -> str: ...
+
+    def gate_mix(
+        self, latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor
+    ) -> None: ...
+
+    def gate_mix_mean(
+        self, latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor
+    ) -> None: ...

@@ -1,0 +1,226 @@
+"""That the whole step can be captured in a CUDA graph, at FLUX.1-dev's full size, shown on fake CUDA tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mogle_rt.bundle import schema
+from mogle_rt.config import FLUX_DEV, NUM_EXPERTS, ModelConfig, TransformerConfig
+from mogle_rt.cost.counting import Count, counting
+from mogle_rt.cost.job import FLUX_BUNDLE, Job, WeightlessBundle
+from mogle_rt.engines.contract import Conditions
+from mogle_rt.engines.torch_engine import TorchEngine
+from mogle_rt.loop.schedule import Schedule
+from mogle_rt.loop.step import Step
+from mogle_rt.ops.attention import attention_with_lse
+from tests.conftest import needs_triton
+from tests.loop.fake_cuda import fake_mode, trace
+
+pytestmark = needs_triton
+
+CUDA = torch.device("cuda")
+FEW_BLOCKS = replace(FLUX_DEV, num_layers=2, num_single_layers=3)  # of full width, for what all blocks share
+
+
+@contextmanager
+def full_size(
+    model: ModelConfig | None = None,
+    kernels: str = "triton",
+    condition_scale: float = 1.0,
+    transformer: TransformerConfig = FLUX_DEV,
+    mixture: str | None = None,
+) -> Iterator[tuple[Step, Callable[[], Count]]]:
+    """A prepared step of FLUX.1-dev, 512 x 512, bf16, on fake CUDA; and what was counted since it was last asked."""
+    ranks = dict.fromkeys(schema.lora_modules(transformer), 4)
+    job, batch = Job(config=replace(FLUX_BUNDLE, transformer=transformer), ranks=ranks), 1
+    with fake_mode(), counting() as counter, torch.inference_mode():
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(*shape, device=CUDA, dtype=job.dtype)
+
+        bundle = WeightlessBundle(job.config, job.ranks)
+        chosen: dict[str, Any] = {"kernels": kernels, "cuda_graphs": False, "mixture": mixture}
+        engine = TorchEngine(bundle, CUDA, job.dtype, model or ModelConfig(), **chosen)
+        flux = job.config.transformer
+        conditions = Conditions(
+            mask_latents=empty(batch, NUM_EXPERTS, job.tokens, 64),
+            prompt_embeds=empty(batch, job.text_tokens, flux.joint_attention_dim),
+            pooled_prompt_embeds=empty(batch, flux.pooled_projection_dim),
+            guidance_scale=3.5,
+            grid=(32, 32),
+            condition_scale=condition_scale,
+        )
+        engine.prepare(conditions, Schedule(torch.empty(5), torch.empty(4), torch.empty(4)))
+        counter.take()
+        yield engine.prepared, counter.take
+
+
+SWITCHES = [
+    ({}, 1.0),
+    ({"add_cond_attn": True, "latent_lora": True, "weight_is_scale": True}, 1.0),
+    ({"independent_condition": True}, 1.0),
+    ({"union_cond_attn": False}, 1.0),
+    ({}, 2.0),
+]
+
+
+@pytest.mark.parametrize(("switches", "condition_scale"), SWITCHES, ids=str)
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_step_waits_for_nothing(switches: dict[str, bool], condition_scale: float, kernels: str) -> None:
+    """No synchronisation, no copy between devices, and every step does the same to memory of the same shapes."""
+    with full_size(ModelConfig(**switches), kernels, condition_scale, FEW_BLOCKS) as (step, _):
+        first = trace(step.advance)
+        assert trace(step.advance) == first
+    assert len(first) > 50
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_fused_mixture_waits_for_nothing(kernels: str) -> None:
+    with full_size(kernels=kernels, transformer=FEW_BLOCKS, mixture="fused") as (step, _):
+        assert trace(step.condition) == trace(step.condition)
+
+
+class Epilogues(TorchDispatchMode):
+    """Refuses products whose bias would be copied into the output first: cuBLAS adds it only to rows without gaps."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten._addmm_activation) and args[0].dim() == 1:
+            out = kwargs.get("out")  # a result that it makes itself has no gaps
+            assert args[0].is_contiguous()
+            assert out is None or out.is_contiguous(), f"{func} into strides {out.stride()}"
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_biases_are_added_in_epilogues(kernels: str) -> None:
+    """One launch a product, as it is counted."""
+    with full_size(kernels=kernels, transformer=FEW_BLOCKS) as (step, _), Epilogues():
+        step.advance()
+
+
+def test_the_whole_model_waits_for_nothing() -> None:
+    with full_size() as (step, _):
+        first = trace(step.advance)
+        assert trace(step.advance) == first
+    assert len(first) > 500
+
+
+def test_counts_at_full_size() -> None:
+    """512 x 512, batch 1, bf16: the reference takes 9,632 launches and 215.8 GB a step."""
+    with full_size() as (step, taken):
+        step.advance()
+        count = taken()
+        step.condition()
+        mixture = taken()
+    assert count.launches <= 700
+    assert count.moved <= 45e9
+    assert mixture.launches == 1  # gate and mix; the experts are one launch an image
+
+
+def test_fused_mixture_is_one_launch() -> None:
+    """Experts, gate and mix; here without contents, so that no two pictures count as equal."""
+    with full_size(transformer=FEW_BLOCKS, mixture="fused") as (step, taken):
+        step.condition()
+        mixture = taken()
+    assert mixture.launches == 1
+    assert mixture.written == 1024 * 64 * 2
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "kernel"),
+    [
+        ((7, 5), torch.float16, "efficient"),
+        ((8, 0), torch.float16, "flash"),
+        ((9, 0), torch.bfloat16, "flash"),
+        ((9, 0), torch.float32, "efficient"),
+    ],
+)
+def test_attention_takes_what_the_card_has(
+    capability: tuple[int, int], dtype: torch.dtype, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the log-sum-exp is wanted, too, PyTorch doesn't choose by itself."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with fake_mode(), torch.inference_mode():
+        q, k = (torch.empty(2, 3, length, 16, dtype=dtype, device=CUDA) for length in (5, 40))
+        (name, made), *_ = trace(lambda: attention_with_lse(q, k, k))
+    assert kernel in name
+    assert made[0] == ((2, 3, 5, 16), dtype)
+
+
+def item(step: Step) -> None:
+    step.buffers.velocity.sum().item()
+
+
+def branch(step: Step) -> None:
+    if step.buffers.velocity.sum() > 0:
+        step.buffers.velocity.neg_()
+
+
+def to_host(step: Step) -> None:
+    step.buffers.velocity.cpu()
+
+
+def from_host(step: Step) -> None:
+    step.buffers.velocity.add_(torch.ones(64).to(CUDA))
+
+
+def scalar_to_host(step: Step) -> None:
+    step.buffers.velocity.sum().cpu()
+
+
+def scalar_from_host(step: Step) -> None:
+    step.buffers.velocity.mul_(torch.tensor(3.0).to(CUDA))
+
+
+def scalar_copied(step: Step) -> None:
+    step.buffers.index.copy_(torch.tensor(3))
+
+
+def data_dependent(step: Step) -> None:
+    step.buffers.velocity[step.buffers.velocity > 0].sum()
+
+
+FAULTS: list[tuple[Callable[[Step], None], type[Exception]]] = [
+    (item, DataDependentOutputException),
+    (branch, DataDependentOutputException),
+    (to_host, AssertionError),
+    (from_host, AssertionError),
+    (scalar_to_host, AssertionError),
+    (scalar_from_host, AssertionError),
+    (scalar_copied, AssertionError),
+    (data_dependent, DynamicOutputShapeException),
+]
+
+
+@pytest.mark.parametrize(("fault", "error"), FAULTS, ids=lambda f: getattr(f, "__name__", ""))
+def test_planted_faults_are_caught(fault: Callable[[Step], None], error: type[Exception]) -> None:
+    def faulty() -> None:
+        step.velocity()
+        fault(step)
+
+    with full_size(transformer=FEW_BLOCKS) as (step, _), pytest.raises(error):
+        trace(faulty)
+
+
+def test_growing_step_is_caught() -> None:
+    """A step whose allocations differ from the last one's."""
+    held: list[Tensor] = []
+
+    def grows(step: Step) -> None:
+        held.append(step.buffers.velocity.new_empty(len(held) + 1))
+
+    with full_size(transformer=FEW_BLOCKS) as (step, _):
+        assert trace(lambda: grows(step)) != trace(lambda: grows(step))

@@ -1,0 +1,154 @@
+"""The mixture's two ways: a bank of the experts' outputs, or all in one launch a step. Which serves when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mogle_rt import Pipeline
+from mogle_rt.bundle.bundle import Bundle
+from mogle_rt.config import NUM_EXPERTS, ModelConfig, MogleConfig
+from mogle_rt.engines.contract import Conditions
+from mogle_rt.engines.torch_engine import TorchEngine
+from mogle_rt.errors import ConfigError
+from mogle_rt.loop.denoise import denoise
+from mogle_rt.loop.schedule import make_schedule
+from mogle_rt.model.mixture import Bank, Fused, MixtureOfExperts, picture_contents
+from mogle_rt.ops import torch_ops
+from tests.conftest import assert_close, needs_triton
+
+CPU = torch.device("cpu")
+GRID, TOKENS = (2, 3), 6
+
+
+def masks(seed: int, batch: int, regions: int) -> Tensor:
+    """[B, 20, N, 64]: so many regions an image, all others the same picture."""
+    g = torch.Generator().manual_seed(seed)
+    black = torch.randn(TOKENS, 64, generator=torch.Generator().manual_seed(0))
+    latents = black.expand(batch, NUM_EXPERTS, TOKENS, 64).clone()
+    latents[:, : 1 + regions] = torch.randn(batch, 1 + regions, TOKENS, 64, generator=g)
+    return latents
+
+
+def run(engine: TorchEngine, bundle: Bundle, mask_latents: Tensor, seed: int = 0) -> Tensor:
+    t, g, batch = bundle.config.transformer, torch.Generator().manual_seed(seed), len(mask_latents)
+    schedule = make_schedule(bundle.config.scheduler, 2, TOKENS)
+    conditions = Conditions(
+        mask_latents=mask_latents,
+        prompt_embeds=torch.randn(batch, 4, t.joint_attention_dim, generator=g),
+        pooled_prompt_embeds=torch.randn(batch, t.pooled_projection_dim, generator=g),
+        guidance_scale=3.5,
+        grid=GRID,
+    )
+    engine.prepare(conditions, schedule)
+    return denoise(engine, torch.randn(batch, TOKENS, 64, generator=g), schedule)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_fused_equals_the_bank(batch: int, tiny_bundle: Path) -> None:
+    """Run after run through the same buffers; masks stay as they are."""
+    bundle = Bundle(tiny_bundle)
+    engines = [TorchEngine(bundle, CPU, torch.float32, ModelConfig(), mixture=m) for m in ("bank", "fused")]
+    for seed, regions in ((1, 3), (2, 19), (3, 0)):
+        given = masks(seed, batch, regions)
+        before = given.clone()
+        banked, fused = (run(engine, bundle, given, seed) for engine in engines)
+        assert_close(fused, banked, rms=1e-6)
+        assert torch.equal(given, before)
+    kinds = [type(engine.prepared.inputs.mixture) for engine in engines]
+    assert kinds == [Bank, Fused]
+    assert [len(engine._runners) for engine in engines] == [1, 1]
+
+
+def test_equal_pictures_are_found(tiny_bundle: Path) -> None:
+    """Across the images of a batch, too; the one that most experts see is shared."""
+    bundle = Bundle(tiny_bundle)
+    engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig(), mixture="fused")
+    latents = masks(1, 1, 2).repeat(2, 1, 1, 1)
+    latents[1, 2] += 1
+    run(engine, bundle, latents)
+    held = engine.prepared.inputs.mixture
+    assert isinstance(held, Fused)
+    absent = [-1] * (NUM_EXPERTS - 3)
+    assert held.regions.index.tolist() == [[0, 1, 2, *absent], [0, 1, NUM_EXPERTS + 2, *absent]]
+
+
+def test_pictures_are_compared_bit_by_bit() -> None:
+    x = torch.zeros(4, 2, 3, dtype=torch.bfloat16)
+    x[1, 1, 2], x[2, 0, 0] = float("nan"), -0.0
+    x[3] = x[1]
+    a, b, c, d = picture_contents(x)
+    assert b == d
+    assert len({a, b, c}) == 3
+    assert len(set(picture_contents(x.to("meta")))) == 4
+
+
+def test_black_is_computed_once_a_size(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, experts = Bundle(tiny_bundle), torch_ops.experts
+    calls: list[int] = []
+
+    def noted(planes: Tensor, *rest: Tensor) -> Tensor:
+        calls.append(len(planes))
+        return experts(planes, *rest)
+
+    monkeypatch.setattr(torch_ops, "experts", noted)
+    engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
+    for seed in (1, 2):
+        run(engine, bundle, masks(seed, 1, 3))
+    assert calls == [1, NUM_EXPERTS, NUM_EXPERTS]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("batch", "own", "dtype", "steps", "expected"),
+    [
+        (1, True, torch.bfloat16, 28, "bank"),
+        (4, True, torch.bfloat16, 28, "fused"),
+        (4, False, torch.bfloat16, 28, "fused"),
+        (4, True, torch.float32, 28, "bank"),
+        (1, True, torch.bfloat16, 1, "fused"),  # a bank is written, and read but once
+    ],
+)
+def test_which_serves_when(batch: int, own: bool, dtype: torch.dtype, steps: int, expected: str) -> None:
+    """512 x 512 pixels, 11 pictures a mask; every image with a mask of its own, or all with one."""
+    from mogle_rt.ops import triton_ops
+
+    def new(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    C, H, G, N, present = 64, 32, 64, 1024, 11
+    index = torch.full((batch, NUM_EXPERTS), -1, dtype=torch.int32)
+    for image in range(batch):
+        index[image, :present] = torch.arange(present) + (NUM_EXPERTS * image if own else 0)
+    gate = [new(C, C), new(G, C), new(G), new(NUM_EXPERTS, G), new(NUM_EXPERTS)]
+    experts = [new(NUM_EXPERTS, H, C), new(NUM_EXPERTS, H), new(NUM_EXPERTS, C, H), new(NUM_EXPERTS, C)]
+    seen = new(NUM_EXPERTS * batch, N, C), index, new(N, NUM_EXPERTS, C)
+    chosen = triton_ops.cheaper_mixture(*seen, gate=gate, experts=experts, steps=steps)
+    assert chosen == expected
+
+
+@pytest.mark.parametrize(
+    ("mixture", "config", "model", "message"),
+    [
+        ("mixed", {}, {}, "mixture must be one of 'bank', 'fused', got 'mixed'"),
+        ("fused", {}, {"weight_is_scale": True}, "but weight_is_scale averages the gate; use 'bank'"),
+        ("fused", {"has_gating": False}, {}, "but this model lacks experts or gate; use 'bank'"),
+        ("fused", {"has_expert": False}, {}, "but this model lacks experts or gate; use 'bank'"),
+    ],
+)
+def test_impossible_mixtures(mixture: str, config: dict[str, Any], model: dict[str, Any], message: str) -> None:
+    with torch.device("meta"), pytest.raises(ConfigError, match=message):
+        MixtureOfExperts(MogleConfig(**config), **model).check_mixture(mixture)
+
+
+def test_the_pipeline_takes_it(tiny_bundle: Path) -> None:
+    pipe = Pipeline(tiny_bundle, device="cpu", mixture="fused")
+    pipe(None, None, 1, height=32, width=32, output_type="latent")
+    assert isinstance(pipe.engine, TorchEngine)
+    assert isinstance(pipe.engine.prepared.inputs.mixture, Fused)
+    with pytest.raises(ConfigError, match="weight_is_scale"):
+        Pipeline(tiny_bundle, device="cpu", mixture="fused", model_config={"weight_is_scale": True})
