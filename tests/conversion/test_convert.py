@@ -559,7 +559,7 @@ def write_sparse_checkpoint(folder: Path) -> Files:
 FULL_SIZE = """
 import json, sys, time
 from pathlib import Path
-import mogle_rt.converter, mogle_rt.pipeline
+import mogle_rt.conversion.convert, mogle_rt.pipeline
 
 def memory(kind):  # ru_maxrss would count what the parent process had before this program replaced it
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(kind))

@@ -272,7 +272,7 @@ def test_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def chosen(kernels: str | None, device: str) -> str:
         module: object = choose(kernels, torch.device(device))
-        return vars(module)["__name__"].removeprefix("mogle_rt.")
+        return vars(module)["__name__"].removeprefix("mogle_rt.ops.")
 
     monkeypatch.delenv(VARIABLE, raising=False)
     names = [chosen(None, device) for device in ("cpu", "mps", "cuda", "meta")]
