@@ -26,7 +26,7 @@ import torch
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.bundle.container import TensorInfo
 from mogle_rt.conversion.convert import require_finite, write_bundle
-from mogle_rt.conversion.sources import SourceTensor
+from mogle_rt.conversion.tensors import StoredTensor
 from mogle_rt.engines.manifest import header_sha256
 from mogle_rt.errors import InputError, OutputError
 
@@ -166,7 +166,7 @@ def _clone(path: Path, target: Path) -> bool:
 def _copy(bundle: Bundle, target: Path, dtype: torch.dtype) -> tuple[Mapping[str, TensorInfo], str]:
     """Write the weights that graphs read, in ``dtype``: a bundle without text encoders. Its tensors, its content hash."""
     stored = {n: bundle.tensors[n] for n in exported_names(bundle)}
-    sources = {n: SourceTensor(info.shape, info.dtype, path=bundle.path, info=info) for n, info in stored.items()}
+    sources = {n: StoredTensor(bundle.path, info) for n, info in stored.items()}
     config = replace(bundle.config, text_encoder=None, text_encoder_2=None)
     write_bundle(target, sources, config, dtype=dtype, progress=False)
     copied = Bundle(target)

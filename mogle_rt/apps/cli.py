@@ -56,6 +56,10 @@ def _root(
 def convert(
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle to write, e.g. ckpt.safetensors.")],
     flux: Annotated[str | None, typer.Option(help="FLUX folder in diffusers' layout, or a hub id.")] = None,
+    transformer: Annotated[
+        str | None,
+        typer.Option(help="FLUX's transformer in one file (safetensors or GGUF), in place of the folder's."),
+    ] = None,
     lora: Annotated[str | None, typer.Option(help="Branch LoRA (safetensors): a path, or a hub id.")] = None,
     mogle: Annotated[
         str | None, typer.Option(help="Experts and gate (.pt or safetensors): a path or a hub id.")
@@ -71,7 +75,7 @@ def convert(
 ) -> None:
     """Make the single-file bundle from the reference's files."""
     from mogle_rt.conversion.convert import convert as run
-    from mogle_rt.conversion.sources import RELEASED_FLUX, RELEASED_LORA, RELEASED_MOGLE
+    from mogle_rt.conversion.hub import RELEASED_FLUX, RELEASED_LORA, RELEASED_MOGLE
 
     if released:
         flux, lora, mogle = flux or RELEASED_FLUX, lora or RELEASED_LORA, mogle or RELEASED_MOGLE
@@ -81,7 +85,7 @@ def convert(
     if output.is_file() and not overwrite:
         raise OutputError(f"{output}: exists already; choose another name, or --overwrite")
     start = time.perf_counter()
-    path = run(flux, lora, mogle, output, dtype=dtype, text_encoders=text_encoders)
+    path = run(flux, lora, mogle, output, transformer=transformer, dtype=dtype, text_encoders=text_encoders)
     size = path.stat().st_size
     console.print(f"{path}: {_bytes(size)} in {time.perf_counter() - start:.1f} s", soft_wrap=True)
 

@@ -20,8 +20,12 @@ from mogle_rt.bundle.container import TensorInfo, header_room, write_header
 from mogle_rt.bundle.files import atomic_write
 from mogle_rt.bundle.schema import check_names
 from mogle_rt.config import SchedulerConfig, TransformerConfig, parse_dtype
-from mogle_rt.conversion import sources
-from mogle_rt.conversion.sources import SourceTensor
+from mogle_rt.conversion.folders import read_folder, read_json
+from mogle_rt.conversion.hub import find
+from mogle_rt.conversion.lora import read_lora
+from mogle_rt.conversion.mogle_file import read_mogle
+from mogle_rt.conversion.single_file import read_transformer, refuse_other_models
+from mogle_rt.conversion.tensors import HeldTensor, SourceTensor
 from mogle_rt.encoders.text_models import text_encoder_shapes
 from mogle_rt.encoders.vae import autoencoder, tensor_shapes
 from mogle_rt.errors import CheckpointError, ConfigError, OutputError
@@ -38,6 +42,7 @@ def convert(
     mogle: str | Path,
     output: str | Path,
     *,
+    transformer: str | Path | None = None,
     dtype: str | torch.dtype | None = None,
     text_encoders: bool = True,
     progress: bool | None = None,
@@ -46,10 +51,13 @@ def convert(
 
     Args:
         flux: a FLUX folder in diffusers' layout, or a hub id. Text encoders in it are optional.
-        lora: the branch LoRA (safetensors), a path or a hub id.
+        lora: the branch LoRA, a safetensors file or peft's folder of an adapter; a path or a hub id.
         mogle: experts and gate, the released ``.pt`` or safetensors, a path or a hub id.
         output: the bundle to write; it appears whole or not at all.
-        dtype: "bf16", "fp16" or "fp32" (or a torch dtype) for all weights; None keeps each as stored.
+        transformer: the transformer in one file, in place of the one in ``flux``: safetensors with FLUX's own names or
+            diffusers' (ComfyUI's prefix and scaled fp8 included), or GGUF. A path or a hub id.
+        dtype: "bf16", "fp16" or "fp32" (or a torch dtype) for all weights; None keeps each as stored, and takes bfloat16
+            for what is stored in eight bits or fewer.
         text_encoders: False leaves CLIP and T5 out; prompts must then come as embeddings.
         progress: True or False; None shows a bar on a terminal.
 
@@ -64,10 +72,16 @@ def convert(
     """
     target = parse_dtype(dtype) if dtype is not None else None
     output = Path(output)
-    flux_dir = sources.find(flux)
-    lora_file = sources.find(lora, default_file="pytorch_lora_weights.safetensors")
-    mogle_file = sources.find(mogle, default_file="global_local_mask_moe.pt")
-    tensors, config = gather(flux_dir, lora_file, mogle_file, text_encoders=text_encoders)
+    flux_dir = find(flux)
+    if not flux_dir.is_dir():
+        raise CheckpointError(
+            f"{flux_dir}: is a file; pass a transformer in one file as --transformer, and with --flux the folder that "
+            "holds its vae and scheduler (and, for prompts, the text encoders)"
+        )
+    transformer_file = None if transformer is None else find(transformer, default_file="flux1-dev.safetensors")
+    lora_file = find(lora, default_file="pytorch_lora_weights.safetensors")
+    mogle_file = find(mogle, default_file="global_local_mask_moe.pt")
+    tensors, config = gather(flux_dir, lora_file, mogle_file, transformer=transformer_file, text_encoders=text_encoders)
     if text_encoders and config.text_encoder is None:
         logger.warning("%s holds no text encoders: prompts for this bundle must come as embeddings", flux_dir)
     try:
@@ -75,7 +89,7 @@ def convert(
     except OSError:  # a name too long: told when it is written to
         existing = False
     if existing:
-        own = {lora_file, mogle_file, *(t.path for t in tensors.values() if t.path), *flux_dir.glob("*/*")}
+        own = {lora_file, mogle_file, *(p for t in tensors.values() for p in t.paths), *flux_dir.glob("*/*")}
         if any(output.samefile(source) for source in own):
             raise OutputError(f"{output}: is one of the files to convert; choose another name for the bundle")
     write_bundle(output, tensors, config, dtype=target, progress=progress)
@@ -83,59 +97,108 @@ def convert(
 
 
 def gather(
-    flux: Path, lora: Path, mogle: Path, *, text_encoders: bool = True
+    flux: Path, lora: Path, mogle: Path, *, transformer: Path | None = None, text_encoders: bool = True
 ) -> tuple[dict[str, SourceTensor], BundleConfig]:
     """Everything that goes into a bundle, unread, in the order it is written, checked against the configurations.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor is missing, unexpected or of another shape.
     """
+    transformer_tensors, config = _transformer(flux, transformer)
     try:
-        transformer = TransformerConfig.from_mapping(sources.read_json(flux / "transformer" / "config.json"))
-        scheduler = SchedulerConfig.from_mapping(sources.read_json(flux / "scheduler" / "scheduler_config.json"))
+        scheduler = SchedulerConfig.from_mapping(read_json(flux / "scheduler" / "scheduler_config.json"))
     except ConfigError as error:
         raise CheckpointError(f"{flux}: {error}") from None
-    vae = sources.read_json(flux / "vae" / "config.json")
-    mogle_tensors, mogle_config = sources.read_mogle(mogle)
-    if mogle_config.latent_dim != transformer.in_channels:
+    vae = read_json(flux / "vae" / "config.json")
+    mogle_tensors, mogle_config = read_mogle(mogle)
+    if mogle_config.latent_dim != config.in_channels:
         raise CheckpointError(
             f"{mogle}: its experts take {mogle_config.latent_dim} channels, the transformer's tokens have "
-            f"{transformer.in_channels}"
+            f"{config.in_channels}"
         )
-    lora_tensors = sources.read_lora(lora, transformer)
+    lora_tensors = read_lora(lora, config)
     ranks = {n.removesuffix(".lora_A.weight"): t.shape[0] for n, t in lora_tensors.items() if ".lora_A." in n}
 
     tensors: dict[str, SourceTensor] = {}
     for part, found, expected, where in (
-        ("transformer", sources.read_folder(flux / "transformer"), schema.transformer_tensors(transformer), flux),
-        ("lora", lora_tensors, schema.lora_tensors(transformer, ranks), lora),
+        ("transformer", transformer_tensors, schema.transformer_tensors(config), transformer or flux),
+        ("lora", lora_tensors, schema.lora_tensors(config, ranks), lora),
         ("mogle", mogle_tensors, schema.mogle_tensors(mogle_config), mogle),
-        ("vae", sources.read_folder(flux / "vae"), tensor_shapes(autoencoder(vae)), flux / "vae"),
+        ("vae", read_folder(flux / "vae"), tensor_shapes(autoencoder(vae)), flux / "vae"),
     ):
         check_names({n: t.shape for n, t in found.items()}, expected, where)
         tensors |= {f"{part}.{name}": found[name] for name in expected}
     configs: dict[str, dict[str, Any] | None] = {"text_encoder": None, "text_encoder_2": None}
     if text_encoders and (flux / "text_encoder").is_dir():
         for part in configs:
-            configs[part] = config = sources.read_json(flux / part / "config.json")
-            found = _without_tied(sources.read_folder(flux / part))
-            expected = text_encoder_shapes(part, config, found)
+            configs[part] = encoder = read_json(flux / part / "config.json")
+            found = _without_extras(read_folder(flux / part), part, flux / part)
+            expected = text_encoder_shapes(part, encoder, found)
             check_names({n: t.shape for n, t in found.items()}, expected, flux / part)
             tensors |= {f"{part}.{name}": found[name] for name in expected}
         for part in ("tokenizer", "tokenizer_2"):
             tensors |= {f"{part}.{name}": tensor for name, tensor in _files(flux / part).items()}
     try:
-        bundle = BundleConfig(transformer=transformer, mogle=mogle_config, scheduler=scheduler, vae=vae, **configs)
+        bundle = BundleConfig(transformer=config, mogle=mogle_config, scheduler=scheduler, vae=vae, **configs)
     except ConfigError as error:
         raise CheckpointError(f"{flux}: {error}") from None
     return tensors, bundle
 
 
-def _without_tied(tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
-    """T5 stores its token embedding under two names; buffers that the code computes itself are dropped too."""
-    result = {n: t for n, t in tensors.items() if not n.endswith(".position_ids")}
-    if "shared.weight" in result:
-        result.pop("encoder.embed_tokens.weight", None)
+def _transformer(flux: Path, file: Path | None) -> tuple[dict[str, SourceTensor], TransformerConfig]:
+    """The transformer's tensors and configuration, from its folder or from one file."""
+    pipeline = flux / "model_index.json"
+    if file is None and pipeline.is_file():
+        name = read_json(pipeline).get("_class_name")
+        if isinstance(name, str) and name.startswith("Flux") and name not in ("FluxPipeline", "FluxImg2ImgPipeline"):
+            raise CheckpointError(
+                f"{flux}: this is a {name}; Face-MoGLE was trained on FLUX.1-dev: take black-forest-labs/FLUX.1-dev"
+            )
+    path = flux / "transformer" / "config.json"
+    config = None
+    if file is None or path.is_file():
+        raw = read_json(path)
+        if "quantization_config" in raw and file is None:
+            method = (
+                raw["quantization_config"].get("quant_method") if isinstance(raw["quantization_config"], dict) else ""
+            )
+            raise CheckpointError(
+                f"{path.parent}: its weights are quantised ({method or 'quantization_config'}); take the original ones, "
+                "or pass an fp8 or GGUF file as --transformer"
+            )
+        channels = raw.get("in_channels")
+        if isinstance(channels, int):
+            refuse_other_models(channels, flux)
+        try:
+            config = TransformerConfig.from_mapping(raw)
+        except ConfigError as error:
+            raise CheckpointError(f"{flux}: {error}") from None
+    if file is None:
+        assert config is not None
+        return read_folder(flux / "transformer"), config
+    return read_transformer(file, config)
+
+
+def _without_extras(tensors: Mapping[str, SourceTensor], part: str, where: Path) -> dict[str, SourceTensor]:
+    """Without what the encoder itself computes or doesn't use, and with the tied embedding once.
+
+    T5 stores its token embedding under two names, and files hold either or both. CLIP's projection belongs to image
+    search; FLUX takes the pooled state before it.
+
+    Raises:
+        CheckpointError: both names of the embedding are there and differ.
+    """
+    result = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
+    if part == "text_encoder":
+        result.pop("text_projection.weight", None)
+    if "shared.weight" in result and (other := result.pop("encoder.embed_tokens.weight", None)) is not None:
+        shared = result["shared.weight"]
+        same = shared.shape == other.shape and shared.dtype == other.dtype
+        if not same or not all(map(torch.equal, shared.chunks(), other.chunks())):
+            raise CheckpointError(
+                f"{where}: shared.weight and encoder.embed_tokens.weight are one embedding under two names, but differ; "
+                "remove the wrong one"
+            )
     return result
 
 
@@ -148,7 +211,7 @@ def _files(folder: Path) -> dict[str, SourceTensor]:
             continue
         data = path.read_bytes()
         if data and len(data) <= TOKENIZER_FILE_LIMIT:
-            files[path.name] = SourceTensor.of(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            files[path.name] = HeldTensor(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     if not files:
         raise CheckpointError(f"{folder}: holds no tokenizer files (*.json, *.txt, *.model)")
     return files

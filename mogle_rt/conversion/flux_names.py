@@ -1,0 +1,96 @@
+"""The names that FLUX's own code gives to its layers, and the stored layers of diffusers that they are made of.
+
+FLUX keeps q, k and v (and, in single blocks, the MLP's first layer) in one layer whose rows stand one below the other.
+diffusers keeps them apart. The last norm's modulation is (shift, scale) there and (scale, shift) here. The tables are
+those of black-forest-labs/flux (``src/flux/model.py``) and of diffusers' ``FluxTransformer2DModel``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mogle_rt.config import MLP_RATIO, TransformerConfig
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a FLUX layer go: stored layers in their order, and how many rows each has.
+
+    Attributes:
+        layers: names of diffusers'.
+        sizes: the rows of each, in units of the model's width; 0 where there is only one layer.
+        swapped: the two halves of the rows stand the other way round.
+    """
+
+    layers: tuple[str, ...]
+    sizes: tuple[int, ...] = (0,)
+    swapped: bool = False
+
+
+def _attention(prefix: str, names: str) -> Rows:
+    return Rows(tuple(f"{prefix}.{names.format(x)}" for x in "qkv"), (1, 1, 1))
+
+
+_D, _S = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
+WHOLE = {
+    "img_in": Rows(("x_embedder",)),
+    "txt_in": Rows(("context_embedder",)),
+    "time_in.in_layer": Rows(("time_text_embed.timestep_embedder.linear_1",)),
+    "time_in.out_layer": Rows(("time_text_embed.timestep_embedder.linear_2",)),
+    "vector_in.in_layer": Rows(("time_text_embed.text_embedder.linear_1",)),
+    "vector_in.out_layer": Rows(("time_text_embed.text_embedder.linear_2",)),
+    "guidance_in.in_layer": Rows(("time_text_embed.guidance_embedder.linear_1",)),
+    "guidance_in.out_layer": Rows(("time_text_embed.guidance_embedder.linear_2",)),
+    "final_layer.linear": Rows(("proj_out",)),
+    "final_layer.adaLN_modulation.1": Rows(("norm_out.linear",), swapped=True),
+}
+DOUBLE = {
+    "img_mod.lin": Rows((f"{_D}.norm1.linear",)),
+    "txt_mod.lin": Rows((f"{_D}.norm1_context.linear",)),
+    "img_attn.qkv": _attention(f"{_D}.attn", "to_{}"),
+    "txt_attn.qkv": _attention(f"{_D}.attn", "add_{}_proj"),
+    "img_attn.proj": Rows((f"{_D}.attn.to_out.0",)),
+    "txt_attn.proj": Rows((f"{_D}.attn.to_add_out",)),
+    "img_mlp.0": Rows((f"{_D}.ff.net.0.proj",)),
+    "img_mlp.2": Rows((f"{_D}.ff.net.2",)),
+    "txt_mlp.0": Rows((f"{_D}.ff_context.net.0.proj",)),
+    "txt_mlp.2": Rows((f"{_D}.ff_context.net.2",)),
+}
+SINGLE = {
+    "modulation.lin": Rows((f"{_S}.norm.linear",)),
+    "linear1": Rows((*(f"{_S}.attn.to_{x}" for x in "qkv"), f"{_S}.proj_mlp"), (1, 1, 1, MLP_RATIO)),
+    "linear2": Rows((f"{_S}.proj_out",)),
+}
+# RMSNorm weights have the name "scale" there and "weight" here.
+DOUBLE_SCALES = {
+    "img_attn.norm.query_norm": f"{_D}.attn.norm_q",
+    "img_attn.norm.key_norm": f"{_D}.attn.norm_k",
+    "txt_attn.norm.query_norm": f"{_D}.attn.norm_added_q",
+    "txt_attn.norm.key_norm": f"{_D}.attn.norm_added_k",
+}
+SINGLE_SCALES = {"norm.query_norm": f"{_S}.attn.norm_q", "norm.key_norm": f"{_S}.attn.norm_k"}
+
+
+def flux_layers(config: TransformerConfig) -> Iterator[tuple[str, Rows]]:
+    """Every linear layer of a model by FLUX's name, with the numbers of the blocks filled in."""
+    yield from WHOLE.items()
+    for prefix, count, table in (
+        ("double_blocks", config.num_layers, DOUBLE),
+        ("single_blocks", config.num_single_layers, SINGLE),
+    ):
+        for i in range(count):
+            for name, rows in table.items():
+                layers = tuple(layer.format(i=i) for layer in rows.layers)
+                yield f"{prefix}.{i}.{name}", Rows(layers, rows.sizes, rows.swapped)
+
+
+def flux_scales(config: TransformerConfig) -> Iterator[tuple[str, str]]:
+    """Every RMSNorm by FLUX's name, and diffusers' name of it."""
+    for prefix, count, table in (
+        ("double_blocks", config.num_layers, DOUBLE_SCALES),
+        ("single_blocks", config.num_single_layers, SINGLE_SCALES),
+    ):
+        for i in range(count):
+            for name, stored in table.items():
+                yield f"{prefix}.{i}.{name}", stored.format(i=i)

@@ -1,0 +1,76 @@
+"""Files by a local path or by a hub id: what is here is taken, what is not is downloaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mogle_rt.errors import CheckpointError, DownloadError
+
+RELEASED_FLUX = "black-forest-labs/FLUX.1-dev"
+RELEASED_LORA = "XavierJiezou/face-mogle-models/pytorch_lora_weights.safetensors"
+RELEASED_MOGLE = "XavierJiezou/face-mogle-models/global_local_mask_moe.pt"
+
+FLUX_FOLDERS = ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(/[\w./-]+)?")
+
+
+def find(spec: str | Path, *, default_file: str | None = None) -> Path:
+    """A local path, or the files of a hub id (``owner/name``, for one file ``owner/name/file``) fetched or from the cache.
+
+    Args:
+        default_file: the file meant when ``spec`` names only a repository; None means the FLUX folders.
+
+    Raises:
+        CheckpointError: no such path, and not a hub id.
+        DownloadError: offline, refused (gated) or unknown there.
+    """
+    name = str(spec)
+    try:
+        path = Path(spec).expanduser()
+        path.stat()  # `exists` hides other errors from Python 3.14 on
+        return path
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a name with a null character
+        pass
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that is closed to us, ~ of an unknown user
+        raise CheckpointError(f"{name}: can't be read: {error}") from None
+    if not _HUB_NAME.fullmatch(name) or name.startswith("."):
+        raise CheckpointError(f"{name}: no such file or folder, nor a hub id like {RELEASED_FLUX}")
+    owner, repository, *rest = name.split("/", 2)
+    return _download(f"{owner}/{repository}", rest[0] if rest else default_file, name)
+
+
+def _download(repository: str, file: str | None, spec: str) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        if file is not None:
+            return Path(hf_hub_download(repository, file))
+        patterns = [f"{folder}/*" for folder in FLUX_FOLDERS]
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except GatedRepoError:
+        raise DownloadError(
+            f"{spec}: access is gated; accept its licence on the model's page and log in with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise DownloadError(f"{spec}: no such local path, and no such repository on the hub (or no access)") from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        raise DownloadError(
+            f"{spec}: not a local path, and the hub can't be reached; download it elsewhere and pass its path"
+        ) from None
+    except EntryNotFoundError:
+        raise DownloadError(f"{spec}: the repository has no file {file!r}") from None
+    except HFValidationError:
+        raise CheckpointError(f"{spec}: no such file or folder, nor a hub id like {RELEASED_FLUX}") from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DownloadError(f"{spec}: not a local path, and the hub answered: {reason}") from None

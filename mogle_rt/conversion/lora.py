@@ -1,0 +1,190 @@
+"""LoRA files in the spellings that people have: read as low-rank branches of the bundle's own layers.
+
+A layer that FLUX's own code keeps whole (q, k and v; a single block's first layer) has one LoRA for all its rows: the
+stored layers that it is made of then share A, and each takes its rows of B.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mogle_rt.bundle import schema
+from mogle_rt.bundle.container import read_header
+from mogle_rt.config import TransformerConfig
+from mogle_rt.conversion.adapter_settings import AdapterSettings, adapter_file, adapter_settings
+from mogle_rt.conversion.flux_names import Rows, flux_layers
+from mogle_rt.conversion.tensors import HeldTensor, SourceTensor, StoredTensor
+from mogle_rt.errors import CheckpointError
+
+PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
+_KINDS = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
+# X.lora_A.weight, with peft's adapter name X.lora_A.style.weight; kohya's X.lora_down.weight; old diffusers' X.lora.down
+_KEY = re.compile(r"(?P<name>.+)\.(?P<kind>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(\.[^.]+)?\.weight")
+_XLABS = re.compile(
+    r"(?P<block>(double|single)_blocks\.\d+)\.processor\.(?P<part>\w+?)_lora(?P<of>[12]?)\.(?P<kind>down|up)\.weight"
+)
+_XLABS_LAYERS = {
+    ("qkv", "1"): "img_attn.qkv",
+    ("qkv", "2"): "txt_attn.qkv",
+    ("proj", "1"): "img_attn.proj",
+    ("proj", "2"): "txt_attn.proj",
+    ("qkv", ""): "linear1",  # its first rows: XLabs' single blocks leave the MLP alone
+    ("proj", ""): "linear2",
+}
+_TEXT = ("text_encoder", "lora_te")
+# Ways to adapt a layer that are no plain low-rank branch, by the names of their tensors.
+_OTHERS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "lokr_": "LoKr",
+    "hada_": "LoHa",
+    "oft_": "OFT",
+    "glora_": "GLoRA",
+    "diff": "full differences",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """y += x Aᵀ Bᵀ of one stored layer; the scale is in B.
+
+    Attributes:
+        down: A, [R, in]. up: B, [out, R].
+    """
+
+    down: Tensor
+    up: Tensor
+
+
+def read_adapter(path: Path, config: TransformerConfig) -> dict[str, LowRank]:
+    """Every low-rank branch of a LoRA, by the stored layer that it belongs to.
+
+    Takes a safetensors file or peft's folder of an adapter. Layers may have diffusers' names or FLUX's own, with the
+    prefixes of diffusers, peft and ComfyUI, kohya's (``lora_unet_…``) or XLabs' spelling. The scale is alpha / rank, from
+    an ``X.alpha`` tensor, the file's metadata or the ``adapter_config.json`` beside it; without any of these it is 1.
+
+    Raises:
+        CheckpointError: a key that is none of these, half of a pair missing, shapes that don't fit the layer, two
+            scales that contradict each other, or an adapter that is not a LoRA of the transformer.
+    """
+    file = adapter_file(path)
+    tensors, metadata = read_header(file)
+    settings = adapter_settings(file, metadata)
+    spellings = _spellings(config)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, info in tensors.items():
+        name, kind = _layer_and_kind(key, file)
+        if kind in parts.get(name, {}):
+            raise CheckpointError(f"{file}: {key!r} is there twice, under two spellings of its name")
+        parts.setdefault(name, {})[kind] = StoredTensor(file, info).load()
+    result: dict[str, LowRank] = {}
+    for name, pair in parts.items():
+        rows = spellings.get(name)
+        if rows is None:
+            raise CheckpointError(f"{file}: unexpected LoRA of layer {name!r}")
+        for layer, branch in _branches(name, pair, rows, config, settings, file):
+            if layer in result:
+                raise CheckpointError(f"{file}: layer {layer!r} has two LoRAs, under two spellings of its name")
+            result[layer] = branch
+    if not result:
+        raise CheckpointError(f"{file}: holds no LoRA")
+    return result
+
+
+def read_lora(path: Path, config: TransformerConfig) -> dict[str, SourceTensor]:
+    """The condition branch's LoRA, with the names ``X.lora_A.weight`` and ``X.lora_B.weight``, as a bundle holds it.
+
+    Raises:
+        CheckpointError: see `read_adapter`; or a layer of the branch is missing, or there is one that it doesn't have.
+    """
+    branches = read_adapter(path, config)
+    modules = schema.lora_modules(config)
+    for name in branches:
+        if name not in modules:
+            raise CheckpointError(f"{path}: unexpected LoRA of layer {name!r}")
+    for name in modules:
+        if name not in branches:
+            raise CheckpointError(f"{path}: missing LoRA of layer {name!r}")
+    result: dict[str, SourceTensor] = {}
+    for name, branch in branches.items():
+        result[f"{name}.lora_A.weight"] = HeldTensor(branch.down)
+        result[f"{name}.lora_B.weight"] = HeldTensor(branch.up)
+    return result
+
+
+def _layer_and_kind(key: str, file: Path) -> tuple[str, str]:
+    """``transformer.X.lora_down.weight`` -> (X, "A")."""
+    if key.startswith(_TEXT):
+        raise CheckpointError(
+            f"{file}: {key!r} adapts a text encoder, which can't be done here; train or export the LoRA for the "
+            "transformer alone"
+        )
+    bare = key
+    for prefix in PREFIXES:  # peft's stands before the others
+        bare = bare.removeprefix(prefix)
+    if match := _XLABS.fullmatch(bare):
+        layer = _XLABS_LAYERS.get((match["part"], match["of"]))
+        if layer is not None:
+            return f"{match['block']}.{layer}", "A" if match["kind"] == "down" else "B"
+    if bare.endswith(".alpha"):
+        return bare.removesuffix(".alpha"), "alpha"
+    if match := _KEY.fullmatch(bare):
+        return match["name"], _KINDS[match["kind"]]
+    leaf = bare.rpartition(".")[2] if not bare.endswith(".weight") else bare.removesuffix(".weight").rpartition(".")[2]
+    for mark, method in _OTHERS.items():
+        if leaf.startswith(mark):
+            raise CheckpointError(f"{file}: {key!r} belongs to {method}, which is not read; only plain LoRA is")
+    raise CheckpointError(f"{file}: {key!r} is not a LoRA key (…lora_A.weight, …lora_B.weight or …alpha)")
+
+
+def _spellings(config: TransformerConfig) -> dict[str, Rows]:
+    """Every name that a layer has in LoRA files, and the stored layers that it is made of."""
+    layers = [
+        name.removesuffix(".weight") for name, shape in schema.transformer_tensors(config).items() if len(shape) == 2
+    ]
+    named = {layer: Rows((layer,)) for layer in layers} | dict(flux_layers(config))
+    with_underscores = {
+        f"{prefix}{name.replace('.', '_')}": rows
+        for prefix in ("lora_unet_", "lora_transformer_")
+        for name, rows in named.items()
+    }
+    return named | with_underscores
+
+
+def _branches(
+    name: str, pair: Mapping[str, Tensor], rows: Rows, config: TransformerConfig, settings: AdapterSettings, file: Path
+) -> list[tuple[str, LowRank]]:
+    """The branches of one key's layer, one for each stored layer."""
+    if not {"A", "B"} <= pair.keys():
+        raise CheckpointError(f"{file}: layer {name!r} has only a part of its LoRA ({', '.join(pair)})")
+    down, up = pair["A"], pair["B"]
+    shapes = schema.transformer_tensors(config)
+    if down.ndim == 4 and up.ndim == 4 and down.shape[2:] == up.shape[2:] == (1, 1):  # as a convolution of one pixel
+        down, up = down[..., 0, 0], up[..., 0, 0]
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not len(down):
+        raise CheckpointError(f"{file}: LoRA of {name!r}: shapes {list(down.shape)} and {list(up.shape)} don't fit")
+    outs = [shapes[f"{layer}.weight"][0] for layer in rows.layers]
+    if up.shape[0] == 3 * config.width < sum(outs):  # XLabs' single blocks: q, k and v only
+        outs, layers = outs[:3], rows.layers[:3]
+    else:
+        layers = rows.layers
+    inner = shapes[f"{layers[0]}.weight"][1]
+    if down.shape[1] != inner or up.shape[0] != sum(outs):
+        raise CheckpointError(
+            f"{file}: LoRA of {name!r} goes from {down.shape[1]} to {up.shape[0]} channels, the layer from {inner} to "
+            f"{sum(outs)}"
+        )
+    if "alpha" in pair and pair["alpha"].numel() != 1:
+        raise CheckpointError(f"{file}: alpha of {name!r} must be one number, has shape {list(pair['alpha'].shape)}")
+    rank = down.shape[0]
+    scale = settings.scale(name, rank, pair["alpha"].item() if "alpha" in pair else None, file)
+    up = up if scale == 1 else (up.double() * scale).to(up.dtype)
+    if rows.swapped:
+        up = torch.cat(up.chunk(2)[::-1])
+    return [(layer, LowRank(down, part)) for layer, part in zip(layers, up.split(outs), strict=True)]
