@@ -115,11 +115,12 @@ def export_folder(bundle: Bundle, output: str | Path | None) -> Path:
     """
     if output is None and bundle.path.resolve() == demo.BUNDLE.resolve():
         raise OutputError(f"{bundle.path}: lies in the package; name a folder with -o")
-    folder = bundle.path.resolve().parent if output is None else Path(output)
+    # Beside the name that was given: where a link points to is not ours to write to, such as a hub's cache.
+    folder = bundle.path.absolute().parent if output is None else Path(output)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file, not a folder")
     previous = previous_export(folder)
-    if previous is not None and previous.bundle["name"] != bundle.path.resolve().name:
+    if previous is not None and previous.bundle["name"] != bundle.path.name:
         raise OutputError(f"{folder}: holds the export of {previous.bundle['name']}; choose another folder with -o")
     return folder
 
@@ -171,7 +172,7 @@ def export_onnx(
             software={"mogle_rt": __version__, "onnx": onnx.__version__, "torch": torch.__version__},
             dtype=SHORT_NAMES[options.dtype],
             opset=options.opset,
-            bundle={"name": bundle.path.resolve().name, "sha256": bundle.content_hash},
+            bundle={"name": bundle.path.name, "sha256": bundle.content_hash},
             weights=describe_weights((new, folder), weights, options.weights),
             model_config=options.model.to_dict(),
             config=_json_config(bundle.config),

@@ -104,9 +104,9 @@ def place_weights(bundle: Bundle, folder: Path, new: Path, mode: Mode, dtype: to
         OutputError: the folder is on another file system than the bundle and the mode is "link"; or can't be written.
     """
     if mode == "link":
-        path = bundle.path.resolve()
-        _link(path, folder, new)
-        return Weights(bundle.tensors, path.name, bundle, dtype, bundle.content_hash)
+        name = _linked_name(bundle, folder)
+        _link(bundle.path.resolve(), folder, new, name)
+        return Weights(bundle.tensors, name, bundle, dtype, bundle.content_hash)
     if mode == "copy":
         target = folder / COPY_NAME
         if target.exists() and target.samefile(bundle.path):
@@ -121,9 +121,15 @@ def place_weights(bundle: Bundle, folder: Path, new: Path, mode: Mode, dtype: to
     return Weights(bundle.tensors, None, bundle, dtype, "")
 
 
-def _link(path: Path, folder: Path, new: Path) -> None:
-    """The bundle under its own name beside the graphs."""
-    target = folder / path.name
+def _linked_name(bundle: Bundle, folder: Path) -> str:
+    """The bundle's name; where that is a symbolic link in the same folder, which no loader follows, another one."""
+    given = folder / bundle.path.name
+    return COPY_NAME if given.is_symlink() and given.exists() and given.samefile(bundle.path) else bundle.path.name
+
+
+def _link(path: Path, folder: Path, new: Path, name: str) -> None:
+    """The bundle's file under this name beside the graphs."""
+    target = folder / name
     if target.is_symlink():
         raise OutputError(
             f"{target}: is a symbolic link, which no loader follows; export to {path.parent}, or with weights copy"
@@ -132,10 +138,10 @@ def _link(path: Path, folder: Path, new: Path) -> None:
         if not target.samefile(path) and not _same(path, target):
             raise OutputError(f"{target}: another file of the bundle's name is there; choose another folder")
         return
-    if _clone(path, new / path.name):
+    if _clone(path, new / name):
         return
     try:
-        os.link(path, new / path.name)
+        os.link(path, new / name)
     except OSError as error:
         raise OutputError(
             f"{folder}: the bundle can't be linked into it ({error.strerror}); choose a folder on its file system, "

@@ -501,7 +501,7 @@ SOURCES = {
     "no_vae": Case(lambda f: shutil.rmtree(f.flux / "vae"), ("vae/config.json", "no such file")),
     "flux_a_file": Case(
         lambda f: f.flux.rename(f.folder / "x").with_name("flux").touch(),
-        ("flux/transformer/config.json", "Not a directory"),
+        ("flux: is a file", "--transformer"),
     ),
     "config_not_json": Case(lambda f: (f.flux / "vae/config.json").write_text("{,"), ("vae/config.json", "JSON")),
     "config_too_deep": Case(
@@ -557,7 +557,7 @@ SOURCES = {
         tensors_of("transformer", lambda t: t.update({X: t[X].byte()})), (f"transformer.{X}", "torch.uint8")
     ),
     "tensor_of_float8": Case(
-        tensors_of("transformer", lambda t: t.update({X: t[X].to(torch.float8_e4m3fn)})), (X, "F8_E4M3")
+        tensors_of("transformer", lambda t: t.update({X: t[X].to(torch.float8_e4m3fn)})), (X, "float8_e4m3fn")
     ),
     "nan": Case(tensors_of("transformer", lambda t: t[X][3, 5:6].fill_(float("nan"))), (X, "NaN or infinite values")),
     "infinity": Case(
@@ -641,7 +641,8 @@ SOURCES = {
         tensors_of("lora", lambda t: t.update({LORA_A: torch.ones(0, 64), LORA_B: torch.ones(32, 0)})), ("[0, 64]",)
     ),
     "lora_of_other_width": Case(
-        tensors_of("lora", lambda t: t.update({LORA_A: torch.ones(4, 65)})), ("[4, 65], expected [4, 64]",)
+        tensors_of("lora", lambda t: t.update({LORA_A: torch.ones(4, 65)})),
+        ("goes from 65 to 32 channels, the layer from 64 to 32",),
     ),
     "lora_of_one_dimension": Case(
         tensors_of("lora", lambda t: t.update({LORA_A: torch.ones(4)})), ("[4] and [32, 4] don't fit",)
@@ -651,7 +652,7 @@ SOURCES = {
     ),
     "lora_alpha_nan": Case(
         tensors_of("lora", lambda t: t.update({"x_embedder.alpha": torch.tensor(torch.nan)})),
-        ("x_embedder.lora_B", "NaN"),
+        ("scale of 'x_embedder'", "nan"),
     ),
     "lora_metadata_not_json": Case(lora_metadata("{"), ("lora_adapter_metadata is damaged",)),
     "lora_metadata_a_list": Case(lora_metadata("[1]"), ("lora_adapter_metadata is damaged",)),

@@ -191,8 +191,11 @@ def _without_extras(tensors: Mapping[str, SourceTensor], part: str, where: Path)
     result = {name: tensor for name, tensor in tensors.items() if not name.endswith(".position_ids")}
     if part == "text_encoder":
         result.pop("text_projection.weight", None)
-    if "shared.weight" in result and (other := result.pop("encoder.embed_tokens.weight", None)) is not None:
-        shared = result["shared.weight"]
+    other = result.pop("encoder.embed_tokens.weight", None)
+    if other is None:
+        return result
+    shared = result.setdefault("shared.weight", other)
+    if shared is not other:
         same = shared.shape == other.shape and shared.dtype == other.dtype
         if not same or not all(map(torch.equal, shared.chunks(), other.chunks())):
             raise CheckpointError(

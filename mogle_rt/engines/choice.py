@@ -36,7 +36,7 @@ def export_folder(path: str | Path | None, checkpoint: str | Path) -> Path:
         return Path(path)
     if bundle.resolve() == demo.BUNDLE.resolve():
         raise ConfigError(f"{bundle}: lies in the package; name the folder of its export with engine_path")
-    return bundle.resolve().parent
+    return bundle.absolute().parent  # of the name that was given: a link's target may lie in a hub's cache
 
 
 def engine_dtype(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import struct
 import subprocess
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mogle_rt
-from mogle_rt import Pipeline
+from mogle_rt import CheckpointError, Pipeline
 from mogle_rt.bundle import schema
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import FLUX_DEV, TransformerConfig
@@ -217,7 +218,8 @@ def test_alphas_in_adapter_metadata(prefix: str, stabilised: bool, tiny_files: F
     ranks = mixed_ranks()
     lora = random_lora(ranks)
     patterns = {"transformer_blocks.1.attn.to_q": 5, "proj_mlp": 6, r".*\.ff\.net\.2": 7}
-    metadata = {"r": 4, "lora_alpha": 2, "alpha_pattern": patterns, "use_rslora": stabilised}
+    metadata = {"lora_alpha": 2, "alpha_pattern": patterns, "use_rslora": stabilised}
+    metadata |= {"r": 4, "rank_pattern": {rf"^{re.escape(name)}": rank for name, rank in ranks.items()}}
     output = convert_lora(
         tiny_files, lora, tmp_path / "b.safetensors", {f"{prefix}{k}": v for k, v in metadata.items()}
     )
@@ -229,11 +231,14 @@ def test_alphas_in_adapter_metadata(prefix: str, stabilised: bool, tiny_files: F
     assert_deltas(output, lora, scales)
 
 
-def test_alpha_tensors_go_before_metadata(tiny_files: Files, tmp_path: Path) -> None:
+def test_alpha_tensors_and_metadata_must_agree(tiny_files: Files, tmp_path: Path) -> None:
     lora = random_lora(dict.fromkeys(LORA_MODULES, 4))
-    given = lora | {"x_embedder.alpha": torch.tensor(12.0)}
+    given = lora | {"x_embedder.alpha": torch.tensor(8.0)}
     output = convert_lora(tiny_files, given, tmp_path / "b.safetensors", {"lora_alpha": 8})
-    assert_deltas(output, lora, dict.fromkeys(LORA_MODULES, 2.0) | {"x_embedder": 3.0})
+    assert_deltas(output, lora, dict.fromkeys(LORA_MODULES, 2.0))
+    given["x_embedder.alpha"] = torch.tensor(12.0)
+    with pytest.raises(CheckpointError, match=r"alpha of 'x_embedder' is 12, .*lora_adapter_metadata says 8"):
+        convert_lora(tiny_files, given, tmp_path / "b.safetensors", {"lora_alpha": 8})
 
 
 def test_an_alpha_of_twice_the_rank_doubles_b(tiny_files: Files, tmp_path: Path) -> None:

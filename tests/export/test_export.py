@@ -437,10 +437,34 @@ def test_large_weights_cant_be_embedded(tiny_bundle: Path, tmp_path: Path, monke
         export(tiny_bundle, tmp_path, weights="embed")
 
 
-def test_symbolic_links_are_refused(tiny_bundle: Path, tmp_path: Path) -> None:
-    (tmp_path / tiny_bundle.name).symlink_to(tiny_bundle)
+def test_a_link_to_another_file_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(b"x")
+    (tmp_path / tiny_bundle.name).symlink_to(tmp_path / "other")
     with pytest.raises(OutputError, match="symbolic link, which no loader follows"):
         export(tiny_bundle, tmp_path)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_bundle_that_is_a_link_into_a_cache(named: bool, tiny_bundle: Path, tmp_path: Path) -> None:
+    """As a hub's snapshot: the export lies beside the name that was given, and nothing in the cache changes."""
+    cache, own = tmp_path / "blobs", tmp_path / "snapshot"
+    cache.mkdir()
+    own.mkdir()
+    blob = cache / "0123456789abcdef"
+    blob.write_bytes(tiny_bundle.read_bytes())
+    (own / "ckpt.safetensors").symlink_to(blob)
+    folder = export(own / "ckpt.safetensors", own if named else None)
+    assert folder.resolve() == own.resolve()
+    assert list(cache.iterdir()) == [blob]
+    export(own / "ckpt.safetensors")  # again, over the first one
+    pipe = Pipeline(own / "ckpt.safetensors", device="cpu", engine="onnxruntime")
+    arguments: dict[str, Any] = {"num_inference_steps": 1, "height": 32, "width": 32, "output_type": "latent"}
+    images = [
+        p(None, "a woman", generator=torch.Generator().manual_seed(0), **arguments).images
+        for p in (pipe, Pipeline(tiny_bundle, device="cpu"))
+    ]
+    assert_close(images[0], images[1], rms=1e-5)
+    assert blob.read_bytes() == tiny_bundle.read_bytes()
 
 
 def test_unknown_vae(tiny_bundle: Path) -> None:
