@@ -188,6 +188,8 @@ class PrepareGraph:
             precise = g.node("Unsqueeze", g.cast(ids, double), g.const([1]))
             angles.append(g.mul(precise, g.const(frequencies, double)))
         joined = g.concat(angles, axis=1)
-        for name, op in (("rope_cos", "Cos"), ("rope_sin", "Sin")):
-            table = g.cast(g.node(op, joined), torch.float32)
+        # onnxruntime has sines of float64, and cosines only since 1.29: cos(a) = sin(a + π / 2).
+        quarter = g.add(joined, g.const(np.array(math.pi / 2), double))
+        for name, angle in (("rope_cos", quarter), ("rope_sin", joined)):
+            table = g.cast(g.node("Sin", angle), torch.float32)
             g.output(table, name, ("sequence", self.t.attention_head_dim // 2), torch.float32)
