@@ -112,12 +112,11 @@ def parse(words: list[str]) -> None:
         AssertionError: there is no such command.
         click's UsageError (whatever module typer has it from): no such option, or a value that is refused.
     """
-    program: Any
+    program: Any = get_command(app)
     if words[0] == "mogle-rt":
-        commands_of: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
         name, *arguments = words[1:]
-        assert name in commands_of, f"mogle-rt has no command {name}"
-        program = commands_of[name]
+        assert name in program.commands, f"mogle-rt has no command {name}"
+        program = program.commands[name]
     else:
         name, program, arguments = "mogle_rt.export", get_command(export_app), words[3:]
     if arguments not in ([], ["--help"]):
