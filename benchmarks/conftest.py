@@ -1,7 +1,7 @@
-"""`pytest benchmarks/ --benchmark-only`: options, fixtures and the table at the end.
+"""`pytest benchmarks/ --benchmark-only`: its options, its fixtures, and the table that it prints at the end.
 
-``--results PATH`` writes the table, with machine, versions and date, and a plot beside it. JSON by pytest-benchmark's
-own ``--benchmark-json PATH``.
+``--results PATH`` writes the table with the machine, the versions and the date, and a plot beside it.
+pytest-benchmark's own option ``--benchmark-json PATH`` writes JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.sizes import Models, face_mask
 from mogle_rt.config import parse_dtype
 from mogle_rt.masks import Labels, to_labels
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no benchmark may reach for the network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no benchmark may use the network
 
 ROWS = pytest.StashKey[list[Row]]()
 MACHINE = pytest.StashKey[Machine]()
@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Timing takes minutes: only when it is asked for."""
+    """Skip what was not asked for: timing takes minutes, so it needs --benchmark-only, and some of it --long."""
     for item in items:
         if not item.path.is_relative_to(Path(__file__).parent):
             continue
@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def machine(request: pytest.FixtureRequest) -> Machine:
-    """The device, and its limits as measured now."""
+    """The device, and its limits as they are measured at the start of this run."""
     name = request.config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     # float32 means float32: cuDNN would otherwise round a convolution's inputs to TF32.
     torch.backends.cudnn.allow_tf32 = False
@@ -71,7 +71,7 @@ def machine(request: pytest.FixtureRequest) -> Machine:
 
 @pytest.fixture(autouse=True)
 def _clock(request: pytest.FixtureRequest) -> None:
-    """pytest-benchmark takes its time from the machine's clock: on a GPU, from CUDA events."""
+    """Give pytest-benchmark the machine's clock, which on a GPU reads CUDA events."""
     clock = request.getfixturevalue("machine").clock
     request.node.add_marker(pytest.mark.benchmark(timer=clock))
 
@@ -98,20 +98,20 @@ def models(machine: Machine) -> Iterator[ModelsOf]:
 
 @pytest.fixture(scope="session")
 def mask(request: pytest.FixtureRequest) -> Labels:
-    """The mask that all benchmarks use, of any size."""
+    """The mask that all benchmarks use. Its size does not matter, as it is resized."""
     path = request.config.getoption("mask")
     return to_labels(path) if path else face_mask()
 
 
 @pytest.fixture
 def compare(request: pytest.FixtureRequest, _clock: None, machine: Machine, benchmark: BenchmarkFixture) -> SideBySide:
-    """Times the engine beside the baseline."""
+    """What a benchmark calls to time the engine beside the baseline."""
     config = request.config
     return SideBySide(benchmark, machine, config.stash[ROWS], config.getoption("patience"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """The table of ratios, and the files if they were asked for."""
+    """Print the table of ratios, and write the files that were asked for."""
     rows, machine = config.stash[ROWS], config.stash.get(MACHINE, None)
     if not rows or machine is None:
         return

@@ -1,7 +1,7 @@
-"""How fast a processor gets what another one has just written.
+"""How fast one processor can read what another one has just written.
 
-Work that is spread over processors passes through this all the time. In a virtual machine it may change while a program
-runs: the host moves virtual processors between real ones, which share a cache or don't.
+Work that is spread over several processors does this all the time. In a virtual machine the speed may change while a
+program runs, because the host moves virtual processors between real ones, and these may or may not share a cache.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-SIZE, LINE = 1 << 19, 64  # bytes: of the data, which fit a processor's own cache, and of a cache's line
+SIZE, LINE = 1 << 19, 64  # bytes of the data, which fit a processor's own cache; and of a cache line
 ROUNDS = 20
 
 
 def transfer_rate() -> float | None:
-    """Bytes a second, from the first to the second processor that this process may use.
+    """Bytes a second from the first to the second processor that this process may use.
 
-    None where there is one only, or the system doesn't bind threads to processors.
+    None if there is only one, or if the system can't bind a thread to a processor.
     """
     if not hasattr(os, "sched_setaffinity"):
         return None
@@ -28,7 +28,7 @@ def transfer_rate() -> float | None:
     if len(processors) < 2:
         return None
     data = np.zeros((SIZE // LINE, LINE // 8))
-    lines = np.random.default_rng(0).permutation(len(data))  # in an order that no prefetcher guesses
+    lines = np.random.default_rng(0).permutation(len(data))  # a random order, which the processor can't fetch ahead
 
     def write() -> None:
         np.add(data, 1, out=data)
@@ -41,7 +41,7 @@ def transfer_rate() -> float | None:
     with ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as reader:
         try:
             for thread, processor in zip((writer, reader), processors, strict=True):
-                thread.submit(os.sched_setaffinity, 0, {processor}).result()  # 0: the thread itself, no other
+                thread.submit(os.sched_setaffinity, 0, {processor}).result()  # 0 means the calling thread
         except OSError:
             return None
         times = []

@@ -1,4 +1,4 @@
-"""FLOPs of a call: counted on the call itself, and for a step the closed form that the count must agree with."""
+"""FLOPs of a call, counted while it runs; and for a step also by a formula, which the count must agree with."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _linear(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
 
 
 def _fused_kernels() -> dict[Any, Callable[..., int]]:
-    """Of the runtime's own operators, what each declares."""
+    """For each of the runtime's own operators, a function that returns the FLOPs which its kernel declares."""
     if importlib.util.find_spec("triton") is None:
         return {}
     from mogle_rt.ops import triton_ops
@@ -37,23 +37,24 @@ def _fused_kernels() -> dict[Any, Callable[..., int]]:
         def flops(*args: Any, out_val: Any = None) -> int:
             return triton_ops.declared(name, args).flops
 
-        flops._get_raw = True  # type: ignore[attr-defined]  # arguments as they are, not their shapes
+        flops._get_raw = True  # type: ignore[attr-defined]  # it gets the arguments, not their shapes
         return flops
 
     return {getattr(torch.ops.mogle_rt, name.split("::")[1]): formula(name) for name in triton_ops.OPERATORS}
 
 
 def count(call: Callable[[], T]) -> tuple[T, int]:
-    """The call's result and its FLOPs in matrix products, convolutions and attention."""
+    """Returns the call's result, and its FLOPs in matrix products, convolutions and attention."""
     result, operations = by_operation(call)
     return result, sum(operations.values())
 
 
 def by_operation(call: Callable[[], T]) -> tuple[T, dict[Any, int]]:
-    """The same by operation (an overload packet).
+    """The same as `count`, with the FLOPs of each operation (an overload packet of PyTorch).
 
-    PyTorch's counter leaves out the CPU's attention kernel, products that add in place or go through an activation,
-    and fused kernels; they are added here. A CUDA graph's replay shows none of its operations: count an eager call.
+    PyTorch's counter leaves out the CPU's attention kernel, products that add in place or apply an activation, and
+    fused kernels; they are added here. The replay of a CUDA graph shows none of its operations, so count a call that
+    runs them one by one.
     """
     aten = torch.ops.aten
     missing: dict[Any, Callable[..., int]] = {
@@ -72,7 +73,8 @@ def by_operation(call: Callable[[], T]) -> tuple[T, dict[Any, int]]:
 def step(config: TransformerConfig, text: int, tokens: int) -> int:
     """FLOPs that one step of one image needs, without its LoRA and experts.
 
-    No modulation (known before the loop), and of the last single block image rows only, but for k and v.
+    Modulations don't count, because they are known before the loop. Of the last single block only the image rows count,
+    except for k and v, which all rows need.
 
     Args:
         config: the transformer's shape.

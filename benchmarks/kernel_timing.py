@@ -1,4 +1,4 @@
-"""Time of GPU kernels alone: many calls in one CUDA graph, on more memory than the GPU's cache holds."""
+"""Times GPU kernels alone, by many calls in one CUDA graph that use more memory than the GPU's cache holds."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 from mogle_rt.kernels.workloads import Workload, workloads
 
-CACHES = 4  # the arguments of a graph's calls are so many times as large as the cache
+CACHES = 4  # how many times larger than the cache the arguments of a graph's calls are, all together
 
 
 def calls_beyond_cache(name: str, dtype: torch.dtype, run: str = "run") -> list[Callable[[], None]]:
-    """Calls of one workload (its kernel, or with ``run="reference"`` its twin), each on arguments of its own."""
+    """Calls of one workload, each with its own arguments; with ``run="reference"`` of its PyTorch twin, not the kernel."""
     probe = next(w for w in workloads(dtype, "meta") if w.name == name)
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     count = max(2, math.ceil(CACHES * cache / probe.declared().moved))
@@ -32,7 +32,7 @@ def _one(name: str, dtype: torch.dtype) -> Workload:
 
 
 def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """One graph of all calls, after each was run once (compiling can't be captured)."""
+    """One graph of all calls. Each call is run once before, because compiling can't be captured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -47,7 +47,7 @@ def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 
 
 def seconds(calls: Sequence[Callable[[], object]], rounds: int = 20) -> float:
-    """Of one call on the GPU, the median of replays, by CUDA events."""
+    """Seconds that one call takes on the GPU, by CUDA events: the median over replays of the graph."""
     graph = captured(calls)
     for _ in range(3):
         graph.replay()
@@ -63,13 +63,13 @@ def seconds(calls: Sequence[Callable[[], object]], rounds: int = 20) -> float:
 
 
 def copy_rate() -> float:
-    """Bytes read and written a second by a copy of 1 GiB."""
+    """Bytes that a copy of 1 GiB reads and writes in a second."""
     source = torch.zeros(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds([lambda: target.copy_(source)])
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a product of two 8192 x 8192 matrices (fp32 without TF32)."""
+    """FLOP/s of a product of two 8192 x 8192 matrices. float32 is computed without TF32."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
     return 2 * 8192**3 / seconds([lambda: torch.mm(a, b)], rounds=5)

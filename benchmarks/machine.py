@@ -1,4 +1,4 @@
-"""What this machine can do, measured: the rate of plain matrix products and of copies. And how time is taken on it."""
+"""Measures what this machine can do: the rates of plain matrix products and of copies. It also holds the clocks."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from torch.nn.functional import linear
 from mogle_rt.linear import onednn
 
 Clock = Callable[[], float]
-Shape = tuple[int, int, int]  # of a product: rows, in, out
+Shape = tuple[int, int, int]  # of a product: rows, input features, output features
 
-# The last four are the models' own: FLUX width at 512 px, width 256 at 256 px.
+# The last four occur in the models that are timed: in FLUX's width at 512 px, and in width 256 at 256 px.
 PRODUCTS: tuple[Shape, ...] = (
     (2048, 2048, 2048),
     (4096, 4096, 4096),
@@ -36,10 +36,13 @@ COPIES = tuple(2**power for power in (20, 24, 26, 28, 30))  # bytes
 
 
 def keep_freed_memory() -> bool:
-    """Have C's allocator keep what is freed, on either side alike. Whether it does: only glibc's is known.
+    """Tell C's allocator to keep memory that is freed, for both sides alike.
 
-    By itself it gives memory back to the system and asks for it again, and a call that makes large tensors takes up to a
-    fifth longer or not, by the chance of where small ones lie.
+    By itself the allocator sometimes returns memory to the system and asks for it again. Whether it does depends on
+    where small tensors happen to lie, and a call that makes large tensors then takes up to a fifth longer.
+
+    Returns:
+        Whether it will. This is known for glibc's allocator only.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -49,7 +52,7 @@ def keep_freed_memory() -> bool:
 
 
 class CudaClock:
-    """Seconds of the GPU's own time, by CUDA events. Reading it waits for what was launched."""
+    """Seconds of the GPU's own time, by CUDA events. Reading the clock waits for all work that was launched."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -57,7 +60,7 @@ class CudaClock:
 
     def __call__(self) -> float:
         now = self._event()
-        self._seconds += self._last.elapsed_time(now) / 1000  # float32: short spans only, so they are summed
+        self._seconds += self._last.elapsed_time(now) / 1000  # float32: exact for short spans only
         self._last = now
         return self._seconds
 
@@ -87,7 +90,7 @@ class Machine:
         self.copies = {size: self._copy_rate(size) for size in COPIES}
 
     def product(self, shape: Shape) -> Callable[[], Tensor]:
-        """A call that multiplies random matrices of this shape, as a linear layer does; the faster of two libraries'."""
+        """A call that multiplies random matrices of this shape as a linear layer does, by the faster of two libraries."""
         rows, inner, outer = shape
         x = torch.randn((rows, inner), device=self.device, dtype=self.dtype)
         weight = torch.randn((outer, inner), device=self.device, dtype=self.dtype)
@@ -98,7 +101,7 @@ class Machine:
         return min(calls, key=self._best)
 
     def _best(self, run: Callable[[], object], at_least: float = 0.3) -> float:
-        """Seconds of the fastest run; three runs or more, for ``at_least`` seconds."""
+        """Seconds of the fastest run. There are three runs or more, and they take ``at_least`` seconds together."""
         run()
         best, done, start = float("inf"), 0, time.perf_counter()
         while done < 3 or time.perf_counter() - start < at_least:
@@ -124,7 +127,7 @@ class Machine:
         return self.copies[COPIES[-1]]
 
     def product_rate_now(self, shape: Shape, product: Callable[[], Tensor]) -> float:
-        """FLOP/s of `product`, the median of a few: what the machine gives at this moment."""
+        """FLOP/s that the machine reaches at this moment with `product`: the median of a few runs."""
         rates: list[float] = []
         start = time.perf_counter()
         while not rates or time.perf_counter() - start < 0.05:
@@ -135,12 +138,12 @@ class Machine:
         return statistics.median(rates)
 
     def copy_seconds(self, moved: int) -> float:
-        """The least time in which so many bytes can be read or written; small amounts may lie in a cache."""
+        """The least seconds in which ``moved`` bytes can be read or written. Small amounts may lie in a cache."""
         rates = [rate for size, rate in self.copies.items() if 2 * size >= moved]
         return moved / max(rates or [self.copy_rate])
 
     def describe(self) -> dict[str, str]:
-        """Hardware, versions and date, for a report."""
+        """The hardware, the versions and the date, as a report shows them."""
         facts = {"date": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")}
         if self.device.type == "cuda":
             facts["GPU"] = torch.cuda.get_device_name(self.device)
@@ -153,7 +156,7 @@ class Machine:
         facts["matrix products"] = ", ".join(
             f"{rate / 1e9:.0f} GFLOP/s at {' x '.join(map(str, shape))}" for shape, rate in self.products.items()
         )
-        facts["memory"] = "freed blocks up to 32 MiB are kept" if self.keeps_memory else "as the allocator likes"
+        facts["memory"] = "freed blocks up to 32 MiB are kept" if self.keeps_memory else "kept as the allocator decides"
         size = max(self.copies, key=lambda size: self.copies[size])
         facts["copies"] = (
             f"{self.copy_rate / 1e9:.1f} GB/s read and written ({self.copies[size] / 1e9:.1f} at {size >> 20} MiB)"

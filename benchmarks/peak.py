@@ -1,6 +1,7 @@
-"""Memory that loading takes: ``python -m benchmarks.peak engine|baseline FOLDER`` prints it as JSON, in bytes.
+"""Measures the memory that loading takes: ``python -m benchmarks.peak engine|baseline FOLDER`` prints bytes as JSON.
 
-A process of its own, since a peak is a process's. Counted from what it holds once everything is imported.
+It runs in a process of its own, because the system keeps one peak for each process. What the process holds after
+everything was imported does not count.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ GUIDANCE = 3.5
 
 
 def peak() -> int:
-    """Most bytes that this process ever held resident.
+    """The most bytes that this process has ever held in memory.
 
-    Linux: VmHWM rather than ru_maxrss, which a child inherits from the process that started it.
+    On Linux this is VmHWM and not ru_maxrss, which a process inherits from the one that started it.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -34,32 +35,32 @@ def peak() -> int:
 
 
 def warm_up() -> None:
-    """Let the libraries take what they keep for themselves."""
+    """Use the libraries once, so that they take the memory that they keep for themselves."""
     x = torch.randn(64, 64)
     torch.nn.functional.conv2d((x @ x)[None, None], x[None, None, :3, :3])
 
 
 def load_engine(folder: Path) -> Any:
-    """The runtime's way: one bundle."""
+    """Load the runtime's way, from one bundle."""
     from mogle_rt import Pipeline
 
     return Pipeline(folder / "bundle.safetensors", device="cpu", dtype="fp32")
 
 
 def load_baseline(folder: Path) -> Any:
-    """diffusers' and peft's way: the files that the bundle was made of."""
+    """Load by diffusers and peft, from the files that the bundle was made of."""
     from benchmarks.baseline import Baseline
 
     return Baseline.from_files(folder / "flux", folder / "pytorch_lora_weights.safetensors", folder / "mogle.pt")
 
 
 def stop(pipe: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> None:
-    """After the first step."""
+    """The latents after the first step."""
     pipe.interrupt = True
 
 
 def first_step(model: Any, labels: torch.Tensor, prompt: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-    """Mask and first step of an image, in which every weight but the decoder's has a part: latents (1, N, 64)."""
+    """Encode a mask and make the first step, which uses every weight but the decoder's. Returns latents (1, N, 64)."""
     from benchmarks.baseline import Baseline, schedule
 
     if isinstance(model, Baseline):
@@ -71,7 +72,7 @@ def first_step(model: Any, labels: torch.Tensor, prompt: torch.Tensor, pooled: t
 
 
 def first_image(model: Any, labels: torch.Tensor, prompt: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-    """(1, 3, H, W)"""
+    """Draw an image, (1, 3, H, W)."""
     from benchmarks.baseline import Baseline
 
     if isinstance(model, Baseline):
@@ -84,7 +85,7 @@ def first_image(model: Any, labels: torch.Tensor, prompt: torch.Tensor, pooled: 
 def by_pipeline(
     pipe: Any, labels: torch.Tensor, prompt: torch.Tensor, pooled: torch.Tensor, **options: Any
 ) -> torch.Tensor:
-    """The runtime's images or latents."""
+    """Call the runtime. Returns its images or latents."""
     images = pipe(
         labels.numpy(),
         prompt_embeds=prompt,
@@ -101,19 +102,19 @@ def by_pipeline(
 
 
 def noise() -> torch.Tensor:
-    """(1, N, 64)"""
+    """The noise to begin with, (1, N, 64)."""
     return torch.randn(1, (PIXELS // 16) ** 2, 64, generator=torch.Generator().manual_seed(0))
 
 
 def step_inputs(joint: int, pooled: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Labels and text for `first_step` and `first_image`, of a model with these widths."""
+    """Labels and text embeddings for `first_step` and `first_image`, for a model with these widths."""
     labels = torch.arange(PIXELS * PIXELS, dtype=torch.int64).view(PIXELS, PIXELS) // 512 % 19
     return labels.to(torch.uint8), torch.randn(1, TEXT, joint), torch.randn(1, pooled)
 
 
 def main() -> None:
-    """Load, make a step, tell."""
-    for module in ("benchmarks.baseline", "mogle_rt.pipeline"):  # imported first: their memory is not loading's
+    """Load, make a step, and print what that took."""
+    for module in ("benchmarks.baseline", "mogle_rt.pipeline"):  # imported now, so that they don't count
         import_module(module)
     which, folder = sys.argv[1], Path(sys.argv[2])
     load = load_engine if which == "engine" else load_baseline

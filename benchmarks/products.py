@@ -1,7 +1,8 @@
-"""What a call's matrix products and attention take of its time.
+"""Measures how much of a call's time is spent on matrix products and attention.
 
-What an engine on the same library calls can't be faster than: FLOPs over the rate of one large product say less, as
-small products, on operands that the operation before left in the cache of another core, don't reach that rate.
+An engine that makes the same library calls can't be faster than these. Dividing the FLOPs by the rate of one large
+product tells less: small products don't reach this rate, because the operation before may have left their operands in
+the cache of another core.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.machine import Clock
 
 aten = torch.ops.aten
-PRODUCTS = {  # and attention, whole or by its three operations
+PRODUCTS = {  # and attention, as a whole or as its three operations
     aten.mm,
     aten.addmm,
     aten.addmm_,
@@ -26,7 +27,7 @@ PRODUCTS = {  # and attention, whole or by its three operations
     aten.linear,
     aten.scaled_dot_product_attention,
     aten._scaled_dot_product_flash_attention_for_cpu,
-    getattr(torch.ops.mkldnn, "_linear_pointwise", None),  # not in every PyTorch
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None),  # not every PyTorch has it
 }
 
 
@@ -45,7 +46,7 @@ class _Stopwatch(TorchDispatchMode):
 
 
 def within(call: Callable[[], object], clock: Clock) -> Callable[[], float]:
-    """A function that makes the call and says how many seconds its products and attention took."""
+    """A function that makes the call and returns the seconds that its products and attention took."""
 
     def run() -> float:
         with _Stopwatch(clock) as stopwatch:

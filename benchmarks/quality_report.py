@@ -1,4 +1,4 @@
-"""A quality report as Markdown: tables from what `benchmarks.quality` measured, between notes written by hand.
+"""Writes a quality report in Markdown: tables of what `benchmarks.quality` measured, between notes written by hand.
 
     python -m benchmarks.quality_report benchmarks/QUALITY.json benchmarks/QUALITY.md
 
@@ -41,7 +41,7 @@ def _rows(report: dict[str, Any], names: list[str]) -> list[str]:
 
 
 def to_markdown(report: dict[str, Any]) -> str:
-    """All tables of a report."""
+    """All tables of a report, as lines of Markdown."""
     runs = [n for n in report if isinstance(report[n], dict) and "faces" in report[n]]
     main = [n for n in runs if not n.startswith("ablation")]
     lines = [f"Bundle {report['bundle_sha256'][:16]}….", "", *_rows(report, main), ""]

@@ -1,4 +1,4 @@
-"""Measured rows as a table on the terminal, as benchmarks/RESULTS.md and as a plot."""
+"""Shows what was measured: as a table on the terminal, as benchmarks/RESULTS.md, and as a plot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ORDER = ("experts and gate", "step", "image", "engines", "mask", "load", "peak memory")  # of groups
-NOISY = 0.15  # spread, or others' share of the processors, above which a figure is marked
+NOISY = 0.15  # a figure is marked where its spread, or the processor time of other programs, is above this share
 HEADINGS = (
     "",
     "engine",
@@ -30,13 +30,13 @@ class Row:
 
     Attributes:
         group, name: what was measured.
-        engine, baseline: medians, in ``unit``.
-        limit: the least that this machine can do it in, None where no limit is known. ``bound``: what sets it.
-        fastest_ratio: ratio of the fastest rounds, which a busy machine disturbs less than medians; 0 if unknown.
-        spread: half the distance of the quartiles over the median, the larger of both sides'.
-        others: share of the processors that other programs took meanwhile.
-        core: what the engine's own products take of its time, None where they weren't timed.
-        transfers: bytes a second from one processor to another meanwhile, None if unknown; see `benchmarks.cores`.
+        engine, baseline: the medians of the two sides, in ``unit``.
+        limit: the least that is possible on this machine, or None if no limit is known. ``bound``: what sets the limit.
+        fastest_ratio: the ratio of the fastest rounds, which a busy machine disturbs less than medians; 0 if unknown.
+        spread: half the distance between the quartiles, divided by the median; the larger of the two sides.
+        others: the share of the processors' time that other programs took meanwhile.
+        core: the time of the engine's own products and attention, or None if they were not timed.
+        transfers: bytes a second from one processor to another meanwhile, or None if unknown; see `benchmarks.cores`.
     """
 
     group: str
@@ -71,7 +71,7 @@ class Row:
         return max(self.spread, self.others) > NOISY
 
     def cells(self) -> tuple[str, ...]:
-        """As `HEADINGS`."""
+        """The row's texts, in the order of `HEADINGS`."""
         limit = "-" if self.limit is None else f"{_number(self.limit)} {self.unit} ({self.bound})"
         return (
             self.title,
@@ -89,19 +89,19 @@ class Row:
 
 
 def _number(value: float) -> str:
-    """Three digits."""
+    """A number with three digits."""
     if not value or not math.isfinite(value):
         return f"{value:g}"
     return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
-    """Group by group."""
+    """The rows, sorted by their groups."""
     return sorted(rows, key=lambda row: ORDER.index(row.group))
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Aligned lines; they are a table in Markdown too."""
+    """The table as aligned lines, which Markdown reads as a table too."""
     lines = [HEADINGS, *(row.cells() for row in ordered(rows))]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
 
@@ -114,7 +114,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     return [line(lines[0]), line(rule), *(line(cells) for cells in lines[1:])]
 
 
-# A step of the reference's own code, batch 1, float32, on another 2-core CPU: ms, by the name of the row.
+# Milliseconds of a step of the reference's own code (batch 1, float32, another 2-core CPU), by the name of the row.
 REFERENCE_STEP = {
     "tiny, 64 px": 19.8,
     "width 256, 128 px": 69.0,
@@ -124,7 +124,7 @@ REFERENCE_STEP = {
 
 
 def honesty(rows: Sequence[Row]) -> list[str]:
-    """The baseline's steps beside the reference's own: on a fair baseline the last column is about one number."""
+    """The baseline's steps beside the reference's own: if it is fair, the last column is about the same in all rows."""
     steps = {row.name: row for row in rows if row.group == "step"}
     lines = [
         f"| {name} | {_number(steps[f'{name}, batch 1'].baseline)} ms | {_number(theirs)} ms "
@@ -142,7 +142,7 @@ def honesty(rows: Sequence[Row]) -> list[str]:
 
 
 def cores(rows: Sequence[Row]) -> list[str]:
-    """How near the engine is to its own products."""
+    """How near the engine's time is to that of its own products and attention."""
     lines = [
         f"| {row.title} | {_number(row.engine)} ms | {_number(row.core)} ms | {_number(row.engine / row.core)} "
         f"| {_number(row.ratio)}x | {_number(row.baseline / row.core)}x |"
@@ -152,33 +152,35 @@ def cores(rows: Sequence[Row]) -> list[str]:
     if not lines:
         return []
     heading = [
-        "| | engine | of it products and attention | engine / these | ratio | ratio if there were nothing else |",
+        "| | engine | its products and attention | engine / these | ratio | ratio if there were nothing else |",
         "| --- | --: | --: | --: | --: | --: |",
     ]
-    text = "What the engine's own matrix products and attention take of its time:"
+    text = "How much of the engine's time its own matrix products and attention take:"
     return ["", text, "", *heading, *lines]
 
 
 EXPLANATION = """\
-Made by `make bench`, with the mask told below. Both sides load the same files, give the same result (checked before
-anything is timed, to {tolerance:g} relative RMS), and are timed in turns in one process; the figures are medians. The
-baseline ([baseline.py](baseline.py)) computes as the reference does, on diffusers' and peft's modules; it has no batches
-and makes its images one after the other. In the rows *engines*, the engine is onnxruntime and the baseline is this runtime's
-torch engine; a ratio below 1 means that onnxruntime is slower.
+`make bench` writes this page, and the list below says which mask was used. Both sides load the same files. Before
+anything is timed it is checked that they give the same result, to {tolerance:g} relative RMS. Then they are timed in turns,
+in one process; the figures are medians. The baseline ([baseline.py](baseline.py)) computes as the reference does, on
+diffusers' and peft's modules. It has no batches, so it makes its images one after the other. In the rows *engines*, the
+engine is onnxruntime and the baseline is this runtime's torch engine; a ratio below 1 means that onnxruntime is slower.
 
-**limit**: the least time for the same work on this machine: the FLOPs that are needed over the rate of a plain matrix
-product measured alongside (in steps and images, the model's own largest), or the bytes that must be read and written
-over the rate of copies, whichever is more. **largest ratio**: what an engine at that limit would reach. **of the
-fastest**: the ratio of either side's fastest round, which a busy machine disturbs less. **spread**: half the distance
-of the quartiles over the median, of the noisier side. **others**: what other programs took of the processors' time
-meanwhile. **between cores**: how fast one processor gets what another has just written, in no order. Where it is slow,
-they share no cache, and everything that is done on both takes longer, the baseline more than the engine; a virtual
-machine's host may change it at any moment.
+- **limit**: the least time in which this machine could do the same work. It is either the FLOPs that are needed, divided
+  by the rate of a plain matrix product that is measured alongside (in steps and images, the largest product of the
+  model), or the bytes that must be read and written, divided by the rate of copies, whichever takes longer.
+- **largest ratio**: the ratio of an engine that reaches this limit.
+- **of the fastest**: the ratio of the fastest rounds of the two sides, which a busy machine disturbs less.
+- **spread**: half the distance between the quartiles, divided by the median, of the side that varies more.
+- **others**: the share of the processors' time that other programs took meanwhile.
+- **between cores**: how fast one processor reads, in random order, what another one has just written. Where this is slow
+  the two share no cache, and all work on both takes longer, the baseline's more than the engine's. In a virtual machine
+  the host may change this at any moment.
 """
 
 
 def write(path: Path, rows: Sequence[Row], machine: Mapping[str, str], tolerance: float) -> list[Path]:
-    """Write the report and, beside it, the plot. Returns both paths."""
+    """Write the report, and the plot beside it. Returns both paths."""
     plot = path.with_name("results.png")
     text = [
         "# Benchmarks",
@@ -199,7 +201,7 @@ def write(path: Path, rows: Sequence[Row], machine: Mapping[str, str], tolerance
 
 
 def draw(path: Path, rows: Sequence[Row], machine: Mapping[str, str]) -> None:
-    """Bars of the ratios, with marks where the limits are."""
+    """Draw the ratios as bars, with marks at the limits."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 1.2 + 0.32 * len(rows)), layout="constrained")

@@ -1,4 +1,4 @@
-"""A small U-Net that labels pictures of the demo checkpoint's kind with the 19 classes. It was trained on renders."""
+"""A small U-Net, trained on renders, that labels pictures such as the demo checkpoint draws with the 19 classes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _stage(inner: int, outer: int) -> nn.Sequential:
 
 
 class Segmenter(nn.Module):
-    """Logits [B, 19, H, W] of pictures [B, 3, H, W] in [-1, 1]. Pixels' coordinates are two more channels."""
+    """Pictures [B, 3, H, W] in [-1, 1] -> logits [B, 19, H, W]. The coordinates of the pixels are two more channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Segmenter(nn.Module):
         return self.head(self._run(x)[0])
 
     def features(self, x: Tensor) -> Tensor:
-        """Means and deviations of the two deepest maps over the picture, [B, 2 * (48 + 64)]: for Fréchet distances."""
+        """Means and deviations over the picture of the two deepest maps, [B, 2 * (48 + 64)], for Fréchet distances."""
         maps = self._run(x)[1]
         return torch.cat([part for m in maps for part in (m.mean((2, 3)), m.std((2, 3)))], 1)
 
@@ -56,7 +56,7 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def labels(self, x: Tensor) -> Tensor:
-        """The likeliest class of each pixel, [B, H, W]."""
+        """The most likely class of each pixel, [B, H, W]."""
         return torch.cat([self(part).argmax(1) for part in x.split(8)])
 
 

@@ -22,7 +22,7 @@ from benchmarks.report import NOISY, Row
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 MIN_ROUNDS, MAX_ROUNDS = 3, 40
-PROBE_EVERY = 2.0  # seconds between two looks at the machine's rate
+PROBE_EVERY = 2.0  # seconds between two measurements of the machine's rate
 
 
 def relative_rms(a: Tensor, b: Tensor) -> float:
@@ -32,11 +32,11 @@ def relative_rms(a: Tensor, b: Tensor) -> float:
 
 @dataclass
 class SideBySide:
-    """What a benchmark calls, once. The engine is what pytest-benchmark measures; the baseline runs between its rounds.
+    """What a benchmark calls, once. pytest-benchmark measures the engine, and the baseline runs between its rounds.
 
     Attributes:
-        rows: where results go.
-        patience: seconds to wait at most until other programs leave the processors alone.
+        rows: the list to which results are added.
+        patience: the most seconds to wait until other programs leave the processors alone.
     """
 
     benchmark: BenchmarkFixture
@@ -65,17 +65,17 @@ class SideBySide:
         core: Callable[[], float] | None = None,
         budget: float = 4.0,
     ) -> None:
-        """Check, then time.
+        """Check that both sides give the same result, then time them.
 
         Args:
-            engine, baseline: the same work on either side; their results must be equal, None is not compared.
-            eager: the engine's work one operation after the other, on which FLOPs are counted; None is ``engine``.
+            engine, baseline: the same work on either side. Their results must agree; None is not compared.
+            eager: the engine's work, one operation after the other. FLOPs are counted on it; None means ``engine``.
             moved: bytes that must at least be read or written, so many ``times``.
-            before: run before each of the engine's rounds, untimed.
-            flops_needed: None takes the counted ones.
-            product: the matrix product whose rate is the limit's; None is the machine's fastest.
-            core: seconds of the engine's products, see `benchmarks.products`; timed in turns like the rest.
-            budget: seconds that the rounds should take, of which there are `MIN_ROUNDS` to `MAX_ROUNDS`.
+            before: called before each of the engine's rounds, and not timed.
+            flops_needed: FLOPs that the limit is computed from; None takes those that were counted.
+            product: the matrix product whose rate the limit is computed from; None takes the machine's fastest.
+            core: returns the seconds of the engine's products, see `benchmarks.products`; called in turns too.
+            budget: seconds that all rounds should take together; there are `MIN_ROUNDS` to `MAX_ROUNDS` of them.
         """
         clock = self.machine.clock
         shape = product or self.machine.fastest_product
@@ -88,7 +88,7 @@ class SideBySide:
         begin = clock()
         self._check(result, baseline())
         estimate = clock() - begin
-        if estimate < budget / 10:  # fast enough to see how long it takes warm
+        if estimate < budget / 10:  # fast enough to call it again, and see how long it takes when warm
             begin = clock()
             baseline()
             before()
@@ -103,7 +103,7 @@ class SideBySide:
         gc.disable()
         try:
             with Neighbours() as neighbours:
-                measure: Any = self.benchmark.pedantic  # untyped
+                measure: Any = self.benchmark.pedantic  # pytest-benchmark has no types
                 measure(engine, setup=lambda: self._between(baseline, before, core), rounds=rounds)
                 self._probe()
         finally:
@@ -138,19 +138,19 @@ class SideBySide:
         }
 
     def _probe(self) -> None:
-        """Look at what the machine gives at this moment."""
+        """Measure what the machine reaches at this moment."""
         self._rates.append(self._product_rate())
         if self.machine.device.type == "cpu" and (rate := cores.transfer_rate()) is not None:
             self._transfers.append(rate)
 
     def _time(self, call: Callable[[], object]) -> float:
-        """Seconds of a call."""
+        """The seconds that a call takes."""
         begin = self.machine.clock()
         call()
         return self.machine.clock() - begin
 
     def record(self, row: Row) -> None:
-        """Add a row, which lands in the JSON too."""
+        """Add a row to the table, and to pytest-benchmark's JSON."""
         self.rows.append(row)
         facts: dict[str, Any] = asdict(row) | {"ratio": row.ratio, "largest_ratio": row.largest_ratio}
         prefix = "" if row.unit == "ms" else f"{row.name} ".replace(" ", "_")
@@ -166,7 +166,7 @@ class SideBySide:
     def _between(
         self, baseline: Callable[[], Any], before: Callable[[], object], core: Callable[[], float] | None
     ) -> None:
-        """What happens before each of the engine's rounds: a round of the baseline, and one of the core."""
+        """Called before each of the engine's rounds: make a round of the baseline, and one of the core."""
         if sum(self._baseline_times) >= len(self._rates) * PROBE_EVERY:
             self._probe()
         self._baseline_times.append(self._time(baseline))
@@ -176,7 +176,7 @@ class SideBySide:
 
 
 def wait_for_quiet(patience: float) -> None:
-    """Until other programs take less than `NOISY` of the processors' time, or ``patience`` seconds are over."""
+    """Wait until other programs take less than `NOISY` of the processors' time, or ``patience`` seconds have passed."""
     end = time.monotonic() + patience
     while time.monotonic() < end:
         with Neighbours() as neighbours:
@@ -191,7 +191,7 @@ def _spread(times: list[float]) -> float:
 
 
 class Neighbours:
-    """Share of the processors' time that other programs took, the host's included, while the block ran."""
+    """The share of the processors' time that other programs, and the host, took while the block ran."""
 
     def __enter__(self) -> Neighbours:
         self.share = 0.0
@@ -204,9 +204,9 @@ class Neighbours:
 
     @staticmethod
     def _read() -> tuple[float, float, float]:
-        """Seconds since the start: of all processors busy, of them here, of all processors."""
+        """Seconds of processor time since the start: of all that was busy, of this process, and of all there was."""
         cpu, own = psutil.cpu_times(), os.times()
         idle = cpu.idle + getattr(cpu, "iowait", 0.0)
-        guest = getattr(cpu, "guest", 0.0) + getattr(cpu, "guest_nice", 0.0)  # counted in user already
+        guest = getattr(cpu, "guest", 0.0) + getattr(cpu, "guest_nice", 0.0)  # already contained in user
         total = sum(cpu) - guest
         return total - idle, own.user + own.system, total

@@ -1,4 +1,4 @@
-"""The sizes that are timed: random checkpoints, and both sides loaded from the very same files."""
+"""The model sizes that are timed, as random checkpoints. Both sides load the same files."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from tests.checkpoints import VAE, write_checkpoint
 
 GUIDANCE = 3.5
 QUARTER_VAE = VAE | {"block_out_channels": [32, 64, 128, 128], "layers_per_block": 2, "norm_num_groups": 8}
-TINY_VAE = VAE | {"block_out_channels": [8, 16, 16, 16]}  # as small beside the steps as FLUX's is
-MODULATION = re.compile(r"\.norm(1|1_context)?\.linear\.|norm_out\.|time_text_embed\.")  # used up before the loop
+TINY_VAE = VAE | {"block_out_channels": [8, 16, 16, 16]}  # as small, compared with the steps, as FLUX's
+MODULATION = re.compile(r"\.norm(1|1_context)?\.linear\.|norm_out\.|time_text_embed\.")  # needed before the loop only
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A model's shape: the transformer's, T text tokens and the VAE's."""
+    """The shape of a model: its transformer, its number of text tokens T, and its VAE."""
 
     transformer: TransformerConfig
     text: int
@@ -75,7 +75,7 @@ SIZES = {
 
 
 class Models:
-    """A random checkpoint of a size, written once, and what is loaded from it when it is asked for."""
+    """A random checkpoint of one size. It is written once; each side is loaded from it when first used."""
 
     def __init__(self, name: str, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.name, self.size, self.folder, self.device, self.dtype = name, SIZES[name], folder, device, dtype
@@ -94,7 +94,7 @@ class Models:
 
     @cached_property
     def onnx_pipeline(self) -> Pipeline:
-        """The same by onnxruntime, from an export made once."""
+        """The same pipeline on onnxruntime, from an export that is made once."""
         folder = export(self.path, dtype=self.dtype)
         pipe = Pipeline(self.path, self.device, self.dtype, engine="onnxruntime", engine_path=folder)
         pipe.set_progress_bar_config(disable=True)
@@ -102,7 +102,7 @@ class Models:
 
     @cached_property
     def eager_pipeline(self) -> Pipeline:
-        """One whose operations can be counted: a CUDA graph's replay shows none of them."""
+        """An engine whose operations can be counted: it uses no CUDA graph, whose replay would show none of them."""
         pipe = Pipeline(self.path, self.device, self.dtype, cuda_graphs=False)
         pipe.set_progress_bar_config(disable=True)
         return pipe
@@ -117,12 +117,12 @@ class Models:
         return Baseline.from_files(files.flux, files.lora, files.mogle, dtype=self.dtype).to(self.device)
 
     def forget_masks(self) -> None:
-        """Empty the pipelines' caches of mask encodings."""
+        """Empty the caches in which the pipelines keep encodings of masks."""
         for pipe in (self.pipeline, self.eager_pipeline):
             pipe.conditioning_cache.clear()
 
     def resident_bytes(self, *parts: str) -> int:
-        """Bytes of the parts' weights, without those that a run has used up before its first step."""
+        """Bytes of these parts' weights, without those that a run no longer needs at its first step."""
         return sum(
             info.end - info.begin
             for name, info in self.bundle.tensors.items()
@@ -131,7 +131,7 @@ class Models:
 
 
 def face_mask() -> Labels:
-    """A drawn face, [512, 512], with the 12 classes that CelebAMask-HQ's 27000.png has."""
+    """A drawn face, [512, 512], with the 12 classes that occur in CelebAMask-HQ's 27000.png."""
     labels = face()
     for name, other in (("l_ear", "hair"), ("mouth", "l_lip"), ("cloth", "background")):
         labels[labels == CLASS_NAMES.index(name)] = CLASS_NAMES.index(other)
@@ -148,10 +148,10 @@ def cut_hair(labels: Labels) -> Labels:
 
 
 class Job:
-    """Images to make: masks, texts and noise, the same for both sides. The baseline makes one after the other.
+    """The images to make: masks, texts and noise, the same for both sides. The baseline makes them one by one.
 
     Attributes:
-        labels: B masks that differ: one face, each time a little further to the side.
+        labels: B different masks: one face, shifted a little further to the side each time.
         prompt: (B, T, J). pooled: (B, P). noise: (B, N, 64).
     """
 
@@ -168,7 +168,7 @@ class Job:
         self.prompt = draw(batch, size.text, size.transformer.joint_attention_dim)
         self.pooled = draw(batch, size.transformer.pooled_projection_dim)
         self.noise = draw(batch, self.tokens, 64)
-        self.k = steps // 2  # the step that is timed, where one is
+        self.k = steps // 2  # the step that is timed, where a single step is
 
     @property
     def product(self) -> Shape:
@@ -182,7 +182,7 @@ class Job:
 
     @cached_property
     def mask_latents(self) -> Tensor:
-        """(B, 20, N, 64)"""
+        """Encode the masks: (B, 20, N, 64)."""
         return self.models.pipeline.conditioner(self.labels)
 
     @cached_property
@@ -202,7 +202,7 @@ class Job:
         )
 
     def prepare(self) -> None:
-        """Give the engine what no step changes."""
+        """Prepare the engine: give it all that no step changes."""
         self.models.engine.prepare(self.conditions, self.schedule)
 
     def engine_condition(self) -> Tensor:
@@ -221,7 +221,7 @@ class Job:
 
     @torch.inference_mode()
     def eager_step(self) -> Tensor:
-        """`engine_step`, one operation after the other."""
+        """The same as `engine_step`, but one operation after the other, without a CUDA graph."""
         engine = self.models.engine
         engine.start(self.noise, self.k)
         engine.prepared.advance()
@@ -245,7 +245,7 @@ class Job:
         return torch.cat([one(i) for i in range(self.batch)])
 
     def engine_images(self, pipeline: Pipeline | None = None) -> Tensor:
-        """(B, 3, H, W), mask encoding and decoding included; by default by the torch engine."""
+        """Draw the images, (B, 3, H, W), from encoding the masks to decoding; by default on the torch engine."""
         images = (pipeline or self.models.pipeline)(
             self.labels,
             prompt_embeds=self.prompt,

@@ -1,6 +1,6 @@
-"""Masks to condition latents: a new mask, the same again, and after an edit that moves pixels between two classes.
+"""Times the encoding of masks: a new mask, the same mask again, and the mask after an edit of one region.
 
-The VAE has FLUX's shape at a quarter of its channels.
+The edit moves pixels from one class to another. The VAE has FLUX's shape, with a quarter of its channels.
 """
 
 from __future__ import annotations
@@ -33,6 +33,6 @@ def test_mask(case: str, models: ModelsOf, mask: Labels, compare: SideBySide) ->
             side.pipeline.conditioner([before])
 
     latents = 20 * (pixels // 16) ** 2 * 64 * side.dtype.itemsize
-    # The first time is seconds on either side, and close: it takes more than the fewest rounds to tell.
+    # The first encoding takes seconds on either side, and the two are close: more rounds are needed to tell them apart.
     budget = 30.0 if case == "first time" else 4.0
     compare("mask", f"{case}, {pixels} px", engine, baseline, before=arrange, moved=2 * latents, budget=budget)

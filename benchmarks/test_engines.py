@@ -1,4 +1,4 @@
-"""onnxruntime beside this runtime's torch engine, which stands in the baseline's place: several steps, whole images."""
+"""Times several steps, and whole images, by onnxruntime and by the torch engine, which takes the baseline's place."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mogle_rt.engines.contract import Engine
 from mogle_rt.masks import Labels
 
 MODEL = "width 256"
-STEPS = 8  # one alone is short beside what a busy machine adds to it
+STEPS = 8  # a single step is too short: a busy machine disturbs it too much
 SIZES = [(128, 1), (128, 4), (256, 1), (256, 4)]
 
 
 def onnx_pipeline(models: Models) -> Pipeline:
-    """The pipeline on onnxruntime, where it has this device and dtype."""
+    """The pipeline on onnxruntime; skips where that does not have this device and dtype."""
     try:
         return models.onnx_pipeline
     except DeviceError as error:
@@ -68,6 +68,6 @@ def test_image(pixels: int, models: ModelsOf, mask: Labels, compare: SideBySide)
         before=exported.conditioning_cache.clear,
         moved=job.models.resident_bytes("transformer", "lora", "mogle"),
         times=job.steps,
-        flops_needed=flops.count(by_torch)[1],  # PyTorch's counter sees nothing of onnxruntime
+        flops_needed=flops.count(by_torch)[1],  # PyTorch's counter does not see what onnxruntime does
         product=job.product,
     )

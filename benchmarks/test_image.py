@@ -1,4 +1,4 @@
-"""Whole images, from labels and text embeddings to pixels."""
+"""Times whole images, from labels and text embeddings to pixels."""
 
 from __future__ import annotations
 

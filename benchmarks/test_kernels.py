@@ -1,4 +1,4 @@
-"""Achieved bandwidth and FLOP/s of every Triton kernel at FLUX.1-dev's sizes, beside the GPU's measured limits."""
+"""Measures the bandwidth and FLOP/s of every Triton kernel at FLUX.1-dev's sizes, beside the limits of the GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = [w.name for w in workloads(torch.bfloat16, "meta")]
 
 @pytest.fixture(scope="module")
 def limits() -> dict[str, float]:
-    """Bytes a second, and FLOP/s by dtype."""
+    """The GPU's limits: bytes a second, and FLOP/s for each dtype."""
     from benchmarks.kernel_timing import copy_rate, product_rate
 
     return {"copy": copy_rate()} | {name: product_rate(dtype) for name, dtype in DTYPES.items()}
@@ -30,7 +30,7 @@ def test_kernel(
     limits: dict[str, float],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One round is a graph of enough calls to leave the cache; the printed time is of one call."""
+    """A round replays a graph of so many calls that their data don't fit the cache. The time printed is of one call."""
     from benchmarks.kernel_timing import calls_beyond_cache, captured
 
     calls = calls_beyond_cache(name, DTYPES[dtype])

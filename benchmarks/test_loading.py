@@ -1,4 +1,4 @@
-"""Loading, of a bundle and by diffusers and peft of the files it was made of, at a size where weights dominate."""
+"""Times loading a bundle, and loading the files it was made of by diffusers and peft. Weights dominate at this size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MIB = 1 << 20
 
 
 def memory(side: str, folder: Path) -> dict[str, int]:
-    """Most bytes held by a process of its own, see `benchmarks.peak`."""
+    """The most bytes that a process of its own holds, see `benchmarks.peak`."""
     command = [sys.executable, "-m", "benchmarks.peak", side, str(folder)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True)
     peaks: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
@@ -31,7 +31,7 @@ def memory(side: str, folder: Path) -> dict[str, int]:
 
 
 def test_load(models: ModelsOf, compare: SideBySide) -> None:
-    """Until the model can be called; either side may leave weights in the file until they are used."""
+    """Load until the model can be called. Either side may leave weights in the file until they are used."""
     folder = models(SIZE).folder
 
     def load(how: Any) -> None:
@@ -47,7 +47,7 @@ def test_load(models: ModelsOf, compare: SideBySide) -> None:
 
 
 def from_nothing(compare: SideBySide, side: Models, until: str, what: Callable[..., Tensor], **options: Any) -> None:
-    """Times loading and then ``what``, a function of `benchmarks.peak`."""
+    """Time loading, followed by ``what``, a function of `benchmarks.peak`."""
     config = side.size.transformer
     inputs = peak.step_inputs(config.joint_attention_dim, config.pooled_projection_dim)
 
@@ -63,12 +63,12 @@ def from_nothing(compare: SideBySide, side: Models, until: str, what: Callable[.
 
 
 def test_load_and_draw(models: ModelsOf, compare: SideBySide) -> None:
-    """From nothing to a small image: loading, preparing and 28 steps."""
+    """Load, prepare, and draw a small image of 28 steps."""
     from_nothing(compare, models(SIZE), f"the first image of {peak.STEPS} steps", peak.first_image, budget=16)
 
 
 def test_load_and_step(models: ModelsOf, compare: SideBySide) -> None:
-    """Until the first step of a small image is done, so that every weight was read."""
+    """Load, and make the first step of a small image, which reads every weight of the transformer."""
     side = models(SIZE)
     from_nothing(compare, side, "the first step", peak.first_step, moved=side.path.stat().st_size, budget=8)
     resident = side.resident_bytes("transformer", "lora", "mogle", "vae") / MIB

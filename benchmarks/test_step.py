@@ -1,4 +1,7 @@
-"""Experts and gate of a step, and a whole step: Euler update included, what no step changes prepared before."""
+"""Times the experts and the gate of a step, and a whole step with its Euler update.
+
+What no step changes is prepared before and is not timed.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from mogle_rt.masks import Labels
 def test_experts_and_gate(pixels: int, batch: int, models: ModelsOf, mask: Labels, compare: SideBySide) -> None:
     job = Job(models("width 256"), mask, pixels, batch)
     job.prepare()
-    # Latents and the gate's constant input in, condition tokens out; outputs of experts, which the masks may share.
+    # Latents, the gate's constant input and the experts' outputs, which masks may share, are read; condition tokens are
+    # written.
     moved = 3 * job.noise.nbytes + NUM_EXPERTS * job.noise[0].nbytes
     compare(
         "experts and gate",
@@ -58,5 +62,5 @@ def test_step(name: str, pixels: int, batch: int, models: ModelsOf, mask: Labels
         product=job.product,
         core=products.within(job.eager_step, compare.machine.clock),
     )
-    # LoRA and experts come on top, and weigh something in narrow models only.
+    # LoRA and experts come on top. Only in narrow models do they matter.
     assert compare.benchmark.extra_info["engine_flops"] == pytest.approx(needed, rel=0.25 if name == "tiny" else 0.05)

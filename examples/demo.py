@@ -1,9 +1,9 @@
-"""Draw the package's examples with the checkpoint in the package, into one picture: `make demo`.
+"""Draws the package's examples with the package's own checkpoint into one picture. `make demo` runs it.
 
     python examples/demo.py demo/grid.png
 
-Columns are examples: mask over image, the prompt below. The last two columns are an edit: the same seed and prompt, and
-the same mask but for its hair.
+Each example shows its mask, the image below it, and the prompt. The last two examples show an edit: seed and prompt are
+the same, and the masks differ in the hair alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_dilation
 
 from mogle_rt import Pipeline
@@ -23,14 +23,16 @@ from mogle_rt.bundle.shipped import Example, examples
 from mogle_rt.masks import colorize, to_labels
 
 SEED = 3
-TILE, GAP, TEXT = 192, 8, 92  # pixels: a picture as shown, between pictures, for a prompt
+TILE, GAP, TEXT = 192, 8, 140  # pixels: a picture as shown, between pictures, for a prompt
+FONT, LETTERS = 15, 24  # a prompt's size in pixels, and how many letters a line has
+COLUMNS = 5  # examples in a row, so that prompts can be read where a page is narrower than the picture
 HAIR, BACKGROUND = 13, 0
 EDITED = "short"  # the example whose hair is changed
 Labels = NDArray[np.uint8]
 
 
 def longer_hair(labels: Labels, pixels: int = 26) -> Labels:
-    """Hair grown downwards and outwards over background, neck and clothes, below its middle."""
+    """The mask with longer hair: its lower half grows down and outwards over background, neck and clothes."""
     hair = labels == HAIR
     rows = np.nonzero(hair)[0]
     middle = int(np.median(rows))
@@ -45,23 +47,24 @@ def longer_hair(labels: Labels, pixels: int = 26) -> Labels:
 
 
 def draw(pipe: Pipeline, labels: Labels, prompt: str) -> Image.Image:
-    """One image."""
+    """Draw one image, always from the same seed."""
     image = pipe(labels, prompt, generator=torch.Generator().manual_seed(SEED)).images[0]
     assert isinstance(image, Image.Image)
     return image
 
 
 def column(labels: Labels, image: Image.Image, text: str) -> Image.Image:
-    """Mask over image over text."""
+    """One example: its mask, the image below it, and the text below that."""
     tile = Image.new("RGB", (TILE, 2 * TILE + GAP + TEXT), "white")
     tile.paste(Image.fromarray(colorize(labels)).resize((TILE, TILE), Image.Resampling.NEAREST), (0, 0))
     tile.paste(image.resize((TILE, TILE), Image.Resampling.BICUBIC), (0, TILE + GAP))
-    ImageDraw.Draw(tile).multiline_text((0, 2 * TILE + 2 * GAP), "\n".join(textwrap.wrap(text, 33)), fill="black")
+    lines = "\n".join(textwrap.wrap(text, LETTERS))
+    ImageDraw.Draw(tile).multiline_text((0, 2 * TILE + GAP), lines, fill="black", font=ImageFont.load_default(FONT))
     return tile
 
 
 def grid(pipe: Pipeline, shown: list[Example]) -> Image.Image:
-    """All columns side by side."""
+    """All examples, with `COLUMNS` of them in a row."""
     columns = []
     for example in shown:
         labels = to_labels(example.mask)
@@ -70,10 +73,10 @@ def grid(pipe: Pipeline, shown: list[Example]) -> Image.Image:
             edited = longer_hair(labels)
             text = "the same prompt and seed, another hair region"
             columns.append(column(edited, draw(pipe, edited, example.prompt), text))
-    width = len(columns) * (TILE + GAP) - GAP
-    picture = Image.new("RGB", (width, columns[0].height), "white")
+    width, height = min(len(columns), COLUMNS) * (TILE + GAP) - GAP, columns[0].height
+    picture = Image.new("RGB", (width, -(-len(columns) // COLUMNS) * height), "white")
     for i, one in enumerate(columns):
-        picture.paste(one, (i * (TILE + GAP), 0))
+        picture.paste(one, (i % COLUMNS * (TILE + GAP), i // COLUMNS * height))
     return picture
 
 

@@ -1,4 +1,4 @@
-"""Draws examples/mask.png: a frontal face in the 19-class palette, from ellipses. ``python examples/mask.py``."""
+"""Draws examples/mask.png, a face from the front, of ellipses in the class palette: ``python examples/mask.py``."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ SIZE = 512
 
 
 def ellipse(labels: Labels, name: str, x: float, y: float, rx: float, ry: float) -> None:
-    """Fill an ellipse; centre and radii as fractions of the picture."""
+    """Fill an ellipse with a class. Centre and radii are fractions of the picture's size."""
     rows, columns = np.mgrid[0:SIZE, 0:SIZE] / SIZE
     labels[((columns - x) / rx) ** 2 + ((rows - y) / ry) ** 2 <= 1] = CLASS_NAMES.index(name)
 
 
 def face() -> Labels:
-    """The labels, uint8 [512, 512]."""
+    """The labels of the face, uint8 [512, 512]."""
     labels = np.zeros((SIZE, SIZE), dtype=np.uint8)
     ellipse(labels, "hair", 0.5, 0.45, 0.33, 0.40)
     ellipse(labels, "cloth", 0.5, 1.05, 0.48, 0.22)

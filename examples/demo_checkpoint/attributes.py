@@ -1,4 +1,4 @@
-"""What a picture shows and how a caption says it: the attributes, their colours, and sentences about them."""
+"""The attributes that a picture shows, their colours, and the sentences that captions say about them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ NOUNS = {"man": ("man", "man", "guy"), "woman": ("woman", "woman", "lady")}
 
 @dataclass(frozen=True, kw_only=True)
 class Attributes:
-    """What captions can name. None: can't be told from the picture, or not there."""
+    """What captions can name. None means that the picture does not have it, or does not show it clearly."""
 
     sex: str
     age: str
@@ -78,7 +78,7 @@ class Attributes:
 
 
 def caption(a: Attributes, rng: np.random.Generator, keep: float = 0.82) -> str:
-    """A few varied sentences that name most attributes: each with probability ``keep``."""
+    """A few varied sentences. They name each attribute with probability ``keep``."""
     return describe(a, rng, keep)[0]
 
 
@@ -186,7 +186,7 @@ SYNONYMS = (
 
 
 def reword(text: str, rng: np.random.Generator) -> str:
-    """The same said in other words, or in small letters: what people type who have not read these captions."""
+    """The same in other words or in small letters, as people write who have not read these captions."""
     for word, other in SYNONYMS:
         if rng.random() < 0.15:
             text = text.replace(word, other)

@@ -1,4 +1,4 @@
-"""Between training and the bundle: write a bundle from trained parts, read one's weights back to train on."""
+"""From training to the bundle and back: writes a bundle from trained parts, and reads weights from one to train on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCHEDULER = {
 
 
 def export(model: FaceMogle, vae: Path, text: Path, output: Path) -> Path:
-    """Lay out the parts as the published ones are, and convert them to a bundle in fp16.
+    """Write the parts in the layout of the published files, and convert these to a bundle in fp16.
 
     Args:
         vae: a diffusers folder. text: a folder with the four text parts.
@@ -37,7 +37,7 @@ def export(model: FaceMogle, vae: Path, text: Path, output: Path) -> Path:
 
 
 def write_bundle(parts: Parts, config: dict[str, Any], vae: Path, text: Path, output: Path) -> Path:
-    """The same from tensors by published name. config: of the transformer."""
+    """The same, from tensors under their published names. config: the transformer's."""
     parts = {part: {n: t.contiguous() for n, t in named.items()} for part, named in parts.items()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -60,13 +60,13 @@ def write_bundle(parts: Parts, config: dict[str, Any], vae: Path, text: Path, ou
 
 
 def read_weights(bundle: Path | str) -> Parts:
-    """A bundle's transformer, LoRA and mixture in float32, by published name."""
+    """A bundle's transformer, LoRA and mixture in float32, under their published names."""
     opened = Bundle(bundle)
     return {part: opened.part(part, torch.device("cpu"), torch.float32) for part in ("transformer", "lora", "mogle")}
 
 
 def unpack(bundle: Path | str, folder: Path) -> None:
-    """A bundle's VAE (``vae``) and text parts (``text/…``) as folders of a FLUX checkpoint: what training reads."""
+    """Write a bundle's VAE (``vae``) and text parts (``text/…``) as folders of a FLUX checkpoint, which training reads."""
     opened = Bundle(bundle)
     parts = {"vae": folder / "vae", **{part: folder / "text" / part for part in TEXT_PARTS}}
     configs = {

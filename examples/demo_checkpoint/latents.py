@@ -1,4 +1,4 @@
-"""Encode renders for the diffusion training: faces, and the 20 condition pictures of each mask, by the runtime's rules.
+"""Encodes renders for the diffusion training: faces, and the 20 condition pictures that the runtime makes of a mask.
 
 python -m examples.demo_checkpoint.latents --data build/demo/train.npz --output build/demo/train_latents.pt
 """
@@ -25,7 +25,7 @@ BLACK, WHITE = 0, 1  # rows of the pictures that all masks share
 
 
 class Encoder:
-    """Packed latents of pictures, one at a time: on a CPU a picture's activations then stay in its caches."""
+    """Encodes pictures to packed latents, one at a time, so that a picture's activations stay in the CPU's caches."""
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae
@@ -42,8 +42,8 @@ def encode(data: Renders, encoder: Encoder, chosen: range) -> dict[str, Tensor]:
     """Latents of some renders.
 
     Returns:
-        ``faces`` [n, N, 64]; ``rows`` [R, N, 64], distinct condition pictures, the black and the white one first;
-        ``index`` [n, 20], each mask's pictures in ``rows``.
+        ``faces`` [n, N, 64]; ``rows`` [R, N, 64], the distinct condition pictures, beginning with black and white;
+        ``index`` [n, 20], the rows that are each mask's pictures.
     """
     size = data.images.shape[1]
     flat = torch.ones(1, 3, size, size)
@@ -62,7 +62,7 @@ def encode(data: Renders, encoder: Encoder, chosen: range) -> dict[str, Tensor]:
 
 
 def merge(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One after the other."""
+    """Encode the renders one after the other."""
     merged, shift = [], 0
     for part in parts:
         merged.append(torch.where(part["index"] > WHITE, part["index"] + shift, part["index"]))

@@ -1,8 +1,8 @@
-"""Face-MoGLE's step for training: the function of the runtime's modules, written so that gradients flow.
+"""Face-MoGLE's step for training: it computes what the runtime computes, in a way that gradients can flow through.
 
-Every image of a batch has its own noise level, modulations are computed in the step, nothing is done in place. The
-weights have the names of the published files on the way out (`to_parts`) and in (`load_parts`); q, k and v are one
-product here, as in the runtime. Shapes are those of `mogle_rt.bundle.schema`.
+Every image of a batch has its own noise level, so modulations are computed within the step. Nothing is changed in place.
+`to_parts` gives the weights the names of the published files, and `load_parts` reads them under these names. As in the
+runtime, q, k and v are one product. Shapes are those of `mogle_rt.bundle.schema`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Parts = dict[str, dict[str, Tensor]]
 
 
 def sinusoid(t: Tensor, channels: int) -> Tensor:
-    """FLUX's: cosine first, no frequency shift. t: [B] -> [B, channels]."""
+    """FLUX's embedding of a time, cosines first and without a frequency shift. t: [B] -> [B, channels]."""
     return get_timestep_embedding(t, channels, flip_sin_to_cos=True, downscale_freq_shift=0)
 
 
@@ -48,7 +48,7 @@ class Mlp(nn.Module):
 
 
 class LoraLinear(nn.Module):
-    """A linear layer, or several side by side, with the branch's LoRA for each.
+    """A linear layer, or several layers side by side, each with the branch's LoRA.
 
     Args:
         sizes: output features of each layer.
@@ -63,13 +63,14 @@ class LoraLinear(nn.Module):
         self.lora_up = nn.ParameterList(torch.zeros(size, RANK) for size in sizes)
 
     def lora(self, x: Tensor) -> Tensor:
-        """The branch's part."""
+        """What the branch's LoRA adds."""
         return F.linear(F.linear(x, self.lora_down), torch.block_diag(*self.lora_up))
 
     def forward(self, x: Tensor, rows_from: int) -> Tensor:
         """x: [B, L, in]; the LoRA acts on rows ``rows_from`` to the end.
 
-        As one product, [x, xA] [W, B]ᵀ with xA zero elsewhere: cheaper to differentiate than an addition to some rows.
+        It is computed as one product, [x, xA] [W, B]ᵀ, where xA is zero for the other rows. This is cheaper to
+        differentiate than an addition to some of the rows.
         """
         low = F.linear(x.split([rows_from, x.shape[1] - rows_from], 1)[1], self.lora_down)
         wide = torch.cat([x, F.pad(low, (0, 0, rows_from, 0))], -1)
@@ -82,7 +83,7 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Neighbouring channel pairs turned. x: [B, L, 2, H, d], rope: complex [L, 1, 1, d / 2]."""
+    """Rotate pairs of neighbouring channels. x: [B, L, 2, H, d], rope: complex [L, 1, 1, d / 2]."""
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rope).flatten(-2)
 
 
@@ -167,7 +168,7 @@ class SingleBlock(nn.Module):
         return torch.addcmul(x, y, gate)
 
     def image_rows(self, x: Tensor, n: int, temb: Tensor, temb0: Tensor, rope: Tensor) -> Tensor:
-        """The same for the image's rows alone, [B, N, D]: all that is asked of the last block."""
+        """The same for the image's rows alone, [B, N, D], which are all that is needed of the last block."""
         h, gate = self._normed(x, n, temb, temb0)
         D, rest, layer = self.width, x.shape[1] - n, self.qkv_mlp
         rows = [rest - n, n, n]
@@ -201,7 +202,7 @@ class SingleBlock(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Experts and gate; with ``scalar_gate`` one weight an image and expert, the reference's ``weight_is_scale``."""
+    """Experts and gate. With ``scalar_gate`` an expert has one weight for a whole image (``weight_is_scale``)."""
 
     def __init__(self, config: MogleConfig, *, scalar_gate: bool = False) -> None:
         super().__init__()
@@ -245,7 +246,7 @@ class FaceMogle(nn.Module):
                 nn.init.zeros_(parameter)
 
     def rope(self, text: int, grid: tuple[int, int]) -> Tensor:
-        """Rotary table of the joint sequence, [L, 1, 1, d / 2]: text has ids 0, the condition those of the image."""
+        """Rotary table of the joint sequence, [L, 1, 1, d / 2]. Text has ids 0, and the condition has the image's ids."""
         ids = token_ids(grid)
         return rope_table(torch.cat([torch.zeros(text, 3), ids, ids]), self.config.axes_dims_rope)[:, None, None]
 
@@ -284,7 +285,7 @@ class FaceMogle(nn.Module):
 
 
 def _layers(model: FaceMogle) -> list[tuple[nn.Module, tuple[str, ...]]]:
-    """Every linear layer with the stored layers that it is made of."""
+    """Every linear layer, with the names of the stored layers that it consists of."""
     prefix = "time_text_embed"
     found: list[tuple[nn.Module, tuple[str, ...]]] = [
         (getattr(model, name), (name,)) for name in ("x_embedder", "context_embedder", "proj_out")
@@ -308,7 +309,7 @@ def _layers(model: FaceMogle) -> list[tuple[nn.Module, tuple[str, ...]]]:
 
 
 def _norms(model: FaceMogle) -> list[tuple[Tensor, tuple[str, ...]]]:
-    """Weights [2, d] of q's and k's norms with the stored layers that they are made of; text's stand first there."""
+    """The weights [2, d] of the norms of q and k, with the stored layers that they consist of, where text comes first."""
     found: list[tuple[Tensor, tuple[str, ...]]] = []
     for i, block in enumerate(model.blocks):
         names = schema.DOUBLE_NORM_STACKED["norm_qk"].at(i).sources
@@ -321,7 +322,7 @@ def _norms(model: FaceMogle) -> list[tuple[Tensor, tuple[str, ...]]]:
 
 
 def to_parts(model: FaceMogle) -> Parts:
-    """Views of the weights by part and published name: ``transformer``, ``lora``, ``mogle``."""
+    """Views of the weights by part (``transformer``, ``lora``, ``mogle``) and published name."""
     parts: Parts = {"transformer": {}, "lora": {}, "mogle": {}}
     for layer, sources in _layers(model):
         weight, bias = layer.get_parameter("weight").detach(), layer.get_parameter("bias").detach()
@@ -355,7 +356,7 @@ def to_parts(model: FaceMogle) -> Parts:
 
 @torch.no_grad()
 def load_parts(model: FaceMogle, parts: Parts) -> None:
-    """The way back: fill a model from tensors by part and published name."""
+    """The reverse of `to_parts`: fill a model from tensors by part and published name."""
     for part, views in to_parts(model).items():
         for name, view in views.items():
             view.copy_(parts[part][name])

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024): momentum whose matrices are orthogonalised; Adam for all that is no matrix."""
+"""The optimiser Muon (Jordan et al. 2024): it orthogonalises the momentum of matrices, and uses Adam for all else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iterati
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, about. matrix: [..., m, n]; stacks are done one by one."""
+    """Approximately the nearest semi-orthogonal matrix. matrix: [..., m, n]; each matrix of a stack by itself."""
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = (matrix.mT if tall else matrix).to(PRODUCTS)
     x = x / (x.flatten(-2).norm(dim=-1)[..., None, None] + 1e-7)
@@ -25,10 +25,10 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Updates of RMS 0.2 x lr for matrices and convolutions (flattened), as AdamW's are; Adam for the rest.
+    """Muon for matrices and (flattened) convolutions, with updates of RMS 0.2 x lr, which AdamW's have; Adam for the rest.
 
     Args:
-        adam: parameters that are matrices by shape only, such as embeddings.
+        adam: parameters that have the shape of a matrix but are none, such as embeddings.
     """
 
     def __init__(

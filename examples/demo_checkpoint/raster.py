@@ -1,4 +1,4 @@
-"""A small software rasteriser: depth buffer, barycentric weights, cut-outs. Compiled by numba."""
+"""A small software rasteriser with a depth buffer, barycentric weights and cut-outs, compiled by numba."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Ints = NDArray[np.int64]
 def rasterise(
     screen: Floats, faces: Ints, use: NDArray[np.bool_], field: Floats, size: int
 ) -> tuple[Ints, Floats, Floats]:
-    """The nearest triangle of every pixel.
+    """Find the nearest triangle at every pixel.
 
     Args:
         screen: [V, 3], x and y in pixels, z towards the viewer.
@@ -58,7 +58,7 @@ def rasterise(
 
 @nb.njit(cache=True)
 def vertex_normals(points: Floats, faces: Ints) -> Floats:
-    """Unit normals [V, 3], averaged over the triangles of a vertex by area."""
+    """Unit normals [V, 3]. A vertex has the average of its triangles' normals, weighted by area."""
     normals = np.zeros_like(points)
     for i in range(faces.shape[0]):
         a, b, c = faces[i, 0], faces[i, 1], faces[i, 2]

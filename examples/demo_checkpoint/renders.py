@@ -1,4 +1,4 @@
-"""The rendered data as arrays and tensors."""
+"""Reads rendered data, as arrays and as tensors."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def pictures(images: Bytes) -> Tensor:
 
 
 def palette_pictures(labels: Bytes) -> Tensor:
-    """[n, H, W] -> the masks in their colours, [n, 3, H, W] in [-1, 1]."""
+    """Labels [n, H, W] -> masks in the class colours, [n, 3, H, W] in [-1, 1]."""
     return pictures(PALETTE[labels])
 
 
 def planes(labels: Bytes, number: int) -> Tensor:
-    """[n, H, W] -> where the class is, [n, 3, H, W], -1 or 1."""
+    """Labels [n, H, W] -> the plane of one class, [n, 3, H, W]: 1 where the class is, else -1."""
     return (torch.from_numpy(labels == number).float() * 2 - 1)[:, None].expand(-1, 3, -1, -1)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Mean PSNR of pictures in [-1, 1], dB."""
+    """The mean PSNR of pictures in [-1, 1], in dB."""
     error = ((a.clamp(-1, 1) - b) / 2).square().mean((1, 2, 3))
     return float(-10 * torch.log10(error + 1e-8).mean())

@@ -2,9 +2,9 @@
 
     python -m examples.demo_checkpoint.train --minutes 60 --bundle mogle_rt/data/demo.safetensors
 
-Reads latents (`latents`), text encoders (`train_text`) and VAE (`train_vae`) below build/demo/. Interrupted, it goes on
-from its last saved state; ``--from-bundle`` goes on from the weights of a bundle alone, without the optimiser's state.
-``--scalar-gate`` trains the paper's ablation, for `benchmarks.ablations`.
+It reads from build/demo/ the latents (made by `latents`), the text encoders (by `train_text`) and the VAE (by
+`train_vae`). After an interruption it goes on from its last saved state. ``--from-bundle`` starts from the weights of a
+bundle alone, without the optimiser's state. ``--scalar-gate`` trains the paper's ablation, for `benchmarks.ablations`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from mogle_rt.config import NUM_CLASSES, VAE_SCALE
 from mogle_rt.encoders.vae import unpack_latents
 
 BATCH = 16
-CAPTIONS = 4  # of each picture
-SHIFT = 0.4675  # mean of the logit-normal noise levels: FLUX's shift at 64 tokens
-HIGH = 0.25  # share of noise levels drawn evenly from 0.8 to 1, where global colours are decided
-SIDE = 16  # latent cells a side
-REGION_WEIGHT = 0.5  # of the error of region averages, see `flow_loss`
-DROPPED = 0.1  # share without text, without mask, with some regions only
+CAPTIONS = 4  # for each picture
+SHIFT = 0.4675  # the mean of the logit-normal noise levels, which is FLUX's shift at 64 tokens
+HIGH = 0.25  # the share of noise levels drawn evenly from 0.8 to 1, where colours are decided
+SIDE = 16  # of the square of latent cells
+REGION_WEIGHT = 0.5  # the weight of the error of region averages, see `flow_loss`
+DROPPED = 0.1  # the share without text, the share without mask, and the share with some regions only
 MEASURE_EVERY, SAVE_EVERY = 100, 100  # steps
 
 
@@ -46,9 +46,9 @@ class Data:
     """Latents and embeddings of n renders: see `latents.encode`.
 
     Attributes:
-        regions: [n, 19, 256], averages over each region's latent cells; all 0 for regions of less than 3 cells.
+        regions: [n, 19, 256], weights that average over each region's latent cells; 0 for regions of fewer than 3 cells.
         sequence: [n, K, T, J], pooled: [n, K, P], of K captions.
-        nothing: the empty prompt's.
+        nothing: the embeddings of the empty prompt.
     """
 
     faces: Tensor
@@ -96,14 +96,14 @@ def region_averages(labels: NDArray[np.uint8]) -> Tensor:
 
 
 def noise_levels(count: int, generator: torch.Generator) -> Tensor:
-    """Logit-normal, and some evenly from the highest."""
+    """Draw noise levels: most are logit-normal, and some are drawn evenly from the highest."""
     sigma = torch.sigmoid(torch.randn(count, generator=generator) + SHIFT)
     high = 0.8 + 0.2 * torch.rand(count, generator=generator)
     return torch.where(torch.rand(count, generator=generator) < HIGH, high, sigma)
 
 
 def drop_masks(index: Tensor, generator: torch.Generator) -> Tensor:
-    """Rows of condition pictures after dropping: the whole mask (it is all background then), or some of its regions."""
+    """The rows of condition pictures after some were dropped: a whole mask (which becomes background), or some regions."""
 
     def chance(*shape: int, below: float) -> Tensor:
         return torch.rand(*shape, generator=generator) < below
@@ -120,10 +120,10 @@ def drop_masks(index: Tensor, generator: torch.Generator) -> Tensor:
 def flow_loss(
     model: nn.Module, data: Data, i: Tensor, rope: Tensor, generator: torch.Generator, *, drop: bool
 ) -> tuple[Tensor, Tensor]:
-    """Mean squared error of the velocity, for renders ``i``; and of its averages over the mask's regions.
+    """The mean squared error of the velocity for renders ``i``, plus that of its averages over the mask's regions.
 
-    A region's colour is its average, a small part of the error and the slowest to be learned. Both errors are least for
-    the same velocity, the expected one.
+    A region's average is its colour. It is a small part of the first error, and the slowest part to be learned. Both
+    errors are least for the same velocity, which is the expected one.
     """
     x, index = data.faces[i].float(), data.index[i]
     sequence, pooled = data.text(i, generator)
@@ -146,7 +146,7 @@ def flow_loss(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, rope: Tensor) -> list[float]:
-    """Losses on held-out renders, always with the same noise."""
+    """The losses on held-out renders, always with the same noise."""
     generator = torch.Generator().manual_seed(7)
     parts = torch.arange(len(data)).split(32)
     losses = [torch.stack(flow_loss(model, data, i, rope, generator, drop=False)) for i in parts]
@@ -154,7 +154,7 @@ def evaluate(model: nn.Module, data: Data, rope: Tensor) -> list[float]:
 
 
 def train(team: Team, args: argparse.Namespace) -> None:
-    """Train, or go on training; process 0 measures and exports the average."""
+    """Train, or go on with a training. Process 0 measures, and exports the average of the weights."""
     torch.manual_seed(0)
     reader = Reader(args.folder / "text")
     data = Data.load(args.folder / "train_latents.pt", args.folder / "train.npz", reader, CAPTIONS, seed=1)
@@ -201,7 +201,7 @@ def train(team: Team, args: argparse.Namespace) -> None:
 
 
 class Watch:
-    """What process 0 does beside training: average the weights, print losses, write bundles."""
+    """What process 0 does besides training: it averages the weights, prints losses and writes bundles."""
 
     def __init__(
         self,

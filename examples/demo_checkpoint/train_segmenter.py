@@ -1,8 +1,8 @@
-"""Make what measures the demo checkpoint's quality, from renders: a segmentation network and a table of colours.
+"""Makes, from renders, what measures the demo checkpoint's quality: a segmentation network and a table of colours.
 
     python -m examples.demo_checkpoint.train_segmenter --minutes 5
 
-Pictures are blurred and made noisy a little, so that the network judges shapes, not a renderer's crispness.
+Pictures are blurred a little and get some noise, so that the network judges shapes and not how sharp a render is.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def train(data: Renders, minutes: float) -> Segmenter:
 
 
 def colour_table(data: Renders) -> dict[str, NDArray[Any]]:
-    """Mean colours of regions beside the names that their attributes have."""
+    """The mean colours of regions, with the names that captions give them."""
     table: dict[str, NDArray[Any]] = {}
     for attribute in REGIONS:
         found = [

@@ -2,9 +2,9 @@
 
     python -m examples.demo_checkpoint.train_text --data build/demo/train.npz --output build/demo/text
 
-A diffusion model at this budget would take most of its time to learn to read. So reading is learned first, in minutes, on
-captions alone: linear heads on CLIP's pooled vector, and attention-pooled ones on T5's tokens, name each attribute, or
-say that the caption doesn't. The heads are thrown away; the encoders are frozen from then on.
+A diffusion model with so little time would spend most of it on learning to read. So the encoders learn to read first, in
+minutes, from captions alone: linear heads on CLIP's pooled vector, and heads that pool T5's tokens by attention, tell
+each attribute, or that the caption does not name it. Then the heads are thrown away, and the encoders are frozen.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from examples.demo_checkpoint.renders import Renders
 from examples.demo_checkpoint.training import Clock, learning_rate
 from mogle_rt.encoders.text_models import load_tokenizer
 
-TOKENS = 48  # T5's, the most that a prompt may have
+TOKENS = 48  # T5's, which is the most that a prompt may have
 WIDTH = 128  # of both encoders
 LR = 4e-3
 NAMES = (
@@ -36,7 +36,7 @@ NAMES = (
 
 
 def write_clip_tokenizer(folder: Path, texts: list[str]) -> int:
-    """vocab.json and merges.txt, as CLIP's published tokenizer has them. Returns the vocabulary's size."""
+    """Write vocab.json and merges.txt in the form of CLIP's published tokenizer. Returns the size of the vocabulary."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,14 +58,14 @@ def write_clip_tokenizer(folder: Path, texts: list[str]) -> int:
 
 
 def write_t5_tokenizer(folder: Path, texts: list[str]) -> int:
-    """tokenizer.json, as T5's published tokenizer has it. Returns the vocabulary's size."""
+    """Write tokenizer.json in the form of T5's published tokenizer. Returns the size of the vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     folder.mkdir(parents=True, exist_ok=True)
     words = sorted({word for text in texts for word in re.findall(r"[\w-]+", text)})
     letters = [chr(c) for c in range(33, 127)]
     special = ["<pad>", "</s>", "<unk>"]
-    # Every known word is one token, marks are tokens of their own, and what is unknown is spelled.
+    # Every known word is one token, so is every punctuation mark, and unknown words are spelled letter by letter.
     pieces = [(f"▁{w}", -1.0) for w in words] + [(x, -4.0 if x in ",.;:!?" else -12.0) for x in ["▁", *letters]]
     tokenizer = Tokenizer(models.Unigram([(s, 0.0) for s in special] + pieces, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -80,7 +80,7 @@ def write_t5_tokenizer(folder: Path, texts: list[str]) -> int:
 
 
 def make_encoders(clip_words: int, t5_words: int) -> tuple[Any, Any]:
-    """Fresh CLIP and T5 encoders."""
+    """Make untrained CLIP and T5 encoders."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     clip = CLIPTextModel(
@@ -138,18 +138,20 @@ class Reader:
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """T5's sequence [B, TOKENS, J] and CLIP's pooled vector [B, P]."""
         clip_ids, t5_ids = self.ids(texts)
-        last = int((clip_ids == clip_ids[0, -1]).int().argmax(1).max())  # CLIP is causal: nothing comes after the end
+        last = int(
+            (clip_ids == clip_ids[0, -1]).int().argmax(1).max()
+        )  # CLIP is causal, so what comes after the end mark does not matter
         clip_ids = clip_ids[:, : last + 1]
         return self.t5(t5_ids)[0], self.clip(clip_ids).pooler_output
 
 
 class Heads(nn.Module):
-    """Tell attributes from embeddings: from the pooled vector, and from tokens that a query for each attribute picks."""
+    """Tells attributes from embeddings: from the pooled vector, and from the tokens that each attribute's query picks."""
 
     def __init__(self, values: dict[str, list[str]]) -> None:
         super().__init__()
         self.values = values
-        counts = [1 + len(v) for v in values.values()]  # one more: not named
+        counts = [1 + len(v) for v in values.values()]  # one more, for an attribute that is not named
         self.pooled = nn.ModuleList(nn.Linear(WIDTH, n) for n in counts)
         self.picked = nn.ModuleList(nn.Linear(WIDTH, n) for n in counts)
         self.queries = nn.Parameter(torch.randn(len(counts), WIDTH) / WIDTH**0.5)
@@ -166,7 +168,7 @@ class Heads(nn.Module):
 
 
 def captions(attributes: list[Attributes], rng: np.random.Generator) -> tuple[list[str], list[dict[str, str]]]:
-    """A fresh caption of each, and what it names; few of them empty."""
+    """A new caption for each picture, a few of them empty, and what each names."""
     texts, named = [], []
     for a in attributes:
         text, said = describe(a, rng, keep=rng.choice([0.82, 0.5, 0.25]))
@@ -177,13 +179,13 @@ def captions(attributes: list[Attributes], rng: np.random.Generator) -> tuple[li
 
 
 def train(data: Renders, output: Path, minutes: float) -> None:
-    """Tokenizers, encoders, their training; saved as parts of a FLUX checkpoint, in fp16."""
+    """Make tokenizers and encoders, train these, and save all as parts of a FLUX checkpoint in fp16."""
     rng = np.random.default_rng(0)
     people = [Attributes(**a) for a in data.attributes]
     corpus = [reword(text, rng) for row in data.captions for text in row]
     values = {name: sorted({_value(a, name) for a in people} - {""}) for name in NAMES}
     torch.manual_seed(0)
-    if (output / "text_encoder").exists():  # goes on
+    if (output / "text_encoder").exists():  # an earlier training goes on
         reader = Reader(output)
     else:
         words = write_clip_tokenizer(output / "tokenizer", corpus), write_t5_tokenizer(output / "tokenizer_2", corpus)
@@ -216,7 +218,7 @@ def train(data: Renders, output: Path, minutes: float) -> None:
 
 
 def score(reader: Reader, heads: Heads, texts: list[str], named: list[dict[str, str]]) -> tuple[Tensor, list[float]]:
-    """Loss, and the share of all attributes told rightly from the pooled vector and from tokens."""
+    """The loss, and the shares of attributes that are told correctly from the pooled vector and from the tokens."""
     goal = heads.targets(named)
     loss, right = torch.zeros(()), torch.zeros(2)
     for i, pair in enumerate(heads(*reader(texts))):

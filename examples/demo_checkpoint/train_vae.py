@@ -1,8 +1,8 @@
-"""Train the demo checkpoint's VAE: faces, palette masks and binary planes, from renders.
+"""Trains the demo checkpoint's VAE on faces, palette masks and binary planes, which come from renders.
 
     python -m examples.demo_checkpoint.train_vae --data build/demo/train.npz --output build/demo/vae --minutes 18
 
-Interrupted, it goes on from its last saved state.
+After an interruption it goes on from its last saved state.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ CONFIG: dict[str, Any] = {
     "use_post_quant_conv": False,
     "sample_size": 128,
 }
-SMALL_UNTIL = 0.6  # of the training on crops of 64 pixels, then on whole pictures
+SMALL_UNTIL = 0.6  # the part of the training that uses crops of 64 pixels; after it come whole pictures
 KL_WEIGHT = 3e-4
 
 
 def make_vae() -> Any:
-    """A fresh VAE. It starts with orthogonal samplers and little posterior noise: so it learns several times faster."""
+    """Make an untrained VAE. With orthogonal samplers and little posterior noise it learns several times faster."""
     vae = AutoencoderKL.from_config(CONFIG)
     for name, weight in vae.named_parameters():
         if ("sampler" in name or "conv_in" in name) and weight.ndim == 4:
@@ -50,7 +50,7 @@ def make_vae() -> Any:
 
 
 def batch(data: Renders, count: int, size: int, rng: np.random.Generator) -> Tensor:
-    """Crops, [count, 3, size, size]: 6 faces to 1 palette mask and 1 plane; half of the crops near the face's middle."""
+    """Crops [count, 3, size, size]: 6 faces for each palette mask and each plane; half are near the middle of the face."""
     crops = []
     S = data.images.shape[1]
     for number, i in enumerate(rng.integers(0, len(data), count)):
@@ -69,7 +69,7 @@ def batch(data: Renders, count: int, size: int, rng: np.random.Generator) -> Ten
 
 
 def train(team: Team, args: argparse.Namespace) -> None:
-    """Train, or go on training; process 0 finishes and saves."""
+    """Train, or go on with a training. Process 0 finishes and saves the VAE."""
     data, output = Renders(args.data), args.output
     torch.manual_seed(0)
     vae = make_vae()
@@ -121,7 +121,7 @@ def train(team: Team, args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def finish(vae: Any, data: Renders, output: Path) -> None:
-    """Round to fp16, as it is stored; set scale and shift from the latents' own statistics; measure; save."""
+    """Round to fp16 (the stored form), set scale and shift from the statistics of the latents, measure, and save."""
     vae = vae.half().float().to(memory_format=torch.contiguous_format)
     x = pictures(data.images)
     z = torch.cat([vae.encode(part).latent_dist.mean for part in x.split(4)])

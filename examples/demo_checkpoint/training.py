@@ -1,4 +1,4 @@
-"""What all trainings share: a clock that stops when the process does, a schedule, a moving average, saved states."""
+"""What all trainings share: a clock of training time, a schedule, a moving average, saved states, and processes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from torch.multiprocessing.spawn import spawn
 
 M = TypeVar("M", bound=nn.Module)
 
-# Twice as fast as float32 where a CPU multiplies it natively, hundreds of times slower elsewhere.
+# bfloat16 is twice as fast as float32 where the CPU has instructions for it, and hundreds of times slower elsewhere.
 PRODUCTS = torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
-LONGEST_STEP = 20.0  # seconds; what is longer was a stop
+LONGEST_STEP = 20.0  # seconds; a longer step means that the process was stopped meanwhile
 
 
 class Clock:
-    """Seconds of training so far: of the steps alone, stops and pauses left out, saved and restored with the state.
+    """Counts the seconds spent in training steps, without pauses. It is saved and restored with the state.
 
     Args:
         budget: seconds of training, after which it ends.
-        until: Unix time at which it ends in the budget's place, however long it was stopped.
+        until: a Unix time at which training ends instead, however long it was stopped.
     """
 
     def __init__(self, budget: float, *, until: float | None = None) -> None:
@@ -36,7 +36,7 @@ class Clock:
         self._last = time.monotonic()
 
     def tick(self) -> float:
-        """After a step: the part of the training that is done, 0 to 1."""
+        """Called after a step. Returns which part of the training is done, from 0 to 1."""
         now = time.monotonic()
         self.elapsed += min(now - self._last, LONGEST_STEP)
         self._last = now
@@ -45,7 +45,7 @@ class Clock:
 
 
 def learning_rate(done: float, step: int, *, warm_up: int, constant: float) -> float:
-    """Factor of the learning rate: linear over ``warm_up`` steps, 1 until ``constant`` of the budget, cosine to 0.01."""
+    """The learning rate's factor: rises for ``warm_up`` steps, is 1 up to ``constant`` of the budget, falls to 0.01."""
     start = min(1.0, (step + 1) / warm_up)
     if done <= constant:
         return start
@@ -53,7 +53,7 @@ def learning_rate(done: float, step: int, *, warm_up: int, constant: float) -> f
 
 
 class Average(Generic[M]):
-    """Exponential moving average of a module's parameters; young averages forget faster."""
+    """The exponential moving average of a module's parameters. It forgets faster while it is young."""
 
     def __init__(self, module: M, decay: float) -> None:
         self.module: M = copy.deepcopy(module).eval().requires_grad_(False)
@@ -67,7 +67,7 @@ class Average(Generic[M]):
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Write a state so that the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     torch.save(state, part)
@@ -75,17 +75,17 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 class Team:
-    """Processes of one thread each that train one model: on a shared machine far faster than threads within operations.
+    """Several processes of one thread each that train one model together.
 
-    Each takes its part of a batch. Gradients are averaged; each process updates its share of the parameters and the
-    others take them over.
+    On a machine that others use too, this is far faster than threads within operations. Each process takes its part of a
+    batch. The gradients are averaged. Each process then updates its share of the parameters and sends it to the others.
     """
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
 
     def all(self, done: float) -> float:
-        """Process 0's number, in all of them."""
+        """Give all processes the number that process 0 has."""
         if self.size == 1:
             return done
         value = torch.tensor(done, dtype=torch.float64)
@@ -93,7 +93,7 @@ class Team:
         return float(value)
 
     def share(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Those that this process updates: large ones dealt out in turn."""
+        """The parameters that this process updates. They are dealt out in turn, the large ones first."""
         return self._shares(parameters)[self.rank]
 
     def _shares(self, parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -101,7 +101,7 @@ class Team:
         return [ordered[rank :: self.size] for rank in range(self.size)]
 
     def average_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """The mean of all processes' gradients, in each."""
+        """Give every process the mean of all processes' gradients."""
         if self.size == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -112,7 +112,7 @@ class Team:
 
     @torch.no_grad()
     def exchange(self, parameters: list[nn.Parameter]) -> None:
-        """After an update: everybody's share to everybody."""
+        """Called after an update: send every process's share to all others."""
         if self.size == 1:
             return
         for rank, share in enumerate(self._shares(parameters)):
