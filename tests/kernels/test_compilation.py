@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from mogle_rt.kernels.aot import SHARED_LIMITS, TARGETS
+from mogle_rt.kernels.chips import SHARED_LIMITS, TARGETS
 from mogle_rt.kernels.workloads import variants
 
 # Kernels without a matrix product, and where a product's tile is as large as the newer instructions need: 64 rows for
