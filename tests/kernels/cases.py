@@ -42,19 +42,22 @@ from mogle_rt.kernels.workloads import tensors
 
 Arguments = dict[str, Any]
 
-# How far a result may lie from float64, as a relative RMS error. Three things add up to it (`Case.bound`):
+# How far a result may lie from float64, as a relative RMS error (`Case.bound`). Errors of roundings are independent of
+# one another and uniform within u times a power of two that is not above the value: relative to the value, the RMS of one
+# is at most u / sqrt(3), and that of several that follow one another is the root of the sum of their squares.
 #
-# - A sum of n products in fp32. In whatever order it is taken, its error is at most LAMBDA sqrt(n) u times the sum of
-#   the products' magnitudes, but for a probability of 2 n exp(-LAMBDA^2 / 2) (Higham and Mary, "A new approach to
-#   probabilistic rounding error analysis", 2019, theorem 2.4). The terms here are random with random signs, so that
-#   magnitudes add up to at most sqrt(n) times the RMS of the sum (Cauchy and Schwarz). Relative to that RMS, the error is
-#   at most LAMBDA n u. Errors of sums that follow one another add, so n counts the terms of all of them.
-# - Roundings to the dtype. One is an error that is uniform within u of a power of two that isn't above the value: its
-#   RMS is at most u / sqrt(3) of the value's. Roundings are independent, so k of them add to sqrt(k) times that.
-# - Both are multiplied where a value is a small difference of large ones, or the argument of an exponential function:
-#   the gain of a case. An RMS over m values scatters by a share of 1 / sqrt(m) around its mean, three times that is
-#   allowed (and many values of few elements share an error).
-LAMBDA = 5.0
+# - Roundings to the dtype, so many on the way to an output: u sqrt(roundings / 3).
+# - Sums in fp32. Where n random terms are added one by one, the partial sum after k of them has an RMS of sqrt(k) times
+#   a term's, and each addition rounds its partial sum. So the squares of the errors add up to n^2 / 2 times u^2 / 3 times
+#   a term's square, and relative to the whole sum, sqrt(n) times a term, the error is u sqrt(n / 6). (Where all terms
+#   have one sign, partial sums grow as k, and it is u sqrt(n / 9). A sum that is taken as a tree has less than either.)
+#   Sums that follow one another add in squares, so n counts the terms of all of them.
+#
+# Values of a few outputs share an error, as those of a row do its mean's, and then errors don't average out: sums may
+# have SHARED times as much. Both parts grow where a value is a small difference of large ones or the argument of an
+# exponential function: the gain of a case. An RMS over m values scatters by a share of 1 / sqrt(m) around its mean;
+# three times that is allowed.
+SHARED = 4.0
 FP32_UNIT = 2.0**-24
 UNITS = {
     torch.float32: FP32_UNIT,
@@ -114,7 +117,7 @@ class Case:
         small: odd sizes, each a call; the first is used where one is enough.
         full: FLUX.1-dev's, 512 x 512 pixels.
         terms: of all sums on the way to an output, from the sizes. roundings: to the dtype, on the way to an output.
-        gain: by how much errors may grow on the way; see `LAMBDA`.
+        gain: by how much errors may grow on the way; see `SHARED`.
     """
 
     name: str
@@ -131,13 +134,13 @@ class Case:
     scratch: tuple[str, ...] = ()
 
     def bound(self, sizes: dict[str, Any], dtype: torch.dtype, count: int) -> float:
-        """Largest relative RMS error of an output of so many elements; see `LAMBDA`."""
+        """Largest relative RMS error of an output of so many elements; see `SHARED`."""
         rounded = UNITS[dtype] * (self.roundings / 3) ** 0.5
         return (1 + 3 * count**-0.5) * self.gain * (rounded + self.summed(sizes))
 
     def summed(self, sizes: dict[str, Any]) -> float:
         """The share of the sums in it, which the order of their terms decides."""
-        return LAMBDA * FP32_UNIT * self.terms(sizes)
+        return SHARED * FP32_UNIT * (self.terms(sizes) / 6) ** 0.5
 
     def arguments(self, seed: int, dtype: torch.dtype, device: str = "cpu", **sizes: Any) -> Arguments:
         """The same for the same seed."""
