@@ -141,7 +141,7 @@ class MixtureOfExperts(nn.Module):
             return self._bank(outputs, mask_latents)
         regions, index = self._regions(mask_latents, ops)
         if mixture is None and self._can_fuse:
-            tokens = self._gate_input(mask_latents)
+            tokens = mask_latents[:, 0].transpose(0, 1)
             gate = self._gate(tokens, tokens, self.noise_proj.bias)  # of the right shapes; the choice reads no values
             mixture = ops.cheaper_mixture(gate, self._experts(replace(regions, index=index)), steps)
         if mixture != "fused":

@@ -58,12 +58,9 @@ Arguments = dict[str, Any]
 # exponential function: the gain of a case. An RMS over m values scatters by a share of 1 / sqrt(m) around its mean;
 # three times that is allowed.
 SHARED = 4.0
+# u: half the distance from 1 to the next number.
 FP32_UNIT = 2.0**-24
-UNITS = {
-    torch.float32: FP32_UNIT,
-    torch.float16: 2.0**-11,
-    torch.bfloat16: 2.0**-8,
-}  # half the distance from 1 to the next
+UNITS = {torch.float32: FP32_UNIT, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 class Random:

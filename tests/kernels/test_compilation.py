@@ -28,8 +28,10 @@ WITHOUT_PRODUCT = {"qk_norm_rope", "mean_mix"}
 LARGE_TILES = {"region_experts", "joint_attention"}
 MEMORY_BOUND = {"stream_rows", "qk_norm_rope", "gate_mix", "mean_mix", "region_experts", "region_expert_mix"}
 OWN_INSTRUCTION = {"sm_90": "wgmma", "sm_100": "tcgen05"}
-# Accesses of two bytes that a kernel may have, by name; others may have none.
-MOST_NARROW: dict[str, int] = {}
+# Accesses of two bytes that a kernel may have; others may have none. Over the stream, a program of 16 rows has as many
+# threads as a branch of 16 columns has elements, and reads one each, and writes the branch's as tensor cores leave them;
+# the norms' weights of a head (of q and of k) are one for each of a program's 128 threads.
+MOST_NARROW = {"stream_rows": 3, "qk_norm_rope": 2}
 
 Compiled = list[dict[str, Any]]
 ROOT = Path(__file__).parents[2]
