@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
 from mogle_rt.kernels.workloads import Workload, workloads
+from mogle_rt.ops import attention, torch_ops
+from mogle_rt.ops.attention import AttentionPlan, Visibility
 
 CACHES = 4  # how many times larger than the cache the arguments of a graph's calls are, all together
 
 
-def calls_beyond_cache(name: str, dtype: torch.dtype, run: str = "run") -> list[Callable[[], None]]:
-    """Calls of one workload, each with its own arguments; with ``run="reference"`` of its PyTorch twin, not the kernel."""
+def kernel(work: Workload) -> Callable[[], object]:
+    """A call of the workload's kernel."""
+    return partial(work.run, **work.arguments)
+
+
+def separate_operations(work: Workload) -> Callable[[], object]:
+    """A call that does the same by PyTorch's own operations, as ``kernels="torch"`` does.
+
+    It writes the same tensors, but for `region_experts` and `joint_attention`, which return theirs.
+    """
+    given = dict(work.arguments)
+    if work.name == "joint_attention":
+        plan = AttentionPlan(Visibility(given["visibility"]), given["log_scale"])
+        return partial(attention.joint_attention, given["q"], given["k"], given["v"], given["condition_from"], plan)
+    if work.name == "qk_norm_rope":
+        given["rope"] = torch_ops.rope_buffer(torch.complex(*given["rope"].chunk(2, dim=-1)))
+    if "bounds" in given:
+        given["bounds"] = tuple(given["bounds"])
+    order = [name for name in inspect.signature(work.run).parameters if name != "sums"]
+    if work.name == "region_experts":
+        order.remove("bank")
+    call: Callable[[], Any] = partial(getattr(torch_ops, work.name), *(given[name] for name in order))
+    return call() if "x" in given else call  # what works on a stream is prepared for its tensors first
+
+
+def calls_beyond_cache(
+    name: str, dtype: torch.dtype, of: Callable[[Workload], Callable[[], object]] = kernel
+) -> list[Callable[[], object]]:
+    """Calls of one workload, `kernel` or `separate_operations` of it, each on arguments of its own."""
     probe = next(w for w in workloads(dtype, "meta") if w.name == name)
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     count = max(2, math.ceil(CACHES * cache / probe.declared().moved))
 
-    def call() -> Callable[[], None]:
-        work = _one(name, dtype)
-        function: Callable[..., None] = getattr(work, run)
-        return lambda: function(**work.arguments)
-
-    return [call() for _ in range(count)]
-
-
-def _one(name: str, dtype: torch.dtype) -> Workload:
-    return next(w for w in workloads(dtype, "cuda") if w.name == name)
+    return [of(next(w for w in workloads(dtype, "cuda") if w.name == name)) for _ in range(count)]
 
 
 def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:

@@ -23,7 +23,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mogle_rt.kernels.aot import SHARED_LIMITS, TARGETS, compile_all
+from mogle_rt.kernels.aot import compile_all
+from mogle_rt.kernels.chips import SHARED_LIMITS, TARGETS
 from mogle_rt.kernels.workloads import DTYPES, variants, workloads
 
 # NVIDIA H100 SXM by its datasheet: bytes a second, dense bf16 operations a second.
@@ -73,12 +74,15 @@ def _print(compiled: list[dict[str, Any]], least: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="right")
     table.add_column("matrix instructions")
     table.add_column("16-byte loads + stores", justify="right")
+    table.add_column("2-byte", justify="right")
     for r in compiled:
         numbers = (r["registers"], r["spills"], r["shared"], SHARED_LIMITS[r["target"]], r["stack"], r["warps"])
         style = "" if _good(r) else "red"
         wide = f"{r['wide_loads']} + {r['wide_stores']}"
         names = (r["kernel"], r["workload"], r["dtype"], r["target"])
-        table.add_row(*names, *map(str, numbers), r["tensor_cores"] or "none", wide, style=style)
+        table.add_row(
+            *names, *map(str, numbers), r["tensor_cores"] or "none", wide, str(r["narrow_accesses"]), style=style
+        )
     console.print(table)
     table = Table(
         title="work at least, each byte once; and what all programs ask for (FLOPs: of tl.dot alone)",
@@ -129,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         compiled = [
             {"workload": name, "dtype": dtype, **dataclasses.asdict(r)}
-            | {read: getattr(r, read) for read in ("tensor_cores", "wide_loads", "wide_stores")}
+            | {read: getattr(r, read) for read in ("tensor_cores", "wide_loads", "wide_stores", "narrow_accesses")}
             for name, dtype, r in compile_all(given.kernel, given.dtype, given.target)
         ]
         least = [row for dtype in given.dtype for row in costs(dtype) if row["workload"] in given.kernel]

@@ -28,20 +28,8 @@ from triton.compiler import ASTSource
 from mogle_rt.kernels.common import Launch
 from mogle_rt.kernels.workloads import DTYPES, variants, workloads
 
-# Shared memory that a program may have, bytes: CUDA C++ Programming Guide, table "technical specifications per compute
-# capability" (maximum per thread block, without the 1 KiB that the system keeps); CDNA 3 ISA guide for gfx942.
-SHARED_LIMITS = {
-    "sm_80": 166912,
-    "sm_86": 101376,
-    "sm_89": 101376,
-    "sm_90": 232448,
-    "sm_100": 232448,
-    "sm_120": 101376,
-    "gfx942": 65536,
-}
-TARGETS = tuple(SHARED_LIMITS)
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
-# Instructions worth knowing of: matrix products, the widest loads and stores, copies into shared memory.
+# Instructions worth knowing of: matrix products, copies into shared memory, the widest and the narrowest accesses.
 CUDA_INSTRUCTIONS = re.compile(
     r"\b(HMMA|HGMMA|UTCHMMA|LDGSTS|LDG|STG)\b(\.[\w.]*)?",
 )
@@ -49,9 +37,10 @@ HIP_INSTRUCTIONS = re.compile(
     r"\b(v_mfma|global_load_dwordx4|buffer_load_dwordx4|global_store_dwordx4|buffer_store_dwordx4)"
 )
 ALIGNED = [["tt.divisibility", 16]]
-WIDE = {"LDG": "LDG.128", "STG": "STG.128", "LDGSTS": "LDGSTS.128"}
+ACCESSES = ("LDG", "STG", "LDGSTS")
 WIDE_LOADS = {"LDG.128", "LDGSTS.128", "global_load_dwordx4", "buffer_load_dwordx4"}
 WIDE_STORES = {"STG.128", "global_store_dwordx4", "buffer_store_dwordx4"}
+NARROW = {"LDG.16", "STG.16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +77,11 @@ class Resources:
     def wide_stores(self) -> int:
         """Stores of 16 bytes a thread."""
         return sum(n for name, n in self.instructions.items() if name in WIDE_STORES)
+
+    @property
+    def narrow_accesses(self) -> int:
+        """Loads and stores of two bytes a thread, on NVIDIA's GPUs."""
+        return sum(n for name, n in self.instructions.items() if name in NARROW)
 
 
 def _source(launch: Launch) -> Any:
@@ -137,21 +131,46 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     )
 
 
-def _compile_workload(name: str, dtype: str, target: str) -> list[Resources]:
+def _launches(name: str, dtype: str) -> list[Launch]:
     known = [*workloads(DTYPES[dtype], "meta"), *variants(DTYPES[dtype])]
-    workload = next(w for w in known if w.name == name)
-    return [compile_launch(launch, target) for launch in workload.launches()]
+    return next(w for w in known if w.name == name).launches()
+
+
+def _compile_one(name: str, dtype: str, number: int, target: str) -> Resources:
+    return compile_launch(_launches(name, dtype)[number], target)
+
+
+def _identity(launch: Launch) -> Any:
+    """What decides about a launch's code: equal for launches that are compiled into the same."""
+    source = _source(launch)
+    options = {name: launch.meta.get(name) for name in ("num_warps", "num_stages")}
+    parts = (source.signature, source.constants, source.attrs, options)
+    return launch.kernel.__name__, *(repr(sorted(part.items(), key=str)) for part in parts)
 
 
 def compile_all(
     names: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]
 ) -> list[tuple[str, str, Resources]]:
-    """Workload, dtype and `Resources` of every launch of these workloads, on all cores."""
-    jobs = list(itertools.product(names, dtypes, targets))
+    """Workload, dtype and `Resources` of every launch of these workloads, on all cores.
+
+    Launches that give the same code are compiled once.
+    """
+    return compile_jobs(list(itertools.product(names, dtypes, targets)))
+
+
+def compile_jobs(jobs: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, Resources]]:
+    """The same for chosen workloads, each with its dtype and target."""
+    made = {pair: _launches(*pair) for pair in dict.fromkeys((name, dtype) for name, dtype, _ in jobs)}
+    asked = [
+        (name, dtype, (_identity(launch), target), (name, dtype, number, target))
+        for name, dtype, target in jobs
+        for number, launch in enumerate(made[name, dtype])
+    ]
+    distinct = {key: job for _, _, key, job in reversed(asked)}
     context = multiprocessing.get_context("spawn")  # a forked child would share the parent's threads' locks
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        done = list(pool.map(_compile_workload, *zip(*jobs, strict=True)))
-    return [(name, dtype, r) for (name, dtype, _), found in zip(jobs, done, strict=True) for r in found]
+        done = dict(zip(distinct, pool.map(_compile_one, *zip(*distinct.values(), strict=True)), strict=True))
+    return [(name, dtype, done[key]) for name, dtype, key, _ in asked]
 
 
 def _tool(tool: Any, *arguments: str) -> str:
@@ -167,8 +186,13 @@ def _read_cuda(compiled: Any) -> tuple[int, int, int, dict[str, int]]:
         sass = _tool(knobs.nvidia.nvdisasm, "-c", cubin.name)
     found: Counter[str] = Counter()
     for opcode, modifiers in CUDA_INSTRUCTIONS.findall(sass):
-        if opcode not in WIDE or ".128" in modifiers:
-            found[WIDE.get(opcode, opcode)] += 1
+        if opcode not in ACCESSES:
+            found[opcode] += 1
+            continue
+        # The width is a modifier: none for four bytes.
+        for width in ("128", "16"):
+            if re.search(rf"\.[US]?{width}\b", modifiers):
+                found[f"{opcode}.{width}"] += 1
     spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
     return _number(r"REG:(\d+)", usage), spills, _number(r"STACK:(\d+)", usage), dict(found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,24 +48,30 @@ class Launch:
     meta: dict[str, Any]
 
 
-_record: list[Launch] | None = None
+# A context variable, so that a thread that records leaves the launches of all other threads alone.
+_recorded: ContextVar[list[Launch] | None] = ContextVar("_recorded", default=None)
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Meanwhile launchers choose tiles as on a GPU, take tensors of any device (meta, too), and launch nothing."""
-    global _record
-    before, _record = _record, []
+    """Within it, launchers of this thread take tensors of any device (even meta) and tiles as on a GPU; nothing runs.
+
+    Yields:
+        The list to which each launch is added.
+    """
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
     try:
-        yield _record
+        yield launches
     finally:
-        _record = before
+        _recorded.reset(token)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Launch on the device of the first argument, or note it down for `recording`."""
-    if _record is not None:
-        _record.append(Launch(kernel, grid, args, meta))
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.append(Launch(kernel, grid, args, meta))
         return
     with torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext():
         kernel[grid](*args, **meta)
@@ -72,7 +79,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` when triton was imported)."""
-    return _record is None and bool(knobs.runtime.interpret)
+    return _recorded.get() is None and bool(knobs.runtime.interpret)
 
 
 def power_of_two(n: int, least: int = 1) -> int:
@@ -128,7 +135,7 @@ def check_device(x: Tensor) -> None:
     """
     if x.dtype not in DTYPES:
         raise ValueError(f"kernels take {', '.join(map(str, DTYPES))}, got {x.dtype}")
-    if _record is None and not x.is_cuda and not (x.device.type == "cpu" and interpreted()):
+    if _recorded.get() is None and not x.is_cuda and not (x.device.type == "cpu" and interpreted()):
         raise ValueError(f"Triton kernels need a GPU, got a tensor on {x.device} (or set TRITON_INTERPRET=1)")
 
 

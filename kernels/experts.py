@@ -1,13 +1,7 @@
-"""The region experts, as a part of the kernels that run them: their parameters and device code.
-
-Only the distinct pictures of the regions that a mask has are held: ``planes[P]``, and ``index[B, E]`` says which is
-expert e's in image b. Experts whose region is absent (index -1) all see the same black picture, so their outputs
-depend on the size of the image alone: ``absent[N, E, C]``, shared by all images.
-"""
+"""The region experts, as a part of the kernels that run them: checks, device code and their twin."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,111 +12,102 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mogle_rt.kernels.common import check, check_device, nbytes, power_of_two, precision, require
 from mogle_rt.kernels.gate import LARGEST_WIDTH, load_transposed
+from mogle_rt.kernels.inputs import Experts
 
 
-@dataclass(frozen=True)
-class Experts:
-    """Inputs and parameters. Linear layers as [out, in]."""
+def check_experts(experts: Experts) -> None:
+    """Raises ValueError where a shape, dtype, stride or device doesn't fit.
 
-    planes: Tensor  # [P, N, C]
-    index: Tensor  # [B, E] int32, -1 … P - 1
-    absent: Tensor  # [N, E, C]
-    in_weight: Tensor  # [E, H, C]
-    in_bias: Tensor  # [E, H]
-    out_weight: Tensor  # [E, C, H]
-    out_bias: Tensor  # [E, C]
+    Values of the index are not checked, because reading them would wait for the GPU.
+    """
+    x = experts.planes
+    check_device(x)
+    require(
+        x.dim() == 3 and experts.index.dim() == 2 and experts.in_weight.dim() == 3,
+        f"planes must be [P, N, C], index [B, E], got {list(x.shape)}, {list(experts.index.shape)}",
+    )
+    N, B, C, H, E = experts.sizes
+    require(0 < max(C, H, E) <= LARGEST_WIDTH, f"C, H and E must be 1 to {LARGEST_WIDTH}, got {C}, {H}, {E}")
+    check("planes", x, x.shape, x)
+    check("index", experts.index, (B, E), x, torch.int32)
+    check("absent", experts.absent, (N, E, C), x)
+    check("the experts' in_weight", experts.in_weight, (E, H, C), x)
+    check("the experts' in_bias", experts.in_bias, (E, H), x)
+    check("the experts' out_weight", experts.out_weight, (E, C, H), x)
+    check("the experts' out_bias", experts.out_bias, (E, C), x)
 
-    @property
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        """N, B, C, H, E."""
-        _, N, C = self.planes.shape
-        B, E = self.index.shape
-        return N, B, C, self.in_weight.shape[1], E
 
-    def check(self) -> None:
-        """Raises ValueError where a shape, dtype, stride or device doesn't fit. Indices stay unread: they are the GPU's."""
-        x = self.planes
-        check_device(x)
-        require(
-            x.dim() == 3 and self.index.dim() == 2 and self.in_weight.dim() == 3,
-            f"planes must be [P, N, C], index [B, E], got {list(x.shape)}, {list(self.index.shape)}",
-        )
-        N, B, C, H, E = self.sizes
-        require(0 < max(C, H, E) <= LARGEST_WIDTH, f"C, H and E must be 1 to {LARGEST_WIDTH}, got {C}, {H}, {E}")
-        check("planes", x, x.shape, x)
-        check("index", self.index, (B, E), x, torch.int32)
-        check("absent", self.absent, (N, E, C), x)
-        check("expert_in_weight", self.in_weight, (E, H, C), x)
-        check("expert_in_bias", self.in_bias, (E, H), x)
-        check("expert_out_weight", self.out_weight, (E, C, H), x)
-        check("expert_out_bias", self.out_bias, (E, C), x)
+def expert_arguments(experts: Experts) -> tuple[Any, ...]:
+    """The tensors and strides that both kernels with experts take, in their order."""
+    return (
+        experts.planes,
+        experts.index,
+        experts.absent,
+        experts.in_weight,
+        experts.in_bias,
+        experts.out_weight,
+        experts.out_bias,
+        *experts.planes.stride()[:2],
+        experts.index.stride(0),
+        *experts.absent.stride()[:2],
+        *experts.in_weight.stride()[:2],
+        experts.in_bias.stride(0),
+        *experts.out_weight.stride()[:2],
+        experts.out_bias.stride(0),
+    )
 
-    def arguments(self) -> tuple[Any, ...]:
-        """Of `expert_outputs`, as far as they are tensors and strides."""
-        return (
-            self.planes,
-            self.index,
-            self.absent,
-            self.in_weight,
-            self.in_bias,
-            self.out_weight,
-            self.out_bias,
-            *self.planes.stride()[:2],
-            self.index.stride(0),
-            *self.absent.stride()[:2],
-            *self.in_weight.stride()[:2],
-            self.in_bias.stride(0),
-            *self.out_weight.stride()[:2],
-            self.out_bias.stride(0),
-        )
 
-    def constants(self) -> dict[str, Any]:
-        """Of both kernels with experts."""
-        _, _, C, H, E = self.sizes
-        return {
-            "C": C,
-            "H": H,
-            "E": E,
-            "C_BLOCK": power_of_two(C, 16),
-            "H_BLOCK": power_of_two(H, 16),
-            "PRECISION": precision(self.planes.dtype),
-        }
+def expert_constants(experts: Experts) -> dict[str, Any]:
+    """The constants that both kernels with experts are compiled for."""
+    _, _, C, H, E = experts.sizes
+    return {
+        "C": C,
+        "H": H,
+        "E": E,
+        "C_BLOCK": power_of_two(C, 16),
+        "H_BLOCK": power_of_two(H, 16),
+        "PRECISION": precision(experts.planes.dtype),
+    }
 
-    def outputs(self) -> Tensor:
-        """The bank in PyTorch, fp32 (fp64 for fp64): [N, B, E, C]. Layers round to the dtype, as they do apart."""
-        dtype = self.planes.dtype
-        exact = torch.promote_types(dtype, torch.float32)
-        present = (self.index >= 0)[..., None, None]
-        x = self.planes[self.index.clamp(min=0).long()].to(exact)  # [B, E, N, C]
-        hidden = (x @ self.in_weight.to(exact).mT + self.in_bias[:, None]).relu()
-        y = hidden.to(dtype).to(exact) @ self.out_weight.to(exact).mT + self.out_bias[:, None]
-        return torch.where(present, y, self.absent.to(exact).transpose(0, 1)).permute(2, 0, 1, 3)
 
-    def _present(self) -> tuple[int, int, int, int]:
-        """Distinct pictures in use, experts with one, experts without one in some image, pairs of image and expert.
+def expert_outputs_ref(experts: Experts) -> Tensor:
+    """The bank in PyTorch, fp32 (fp64 for fp64): [N, B, E, C]. The hidden layer is rounded to the dtype."""
+    dtype = experts.planes.dtype
+    exact = torch.promote_types(dtype, torch.float32)
+    present = (experts.index >= 0)[..., None, None]
+    x = experts.planes[experts.index.clamp(min=0).long()].to(exact)  # [B, E, N, C]
+    hidden = (x @ experts.in_weight.to(exact).mT + experts.in_bias[:, None]).relu()
+    y = hidden.to(dtype).to(exact) @ experts.out_weight.to(exact).mT + experts.out_bias[:, None]
+    return torch.where(present, y, experts.absent.to(exact).transpose(0, 1)).permute(2, 0, 1, 3)
 
-        From the index; where it has no values (fake and meta tensors), as if each picture were one expert's in
-        every image, so that a count needs no data.
-        """
-        B, E = self.index.shape
-        if self.index.is_meta or isinstance(self.index, FakeTensor):
-            present = min(self.planes.shape[0], E)
-            return self.planes.shape[0], present, E - present, B * present
-        there = self.index >= 0
-        distinct = len(self.index[there].unique())
-        return distinct, int(there.any(0).sum()), int((~there).any(0).sum()), int(there.sum())
 
-    def read(self) -> int:
-        """Bytes: pictures, parameters and absent rows that are used, each once, and the index."""
-        N, _, C, H, _ = self.sizes
-        distinct, present, absent, _ = self._present()
-        values = (distinct + absent) * N * C + present * (2 * H * C + H + C)
-        return values * self.planes.element_size() + nbytes(self.index)
+def _present(experts: Experts) -> tuple[int, int, int, int]:
+    """Distinct pictures in use, experts with one, experts without one in some image, pairs of image and expert.
 
-    def flops(self) -> int:
-        """Of both layers of what is present."""
-        N, _, C, H, _ = self.sizes
-        return 4 * self._present()[3] * N * C * H
+    From the index; where it has no values (fake and meta tensors), as if each picture were one expert's in
+    every image, so that a count needs no data.
+    """
+    B, E = experts.index.shape
+    if experts.index.is_meta or isinstance(experts.index, FakeTensor):
+        present = min(experts.planes.shape[0], E)
+        return experts.planes.shape[0], present, E - present, B * present
+    there = experts.index >= 0
+    distinct = len(experts.index[there].unique())
+    return distinct, int(there.any(0).sum()), int((~there).any(0).sum()), int(there.sum())
+
+
+def expert_read(experts: Experts) -> int:
+    """Bytes of the index, and of those pictures, weights and absent rows that are used, each read once."""
+    N, _, C, H, _ = experts.sizes
+    distinct, present, absent, _ = _present(experts)
+    values = (distinct + absent) * N * C + present * (2 * H * C + H + C)
+    return values * experts.planes.element_size() + nbytes(experts.index)
+
+
+def expert_flops(experts: Experts) -> int:
+    """Floating point operations of both layers, of the experts that see a picture."""
+    N, _, C, H, _ = experts.sizes
+    return 4 * _present(experts)[3] * N * C * H
 
 
 @triton.jit

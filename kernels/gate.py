@@ -1,8 +1,7 @@
-"""The gate over the experts, as a part of the kernels that mix them: its parameters, tiles and device code."""
+"""The gate over the experts, as a part of the kernels that mix them: checks, tiles, device code and its twin."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mogle_rt.kernels.common import check, check_device, interpreted, nbytes, power_of_two, precision, require
+from mogle_rt.kernels.inputs import Gate
 
 LARGEST_WIDTH = 256  # of latents and the gate's layers: a program holds them whole
 
@@ -19,96 +19,82 @@ LARGEST_WIDTH = 256  # of latents and the gate's layers: a program holds them wh
 WIDER_THAN_TALL = 32
 
 
-@dataclass(frozen=True)
-class Gate:
-    """Inputs and parameters. Linear layers as [out, in]."""
+def check_gate(gate: Gate) -> None:
+    """Raises ValueError where a shape, dtype, stride or device doesn't fit."""
+    x = gate.latents
+    check_device(x)
+    require(x.dim() == 3, f"latents must be [N, B, C], got {list(x.shape)}")
+    require(gate.in_weight.dim() == 2 and gate.out_weight.dim() == 2, "the gate's weights must be matrices")
+    N, B, C, G, E = gate.sizes
+    require(0 < max(C, G, E) <= LARGEST_WIDTH, f"C, G and E must be 1 to {LARGEST_WIDTH}, got {C}, {G}, {E}")
+    check("latents", x, (N, B, C), x)
+    check("gate_input", gate.gate_input, (N, B, C), x)
+    check("time", gate.time, (C,), x)
+    check("noise_weight", gate.noise_weight, (C, C), x)
+    check("the gate's in_weight", gate.in_weight, (G, C), x)
+    check("the gate's in_bias", gate.in_bias, (G,), x)
+    check("the gate's out_weight", gate.out_weight, (E, G), x)
+    check("the gate's out_bias", gate.out_bias, (E,), x)
 
-    latents: Tensor  # [N, B, C]
-    gate_input: Tensor  # [N, B, C]
-    time: Tensor  # [C]
-    noise_weight: Tensor  # [C, C]
-    in_weight: Tensor  # [G, C]
-    in_bias: Tensor  # [G]
-    out_weight: Tensor  # [E, G]
-    out_bias: Tensor  # [E]
 
-    @property
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        """N, B, C, G, E."""
-        N, B, C = self.latents.shape
-        return N, B, C, self.in_weight.shape[0], self.out_weight.shape[0]
+def gate_arguments(gate: Gate) -> tuple[Any, ...]:
+    """The tensors, strides and count of tokens that `gate_weights` and every kernel with a gate take first."""
+    return (
+        gate.latents,
+        gate.gate_input,
+        gate.time,
+        gate.noise_weight,
+        gate.in_weight,
+        gate.in_bias,
+        gate.out_weight,
+        gate.out_bias,
+        *gate.latents.stride()[:2],
+        *gate.gate_input.stride()[:2],
+        gate.noise_weight.stride(0),
+        gate.in_weight.stride(0),
+        gate.out_weight.stride(0),
+        gate.latents.shape[0],
+    )
 
-    def check(self) -> None:
-        """Raises ValueError where a shape, dtype, stride or device doesn't fit."""
-        x = self.latents
-        check_device(x)
-        require(x.dim() == 3, f"latents must be [N, B, C], got {list(x.shape)}")
-        require(self.in_weight.dim() == 2 and self.out_weight.dim() == 2, "the gate's weights must be matrices")
-        N, B, C, G, E = self.sizes
-        require(0 < max(C, G, E) <= LARGEST_WIDTH, f"C, G and E must be 1 to {LARGEST_WIDTH}, got {C}, {G}, {E}")
-        check("latents", x, (N, B, C), x)
-        check("gate_input", self.gate_input, (N, B, C), x)
-        check("time", self.time, (C,), x)
-        check("noise_weight", self.noise_weight, (C, C), x)
-        check("gate_in_weight", self.in_weight, (G, C), x)
-        check("gate_in_bias", self.in_bias, (G,), x)
-        check("gate_out_weight", self.out_weight, (E, G), x)
-        check("gate_out_bias", self.out_bias, (E,), x)
 
-    def arguments(self) -> tuple[Any, ...]:
-        """Of `gate_weights`, as far as they are tensors and strides."""
-        return (
-            self.latents,
-            self.gate_input,
-            self.time,
-            self.noise_weight,
-            self.in_weight,
-            self.in_bias,
-            self.out_weight,
-            self.out_bias,
-            *self.latents.stride()[:2],
-            *self.gate_input.stride()[:2],
-            self.noise_weight.stride(0),
-            self.in_weight.stride(0),
-            self.out_weight.stride(0),
-            self.latents.shape[0],
-        )
+def gate_constants(gate: Gate) -> dict[str, Any]:
+    """The constants that every kernel with a gate is compiled for."""
+    N, B, C, G, E = gate.sizes
+    return {
+        "C": C,
+        "G": G,
+        "E": E,
+        "C_BLOCK": power_of_two(C, WIDER_THAN_TALL),
+        "G_BLOCK": power_of_two(G, WIDER_THAN_TALL),
+        "E_BLOCK": power_of_two(E, WIDER_THAN_TALL),
+        "ROWS": rows(N, B, gate.latents.dtype),
+        "PRECISION": precision(gate.latents.dtype),
+    }
 
-    def constants(self) -> dict[str, Any]:
-        """Of every kernel with a gate."""
-        N, B, C, G, E = self.sizes
-        return {
-            "C": C,
-            "G": G,
-            "E": E,
-            "C_BLOCK": power_of_two(C, WIDER_THAN_TALL),
-            "G_BLOCK": power_of_two(G, WIDER_THAN_TALL),
-            "E_BLOCK": power_of_two(E, WIDER_THAN_TALL),
-            "ROWS": rows(N, B, self.latents.dtype),
-            "PRECISION": precision(self.latents.dtype),
-        }
 
-    def weights(self) -> Tensor:
-        """Softmax of the gate in PyTorch, fp32 (fp64 for fp64): [N, B, E]. Layers round to the dtype, as they do apart."""
-        dtype = self.latents.dtype
-        exact = torch.promote_types(dtype, torch.float32)
+def gate_weights_ref(gate: Gate) -> Tensor:
+    """`gate_weights` in PyTorch, fp32 (fp64 for fp64): [N, B, E]. Each layer's result is rounded to the dtype."""
+    dtype = gate.latents.dtype
+    exact = torch.promote_types(dtype, torch.float32)
 
-        def linear(x: Tensor, weight: Tensor) -> Tensor:
-            return x.to(exact) @ weight.to(exact).t()
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        return x.to(exact) @ weight.to(exact).t()
 
-        h = linear(self.latents, self.noise_weight) + self.gate_input + self.time
-        hidden = (linear(h.to(dtype), self.in_weight) + self.in_bias).relu()
-        return (linear(hidden.to(dtype), self.out_weight) + self.out_bias).softmax(-1)
+    h = linear(gate.latents, gate.noise_weight) + gate.gate_input + gate.time
+    hidden = (linear(h.to(dtype), gate.in_weight) + gate.in_bias).relu()
+    return (linear(hidden.to(dtype), gate.out_weight) + gate.out_bias).softmax(-1)
 
-    def read(self) -> int:
-        """Bytes of everything."""
-        parameters = (self.noise_weight, self.in_weight, self.in_bias, self.out_weight, self.out_bias)
-        return nbytes(self.latents, self.gate_input, self.time, *parameters)
 
-    def flops(self) -> int:
-        """Of its three layers."""
-        N, B, C, G, E = self.sizes
-        return 2 * N * B * (C * C + C * G + G * E)
+def gate_read(gate: Gate) -> int:
+    """Bytes of all inputs and weights, each read once."""
+    parameters = (gate.noise_weight, gate.in_weight, gate.in_bias, gate.out_weight, gate.out_bias)
+    return nbytes(gate.latents, gate.gate_input, gate.time, *parameters)
+
+
+def gate_flops(gate: Gate) -> int:
+    """Floating point operations of the three layers."""
+    N, B, C, G, E = gate.sizes
+    return 2 * N * B * (C * C + C * G + G * E)
 
 
 def rows(tokens: int, batch: int, dtype: torch.dtype) -> int:

@@ -8,7 +8,19 @@ import triton.language as tl
 from torch import Tensor
 
 from mogle_rt.kernels.common import Cost, check, launch, nbytes, power_of_two
-from mogle_rt.kernels.gate import Gate, gate_weights, mix_bank, mix_bank_ref, rows
+from mogle_rt.kernels.gate import (
+    check_gate,
+    gate_arguments,
+    gate_constants,
+    gate_flops,
+    gate_read,
+    gate_weights,
+    gate_weights_ref,
+    mix_bank,
+    mix_bank_ref,
+    rows,
+)
+from mogle_rt.kernels.inputs import Gate
 
 
 @triton.jit
@@ -105,44 +117,28 @@ def _mean_mix_kernel(
     tl.store(out_ptr + at, mixed.to(out_ptr.dtype.element_ty), mask=live[:, None] & (c < C)[None, :])
 
 
-def gate_mix(
-    latents: Tensor,
-    gate_input: Tensor,
-    time: Tensor,
-    noise_weight: Tensor,
-    gate_in_weight: Tensor,
-    gate_in_bias: Tensor,
-    gate_out_weight: Tensor,
-    gate_out_bias: Tensor,
-    bank: Tensor,
-    out: Tensor,
-) -> None:
+def gate_mix(gate: Gate, bank: Tensor, out: Tensor) -> None:
     """out = sum over e of softmax(gate)_e * bank[:, :, e] (MoGLE, arXiv 2509.00428).
 
-    The gate is Linear(relu(Linear(latents @ noise_weight^T + gate_input + time))).
-
     Args:
-        latents: [N, B, C], packed noisy latents, fp32, fp16 or bf16; all else of the same dtype.
-        gate_input: [N, B, C], what no step changes; time: [C], the step's embedding.
-        noise_weight: [C, C]; gate_in_weight: [G, C] and bias [G]; gate_out_weight: [E, G] and bias [E].
-        bank: [N, B, E, C], the experts' outputs.
+        gate: its inputs and weights, in fp32, fp16 or bf16.
+        bank: [N, B, E, C], the experts' outputs, in the gate's dtype.
         out: [N, B, C], written.
 
     Raises:
         ValueError: a shape, dtype, stride or device doesn't fit.
     """
-    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
-    gate.check()
+    check_gate(gate)
     N, B, C, _, E = gate.sizes
-    check("bank", bank, (N, B, E, C), latents)
-    check("out", out, (N, B, C), latents)
+    check("bank", bank, (N, B, E, C), gate.latents)
+    check("out", out, (N, B, C), gate.latents)
     if N * B == 0:
         return
-    constants = gate.constants()
+    constants = gate_constants(gate)
     launch(
         _gate_mix_kernel,
         (triton.cdiv(N, constants["ROWS"]), B),
-        *gate.arguments(),
+        *gate_arguments(gate),
         bank,
         out,
         *bank.stride()[:3],
@@ -152,38 +148,14 @@ def gate_mix(
     )
 
 
-def gate_mix_ref(
-    latents: Tensor,
-    gate_input: Tensor,
-    time: Tensor,
-    noise_weight: Tensor,
-    gate_in_weight: Tensor,
-    gate_in_bias: Tensor,
-    gate_out_weight: Tensor,
-    gate_out_bias: Tensor,
-    bank: Tensor,
-    out: Tensor,
-) -> None:
+def gate_mix_ref(gate: Gate, bank: Tensor, out: Tensor) -> None:
     """`gate_mix` in PyTorch."""
-    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
-    out.copy_(mix_bank_ref(gate.weights(), bank))
+    out.copy_(mix_bank_ref(gate_weights_ref(gate), bank))
 
 
-def gate_mix_cost(
-    latents: Tensor,
-    gate_input: Tensor,
-    time: Tensor,
-    noise_weight: Tensor,
-    gate_in_weight: Tensor,
-    gate_in_bias: Tensor,
-    gate_out_weight: Tensor,
-    gate_out_bias: Tensor,
-    bank: Tensor,
-    out: Tensor,
-) -> Cost:
+def gate_mix_cost(gate: Gate, bank: Tensor, out: Tensor) -> Cost:
     """What `gate_mix` takes at least: the bank once."""
-    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
-    return Cost(read=gate.read() + nbytes(bank), written=nbytes(out), flops=gate.flops() + 2 * bank.numel())
+    return Cost(read=gate_read(gate) + nbytes(bank), written=nbytes(out), flops=gate_flops(gate) + 2 * bank.numel())
 
 
 def partial_sums(bank: Tensor) -> int:
@@ -192,19 +164,7 @@ def partial_sums(bank: Tensor) -> int:
     return triton.cdiv(N, rows(N, B, bank.dtype))
 
 
-def gate_mix_mean(
-    latents: Tensor,
-    gate_input: Tensor,
-    time: Tensor,
-    noise_weight: Tensor,
-    gate_in_weight: Tensor,
-    gate_in_bias: Tensor,
-    gate_out_weight: Tensor,
-    gate_out_bias: Tensor,
-    bank: Tensor,
-    sums: Tensor,
-    out: Tensor,
-) -> None:
+def gate_mix_mean(gate: Gate, bank: Tensor, sums: Tensor, out: Tensor) -> None:
     """`gate_mix` with the weights averaged over the tokens of each image (weight_is_scale), in two launches.
 
     Args:
@@ -213,20 +173,19 @@ def gate_mix_mean(
     Raises:
         ValueError: a shape, dtype, stride or device doesn't fit.
     """
-    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
-    gate.check()
+    check_gate(gate)
     N, B, C, _, E = gate.sizes
-    check("bank", bank, (N, B, E, C), latents)
+    check("bank", bank, (N, B, E, C), gate.latents)
     programs = partial_sums(bank)
-    check("out", out, (N, B, C), latents)
-    check("sums", sums, (programs, B, E), latents, torch.float32)
+    check("out", out, (N, B, C), gate.latents)
+    check("sums", sums, (programs, B, E), gate.latents, torch.float32)
     if N * B == 0:
         return
-    constants = gate.constants()
+    constants = gate_constants(gate)
     launch(
         _gate_mix_kernel,
         (programs, B),
-        *gate.arguments(),
+        *gate_arguments(gate),
         bank,
         sums,
         *bank.stride()[:3],
@@ -250,44 +209,18 @@ def gate_mix_mean(
     )
 
 
-def gate_mix_mean_ref(
-    latents: Tensor,
-    gate_input: Tensor,
-    time: Tensor,
-    noise_weight: Tensor,
-    gate_in_weight: Tensor,
-    gate_in_bias: Tensor,
-    gate_out_weight: Tensor,
-    gate_out_bias: Tensor,
-    bank: Tensor,
-    sums: Tensor,
-    out: Tensor,
-) -> None:
+def gate_mix_mean_ref(gate: Gate, bank: Tensor, sums: Tensor, out: Tensor) -> None:
     """`gate_mix_mean` in PyTorch: the sums of all tokens lie in the first row of ``sums``."""
-    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
-    weights = gate.weights()
+    weights = gate_weights_ref(gate)
     sums.zero_()[0] = weights.sum(0)
     out.copy_(mix_bank_ref(weights.mean(0, keepdim=True), bank))
 
 
-def gate_mix_mean_cost(
-    latents: Tensor,
-    gate_input: Tensor,
-    time: Tensor,
-    noise_weight: Tensor,
-    gate_in_weight: Tensor,
-    gate_in_bias: Tensor,
-    gate_out_weight: Tensor,
-    gate_out_bias: Tensor,
-    bank: Tensor,
-    sums: Tensor,
-    out: Tensor,
-) -> Cost:
+def gate_mix_mean_cost(gate: Gate, bank: Tensor, sums: Tensor, out: Tensor) -> Cost:
     """What `gate_mix_mean` takes at least: bank and sums once."""
-    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
     return Cost(
-        read=gate.read() + nbytes(bank, sums),
+        read=gate_read(gate) + nbytes(bank, sums),
         written=nbytes(out, sums),
-        flops=gate.flops() + 2 * bank.numel(),
+        flops=gate_flops(gate) + 2 * bank.numel(),
         launches=2,
     )

@@ -15,8 +15,27 @@ import triton.language as tl
 from torch import Tensor
 
 from mogle_rt.kernels.common import Cost, check, launch, nbytes, require
-from mogle_rt.kernels.experts import Experts, expert_outputs
-from mogle_rt.kernels.gate import Gate, column, gate_weights, mix_bank_ref
+from mogle_rt.kernels.experts import (
+    check_experts,
+    expert_arguments,
+    expert_constants,
+    expert_flops,
+    expert_outputs,
+    expert_outputs_ref,
+    expert_read,
+)
+from mogle_rt.kernels.gate import (
+    check_gate,
+    column,
+    gate_arguments,
+    gate_constants,
+    gate_flops,
+    gate_read,
+    gate_weights,
+    gate_weights_ref,
+    mix_bank_ref,
+)
+from mogle_rt.kernels.inputs import Experts, Gate
 
 
 @triton.jit
@@ -92,103 +111,48 @@ def _region_expert_mix_kernel(
     tl.store(out_ptr + at, mixed.to(out_ptr.dtype.element_ty), mask=live[:, None] & (c < C)[None, :])
 
 
-def region_expert_mix(
-    latents: Tensor,
-    gate_input: Tensor,
-    time: Tensor,
-    noise_weight: Tensor,
-    gate_in_weight: Tensor,
-    gate_in_bias: Tensor,
-    gate_out_weight: Tensor,
-    gate_out_bias: Tensor,
-    planes: Tensor,
-    index: Tensor,
-    absent: Tensor,
-    expert_in_weight: Tensor,
-    expert_in_bias: Tensor,
-    expert_out_weight: Tensor,
-    expert_out_bias: Tensor,
-    out: Tensor,
-) -> None:
-    """`region_experts` and `gate_mix` as one: out [N, B, C], the condition tokens of a step.
+def region_expert_mix(gate: Gate, experts: Experts, out: Tensor) -> None:
+    """`region_experts` and `gate_mix` in one launch: the condition tokens of a step.
 
-    Args: those of `gate_mix` up to ``gate_out_bias``, then those of `region_experts` up to ``expert_out_bias``.
+    Args:
+        gate, experts: inputs and weights; both have the same N, B, C, E and dtype (fp32, fp16 or bf16).
+        out: [N, B, C], written.
 
     Raises:
         ValueError: a shape, dtype, stride or device doesn't fit.
     """
-    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
-    experts = Experts(planes, index, absent, expert_in_weight, expert_in_bias, expert_out_weight, expert_out_bias)
-    gate.check()
-    experts.check()
+    check_gate(gate)
+    check_experts(experts)
     N, B, C, _, E = gate.sizes
     require(
-        experts.sizes[:3] == (N, B, C) and experts.sizes[4] == E and planes.dtype == latents.dtype,
+        experts.sizes[:3] == (N, B, C) and experts.sizes[4] == E and experts.planes.dtype == gate.latents.dtype,
         f"gate and experts must agree in N, B, C, E and dtype, got {gate.sizes}, {experts.sizes}",
     )
-    check("out", out, (N, B, C), latents)
+    check("out", out, (N, B, C), gate.latents)
     if out.numel() == 0:
         return
-    constants = gate.constants() | experts.constants()
+    constants = gate_constants(gate) | expert_constants(experts)
     launch(
         _region_expert_mix_kernel,
         (B, triton.cdiv(N, constants["ROWS"])),
-        *gate.arguments(),
-        *experts.arguments(),
+        *gate_arguments(gate),
+        *expert_arguments(experts),
         out,
         *out.stride()[:2],
         **constants,
     )
 
 
-def region_expert_mix_ref(
-    latents: Tensor,
-    gate_input: Tensor,
-    time: Tensor,
-    noise_weight: Tensor,
-    gate_in_weight: Tensor,
-    gate_in_bias: Tensor,
-    gate_out_weight: Tensor,
-    gate_out_bias: Tensor,
-    planes: Tensor,
-    index: Tensor,
-    absent: Tensor,
-    expert_in_weight: Tensor,
-    expert_in_bias: Tensor,
-    expert_out_weight: Tensor,
-    expert_out_bias: Tensor,
-    out: Tensor,
-) -> None:
+def region_expert_mix_ref(gate: Gate, experts: Experts, out: Tensor) -> None:
     """`region_expert_mix` in PyTorch."""
-    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
-    experts = Experts(planes, index, absent, expert_in_weight, expert_in_bias, expert_out_weight, expert_out_bias)
-    out.copy_(mix_bank_ref(gate.weights(), experts.outputs()))
+    out.copy_(mix_bank_ref(gate_weights_ref(gate), expert_outputs_ref(experts)))
 
 
-def region_expert_mix_cost(
-    latents: Tensor,
-    gate_input: Tensor,
-    time: Tensor,
-    noise_weight: Tensor,
-    gate_in_weight: Tensor,
-    gate_in_bias: Tensor,
-    gate_out_weight: Tensor,
-    gate_out_bias: Tensor,
-    planes: Tensor,
-    index: Tensor,
-    absent: Tensor,
-    expert_in_weight: Tensor,
-    expert_in_bias: Tensor,
-    expert_out_weight: Tensor,
-    expert_out_bias: Tensor,
-    out: Tensor,
-) -> Cost:
+def region_expert_mix_cost(gate: Gate, experts: Experts, out: Tensor) -> Cost:
     """What `region_expert_mix` takes at least, by what the index says (so not for captured code)."""
-    gate = Gate(latents, gate_input, time, noise_weight, gate_in_weight, gate_in_bias, gate_out_weight, gate_out_bias)
-    experts = Experts(planes, index, absent, expert_in_weight, expert_in_bias, expert_out_weight, expert_out_bias)
     N, B, C, _, E = gate.sizes
     return Cost(
-        read=gate.read() + experts.read(),
+        read=gate_read(gate) + expert_read(experts),
         written=nbytes(out),
-        flops=gate.flops() + experts.flops() + 2 * N * B * E * C,
+        flops=gate_flops(gate) + expert_flops(experts) + 2 * N * B * E * C,
     )

@@ -7,7 +7,16 @@ import triton.language as tl
 from torch import Tensor
 
 from mogle_rt.kernels.common import Cost, check, interpreted, launch, nbytes, power_of_two
-from mogle_rt.kernels.experts import Experts, expert_outputs
+from mogle_rt.kernels.experts import (
+    check_experts,
+    expert_arguments,
+    expert_constants,
+    expert_flops,
+    expert_outputs,
+    expert_outputs_ref,
+    expert_read,
+)
+from mogle_rt.kernels.inputs import Experts
 
 
 def rows(tokens: int) -> int:
@@ -64,75 +73,43 @@ def _region_experts_kernel(
     tl.store(bank_ptr + at, y.to(bank_ptr.dtype.element_ty), mask=live[:, None] & (c < C)[None, :])
 
 
-def region_experts(
-    planes: Tensor,
-    index: Tensor,
-    absent: Tensor,
-    expert_in_weight: Tensor,
-    expert_in_bias: Tensor,
-    expert_out_weight: Tensor,
-    expert_out_bias: Tensor,
-    bank: Tensor,
-) -> None:
+def region_experts(experts: Experts, bank: Tensor) -> None:
     """bank[:, b, e] = expert e of planes[index[b, e]], or absent[:, e] where the index is -1.
 
     An expert is Linear(relu(Linear(x))) (MoGLE, arXiv 2509.00428). ``absent`` is made by the same kernel: the black
     picture as the one plane, an index of zeros [1, E], and ``bank[:, 0]`` of it.
 
     Args:
-        planes: [P, N, C], packed latents of the distinct pictures, fp32, fp16 or bf16; all else of the same dtype.
-        index: [B, E] int32, -1 … P - 1 (not checked: that would take a copy to the host).
-        absent: [N, E, C]; read only where an index is -1.
-        expert_in_weight: [E, H, C] and bias [E, H]; expert_out_weight: [E, C, H] and bias [E, C].
+        experts: inputs and weights, in fp32, fp16 or bf16. Rows of ``absent`` are read only where an index is -1; the
+            index itself is not checked, because that would take a copy to the host.
         bank: [N, B, E, C], written.
 
     Raises:
         ValueError: a shape, dtype, stride or device doesn't fit.
     """
-    experts = Experts(planes, index, absent, expert_in_weight, expert_in_bias, expert_out_weight, expert_out_bias)
-    experts.check()
+    check_experts(experts)
     N, B, C, _, E = experts.sizes
-    check("bank", bank, (N, B, E, C), planes)
+    check("bank", bank, (N, B, E, C), experts.planes)
     if bank.numel() == 0:
         return
     tile = rows(N)
     launch(
         _region_experts_kernel,
         (triton.cdiv(N, tile) * E, B),
-        *experts.arguments(),
+        *expert_arguments(experts),
         bank,
         N,
         *bank.stride()[:3],
         ROWS=tile,
-        **experts.constants(),
+        **expert_constants(experts),
     )
 
 
-def region_experts_ref(
-    planes: Tensor,
-    index: Tensor,
-    absent: Tensor,
-    expert_in_weight: Tensor,
-    expert_in_bias: Tensor,
-    expert_out_weight: Tensor,
-    expert_out_bias: Tensor,
-    bank: Tensor,
-) -> None:
+def region_experts_ref(experts: Experts, bank: Tensor) -> None:
     """`region_experts` in PyTorch."""
-    experts = Experts(planes, index, absent, expert_in_weight, expert_in_bias, expert_out_weight, expert_out_bias)
-    bank.copy_(experts.outputs())
+    bank.copy_(expert_outputs_ref(experts))
 
 
-def region_experts_cost(
-    planes: Tensor,
-    index: Tensor,
-    absent: Tensor,
-    expert_in_weight: Tensor,
-    expert_in_bias: Tensor,
-    expert_out_weight: Tensor,
-    expert_out_bias: Tensor,
-    bank: Tensor,
-) -> Cost:
+def region_experts_cost(experts: Experts, bank: Tensor) -> Cost:
     """What `region_experts` takes at least, by what the index says (so not for captured code)."""
-    experts = Experts(planes, index, absent, expert_in_weight, expert_in_bias, expert_out_weight, expert_out_bias)
-    return Cost(read=experts.read(), written=nbytes(bank), flops=experts.flops())
+    return Cost(read=expert_read(experts), written=nbytes(bank), flops=expert_flops(experts))

@@ -11,15 +11,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any, Literal
+from contextvars import ContextVar
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from triton import knobs
@@ -29,6 +32,7 @@ from mogle_rt.kernels.common import recording
 from mogle_rt.kernels.workloads import DTYPES, Workload, workloads
 
 Access = Literal["read", "written"]
+_installing = threading.Lock()
 
 
 @dataclasses.dataclass
@@ -40,50 +44,86 @@ class Requested:
     flops: int = 0
 
 
-@contextlib.contextmanager
-def watched(note: Callable[[Access, Any, Any], None]) -> Iterator[None]:
-    """Before every load and store in the interpreter, ``note`` is told: its kind, its pointers and its mask."""
+class Watcher(Protocol):
+    """Who is told of what kernels do in the interpreter, each time before it is done."""
+
+    def access(self, kind: Access, ptrs: Any, mask: Any) -> None:
+        """A load or a store: its pointers and its mask."""
+
+    def dot(self, a: Any, b: Any) -> None:
+        """A product of two matrices."""
+
+
+# Watchers of this thread: others are not told of its kernels.
+_watchers: ContextVar[tuple[Watcher, ...]] = ContextVar("_watchers", default=())
+
+
+@functools.cache
+def _watch_interpreter() -> None:
+    """Have the interpreter tell the watchers, from now on, for the whole process.
+
+    Its methods are replaced once and stay replaced: were they put back, a thread that ends its watch would end that of
+    another, too. Without a watcher, they do what they did before.
+    """
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    dot = InterpreterBuilder.create_dot
 
     def masked_load(self: Any, ptrs: Any, mask: Any, *args: Any) -> Any:
-        note("read", ptrs, mask)
+        for watcher in _watchers.get():
+            watcher.access("read", ptrs, mask)
         return load(self, ptrs, mask, *args)
 
     def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
-        note("written", ptrs, mask)
+        for watcher in _watchers.get():
+            watcher.access("written", ptrs, mask)
         return store(self, ptrs, value, mask, *args)
 
+    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        for watcher in _watchers.get():
+            watcher.dot(a, b)
+        return dot(self, a, b, *args)
+
     InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = masked_load, masked_store
+    InterpreterBuilder.create_dot = create_dot
+
+
+@contextlib.contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """Within it, ``watcher`` is told of every load, store and product of kernels that this thread interprets."""
+    with _installing:
+        _watch_interpreter()
+    token = _watchers.set((*_watchers.get(), watcher))
     try:
         yield
     finally:
-        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+        _watchers.reset(token)
 
 
 def element_bytes(ptrs: Any) -> int:
-    """Of what pointers point to."""
+    """Bytes of one element that these pointers point to."""
     return int(ptrs.get_element_ty().primitive_bitwidth) // 8
+
+
+class _Counter:
+    """A watcher that adds up what it is told."""
+
+    def __init__(self) -> None:
+        self.total = Requested()
+
+    def access(self, kind: Access, ptrs: Any, mask: Any) -> None:
+        asked = element_bytes(ptrs) * int(np.count_nonzero(np.broadcast_to(mask.data, ptrs.data.shape)))
+        setattr(self.total, kind, getattr(self.total, kind) + asked)
+
+    def dot(self, a: Any, b: Any) -> None:
+        self.total.flops += 2 * math.prod(a.data.shape) * b.data.shape[-1]
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[Requested]:
-    """What kernels that run in the interpreter meanwhile ask for."""
-    total, dot = Requested(), InterpreterBuilder.create_dot
-
-    def note(kind: Access, ptrs: Any, mask: Any) -> None:
-        asked = element_bytes(ptrs) * int(np.count_nonzero(np.broadcast_to(mask.data, ptrs.data.shape)))
-        setattr(total, kind, getattr(total, kind) + asked)
-
-    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
-        total.flops += 2 * math.prod(a.data.shape) * b.data.shape[-1]
-        return dot(self, a, b, *args)
-
-    InterpreterBuilder.create_dot = create_dot
-    try:
-        with watched(note):
-            yield total
-    finally:
-        InterpreterBuilder.create_dot = dot
+    """What kernels ask for that this thread interprets within it."""
+    counter = _Counter()
+    with watched(counter):
+        yield counter.total
 
 
 def requested(work: Workload) -> Requested:

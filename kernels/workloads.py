@@ -20,7 +20,7 @@ from mogle_rt.kernels.gate_mix import (
     gate_mix_ref,
     partial_sums,
 )
-from mogle_rt.kernels.gate_mix_embed import gate_mix_embed, gate_mix_embed_cost, gate_mix_embed_ref
+from mogle_rt.kernels.inputs import Experts, Gate, padded_rank
 from mogle_rt.kernels.joint_attention import joint_attention, joint_attention_cost, joint_attention_ref
 from mogle_rt.kernels.norm_modulate import norm_modulate, norm_modulate_cost, norm_modulate_ref
 from mogle_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cost, qk_norm_rope_ref
@@ -42,7 +42,18 @@ WIDTH = HEADS * HEAD
 LATENT, GATE, EXPERT, EXPERTS = 64, 64, 32, 20
 PRESENT = 11  # pictures: the mask's own and ten regions, as in a portrait
 BATCH = 32  # images that make so many programs that tiles are larger
-RANK = 4  # of a LoRA; q, k, v and proj_mlp have one each, side by side, and widths are padded to a multiple of 8
+RANK = 4  # of a LoRA; q, k, v and proj_mlp have one each, side by side
+
+
+def tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """All tensors among a call's arguments by name, those of the gate and the experts as "gate.latents" and so on."""
+    found = {}
+    for name, value in arguments.items():
+        if isinstance(value, Gate | Experts):
+            found |= {f"{name}.{field.name}": getattr(value, field.name) for field in dataclasses.fields(value)}
+        elif isinstance(value, Tensor):
+            found[name] = value
+    return found
 
 
 @dataclass(frozen=True)
@@ -78,56 +89,48 @@ class New:
         return x if self._generator is None else x.normal_(0, scale, generator=self._generator)
 
 
-def gate_arguments(new: New, batch: int) -> dict[str, Any]:
-    """What every kernel with a gate takes first."""
-    return {
-        "latents": new(IMAGE, batch, LATENT),
-        "gate_input": new(IMAGE, batch, LATENT),
-        "time": new(LATENT),
-        "noise_weight": new(LATENT, LATENT, scale=LATENT**-0.5),
-        "gate_in_weight": new(GATE, LATENT, scale=LATENT**-0.5),
-        "gate_in_bias": new(GATE),
-        "gate_out_weight": new(EXPERTS, GATE, scale=GATE**-0.5),
-        "gate_out_bias": new(EXPERTS),
-    }
+def new_gate(new: New, batch: int) -> Gate:
+    """What every kernel with a gate is given."""
+    return Gate(
+        latents=new(IMAGE, batch, LATENT),
+        gate_input=new(IMAGE, batch, LATENT),
+        time=new(LATENT),
+        noise_weight=new(LATENT, LATENT, scale=LATENT**-0.5),
+        in_weight=new(GATE, LATENT, scale=LATENT**-0.5),
+        in_bias=new(GATE),
+        out_weight=new(EXPERTS, GATE, scale=GATE**-0.5),
+        out_bias=new(EXPERTS),
+    )
 
 
-def expert_arguments(new: New, batch: int) -> dict[str, Any]:
-    """What both kernels with experts take; every image's mask has pictures of its own."""
+def new_experts(new: New, batch: int) -> Experts:
+    """What both kernels with experts are given; every image's mask has pictures of its own."""
     index = torch.full((batch, EXPERTS), -1, dtype=torch.int32, device=new.device)
     pictures = torch.arange(batch * PRESENT, dtype=torch.int32, device=new.device)
     index[:, :PRESENT] = pictures.view(batch, PRESENT)
-    return {
-        "planes": new(batch * PRESENT, IMAGE, LATENT),
-        "index": index,
-        "absent": new(IMAGE, EXPERTS, LATENT),
-        "expert_in_weight": new(EXPERTS, EXPERT, LATENT, scale=LATENT**-0.5),
-        "expert_in_bias": new(EXPERTS, EXPERT),
-        "expert_out_weight": new(EXPERTS, LATENT, EXPERT, scale=EXPERT**-0.5),
-        "expert_out_bias": new(EXPERTS, LATENT),
-    }
+    return Experts(
+        planes=new(batch * PRESENT, IMAGE, LATENT),
+        index=index,
+        absent=new(IMAGE, EXPERTS, LATENT),
+        in_weight=new(EXPERTS, EXPERT, LATENT, scale=LATENT**-0.5),
+        in_bias=new(EXPERTS, EXPERT),
+        out_weight=new(EXPERTS, LATENT, EXPERT, scale=EXPERT**-0.5),
+        out_bias=new(EXPERTS, LATENT),
+    )
 
 
 def mixtures(new: New, batch: int) -> list[Workload]:
     """All kernels that take part in the mixture of experts."""
-    N, B, D = IMAGE, batch, WIDTH
-    gate, experts, bank = gate_arguments(new, B), expert_arguments(new, B), new(N, B, EXPERTS, LATENT)
-    banked = gate | {"bank": bank, "out": new(N, B, LATENT)}
+    N, B = IMAGE, batch
+    gate, experts, bank, out = new_gate(new, B), new_experts(new, B), new(N, B, EXPERTS, LATENT), new(N, B, LATENT)
+    banked = {"gate": gate, "bank": bank, "out": out}
     sums = {"sums": new(partial_sums(bank), B, EXPERTS, dtype=torch.float32)}
-    embed = {
-        "embed_weight": new(D, LATENT, scale=LATENT**-0.5),
-        "embed_bias": new(D),
-        "lora_down": new(LATENT, RANK, scale=LATENT**-0.5),
-        "lora_up": new(RANK, D),
-        "latent_lora": False,
-        "out": new(2 * N, B, D),
-    }
-    whole = gate | experts | {"out": new(N, B, LATENT)}
+    making = {"experts": experts, "bank": bank}
+    whole = {"gate": gate, "experts": experts, "out": out}
     return [
         Workload("gate_mix", gate_mix, gate_mix_ref, gate_mix_cost, banked),
         Workload("gate_mix_mean", gate_mix_mean, gate_mix_mean_ref, gate_mix_mean_cost, banked | sums),
-        Workload("gate_mix_embed", gate_mix_embed, gate_mix_embed_ref, gate_mix_embed_cost, banked | embed),
-        Workload("region_experts", region_experts, region_experts_ref, region_experts_cost, experts | {"bank": bank}),
+        Workload("region_experts", region_experts, region_experts_ref, region_experts_cost, making),
         Workload("region_expert_mix", region_expert_mix, region_expert_mix_ref, region_expert_mix_cost, whole),
     ]
 
@@ -135,20 +138,21 @@ def mixtures(new: New, batch: int) -> list[Workload]:
 def streams(new: New, rank: int, clip: bool) -> list[Workload]:
     """All kernels over rows of the residual stream; with rank 0 without a branch."""
     L, B, D = TEXT + 2 * IMAGE, 1, WIDTH
-    bounds, padded = [TEXT + IMAGE, L], -(-rank // 8) * 8
+    bounds = [TEXT + IMAGE, L]
+    R, Q = padded_rank(4 * rank), padded_rank(rank)
     norm = {
         "x": new(L, B, D),
         "scale": new(2, B, D),
         "shift": new(2, B, D),
         "bounds": bounds,
-        "out": new(L, B, D + 4 * rank),
-        "lora_down": new(D, 4 * rank, scale=D**-0.5) if rank else None,
+        "out": new(L, B, D + R),
+        "lora_down": new(D, R, scale=D**-0.5) if R else None,
         "lora_from": bounds[0],
     }
     update = {
-        "y": new(L, B, D + padded),
+        "y": new(L, B, D + Q),
         "gate": new(2, B, D),
-        "lora_up": new(padded, D) if rank else None,
+        "lora_up": new(Q, D) if Q else None,
         "lora_up_from": bounds[0],
         "clip": clip,
     }

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mogle_rt.config import NUM_EXPERTS, MogleConfig
 from mogle_rt.errors import ConfigError
+from mogle_rt.kernels.inputs import Experts, Gate
 from mogle_rt.linear.views import empty_parameter
 from mogle_rt.ops.contract import Ops
 
@@ -118,14 +119,13 @@ class MixtureOfExperts(nn.Module):
     def _can_fuse(self) -> bool:
         return self.config.has_expert and self.config.has_gating and not self.weight_is_scale
 
-    @property
-    def _expert_layers(self) -> tuple[Tensor, ...]:
-        return self.expert_in, self.expert_in_bias, self.expert_out, self.expert_out_bias
+    def _experts(self, regions: Regions) -> Experts:
+        weights = self.expert_in, self.expert_in_bias, self.expert_out, self.expert_out_bias
+        return Experts(regions.planes, regions.index, regions.absent, *weights)
 
-    @property
-    def _gate_layers(self) -> tuple[Tensor, ...]:
-        gate = self.gate_in.weight, self.gate_in.bias, self.gate_out.weight, self.gate_out.bias
-        return self.noise_proj.weight, *gate
+    def _gate(self, latents: Tensor, gate_input: Tensor, time: Tensor) -> Gate:
+        layers = self.gate_in.weight, self.gate_in.bias, self.gate_out.weight, self.gate_out.bias
+        return Gate(latents, gate_input, time, self.noise_proj.weight, *layers)
 
     def prepare(self, mask_latents: Tensor, ops: Ops, mixture: str | None, steps: int) -> Bank | Fused:
         """Once an image. Nothing of the result is the caller's memory.
@@ -141,11 +141,11 @@ class MixtureOfExperts(nn.Module):
             return self._bank(outputs, mask_latents)
         regions, index = self._regions(mask_latents, ops)
         if mixture is None and self._can_fuse:
-            seen = regions.planes, index, regions.absent
-            mixture = ops.cheaper_mixture(*seen, gate=self._gate_layers, experts=self._expert_layers, steps=steps)
+            tokens = mask_latents[:, 0].transpose(0, 1)
+            gate = self._gate(tokens, tokens, self.noise_proj.bias)  # of the right shapes; the choice reads no values
+            mixture = ops.cheaper_mixture(gate, self._experts(replace(regions, index=index)), steps)
         if mixture != "fused":
-            outputs = ops.experts(regions.planes, regions.index, regions.absent, *self._expert_layers)
-            return self._bank(outputs, mask_latents)
+            return self._bank(ops.region_experts(self._experts(regions)), mask_latents)
         own = replace(regions, planes=regions.planes.clone(), absent=regions.absent.clone())
         return Fused(own, self._gate_input(mask_latents))
 
@@ -173,7 +173,7 @@ class MixtureOfExperts(nn.Module):
         """Every expert's output for one picture: [N, 64] -> [N, 20, 64]."""
         index = torch.zeros(1, NUM_EXPERTS, dtype=torch.int32, device=picture.device)
         unread = picture.new_zeros(len(picture), NUM_EXPERTS, picture.shape[-1])
-        return ops.experts(picture[None], index, unread, *self._expert_layers)[:, 0]
+        return ops.region_experts(self._experts(Regions(picture[None], index, unread)))[:, 0]
 
     def time_table(self, timesteps: Tensor) -> Tensor | None:
         """The gate's time embedding of every step: [S] scheduler timesteps (0…1000) -> [S, 64]; None without a gate."""
@@ -199,11 +199,9 @@ class MixtureOfExperts(nn.Module):
             assert isinstance(known, Bank)
             out.copy_(known.outputs[:, :, 0])
             return
-        gate = latents, known.gate_input, time[0], *self._gate_layers
+        gate = self._gate(latents, known.gate_input, time[0])
         if isinstance(known, Fused):
-            seen = known.regions
-            layers = self._expert_layers
-            ops.expert_mix(*gate, *layers, planes=seen.planes, index=seen.index, absent=seen.absent, out=out)
+            ops.region_expert_mix(gate, self._experts(known.regions), out)
             return
         mix = ops.gate_mix_mean if self.weight_is_scale else ops.gate_mix
-        mix(*gate, bank=known.outputs, out=out)
+        mix(gate, known.outputs, out)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import nn
 
 from mogle_rt.config import MLP_RATIO, TransformerConfig
+from mogle_rt.kernels.inputs import padded_rank
 from mogle_rt.linear.layers import Linear, LoraLinear, Ride
 from mogle_rt.linear.views import empty_parameter
 
@@ -59,8 +60,8 @@ class Transformer(nn.Module):
     Args:
         config: FLUX's shape.
         ranks: LoRA rank of each stored layer, see `mogle_rt.bundle.schema.lora_modules`.
-        riding: the LoRA of the blocks rides along in further columns, see `mogle_rt.linear.layers`; ranks are then rounded
-            up to a multiple of 8, which keeps rows aligned.
+        riding: the LoRA of the blocks rides along in further columns, see `mogle_rt.linear.layers`; ranks are then filled
+            up as kernels need them, see `mogle_rt.kernels.inputs.RANK_STEP`.
     """
 
     def __init__(self, config: TransformerConfig, ranks: dict[str, int], *, riding: bool = False) -> None:
@@ -70,7 +71,7 @@ class Transformer(nn.Module):
 
         def rank(*layers: str) -> int:
             total = sum(ranks[layer] for layer in layers)
-            return -(-total // 8) * 8 if riding else total
+            return padded_rank(total) if riding else total
 
         def double_ranks(i: int) -> dict[str, int]:
             p = f"transformer_blocks.{i}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -10,6 +11,7 @@ from typing import cast
 import torch
 
 from mogle_rt.errors import ConfigError
+from mogle_rt.kernels.chips import TARGETS, compiled_for
 from mogle_rt.ops.contract import Ops
 
 VARIABLE = "MOGLE_RT_KERNELS"
@@ -24,23 +26,46 @@ def choice(kernels: str | None, device: torch.device) -> str:
 
     Args:
         kernels: one of them; None takes what the environment variable MOGLE_RT_KERNELS says, and without it Triton on
-            GPUs (and on the meta device, which stands for one), PyTorch elsewhere.
+            GPUs that its kernels were compiled for (and on the meta device, which stands for one), PyTorch elsewhere.
 
     Raises:
-        ConfigError: the choice is unknown, or Triton is not installed.
+        ConfigError: the choice is unknown, or Triton's kernels can't be had on this device.
     """
     name = kernels or os.environ.get(VARIABLE) or None
     source = "kernels" if kernels else VARIABLE
-    installed = importlib.util.find_spec("triton") is not None
-    if name is None:
-        if device.type in ("cuda", "meta") and not installed:
-            logger.warning("triton is not installed: a step takes PyTorch's own, slower operations")
-        return "triton" if device.type in ("cuda", "meta") and installed else "torch"
-    if name not in CHOICES:
+    if name is not None and name not in CHOICES:
         raise ConfigError(f"{source} must be one of {', '.join(map(repr, CHOICES))}, got {name!r}")
-    if name == "triton" and not installed:
-        raise ConfigError(f"{source}='triton', but triton is not installed; use 'torch'")
-    return name
+    if name == "torch" or (name is None and device.type not in ("cuda", "meta")):
+        return "torch"
+    reason = _why_not_triton(device)
+    if reason is None:
+        return "triton"
+    if name == "triton":
+        raise ConfigError(f"{source}='triton', but {reason}; use 'torch'")
+    _warn_once(reason)
+    return "torch"
+
+
+def _why_not_triton(device: torch.device) -> str | None:
+    """What keeps Triton's kernels from running on a GPU; None where nothing does."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    # AMD's GPUs have other names; and where no GPU is, CUDA tensors are fake ones, which stand for any.
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    if compiled_for((major, minor)):
+        return None
+    known = ", ".join(target.removeprefix("sm_") for target in TARGETS if target.startswith("sm_"))
+    return (
+        f"its kernels were never compiled for this GPU, {torch.cuda.get_device_name(device)} of compute capability "
+        f"{major}.{minor} (they were for sm_{known})"
+    )
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    logger.warning("a step takes PyTorch's own, slower operations: %s", reason)
 
 
 def choose(kernels: str | None, device: torch.device) -> Ops:

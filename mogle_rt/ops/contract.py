@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
 from mogle_rt.config import MogleConfig, TransformerConfig
+from mogle_rt.kernels.inputs import Experts, Gate
 from mogle_rt.ops.attention import AttentionPlan
 
 Prepared = Callable[[], None]  # an operation on the tensors that it was given, as often as it's called
@@ -76,44 +77,12 @@ class Ops(Protocol):
         out: Tensor,
     ) -> Callable[[], Tensor]: ...
 
-    def experts(
-        self,
-        planes: Tensor,
-        index: Tensor,
-        absent: Tensor,
-        weight_in: Tensor,
-        bias_in: Tensor,
-        weight_out: Tensor,
-        bias_out: Tensor,
-    ) -> Tensor: ...
+    def region_experts(self, experts: Experts) -> Tensor: ...
 
-    def expert_mix(
-        self,
-        latents: Tensor,
-        gate_input: Tensor,
-        time: Tensor,
-        *layers: Tensor,
-        planes: Tensor,
-        index: Tensor,
-        absent: Tensor,
-        out: Tensor,
-    ) -> None: ...
+    def region_expert_mix(self, gate: Gate, experts: Experts, out: Tensor) -> None: ...
 
-    def cheaper_mixture(
-        self,
-        planes: Tensor,
-        index: Tensor,
-        absent: Tensor,
-        *,
-        gate: Sequence[Tensor],
-        experts: Sequence[Tensor],
-        steps: int,
-    ) -> str: ...
+    def cheaper_mixture(self, gate: Gate, experts: Experts, steps: int) -> str: ...
 
-    def gate_mix(
-        self, latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor
-    ) -> None: ...
+    def gate_mix(self, gate: Gate, bank: Tensor, out: Tensor) -> None: ...
 
-    def gate_mix_mean(
-        self, latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor
-    ) -> None: ...
+    def gate_mix_mean(self, gate: Gate, bank: Tensor, out: Tensor) -> None: ...

@@ -10,7 +10,7 @@ What a step does with the same tensors again and again is `Prepared`: given them
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,7 @@ from mogle_rt.ops import attention
 
 if TYPE_CHECKING:
     from mogle_rt.config import MogleConfig, TransformerConfig
+    from mogle_rt.kernels.inputs import Experts, Gate
     from mogle_rt.ops.attention import AttentionPlan
     from mogle_rt.ops.contract import Prepared
 
@@ -188,87 +189,47 @@ def joint_attention(
     return functools.partial(attention.joint_attention, q, k, v, condition_from, plan)
 
 
-def experts(
-    planes: Tensor,
-    index: Tensor,
-    absent: Tensor,
-    weight_in: Tensor,
-    bias_in: Tensor,
-    weight_out: Tensor,
-    bias_out: Tensor,
-) -> Tensor:
+def region_experts(experts: Experts) -> Tensor:
     """Linear(relu(Linear(x))) of every expert for the picture that it sees, the *bank*.
-
-    Args:
-        planes: [P, N, C], packed latents of pictures.
-        index: int32 [B, E], the number of an expert's picture, or -1: its rows of ``absent`` are the result.
-        absent: [N, E, C].
-        weight_in: [E, H, C], bias_in: [E, H]. weight_out: [E, C, H], bias_out: [E, C].
 
     Returns:
         [N, B, E, C]: a token's experts side by side, so that a step's weighted sum is one small product a token.
     """
-    (B, E), (N, C) = index.shape, planes.shape[1:]
-    rows = planes.index_select(0, index.t().flatten().clamp(min=0)).view(E, B * N, C)
-    hidden = torch.baddbmm(bias_in[:, None], rows, weight_in.transpose(1, 2)).relu_()
-    y = torch.baddbmm(bias_out[:, None], hidden, weight_out.transpose(1, 2))
+    N, B, C, _, E = experts.sizes
+    index = experts.index
+    rows = experts.planes.index_select(0, index.t().flatten().clamp(min=0)).view(E, B * N, C)
+    hidden = torch.baddbmm(experts.in_bias[:, None], rows, experts.in_weight.transpose(1, 2)).relu_()
+    y = torch.baddbmm(experts.out_bias[:, None], hidden, experts.out_weight.transpose(1, 2))
     bank = y.view(E, B, N, C).permute(2, 1, 0, 3)
-    return torch.where((index < 0)[..., None], absent[:, None], bank).contiguous()
+    return torch.where((index < 0)[..., None], experts.absent[:, None], bank).contiguous()
 
 
-def expert_mix(
-    latents: Tensor,
-    gate_input: Tensor,
-    time: Tensor,
-    *layers: Tensor,
-    planes: Tensor,
-    index: Tensor,
-    absent: Tensor,
-    out: Tensor,
-) -> None:
-    """`experts` and `gate_mix` together. ``layers``: the gate's, see `gate_weights`, then the experts'."""
-    gate, expert = layers[:5], layers[5:]
-    gate_mix(latents, gate_input, time, *gate, bank=experts(planes, index, absent, *expert), out=out)
+def region_expert_mix(gate: Gate, experts: Experts, out: Tensor) -> None:
+    """`region_experts` and `gate_mix` together, without keeping a bank. out: [N, B, C]."""
+    gate_mix(gate, region_experts(experts), out)
 
 
-def cheaper_mixture(
-    planes: Tensor, index: Tensor, absent: Tensor, *, gate: Sequence[Tensor], experts: Sequence[Tensor], steps: int
-) -> str:
+def cheaper_mixture(gate: Gate, experts: Experts, steps: int) -> str:
     """The experts once an image, "bank": apart from the gate, they would be as many operations in every step."""
     return "bank"
 
 
-def gate_weights(
-    latents: Tensor,
-    gate_input: Tensor,
-    time: Tensor,
-    noise_weight: Tensor,
-    gate_in_weight: Tensor,
-    gate_in_bias: Tensor,
-    gate_out_weight: Tensor,
-    gate_out_bias: Tensor,
-) -> Tensor:
+def gate_weights(gate: Gate) -> Tensor:
     """softmax(Linear(relu(Linear(latents @ noise_weightᵀ + gate_input + time)))): [N, B, E]."""
-    N, B, C = latents.shape
-    h = (gate_input + time).view(N * B, C).addmm_(latents.view(N * B, C), noise_weight.t())
-    h = torch.addmm(gate_in_bias, h, gate_in_weight.t()).relu_()
-    return torch.addmm(gate_out_bias, h, gate_out_weight.t()).softmax(-1).view(N, B, -1)
+    N, B, C = gate.latents.shape
+    h = (gate.gate_input + gate.time).view(N * B, C).addmm_(gate.latents.view(N * B, C), gate.noise_weight.t())
+    h = torch.addmm(gate.in_bias, h, gate.in_weight.t()).relu_()
+    return torch.addmm(gate.out_bias, h, gate.out_weight.t()).softmax(-1).view(N, B, -1)
 
 
-def gate_mix(latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor) -> None:
-    """The bank's experts, weighed by the gate.
-
-    Args:
-        latents: [N, B, C]. gate_input: [N, B, C], what no step changes. time: [C].
-        gate: weights, see `gate_weights`.
-        bank: [N, B, E, C]. out: [N, B, C].
-    """
-    _mix(gate_weights(latents, gate_input, time, *gate), bank, out)
+def gate_mix(gate: Gate, bank: Tensor, out: Tensor) -> None:
+    """The bank's experts, weighed by the gate. bank: [N, B, E, C]. out: [N, B, C]."""
+    _mix(gate_weights(gate), bank, out)
 
 
-def gate_mix_mean(latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor) -> None:
+def gate_mix_mean(gate: Gate, bank: Tensor, out: Tensor) -> None:
     """`gate_mix` with the weights averaged over the tokens of each image."""
-    weights = gate_weights(latents, gate_input, time, *gate)
+    weights = gate_weights(gate)
     _mix(weights.mean(0, keepdim=True).expand_as(weights), bank, out)
 
 

@@ -6,8 +6,11 @@ What an operator takes at least in bytes and FLOPs, its kernel declares: `declar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +28,7 @@ from mogle_rt.kernels import residual_norm_modulate as residual_kernels
 from mogle_rt.kernels.common import LARGEST_ROW, Cost
 from mogle_rt.kernels.common import interpreted as interpreted
 from mogle_rt.kernels.gate import LARGEST_WIDTH
+from mogle_rt.kernels.inputs import Experts, Gate
 from mogle_rt.ops import attention
 from mogle_rt.ops.attention import AttentionPlan, Visibility
 
@@ -33,21 +37,39 @@ if TYPE_CHECKING:
 
 RIDING = True
 _COSTS: dict[str, Callable[..., Cost]] = {}
+_INPUTS = (Gate, Experts)  # what operators take flat, since a schema knows tensors and numbers alone
+
+
+def flat(args: Iterable[Any]) -> list[Any]:
+    """An operator's arguments for a kernel's: a gate and experts become their tensors, one after the other."""
+    return [value for arg in args for value in (vars(arg).values() if isinstance(arg, _INPUTS) else (arg,))]
+
+
+def _joined(kinds: Sequence[Any], args: Iterable[Any]) -> list[Any]:
+    """The inverse of `flat`, given the types of the kernel's arguments."""
+    rest = iter(args)
+    return [kind(*islice(rest, len(fields(kind)))) if kind in _INPUTS else next(rest) for kind in kinds]
+
+
+def _schema(of: Any, name: str) -> str:
+    """Tensors of a `Gate` or of `Experts`, in a schema."""
+    return ", ".join(f"Tensor {name}_{field.name}" for field in fields(of))
 
 
 def _define(module: Any, name: str, schema: str) -> Callable[..., None]:
-    """The operator mogle_rt::``name`` of a module with ``name``, ``name``_ref and ``name``_cost."""
-    kernel, twin = getattr(module, name), getattr(module, f"{name}_ref")
+    """The operator mogle_rt::``name`` of a module with ``name``, ``name``_ref and ``name``_cost; it takes what they do."""
+    kernel, twin, cost = (getattr(module, f"{name}{suffix}") for suffix in ("", "_ref", "_cost"))
+    kinds = [parameter.annotation for parameter in inspect.signature(kernel, eval_str=True).parameters.values()]
 
     def run(*args: Any) -> None:
         first: Tensor = args[0]
-        (kernel if first.is_cuda or interpreted() else twin)(*args)
+        (kernel if first.is_cuda or interpreted() else twin)(*_joined(kinds, args))
 
     full = f"mogle_rt::{name}"
     torch.library.define(full, f"({schema}) -> ()")
     torch.library.impl(full, ("cpu", "cuda"), run)
     torch.library.register_fake(full, lambda *args: None)
-    _COSTS[full] = getattr(module, f"{name}_cost")
+    _COSTS[full] = lambda *args: cost(*_joined(kinds, args))
     packet: Any = getattr(torch.ops.mogle_rt, name)
     operator: Callable[..., None] = packet.default
     return operator
@@ -74,7 +96,7 @@ def check_model(transformer: TransformerConfig, mogle: MogleConfig) -> None:
 
 
 def declared(operator: str, args: Sequence[Any]) -> Cost:
-    """What the operator "mogle_rt::…" takes at least with these arguments."""
+    """What the operator "mogle_rt::…" takes at least with these arguments of its schema."""
     return _COSTS[operator](*args)
 
 
@@ -95,16 +117,9 @@ _residual_norm_modulate = _define(
     "Tensor? lora_down, SymInt lora_from, Tensor? lora_up, SymInt lora_up_from, bool clip",
 )
 _qk_norm_rope = _define(rope_kernels, "qk_norm_rope", "Tensor(a!) x, Tensor norm_weight, SymInt[] bounds, Tensor rope")
-_GATE = (
-    "Tensor latents, Tensor gate_input, Tensor time, Tensor noise_weight, Tensor gate_in_weight, "
-    "Tensor gate_in_bias, Tensor gate_out_weight, Tensor gate_out_bias"
-)
+_GATE, _EXPERTS = _schema(Gate, "gate"), _schema(Experts, "experts")
 _gate_mix = _define(gate_kernels, "gate_mix", f"{_GATE}, Tensor bank, Tensor(a!) out")
 _gate_mix_mean = _define(gate_kernels, "gate_mix_mean", f"{_GATE}, Tensor bank, Tensor(a!) sums, Tensor(b!) out")
-_EXPERTS = (
-    "Tensor planes, Tensor index, Tensor absent, Tensor expert_in_weight, Tensor expert_in_bias, "
-    "Tensor expert_out_weight, Tensor expert_out_bias"
-)
 _region_experts = _define(expert_kernels, "region_experts", f"{_EXPERTS}, Tensor(a!) bank")
 _region_expert_mix = _define(fused_kernels, "region_expert_mix", f"{_GATE}, {_EXPERTS}, Tensor(a!) out")
 _joint_attention = _define(
@@ -142,16 +157,16 @@ def rope_buffer(table: Tensor) -> Tensor:
     return torch.cat([table.real, table.imag], dim=1)
 
 
-def gate_mix(latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor) -> None:
+def gate_mix(gate: Gate, bank: Tensor, out: Tensor) -> None:
     """See `mogle_rt.ops.torch_ops.gate_mix`."""
-    _gate_mix(latents, gate_input, time, *gate, bank, out)
+    _gate_mix(*flat((gate, bank, out)))
 
 
-def gate_mix_mean(latents: Tensor, gate_input: Tensor, time: Tensor, *gate: Tensor, bank: Tensor, out: Tensor) -> None:
+def gate_mix_mean(gate: Gate, bank: Tensor, out: Tensor) -> None:
     """See `mogle_rt.ops.torch_ops.gate_mix_mean`."""
     _, B, E, _ = bank.shape
     sums = torch.empty(gate_kernels.partial_sums(bank), B, E, device=bank.device, dtype=torch.float32)
-    _gate_mix_mean(latents, gate_input, time, *gate, bank, sums, out)
+    _gate_mix_mean(*flat((gate, bank, sums, out)))
 
 
 def joint_attention(
@@ -172,26 +187,17 @@ def joint_attention(
     return run
 
 
-def experts(planes: Tensor, index: Tensor, absent: Tensor, *layers: Tensor) -> Tensor:
-    """See `mogle_rt.ops.torch_ops.experts`."""
-    bank = planes.new_empty(planes.shape[1], *index.shape, planes.shape[2])
-    _region_experts(planes, index, absent, *layers, bank)
+def region_experts(experts: Experts) -> Tensor:
+    """See `mogle_rt.ops.torch_ops.region_experts`."""
+    N, B, C, _, E = experts.sizes
+    bank = experts.planes.new_empty(N, B, E, C)
+    _region_experts(*flat((experts, bank)))
     return bank
 
 
-def expert_mix(
-    latents: Tensor,
-    gate_input: Tensor,
-    time: Tensor,
-    *layers: Tensor,
-    planes: Tensor,
-    index: Tensor,
-    absent: Tensor,
-    out: Tensor,
-) -> None:
-    """See `mogle_rt.ops.torch_ops.expert_mix`."""
-    gate, expert = layers[:5], layers[5:]
-    _region_expert_mix(latents, gate_input, time, *gate, planes, index, absent, *expert, out)
+def region_expert_mix(gate: Gate, experts: Experts, out: Tensor) -> None:
+    """See `mogle_rt.ops.torch_ops.region_expert_mix`."""
+    _region_expert_mix(*flat((gate, experts, out)))
 
 
 # FLOPs that a GPU does while it moves a byte: half of what A100's and H100's datasheets say (200 and 295 in 16 bits),
@@ -199,28 +205,26 @@ def expert_mix(
 FLOPS_A_BYTE = {torch.float32: 20, torch.float16: 128, torch.bfloat16: 128}
 
 
-def cheaper_mixture(
-    planes: Tensor, index: Tensor, absent: Tensor, *, gate: Sequence[Tensor], experts: Sequence[Tensor], steps: int
-) -> str:
+def cheaper_mixture(gate: Gate, experts: Experts, steps: int) -> str:
     """Which way of mixing takes less by what the kernels declare: the "bank", or all "fused" in every step.
 
-    The run's bytes, and its FLOPs as the bytes that could be moved meanwhile: an expert's products wait for its loads.
-    One image's distinct pictures and shared rows are as many bytes as its bank, so the bank serves, without its FLOPs;
-    images that share rows or pictures are fewer bytes fused.
+    The run's bytes are compared, and its FLOPs as the bytes that could be moved meanwhile, because an expert's products
+    wait for its loads. One image's distinct pictures and shared rows are as many bytes as its bank, so the bank serves,
+    without the FLOPs; images that share rows or pictures are fewer bytes fused.
 
     Args:
-        planes, index, absent: see `mogle_rt.ops.torch_ops.experts`; the index on the CPU.
-        gate, experts: weights. steps: of the run.
+        gate: only shapes and dtypes are looked at.
+        experts: likewise, but for the values of the index, which has to be on the CPU.
+        steps: of the run.
     """
-    (B, E), (N, C) = index.shape, planes.shape[1:]
-    some = planes.new_empty(())  # the costs ask for sizes alone
-    tokens, time, bank = some.expand(N, B, C), some.expand(C), some.expand(N, B, E, C)
-    gated, seen = [tokens, tokens, time, *gate], [planes, index, absent, *experts]
+    out = gate.latents
+    N, B, C = out.shape
+    bank = out.new_empty(()).expand(N, B, experts.index.shape[1], C)  # the costs ask for its size alone
 
-    def taken(operator: str, *arguments: Tensor) -> float:
-        cost = declared(f"mogle_rt::{operator}", arguments)
-        return cost.moved + cost.flops / FLOPS_A_BYTE[planes.dtype]
+    def taken(cost: Cost) -> float:
+        return cost.moved + cost.flops / FLOPS_A_BYTE[out.dtype]
 
-    banked = taken("region_experts", *seen, bank) + steps * taken("gate_mix", *gated, bank, tokens)
-    fused = steps * taken("region_expert_mix", *gated, *seen, tokens)
+    once = taken(expert_kernels.region_experts_cost(experts, bank))
+    banked = once + steps * taken(gate_kernels.gate_mix_cost(gate, bank, out))
+    fused = steps * taken(fused_kernels.region_expert_mix_cost(gate, experts, out))
     return "fused" if fused < banked else "bank"

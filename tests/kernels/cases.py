@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import secrets
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from mogle_rt.kernels.gate_mix import (
     gate_mix_ref,
     partial_sums,
 )
-from mogle_rt.kernels.gate_mix_embed import gate_mix_embed, gate_mix_embed_cost, gate_mix_embed_ref
+from mogle_rt.kernels.inputs import Experts, Gate
 from mogle_rt.kernels.joint_attention import joint_attention, joint_attention_cost, joint_attention_ref
 from mogle_rt.kernels.norm_modulate import norm_modulate, norm_modulate_cost, norm_modulate_ref
 from mogle_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cost, qk_norm_rope_ref
@@ -39,11 +38,29 @@ from mogle_rt.kernels.residual_norm_modulate import (
     residual_norm_modulate_ref,
     residual_ref,
 )
+from mogle_rt.kernels.workloads import tensors
 
 Arguments = dict[str, Any]
 
-# Largest relative RMS error against float64, by dtype: a few roundings of the result and of what lies between.
-RMS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+# How far a result may lie from float64, as a relative RMS error (`Case.bound`). Errors of roundings are independent of
+# one another and uniform within u times a power of two that is not above the value: relative to the value, the RMS of one
+# is at most u / sqrt(3), and that of several that follow one another is the root of the sum of their squares.
+#
+# - Roundings to the dtype, so many on the way to an output: u sqrt(roundings / 3).
+# - Sums in fp32. Where n random terms are added one by one, the partial sum after k of them has an RMS of sqrt(k) times
+#   a term's, and each addition rounds its partial sum. So the squares of the errors add up to n^2 / 2 times u^2 / 3 times
+#   a term's square, and relative to the whole sum, sqrt(n) times a term, the error is u sqrt(n / 6). (Where all terms
+#   have one sign, partial sums grow as k, and it is u sqrt(n / 9). A sum that is taken as a tree has less than either.)
+#   Sums that follow one another add in squares, so n counts the terms of all of them.
+#
+# Values of a few outputs share an error, as those of a row do its mean's, and then errors don't average out: sums may
+# have SHARED times as much. Both parts grow where a value is a small difference of large ones or the argument of an
+# exponential function: the gain of a case. An RMS over m values scatters by a share of 1 / sqrt(m) around its mean;
+# three times that is allowed.
+SHARED = 4.0
+# u: half the distance from 1 to the next number.
+FP32_UNIT = 2.0**-24
+UNITS = {torch.float32: FP32_UNIT, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
 class Random:
@@ -73,12 +90,18 @@ def guards_kept(x: Tensor) -> bool:
     return int(whole.isnan().sum()) == whole.numel() - x.numel() and not bool(x.isnan().any())
 
 
+def with_tensor(arguments: Arguments, name: str, value: Tensor) -> Arguments:
+    """The arguments with one tensor replaced; names as in `tensors`."""
+    outer, _, field = name.partition(".")
+    return arguments | {outer: replace(arguments[outer], **{field: value}) if field else value}
+
+
 def in_float64(arguments: Arguments) -> Arguments:
     """The same values in float64."""
-    return {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in arguments.items()
-    }
+    for name, value in tensors(arguments).items():
+        if value.is_floating_point():
+            arguments = with_tensor(arguments, name, value.double())
+    return arguments
 
 
 @dataclass(frozen=True)
@@ -90,6 +113,8 @@ class Case:
         make: arguments from a `Random` and sizes.
         small: odd sizes, each a call; the first is used where one is enough.
         full: FLUX.1-dev's, 512 x 512 pixels.
+        terms: of all sums on the way to an output, from the sizes. roundings: to the dtype, on the way to an output.
+        gain: by how much errors may grow on the way; see `SHARED`.
     """
 
     name: str
@@ -100,7 +125,19 @@ class Case:
     make: Callable[..., Arguments]
     small: tuple[dict[str, Any], ...]
     full: dict[str, Any]
+    terms: Callable[[dict[str, Any]], int]
+    roundings: int
+    gain: float = 2.0
     scratch: tuple[str, ...] = ()
+
+    def bound(self, sizes: dict[str, Any], dtype: torch.dtype, count: int) -> float:
+        """Largest relative RMS error of an output of so many elements; see `SHARED`."""
+        rounded = UNITS[dtype] * (self.roundings / 3) ** 0.5
+        return (1 + 3 * count**-0.5) * self.gain * (rounded + self.summed(sizes))
+
+    def summed(self, sizes: dict[str, Any]) -> float:
+        """The share of the sums in it, which the order of their terms decides."""
+        return SHARED * FP32_UNIT * (self.terms(sizes) / 6) ** 0.5
 
     def arguments(self, seed: int, dtype: torch.dtype, device: str = "cpu", **sizes: Any) -> Arguments:
         """The same for the same seed."""
@@ -108,9 +145,8 @@ class Case:
 
     def views(self, arguments: Arguments) -> tuple[list[Tensor], list[Tensor]]:
         """Tensors that may be read, and that may be written."""
-        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-        written = (*self.outputs, *self.scratch)
-        return [x for n, x in tensors.items() if n not in written], [tensors[name] for name in written]
+        found, written = tensors(arguments), (*self.outputs, *self.scratch)
+        return [x for n, x in found.items() if n not in written], [found[name] for name in written]
 
 
 def _bounds(L: int, groups: int) -> list[int]:
@@ -183,21 +219,22 @@ def _qk(
     }
 
 
-def _gate(r: Random, *, N: int, B: int, C: int, G: int, E: int, extra: int = 0) -> Arguments:
-    return {
-        "latents": r(N, B, C, extra=extra),
-        "gate_input": r(N, B, C, extra=extra),
-        "time": r(C),
-        "noise_weight": r(C, C, scale=C**-0.5),
-        "gate_in_weight": r(G, C, scale=C**-0.5),
-        "gate_in_bias": r(G),
-        "gate_out_weight": r(E, G, scale=G**-0.5, extra=extra),
-        "gate_out_bias": r(E),
-    }
+def _gate(r: Random, *, N: int, B: int, C: int, G: int, E: int, extra: int = 0) -> Gate:
+    return Gate(
+        latents=r(N, B, C, extra=extra),
+        gate_input=r(N, B, C, extra=extra),
+        time=r(C),
+        noise_weight=r(C, C, scale=C**-0.5),
+        in_weight=r(G, C, scale=C**-0.5),
+        in_bias=r(G),
+        out_weight=r(E, G, scale=G**-0.5, extra=extra),
+        out_bias=r(E),
+    )
 
 
 def _gate_mix(r: Random, *, N: int, B: int, C: int, G: int, E: int, extra: int = 0) -> Arguments:
-    return _gate(r, N=N, B=B, C=C, G=G, E=E, extra=extra) | {
+    return {
+        "gate": _gate(r, N=N, B=B, C=C, G=G, E=E, extra=extra),
         "bank": r(N, B, E, C, extra=extra),
         "out": r.empty(N, B, C, extra=extra),
     }
@@ -245,44 +282,43 @@ GATE_SIZES = (
 )
 
 
-def _gate_mix_embed(
-    r: Random, *, N: int, B: int, C: int, D: int, R: int, latent_lora: bool = False, extra: int = 0, **rest: int
-) -> Arguments:
-    made = _gate_mix(r, N=N, B=B, C=C, extra=extra, **rest)
-    return made | {
-        "embed_weight": r(D, C, scale=C**-0.5, extra=extra),
-        "embed_bias": r(D),
-        "lora_down": r(C, R, scale=C**-0.5) if R else None,
-        "lora_up": r(R, D, scale=R**-0.5, extra=extra) if R else None,
-        "latent_lora": latent_lora,
-        "out": r.empty(2 * N, B, D, extra=extra),
-    }
-
-
-def _experts(r: Random, *, N: int, B: int, C: int, H: int, E: int, P: int, extra: int = 0) -> Arguments:
+def _experts(r: Random, *, N: int, B: int, C: int, H: int, E: int, P: int, extra: int = 0) -> Experts:
     index = torch.randint(-1, P, (B, E), generator=r.generator, dtype=torch.int32)
     index[0, 0] = P - 1  # at least one present, and the last plane in use
-    return {
-        "planes": r(P, N, C, extra=extra),
-        "index": index.to(r.device),
-        "absent": r(N, E, C, extra=extra),
-        "expert_in_weight": r(E, H, C, scale=C**-0.5, extra=extra),
-        "expert_in_bias": r(E, H),
-        "expert_out_weight": r(E, C, H, scale=H**-0.5),
-        "expert_out_bias": r(E, C),
-    }
+    return Experts(
+        planes=r(P, N, C, extra=extra),
+        index=index.to(r.device),
+        absent=r(N, E, C, extra=extra),
+        in_weight=r(E, H, C, scale=C**-0.5, extra=extra),
+        in_bias=r(E, H),
+        out_weight=r(E, C, H, scale=H**-0.5),
+        out_bias=r(E, C),
+    )
 
 
 def _region_experts(r: Random, *, N: int, B: int, C: int, E: int, extra: int = 0, **rest: Any) -> Arguments:
-    return _experts(r, N=N, B=B, C=C, E=E, extra=extra, **rest) | {"bank": r.empty(N, B, E, C, extra=extra)}
+    experts = _experts(r, N=N, B=B, C=C, E=E, extra=extra, **rest)
+    return {"experts": experts, "bank": r.empty(N, B, E, C, extra=extra)}
 
 
 def _region_expert_mix(
     r: Random, *, N: int, B: int, C: int, G: int, H: int, E: int, P: int, extra: int = 0
 ) -> Arguments:
-    gate = _gate(r, N=N, B=B, C=C, G=G, E=E, extra=extra)
-    experts = _experts(r, N=N, B=B, C=C, H=H, E=E, P=P, extra=extra)
-    return gate | experts | {"out": r.empty(N, B, C, extra=extra)}
+    return {
+        "gate": _gate(r, N=N, B=B, C=C, G=G, E=E, extra=extra),
+        "experts": _experts(r, N=N, B=B, C=C, H=H, E=E, P=P, extra=extra),
+        "out": r.empty(N, B, C, extra=extra),
+    }
+
+
+GATE_GAIN = (
+    3.0  # logits are normal with a deviation of up to 3, and a weight's relative error is its logit's absolute one
+)
+
+
+def _gate_terms(sizes: dict[str, Any]) -> int:
+    """Of the gate's layers, its softmax and the sum over the experts."""
+    return 2 * int(sizes["C"]) + int(sizes["G"]) + 2 * int(sizes["E"])
 
 
 CASES = [
@@ -301,6 +337,9 @@ CASES = [
             {"L": 1, "B": 1, "D": 7, "R": 3, "G": 1, "lora_from": 0},
         ),
         {"L": 2560, "B": 1, "D": 3072, "R": 16, "G": 2, "lora_from": 1536, "ends": [1536, 2560]},
+        terms=lambda s: 3 * s["D"],  # mean, variance, down-projection
+        roundings=2,  # the row, the down-projection
+        gain=4.0,  # values have a mean of 3 and a deviation of 1: without the mean, errors count sqrt(10) times
     ),
     Case(
         "residual_norm_modulate",
@@ -318,9 +357,12 @@ CASES = [
             {"L": 9, "B": 2, "D": 333, "R": 4, "Q": 3, "G": 2, "lora_from": 4, "lora_up_from": 2},  # three steps
         ),
         {
-            "L": 2560, "B": 1, "D": 3072, "R": 16, "Q": 8, "G": 2, "lora_from": 1536, "lora_up_from": 1536,
+            "L": 2560, "B": 1, "D": 3072, "R": 16, "Q": 16, "G": 2, "lora_from": 1536, "lora_up_from": 1536,
             "ends": [1536, 2560],
         },
+        terms=lambda s: s["Q"] + 3 * s["D"],
+        roundings=3,  # the stream, too
+        gain=4.0,  # as above
     ),
     Case(
         "residual",
@@ -333,7 +375,9 @@ CASES = [
             {"L": 37, "B": 2, "D": 48, "Q": 3, "G": 2, "lora_up_from": 23, "extra": 3},
             {"L": 17, "B": 1, "D": 101, "Q": 0, "G": 3, "lora_up_from": 0},
         ),
-        {"L": 1024, "B": 1, "D": 3072, "Q": 8, "G": 1, "lora_up_from": 1024},
+        {"L": 1024, "B": 1, "D": 3072, "Q": 16, "G": 1, "lora_up_from": 1024},
+        terms=lambda s: s["Q"] + 2,
+        roundings=1,
     ),
     Case(
         "qk_norm_rope",
@@ -349,6 +393,8 @@ CASES = [
             {"L": 6, "B": 2, "P": 2, "W": 1, "H": 24, "d": 66, "G": 2},
         ),
         {"L": 2560, "B": 1, "P": 3, "W": 2, "H": 24, "d": 128, "G": 2, "ends": [512, 2560]},
+        terms=lambda s: s["d"] + 2,
+        roundings=1,
     ),
     Case(
         "gate_mix",
@@ -359,6 +405,9 @@ CASES = [
         _gate_mix,
         GATE_SIZES,
         {"N": 1024, "B": 1, "C": 64, "G": 64, "E": 20},
+        terms=_gate_terms,
+        roundings=3,  # two layers, the output
+        gain=GATE_GAIN,
     ),
     Case(
         "gate_mix_mean",
@@ -370,20 +419,9 @@ CASES = [
         (*GATE_SIZES, {"N": 600, "B": 1, "C": 4, "G": 2, "E": 3}),  # the last has more sums than a program's first load
         {"N": 1024, "B": 1, "C": 64, "G": 64, "E": 20},
         scratch=("sums",),
-    ),
-    Case(
-        "gate_mix_embed",
-        gate_mix_embed,
-        gate_mix_embed_ref,
-        gate_mix_embed_cost,
-        ("out",),
-        _gate_mix_embed,
-        (
-            {"N": 37, "B": 1, "C": 24, "G": 10, "E": 20, "D": 141, "R": 4, "extra": 3},
-            {"N": 15, "B": 3, "C": 64, "G": 33, "E": 5, "D": 48, "R": 17, "latent_lora": True},
-            {"N": 18, "B": 2, "C": 17, "G": 64, "E": 3, "D": 33, "R": 0},
-        ),
-        {"N": 1024, "B": 1, "C": 64, "G": 64, "E": 20, "D": 3072, "R": 4},
+        terms=lambda s: _gate_terms(s) + s["N"],  # the mean
+        roundings=3,
+        gain=GATE_GAIN,
     ),
     Case(
         "region_experts",
@@ -399,6 +437,8 @@ CASES = [
             {"N": 1, "B": 1, "C": 4, "H": 2, "E": 1, "P": 1},
         ),
         {"N": 1024, "B": 1, "C": 64, "H": 32, "E": 20, "P": 11},
+        terms=lambda s: s["C"] + s["H"],
+        roundings=2,  # a layer, the output
     ),
     Case(
         "region_expert_mix",
@@ -413,6 +453,9 @@ CASES = [
             {"N": 15, "B": 3, "C": 17, "G": 5, "H": 33, "E": 4, "P": 1, "extra": 1},
         ),
         {"N": 1024, "B": 1, "C": 64, "G": 64, "H": 32, "E": 20, "P": 11},
+        terms=lambda s: _gate_terms(s) + s["C"] + s["H"],
+        roundings=4,  # two layers of the gate, one of the experts, the output
+        gain=GATE_GAIN,
     ),
     Case(
         "joint_attention",
@@ -437,6 +480,8 @@ CASES = [
             "Lq": 2560, "L": 2560, "B": 1, "H": 24, "d": 128, "condition": 1536, "visibility": "scaled",
             "log_scale": 0.5,
         },
+        terms=lambda s: s["d"] + 2 * s["L"],  # scores, the sum of weights, the weighted sum
+        roundings=2,  # weights, the output
     ),
 ]  # fmt: skip
 
@@ -450,11 +495,9 @@ def small_calls() -> Iterator[tuple[Case, dict[str, Any]]]:
             yield case, sizes
 
 
-def fresh_seed() -> int:
-    """Another one in each run, printed with a failure; MOGLE_RT_SEED repeats one."""
-    seed = int(os.environ.get("MOGLE_RT_SEED") or secrets.randbelow(2**31))
-    print(f"MOGLE_RT_SEED={seed}")
-    return seed
+def run_seed() -> int:
+    """The seed of this run's random arguments: always the same, or what MOGLE_RT_FUZZ_SEED says."""
+    return int(os.environ.get("MOGLE_RT_FUZZ_SEED") or 1)
 
 
 def planted(module: Any, old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -135,6 +135,28 @@ def _addresses(tensors: Sequence[Tensor]) -> NDArray[np.uint64]:
     return np.unique(np.concatenate(found)) if found else np.empty(0, np.uint64)
 
 
+class _Guard:
+    """A watcher that notes every access, and refuses those that aren't allowed (None: all are)."""
+
+    def __init__(self, may_read: NDArray[np.uint64] | None, may_write: NDArray[np.uint64] | None) -> None:
+        self.traffic = Traffic()
+        self.allowed = {"read": may_read, "written": may_write}
+
+    def access(self, kind: Access, ptrs: Any, mask: Any) -> None:
+        addresses, live = np.broadcast_arrays(ptrs.data, mask.data)
+        active = addresses[live].ravel().astype(np.uint64)
+        allowed = self.allowed[kind]
+        if allowed is not None:
+            place = np.searchsorted(allowed, active).clip(max=len(allowed) - 1)
+            outside = int((allowed[place] != active).sum())
+            if outside:
+                raise OutOfBoundsError(f"{outside} of {len(active)} elements {kind} lie outside of its arguments")
+        getattr(self.traffic, kind).append((active, element_bytes(ptrs)))
+
+    def dot(self, a: Any, b: Any) -> None:
+        """Products touch no memory."""
+
+
 @contextlib.contextmanager
 def recorded(readable: Sequence[Tensor] | None = None, writable: Sequence[Tensor] = ()) -> Iterator[Traffic]:
     """What kernels that run in the interpreter meanwhile read and write.
@@ -145,20 +167,9 @@ def recorded(readable: Sequence[Tensor] | None = None, writable: Sequence[Tensor
     Raises:
         OutOfBoundsError: (inside) it doesn't.
     """
-    traffic = Traffic()
     may_read = None if readable is None else _addresses([*readable, *writable])
     may_write = None if readable is None else _addresses(writable)
 
-    def note(kind: Access, ptrs: Any, mask: Any) -> None:
-        addresses, live = np.broadcast_arrays(ptrs.data, mask.data)
-        active = addresses[live].ravel().astype(np.uint64)
-        allowed = may_read if kind == "read" else may_write
-        if allowed is not None:
-            place = np.searchsorted(allowed, active).clip(max=len(allowed) - 1)
-            outside = int((allowed[place] != active).sum())
-            if outside:
-                raise OutOfBoundsError(f"{outside} of {len(active)} elements {kind} lie outside of its arguments")
-        getattr(traffic, kind).append((active, element_bytes(ptrs)))
-
-    with watched(note):
-        yield traffic
+    guard = _Guard(may_read, may_write)
+    with watched(guard):
+        yield guard.traffic

@@ -20,17 +20,16 @@ import triton_viz
 from triton_viz.clients import Sanitizer
 from triton_viz.core import patch
 
-from mogle_rt.kernels import gate, gate_mix, gate_mix_embed, joint_attention, stream_rows
+from mogle_rt.kernels import gate, gate_mix, joint_attention, stream_rows, stream_rows_kernel
 from tests.kernels.cases import BY_NAME, planted
 
-KERNELS = {
-    "norm_modulate": (stream_rows, ["_stream_rows_kernel"]),
-    "residual_norm_modulate": (stream_rows, ["_stream_rows_kernel"]),
-    "residual": (stream_rows, ["_stream_rows_kernel"]),
-    "gate_mix": (gate_mix, ["_gate_mix_kernel"]),
-    "gate_mix_mean": (gate_mix, ["_gate_mix_kernel", "_mean_mix_kernel"]),
-    "gate_mix_embed": (gate_mix_embed, ["_gate_mix_embed_kernel"]),
-    "joint_attention": (joint_attention, ["_joint_attention_kernel"]),
+KERNELS = {  # module that launches, module of the source, kernels
+    "norm_modulate": (stream_rows, stream_rows_kernel, ["stream_rows_kernel"]),
+    "residual_norm_modulate": (stream_rows, stream_rows_kernel, ["stream_rows_kernel"]),
+    "residual": (stream_rows, stream_rows_kernel, ["stream_rows_kernel"]),
+    "gate_mix": (gate_mix, gate_mix, ["_gate_mix_kernel"]),
+    "gate_mix_mean": (gate_mix, gate_mix, ["_gate_mix_kernel", "_mean_mix_kernel"]),
+    "joint_attention": (joint_attention, joint_attention, ["_joint_attention_kernel"]),
 }
 FAULTS = [
     ("norm_modulate", "live = r < rows", "live = r < rows + 1"),
@@ -49,11 +48,12 @@ def calls() -> list[tuple[str, dict[str, Any]]]:
 
 def run(name: str, sizes: dict[str, Any], fault: tuple[str, str] | None) -> None:
     """One call under the sanitizer."""
-    module, kernels = KERNELS[name]
+    module, written_in, kernels = KERNELS[name]
     # It follows loops of a kernel's own module; those of the helpers' module need its hook, too.
-    gate._triton_viz_loop_patcher = patch._loop_patcher  # type: ignore[attr-defined]
+    for helpers in (gate, stream_rows_kernel):
+        helpers._triton_viz_loop_patcher = patch._loop_patcher  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
-        source = planted(module, *fault, Path(folder), monkeypatch) if fault else module
+        source = planted(written_in, *fault, Path(folder), monkeypatch) if fault else written_in
         for kernel in kernels:
             traced = triton_viz.trace(client=Sanitizer(abort_on_error=True))(getattr(source, kernel))
             monkeypatch.setattr(module, kernel, traced)

@@ -34,7 +34,7 @@ def told() -> dict[str, Any]:
 def test_no_program_leaves_its_tensors(told: dict[str, Any]) -> None:
     assert {name for name, _, _ in told["whole"]} == {
         *("norm_modulate", "residual_norm_modulate", "residual"),
-        *("gate_mix", "gate_mix_mean", "gate_mix_embed", "joint_attention"),
+        *("gate_mix", "gate_mix_mean", "joint_attention"),
     }
     assert [call for call in told["whole"] if call[2] != 0] == [], told["errors"]
 

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from mogle_rt.kernels import experts, gate, gate_mix, joint_attention, qk_norm_rope, region_experts, stream_rows
+from mogle_rt.kernels import (
+    experts,
+    gate,
+    gate_mix,
+    joint_attention,
+    qk_norm_rope,
+    region_experts,
+    stream_rows,
+    stream_rows_kernel,
+)
 from tests.conftest import in_the_interpreter
 from tests.kernels.cases import BY_NAME, planted
 from tests.kernels.interpreter import recorded
@@ -19,11 +28,17 @@ pytestmark = in_the_interpreter
 
 # Case, module with the fault, its source before and after, and (module, name) of what runs it.
 WRONG_RESULTS = {
-    "wrong stride": ("norm_modulate", stream_rows, "r64 * out_stride", "r64 * x_stride", "_stream_rows_kernel"),
-    "group off by one": ("norm_modulate", stream_rows, "position >= end0", "position > end0", "_stream_rows_kernel"),
-    "branch off by one": ("norm_modulate", stream_rows, "r >= down_from", "r > down_from", "_stream_rows_kernel"),
-    "up-projection off by one": ("residual", stream_rows, "r >= up_from", "r > up_from", "_stream_rows_kernel"),
-    "mean of padding": ("norm_modulate", stream_rows, "axis=1) / D", "axis=1) / D_BLOCK", "_stream_rows_kernel"),
+    "wrong stride": ("norm_modulate", stream_rows_kernel, "r64 * out_stride", "r64 * x_stride", "stream_rows_kernel"),
+    "group off by one": (
+        "norm_modulate",
+        stream_rows_kernel,
+        "position >= end0",
+        "position > end0",
+        "stream_rows_kernel",
+    ),
+    "branch off by one": ("norm_modulate", stream_rows_kernel, "r >= down_from", "r > down_from", "stream_rows_kernel"),
+    "up-projection off by one": ("residual", stream_rows_kernel, "r >= up_from", "r > up_from", "stream_rows_kernel"),
+    "mean of padding": ("norm_modulate", stream_rows_kernel, "axis=1) / D", "axis=1) / D_BLOCK", "stream_rows_kernel"),
     "sign of the rotation": (
         "qk_norm_rope",
         qk_norm_rope,
@@ -64,7 +79,12 @@ WRONG_RESULTS = {
         "_joint_attention_kernel",
     ),
 }
-RUNS = {"gate_weights": gate_mix, "mix_bank": gate_mix, "expert_outputs": region_experts}
+RUNS = {
+    "stream_rows_kernel": stream_rows,
+    "gate_weights": gate_mix,
+    "mix_bank": gate_mix,
+    "expert_outputs": region_experts,
+}
 
 
 @pytest.mark.parametrize("fault", WRONG_RESULTS)
@@ -81,17 +101,17 @@ def test_wrong_results_are_caught(fault: str, tmp_path: Path, monkeypatch: pytes
 OUT_OF_BOUNDS = {
     "missing mask of rows": (
         "norm_modulate",
-        stream_rows,
+        stream_rows_kernel,
         "live = r < rows",
         "live = r < rows + 1",
-        "_stream_rows_kernel",
+        "stream_rows_kernel",
     ),
     "missing mask of columns": (
         "norm_modulate",
-        stream_rows,
+        stream_rows_kernel,
         "(cols < D)[None, :]",
         "(cols < D + 1)[None, :]",
-        "_stream_rows_kernel",
+        "stream_rows_kernel",
     ),
     "missing mask of channels": (
         "qk_norm_rope",
@@ -154,8 +174,8 @@ def test_reading_more_than_declared_is_caught(
     made = case.arguments(7, torch.float32, **case.small[0])
     if planted_fault:
         branch, every = "(live & (r >= up_from))[:, None] & (q", "live[:, None] & (q"
-        faulty = planted(stream_rows, branch, every, tmp_path, monkeypatch)
-        monkeypatch.setattr(stream_rows, "_stream_rows_kernel", faulty._stream_rows_kernel)
+        faulty = planted(stream_rows_kernel, branch, every, tmp_path, monkeypatch)
+        monkeypatch.setattr(stream_rows, "stream_rows_kernel", faulty.stream_rows_kernel)
     with recorded(*case.views(made)) as traffic:
         case.run(**made)
     assert (traffic.bytes_read > case.cost(**made).read) is planted_fault
@@ -164,8 +184,8 @@ def test_reading_more_than_declared_is_caught(
 def test_reading_less_than_declared_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A norm that never reads the third group's rows of its tables."""
     case = BY_NAME["norm_modulate"]
-    faulty = planted(stream_rows, "position >= end1", "position >= end1 + 1000", tmp_path, monkeypatch)
-    monkeypatch.setattr(stream_rows, "_stream_rows_kernel", faulty._stream_rows_kernel)
+    faulty = planted(stream_rows_kernel, "position >= end1", "position >= end1 + 1000", tmp_path, monkeypatch)
+    monkeypatch.setattr(stream_rows, "stream_rows_kernel", faulty.stream_rows_kernel)
     sizes: dict[str, Any] = {"L": 30, "B": 1, "D": 16, "R": 0, "G": 3, "lora_from": 30}
     made = case.arguments(7, torch.float32, **sizes)
     with recorded(*case.views(made)) as traffic:

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from mogle_rt.kernels import gate, gate_mix_embed, joint_attention, qk_norm_rope, region_experts, stream_rows
+from benchmarks.kernel_timing import separate_operations
+from mogle_rt.kernels import gate, joint_attention, qk_norm_rope, region_experts, stream_rows
+from mogle_rt.kernels.workloads import Workload, tensors
 from tests.conftest import assert_close, in_the_interpreter, relative_rms
-from tests.kernels.cases import BY_NAME, RMS, Case, fresh_seed, guards_kept, in_float64, small_calls
+from tests.kernels.cases import BY_NAME, CASES, Case, guards_kept, in_float64, run_seed, small_calls
 from tests.kernels.interpreter import recorded
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -22,7 +23,7 @@ CALLS = [
 
 @pytest.fixture
 def seed() -> int:
-    return fresh_seed()
+    return run_seed()
 
 
 @pytest.fixture(params=["large", "as on a GPU"])
@@ -30,29 +31,36 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """The interpreter has larger tiles than a GPU. Both are tested."""
     if request.param == "large":
         return
-    for module in (stream_rows, qk_norm_rope, gate, gate_mix_embed, joint_attention, region_experts):
+    for module in (stream_rows, qk_norm_rope, gate, joint_attention, region_experts):
         monkeypatch.setattr(module, "interpreted", lambda: False)
 
 
+# Kernel and twin round at the same places, so that neither is much more exact than the other. Of so many values or more,
+# the RMS of a rounding error scatters by 2 % at most; then kernels may have half as much error again as their twins.
+MANY = 1000
+
+
 def check(case: Case, sizes: dict[str, Any], dtype: torch.dtype, device: str, seed: int) -> None:
-    """As exact as the twin, within the dtype's bound of float64, and nothing written but the outputs."""
-    made = case.arguments(seed, dtype, device, **sizes)
-    twin = case.arguments(seed, dtype, device, **sizes)
-    exact = in_float64(case.arguments(seed, dtype, device, **sizes))
-    before = {name: value.clone() for name, value in made.items() if isinstance(value, Tensor)}
+    """Within the case's bound of float64, as exact as the twin, and nothing written but the outputs."""
+    made, twin, exact = (case.arguments(seed, dtype, device, **sizes) for _ in range(3))
+    exact = in_float64(exact)
+    before = {name: value.clone() for name, value in tensors(made).items()}
     case.run(**made)
     case.reference(**twin)
     case.reference(**exact)
-    for name, value in made.items():
-        if not isinstance(value, Tensor) or name in case.scratch:
+    for name, value in tensors(made).items():
+        if name in case.scratch:
             continue
         if name not in case.outputs:
             assert torch.equal(value, before[name]), name
             continue
         assert guards_kept(value), name
-        assert_close(value, exact[name], rms=RMS[dtype])
-        assert_close(value, twin[name], rms=RMS[dtype])
-        assert relative_rms(value, exact[name]) <= 1.5 * relative_rms(twin[name], exact[name]) + 1e-6
+        bound = case.bound(sizes, dtype, value.numel())
+        assert_close(value, exact[name], rms=bound)
+        assert_close(twin[name], exact[name], rms=bound)
+        if dtype != torch.float32 and value.numel() >= MANY:
+            own, others = relative_rms(value, exact[name]), relative_rms(twin[name], exact[name])
+            assert own <= 1.5 * others + case.gain * case.summed(sizes)
 
 
 @in_the_interpreter
@@ -84,3 +92,15 @@ def test_fp16_residual_is_clipped(seed: int) -> None:
     made["clip"] = True
     case.run(**made)
     assert (made["x"] == 65504).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_separate_operations_compute_the_same(case: Case, seed: int) -> None:
+    """What a kernel's time is compared with does the kernel's work."""
+    sizes = case.small[0] | {"extra": 0}  # PyTorch's operations take rows without gaps
+    made, twin = (case.arguments(seed, torch.float32, **sizes) for _ in range(2))
+    returned = separate_operations(Workload(case.name, case.run, case.reference, case.cost, made))()
+    case.reference(**twin)
+    for name in case.outputs:
+        value = returned if isinstance(returned, torch.Tensor) else made[name]
+        assert_close(value, twin[name], rms=2 * case.bound(sizes, torch.float32, value.numel()))

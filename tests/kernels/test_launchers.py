@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import TensorHandle
 
-from mogle_rt.kernels import stream_rows
+from mogle_rt.kernels import stream_rows, stream_rows_kernel
 from mogle_rt.kernels.common import LARGEST_ROW, recording
 from mogle_rt.kernels.gate_mix import gate_mix_cost
+from mogle_rt.kernels.inputs import Experts, Gate
 from mogle_rt.kernels.joint_attention import joint_attention, joint_attention_ref
 from mogle_rt.kernels.norm_modulate import norm_modulate, norm_modulate_ref
 from mogle_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_ref
 from mogle_rt.kernels.region_expert_mix import region_expert_mix_cost
 from mogle_rt.kernels.region_experts import region_experts_cost
-from mogle_rt.kernels.workloads import workloads
+from mogle_rt.kernels.workloads import tensors, workloads
 from tests.conftest import assert_close, in_the_interpreter
-from tests.kernels.cases import BY_NAME, CASES, Case, planted
+from tests.kernels.cases import BY_NAME, CASES, Case, planted, with_tensor
 from tests.kernels.interpreter import recorded, rounded, widened
 
 Change = Callable[[Any], Any]
@@ -30,12 +32,12 @@ Change = Callable[[Any], Any]
 
 def refused(case: Case, name: str, change: Change, message: str) -> None:
     made = case.arguments(1, torch.float32, **case.small[0])
-    before = {n: value.clone() for n, value in made.items() if isinstance(value, Tensor)}
-    made[name] = change(made[name])
+    before = {n: value.clone() for n, value in tensors(made).items()}
+    made = with_tensor(made, name, change(tensors(made)[name] if name in before else made[name]))
     with pytest.raises(ValueError, match=message):
         case.run(**made)
-    for n, value in made.items():
-        if isinstance(value, Tensor) and n != name:
+    for n, value in tensors(made).items():
+        if n != name:
             assert torch.allclose(value, before[n], rtol=0, atol=0, equal_nan=True), n
 
 
@@ -63,12 +65,11 @@ def refused(case: Case, name: str, change: Change, message: str) -> None:
         ("qk_norm_rope", "norm_weight", lambda x: x.repeat(1, 2, 1), "x has 3 parts, norm_weight 4"),
         ("qk_norm_rope", "x", lambda x: x[..., :23], "heads must have an even size up to 512, got 23"),
         ("gate_mix", "bank", lambda x: x[:, :, :-1], r"bank must be \[37, 1, 20, 24\], got \[37, 1, 19, 24\]"),
-        ("gate_mix", "time", lambda x: x[:-1], r"time must be \[24\], got \[23\]"),
+        ("gate_mix", "gate.time", lambda x: x[:-1], r"time must be \[24\], got \[23\]"),
         ("gate_mix_mean", "sums", lambda x: x.half(), "sums must be torch.float32 on cpu, got torch.float16"),
-        ("gate_mix_embed", "lora_up", lambda x: None, "lora_down and lora_up come together"),
-        ("region_experts", "index", lambda x: x.long(), "index must be torch.int32 on cpu, got torch.int64"),
-        ("region_experts", "absent", lambda x: x[:-1], r"absent must be \[37, 20, 24\], got \[36, 20, 24\]"),
-        ("region_expert_mix", "planes", lambda x: x[:, :-1], "absent must be|must agree in N, B, C, E"),
+        ("region_experts", "experts.index", lambda x: x.long(), "index must be torch.int32 on cpu, got torch.int64"),
+        ("region_experts", "experts.absent", lambda x: x[:-1], r"absent must be \[37, 20, 24\], got \[36, 20, 24\]"),
+        ("region_expert_mix", "experts.planes", lambda x: x[:, :-1], "absent must be|must agree in N, B, C, E"),
         ("joint_attention", "visibility", lambda x: "all", "visibility must be one of joint, separate, .* got 'all'"),
         ("joint_attention", "condition_from", lambda x: 51, "condition_from must be 0 to 50, got 51"),
         ("joint_attention", "v", lambda x: x[:-1], r"v must be \[50, 2, 3, 24\], got \[49, 2, 3, 24\]"),
@@ -131,8 +132,8 @@ def test_offsets_past_32_bits() -> None:
 
 @in_the_interpreter
 def test_offsets_of_32_bits_are_caught(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    faulty = planted(stream_rows, "r64 = r.to(tl.int64)", "r64 = r", tmp_path, monkeypatch)
-    monkeypatch.setattr(stream_rows, "_stream_rows_kernel", faulty._stream_rows_kernel)
+    faulty = planted(stream_rows_kernel, "r64 = r.to(tl.int64)", "r64 = r", tmp_path, monkeypatch)
+    monkeypatch.setattr(stream_rows, "stream_rows_kernel", faulty.stream_rows_kernel)
     x, scale, out = far_apart(4, 1, 16), torch.ones(1, 1, 16).half(), torch.empty(4, 1, 16).half()
     with pytest.raises(Exception, match="outside of its arguments"), recorded([x, scale], [out]):
         norm_modulate(x, scale, scale, [4], out, None, 4)
@@ -145,14 +146,14 @@ def nan_reaches_outputs(case: Case, device: str) -> None:
     """A NaN in any input reaches all outputs that it reaches in the twin: neither relu nor clipping swallows it."""
     spread = 0
     sizes = case.small[0]
-    for name, value in case.arguments(3, torch.float16, device, **sizes).items():
-        if not isinstance(value, Tensor) or not value.is_floating_point() or name in (*case.scratch, "out", "bank"):
+    for name, value in tensors(case.arguments(3, torch.float16, device, **sizes)).items():
+        if not value.is_floating_point() or name in (*case.scratch, "out", "bank"):
             continue
         mine, twin = (case.arguments(3, torch.float16, device, **sizes) for _ in range(2))
         for made in (mine, twin):
             if "clip" in made:
                 made["clip"] = True
-            first = made[name][(0,) * (value.dim() - 1)]
+            first = tensors(made)[name][(0,) * (value.dim() - 1)]
             first[0] = torch.nan
         case.run(**mine)
         case.reference(**twin)
@@ -175,9 +176,11 @@ def test_which_mixture_moves_less() -> None:
     def moved(batch: int, shared: bool) -> tuple[int, int, int]:
         """Bytes of the whole mixture a step, of the experts once, of gate and mix a step."""
         found = {w.name: w.arguments for w in workloads(torch.bfloat16, "meta")}
-        mix, bank = found["region_expert_mix"], found["region_experts"]["bank"]
-        P, N, _ = mix["planes"].shape
-        E = mix["index"].shape[1]
+        gate, experts = found["region_expert_mix"]["gate"], found["region_expert_mix"]["experts"]
+        assert isinstance(gate, Gate)
+        assert isinstance(experts, Experts)
+        P = experts.planes.shape[0]
+        N, _, _, _, E = experts.sizes
         index = torch.full((batch, E), -1, dtype=torch.int32)
         for image in range(batch):
             index[image, :P] = torch.arange(P) + (0 if shared else image * P)
@@ -185,16 +188,14 @@ def test_which_mixture_moves_less() -> None:
         def batched(x: Tensor) -> Tensor:
             return x.expand(N, batch, *x.shape[2:]).contiguous()
 
-        planes = mix["planes"] if shared else mix["planes"].repeat(batch, 1, 1)
-        mix |= {"planes": planes, "index": index}
-        mix |= {name: batched(mix[name]) for name in ("latents", "gate_input", "out")}
-        bank = batched(bank)
-        gate = {n: mix[n] for n in found["gate_mix"] if n in mix}
-        experts = {n: mix[n] for n in found["region_experts"] if n in mix}
+        planes = experts.planes if shared else experts.planes.repeat(batch, 1, 1)
+        experts = replace(experts, planes=planes, index=index)
+        gate = replace(gate, latents=batched(gate.latents), gate_input=batched(gate.gate_input))
+        bank = batched(found["region_experts"]["bank"])
         return (
-            region_expert_mix_cost(**mix).moved,
-            region_experts_cost(**experts, bank=bank).moved,
-            gate_mix_cost(**gate, bank=bank).moved,
+            region_expert_mix_cost(gate, experts, gate.latents).moved,
+            region_experts_cost(experts, bank).moved,
+            gate_mix_cost(gate, bank, gate.latents).moved,
         )
 
     whole, _, gate = moved(1, True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from mogle_rt.kernels.common import recording
-from mogle_rt.kernels.requested import counted, requested
+from mogle_rt.kernels.common import launch, recording
+from mogle_rt.kernels.requested import Requested, counted, requested
 from mogle_rt.kernels.workloads import workloads
 from tests.conftest import in_the_interpreter
 
@@ -37,6 +38,32 @@ def test_every_program_counts() -> None:
     assert (total.read, total.written, total.flops) == (3 * 10 * 16 * 4, 3 * 16 * 16 * 4, 3 * 2 * 16**3)
     _square[(1,)](x, out, 10, BLOCK=16)
     assert total.flops == 3 * 2 * 16**3, "counted after its end"
+
+
+@in_the_interpreter
+def test_other_threads_are_not_counted() -> None:
+    """Two threads count and record at the same time; each sees its own kernel alone, and the second one still runs it."""
+    x, mine, others = torch.randn(16, 16), torch.empty(1, 16, 16), torch.zeros(2, 16, 16)
+    entered, done = threading.Event(), threading.Event()
+    found: list[Requested] = []
+
+    def other() -> None:
+        assert entered.wait(60)
+        with counted() as total:
+            launch(_square, (2,), x, others, 16, BLOCK=16)
+        found.append(total)
+        done.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with counted() as total, recording() as launches:
+        entered.set()
+        assert done.wait(60)
+        launch(_square, (1,), x, mine, 16, BLOCK=16)
+        assert len(launches) == 1
+    thread.join()
+    assert (total, found[0].flops) == (Requested(), 2 * 2 * 16**3)
+    assert torch.allclose(others[1], x @ x, atol=1e-4)
 
 
 @in_the_interpreter

@@ -27,7 +27,7 @@ from mogle_rt.loop.graphs import GRAPH, why_eager
 from mogle_rt.loop.schedule import make_schedule
 from mogle_rt.loop.step import Step
 from mogle_rt.model.modulation import ModulationTables, modulation_tables
-from mogle_rt.ops.choice import VARIABLE, choose
+from mogle_rt.ops.choice import VARIABLE, choice, choose
 from tests.conftest import CASES, GoldenCase, assert_close, needs_triton
 from tests.test_golden import TOLERANCE, Bundles
 
@@ -290,6 +290,32 @@ def test_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="triton is not installed"):
         choose("triton", torch.device("cuda"))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), "torch"), ((6, 1), "torch"), ((8, 0), "triton"), ((9, 0), "triton")]
+)
+def test_triton_is_for_gpus_that_its_kernels_were_compiled_for(
+    capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others take PyTorch's operations, and say so once; to ask for Triton there is an error."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {capability[0]}")
+    cuda, reason = torch.device("cuda"), f"Card {capability[0]} of compute capability {capability[0]}.{capability[1]}"
+    with caplog.at_level(logging.WARNING):
+        assert [choice(None, cuda) for _ in range(2)] == [expected] * 2
+    assert caplog.text.count(reason) == (expected == "torch")
+    assert choice("torch", cuda) == "torch"
+    if expected == "triton":
+        assert choice("triton", cuda) == "triton"
+    else:
+        with pytest.raises(ConfigError, match=f"kernels='triton', but .* {reason} .* sm_80, .*; use 'torch'"):
+            choice("triton", cuda)
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # AMD's capabilities aren't NVIDIA's
+    assert choice("triton", cuda) == "triton"
 
 
 @pytest.mark.parametrize("batch", [1, 2])

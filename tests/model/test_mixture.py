@@ -15,6 +15,7 @@ from mogle_rt.config import NUM_EXPERTS, ModelConfig, MogleConfig
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.engines.torch_engine import TorchEngine
 from mogle_rt.errors import ConfigError
+from mogle_rt.kernels.inputs import Experts, Gate
 from mogle_rt.loop.denoise import denoise
 from mogle_rt.loop.schedule import make_schedule
 from mogle_rt.model.mixture import Bank, Fused, MixtureOfExperts, picture_contents
@@ -88,14 +89,14 @@ def test_pictures_are_compared_bit_by_bit() -> None:
 
 
 def test_black_is_computed_once_a_size(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle, experts = Bundle(tiny_bundle), torch_ops.experts
+    bundle, region_experts = Bundle(tiny_bundle), torch_ops.region_experts
     calls: list[int] = []
 
-    def noted(planes: Tensor, *rest: Tensor) -> Tensor:
-        calls.append(len(planes))
-        return experts(planes, *rest)
+    def noted(experts: Experts) -> Tensor:
+        calls.append(len(experts.planes))
+        return region_experts(experts)
 
-    monkeypatch.setattr(torch_ops, "experts", noted)
+    monkeypatch.setattr(torch_ops, "region_experts", noted)
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
     for seed in (1, 2):
         run(engine, bundle, masks(seed, 1, 3))
@@ -124,11 +125,11 @@ def test_which_serves_when(batch: int, own: bool, dtype: torch.dtype, steps: int
     index = torch.full((batch, NUM_EXPERTS), -1, dtype=torch.int32)
     for image in range(batch):
         index[image, :present] = torch.arange(present) + (NUM_EXPERTS * image if own else 0)
-    gate = [new(C, C), new(G, C), new(G), new(NUM_EXPERTS, G), new(NUM_EXPERTS)]
-    experts = [new(NUM_EXPERTS, H, C), new(NUM_EXPERTS, H), new(NUM_EXPERTS, C, H), new(NUM_EXPERTS, C)]
-    seen = new(NUM_EXPERTS * batch, N, C), index, new(N, NUM_EXPERTS, C)
-    chosen = triton_ops.cheaper_mixture(*seen, gate=gate, experts=experts, steps=steps)
-    assert chosen == expected
+    tokens = new(N, batch, C)
+    gate = Gate(tokens, tokens, new(C), new(C, C), new(G, C), new(G), new(NUM_EXPERTS, G), new(NUM_EXPERTS))
+    layers = new(NUM_EXPERTS, H, C), new(NUM_EXPERTS, H), new(NUM_EXPERTS, C, H), new(NUM_EXPERTS, C)
+    experts = Experts(new(NUM_EXPERTS * batch, N, C), index, new(N, NUM_EXPERTS, C), *layers)
+    assert triton_ops.cheaper_mixture(gate, experts, steps) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,59 @@
+"""``python -m tests.kernels.compiled``: compile what the tests look at, and print it as JSON.
+
+Compiling takes most of a minute on a core, so nothing is compiled twice that is known to give the same code:
+
+- GPUs of one generation get the same code: `SAME_CODE`, of which one kernel is compiled for all to see that they do.
+- The three calls over the residual stream are one kernel; `residual_norm_modulate` has all of its parts, so it stands
+  for the other two, which are compiled for one GPU alone.
+- In fp32 what is in danger is registers and shared memory; kernels are compiled for one GPU, and those with the largest
+  tiles for the oldest one, too. Values are clipped in fp16 alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+from mogle_rt.kernels.aot import compile_jobs
+
+SAME_CODE = {"sm_80": ("sm_86", "sm_89")}
+GENERATIONS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+WHOLE = (
+    *("residual_norm_modulate", "qk_norm_rope", "gate_mix", "gate_mix_mean"),
+    *("region_experts", "region_expert_mix", "joint_attention"),
+)
+LARGE = ("residual_norm_modulate", "joint_attention")
+OF_ONE_GENERATION = "residual"  # the call that is compiled for every GPU of `SAME_CODE`
+VARIANTS = (
+    *("gate_mix-batch32", "gate_mix_mean-batch32", "region_expert_mix-batch32"),
+    *("residual_norm_modulate-plain", "norm_modulate-plain"),
+    *("joint_attention-joint", "joint_attention-separate", "joint_attention-independent"),
+)
+
+
+def jobs() -> list[tuple[str, str, str]]:
+    """Call, dtype and GPU."""
+    siblings = {target for family in SAME_CODE.items() for target in (family[0], *family[1])}
+    return [
+        *((name, "bf16", target) for name in WHOLE for target in GENERATIONS),
+        *((OF_ONE_GENERATION, "bf16", target) for target in sorted(siblings)),
+        *((name, "bf16", "sm_90") for name in ("norm_modulate", "residual", *VARIANTS)),
+        *((name, "fp32", "sm_90") for name in WHOLE),
+        *((name, "fp32", "sm_80") for name in LARGE),
+        ("residual_norm_modulate-clipped", "fp16", "sm_90"),
+    ]
+
+
+def main() -> None:
+    """Compile, print."""
+    read = ("tensor_cores", "wide_loads", "wide_stores", "narrow_accesses")
+    rows = [
+        {"workload": name, "dtype": dtype, **dataclasses.asdict(r)} | {what: getattr(r, what) for what in read}
+        for name, dtype, r in compile_jobs(jobs())
+    ]
+    json.dump(rows, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
