@@ -61,7 +61,7 @@ class RandomLayer:
             LowRankBranch(draw(rank, self.inner).t(), draw(self.outer, rank).t(), frozenset(streams.split()))
             for rank, streams in self.branches
         ]
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for kind, whole in (("weight", self.weight), ("bias", self.bias)):
             tensors |= {f"a.{kind}": whole[:first].clone(), f"b.{kind}": whole[first:].clone()}
         self.source = Held(tensors)
