@@ -95,7 +95,7 @@ class Machine:
         x = torch.randn((rows, inner), device=self.device, dtype=self.dtype)
         weight = torch.randn((outer, inner), device=self.device, dtype=self.dtype)
         calls: list[Callable[[], Tensor]] = [lambda: linear(x, weight)]
-        if onednn.packs(weight):
+        if onednn.packs(weight.shape, weight.device, weight.dtype):
             packed = onednn.pack(weight)
             calls.append(lambda: onednn.linear(x, packed))
         return min(calls, key=self._best)

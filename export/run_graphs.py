@@ -11,7 +11,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from mogle_rt.bundle.bundle import Bundle
+from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import ModelConfig
 from mogle_rt.engines.exported import Session
 from mogle_rt.engines.manifest import Manifest
@@ -35,7 +35,7 @@ def run_files(folder: Path, manifest: Manifest) -> Run:
     return run
 
 
-def run_built(source: Bundle, folder: Path, manifest: Manifest) -> Run:
+def run_built(source: TensorSource, folder: Path, manifest: Manifest) -> Run:
     """The same graphs, of some of the blocks or in float32, built in memory over the weights in the folder."""
     import onnxruntime
 
@@ -54,7 +54,7 @@ def run_built(source: Bundle, folder: Path, manifest: Manifest) -> Run:
     return run
 
 
-def evaluate(source: Bundle, manifest: Manifest, dtype: torch.dtype) -> Run:
+def evaluate(source: TensorSource, manifest: Manifest, dtype: torch.dtype) -> Run:
     """ONNX's reference evaluator, on the same graphs with the placed weights inside."""
     from onnx.reference import ReferenceEvaluator
 

@@ -17,6 +17,7 @@ import torch
 
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.bundle.files import atomic_write
+from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import PATCH, ModelConfig
 from mogle_rt.engines.engine_file import EngineHeader, write_engine
 from mogle_rt.engines.exported import manifest_dtype
@@ -216,7 +217,7 @@ def build_engine(
     return manifest
 
 
-def step_model(bundle: Bundle, manifest: Manifest, graph: str) -> onnx.ModelProto:
+def step_model(bundle: TensorSource, manifest: Manifest, graph: str) -> onnx.ModelProto:
     """The step as TensorRT takes it: it refuses Attention in float32, whose plain parts it takes.
 
     Args:

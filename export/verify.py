@@ -7,10 +7,9 @@ memory, one double and one single block are taken, each alone, at full width. Th
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from mogle_rt import __version__
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.bundle.schema import transformer_tensors
+from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import NUM_EXPERTS, PATCH, ModelConfig
 from mogle_rt.encoders.vae import autoencoder, load_autoencoder, pack_latents, unpack_latents
 from mogle_rt.engines.contract import Conditions
@@ -28,6 +28,7 @@ from mogle_rt.engines.exported import NO_ATTENTION, manifest_dtype
 from mogle_rt.engines.manifest import Manifest, manifest_path
 from mogle_rt.engines.torch_engine import TorchEngine
 from mogle_rt.errors import CheckpointError, NumericalError
+from mogle_rt.export.blocks import SelectedBlocks
 from mogle_rt.export.exporter import build_graph
 from mogle_rt.export.run_graphs import CPU, Run, evaluate, options_of, run_built, run_files
 from mogle_rt.export.weights import Weights, exported_names
@@ -77,7 +78,7 @@ class Case:
         scaled = f", condition_scale {self.scale:g}" if self.scale != 1 else ""
         return f"{size}, batch {self.batch}, {self.text} text tokens{scaled}"
 
-    def conditions(self, bundle: Bundle) -> Conditions:
+    def conditions(self, bundle: TensorSource) -> Conditions:
         """Random ones, the same each time."""
         t, g = bundle.config.transformer, torch.Generator().manual_seed(7)
         tokens = math.prod(self.grid)
@@ -92,7 +93,7 @@ class Case:
             position_scale=1.5,
         )
 
-    def latents(self, bundle: Bundle) -> Tensor:
+    def latents(self, bundle: TensorSource) -> Tensor:
         """Random noise [B, N, 64]."""
         shape = self.batch, math.prod(self.grid), bundle.config.transformer.in_channels
         return torch.randn(shape, generator=torch.Generator().manual_seed(8))
@@ -125,7 +126,7 @@ def verify(
         _require_same_graphs(placed, folder, manifest)
     results = []
     for name, double, single in _parts(bundle):
-        part, source = (select_blocks(b, double=double, single=single) for b in (bundle, placed))
+        part, source = (SelectedBlocks(b, double=double, single=single) for b in (bundle, placed))
         run, by, computed = _runner(source, folder, manifest, whole=not name)
         prefix = f"step{name}, "
         outputs = []
@@ -203,7 +204,7 @@ def require(results: list[Comparison]) -> None:
 # What is run
 
 
-def _coarsest(bundle: Bundle, manifest: Manifest, computed: torch.dtype) -> torch.dtype:
+def _coarsest(bundle: TensorSource, manifest: Manifest, computed: torch.dtype) -> torch.dtype:
     """What rounds most: the arithmetic, or weights that were copied or embedded in another dtype than they had."""
     dtype = manifest_dtype(manifest)
     rounded = manifest.weights.mode != "link" and any(
@@ -212,12 +213,12 @@ def _coarsest(bundle: Bundle, manifest: Manifest, computed: torch.dtype) -> torc
     return max((computed, dtype) if rounded else (computed,), key=TOLERANCES.__getitem__)
 
 
-def _parameters(bundle: Bundle) -> int:
+def _parameters(bundle: TensorSource) -> int:
     shapes = transformer_tensors(bundle.config.transformer)
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _parts(bundle: Bundle) -> Iterator[tuple[str, list[int], list[int]]]:
+def _parts(bundle: TensorSource) -> Iterator[tuple[str, list[int], list[int]]]:
     """Title, double and single blocks of what is run: all; of a very large model, a block of either kind alone."""
     t = bundle.config.transformer
     if _parameters(bundle) <= WHOLE:
@@ -243,26 +244,7 @@ def _require_same_graphs(placed: Bundle, folder: Path, manifest: Manifest) -> No
             raise CheckpointError(f"{folder / graph.file}: is not the graph of this bundle and manifest; export again")
 
 
-def select_blocks(bundle: Bundle, *, double: list[int], single: list[int]) -> Bundle:
-    """A view of a bundle that has only some of its blocks."""
-    part = copy.copy(bundle)
-    t = replace(bundle.config.transformer, num_layers=len(double), num_single_layers=len(single))
-    part.config = replace(bundle.config, transformer=t)
-    part.tensors = {}
-    for name, info in bundle.tensors.items():
-        for stack, chosen in (("transformer_blocks", double), ("single_transformer_blocks", single)):
-            owner, _, rest = name.partition(f".{stack}.")
-            if rest and owner in ("transformer", "lora"):
-                number, _, leaf = rest.partition(".")
-                if int(number) in chosen:
-                    part.tensors[f"{owner}.{stack}.{chosen.index(int(number))}.{leaf}"] = info
-                break
-        else:
-            part.tensors[name] = info
-    return part
-
-
-def _runner(source: Bundle, folder: Path, manifest: Manifest, *, whole: bool) -> tuple[Run, str, torch.dtype]:
+def _runner(source: TensorSource, folder: Path, manifest: Manifest, *, whole: bool) -> tuple[Run, str, torch.dtype]:
     """What runs the step's graphs, its name, and the dtype in which it computes.
 
     Args:
@@ -286,7 +268,7 @@ def _vae_runner(placed: Bundle, folder: Path, manifest: Manifest) -> tuple[Run, 
 # Both sides
 
 
-def _step(bundle: Bundle, case: Case, run: Run) -> dict[str, Tensor]:
+def _step(bundle: TensorSource, case: Case, run: Run) -> dict[str, Tensor]:
     """Experts, preparation and a step, by the graphs."""
     c, schedule = case.conditions(bundle), make_schedule(bundle.config.scheduler, STEPS, math.prod(case.grid))
     inputs: dict[str, Tensor] = {
@@ -308,7 +290,7 @@ def _step(bundle: Bundle, case: Case, run: Run) -> dict[str, Tensor]:
     return run("step" if case.scale == 1 else "step_scaled", inputs)
 
 
-def _torch_step(engine: TorchEngine, bundle: Bundle, case: Case) -> dict[str, Tensor]:
+def _torch_step(engine: TorchEngine, bundle: TensorSource, case: Case) -> dict[str, Tensor]:
     latents = case.latents(bundle)
     with torch.no_grad():
         engine.prepare(case.conditions(bundle), make_schedule(bundle.config.scheduler, STEPS, math.prod(case.grid)))

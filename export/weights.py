@@ -25,6 +25,7 @@ import torch
 
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.bundle.container import TensorInfo
+from mogle_rt.bundle.source import TensorSource
 from mogle_rt.conversion.convert import require_finite, write_bundle
 from mogle_rt.conversion.tensors import StoredTensor
 from mogle_rt.engines.manifest import header_sha256
@@ -36,6 +37,7 @@ EXPORTED_PARTS = ("transformer", "lora", "mogle", "vae")
 COPY_NAME = "weights.safetensors"
 EMBED_LIMIT = 2_000_000_000  # bytes; a protobuf message ends at 2 GiB
 ALIGNMENT = 4096
+CPU = torch.device("cpu")
 FICLONE = 0x40049409  # Linux's request to share a file's blocks
 
 ONNX_TYPES = {
@@ -59,7 +61,7 @@ class Weights:
 
     tensors: Mapping[str, TensorInfo]
     location: str | None
-    bundle: Bundle
+    bundle: TensorSource
     dtype: torch.dtype
     sha256: str
 
@@ -68,9 +70,9 @@ class Weights:
         info = self.tensors[name]
         tensor = onnx.TensorProto(name=name, dims=info.shape)
         if self.location is None:
-            value = self.bundle.load([name], torch.device("cpu"), self.dtype)
+            value = self.bundle.load([name], CPU, self.dtype)
             if info.dtype != self.dtype:
-                require_finite(name, value, self.bundle.tensor(name))
+                require_finite(name, value, self.bundle.load([name], CPU, info.dtype))
             tensor.data_type = ONNX_TYPES[self.dtype]
             tensor.raw_data = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
             return tensor
@@ -85,7 +87,7 @@ class Weights:
         return tensor
 
 
-def exported_names(bundle: Bundle) -> list[str]:
+def exported_names(bundle: TensorSource) -> list[str]:
     """Tensors of the bundle that graphs read, in the order of the file."""
     return [name for name in bundle.tensors if name.split(".", 1)[0] in EXPORTED_PARTS]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import NUM_CLASSES, ModelConfig
 from mogle_rt.encoders.group_norm import LEAST_PIXELS
 from mogle_rt.engines.torch_engine import TorchEngine
-from mogle_rt.linear.layers import LoraLinear
 from mogle_rt.loop.denoise import euler
 from mogle_rt.loop.schedule import make_schedule
 from tests.checkpoints import Files
@@ -155,9 +155,8 @@ def test_planted_faults_are_caught(fault: str, golden_bundle: Bundles) -> None:
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig() if kind == "switch" else case.model)
     conditions = case.conditions
     if kind == "lora_up":
-        for module in engine.transformer.modules():
-            if isinstance(module, LoraLinear):
-                module.lora_up = torch.nn.Parameter(torch.zeros_like(module.lora_up), requires_grad=False)
+        for _, layer in engine.transformer.layers():
+            layer.branches = [replace(branch, up=torch.zeros_like(branch.up)) for branch in layer.branches]
     if kind == "experts":
         engine.mogle.expert_in = torch.nn.Parameter(engine.mogle.expert_in.roll(1, 0), requires_grad=False)
     changes = {
@@ -169,8 +168,6 @@ def test_planted_faults_are_caught(fault: str, golden_bundle: Bundles) -> None:
         "scale": {"condition_scale": 1.0},
         "position": {"position_delta": (0, 0), "position_scale": 1.0},
     }
-    from dataclasses import replace
-
     engine.prepare(replace(conditions, **changes.get(kind, {})), schedule)  # type: ignore[arg-type]
     if kind == "sigma":
         wrong = engine.mogle.time_table(schedule.sigmas[:-1])

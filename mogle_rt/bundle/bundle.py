@@ -20,6 +20,7 @@ from mogle_rt.bundle import schema
 from mogle_rt.bundle.container import MappedFile, TensorInfo, read_chunks, read_header
 from mogle_rt.bundle.schema import check_names
 from mogle_rt.bundle.shipped import bundle_path
+from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import MAX_TEXT_TOKENS, PATCH, MogleConfig, Options, SchedulerConfig, TransformerConfig
 from mogle_rt.errors import CheckpointError, ConfigError
 
@@ -80,7 +81,7 @@ class BundleConfig(Options):
             raise CheckpointError(f"{what}: the configuration in the file is damaged: {reason}") from None
 
 
-class Bundle:
+class Bundle(TensorSource):
     """An open bundle. Opening reads the header only and checks every name, shape and size in it.
 
     Args:
@@ -93,8 +94,7 @@ class Bundle:
 
     def __init__(self, path: str | Path) -> None:
         self.path = bundle_path(path)
-        self.tensors, metadata = read_header(self.path)
-        self._names: dict[str, list[str]] = {part: [] for part in PARTS}
+        tensors, metadata = read_header(self.path)
         if metadata.get("format") != FORMAT:
             raise CheckpointError(
                 f"{self.path}: a safetensors file, but not a mogle_rt bundle; make one with `mogle-rt convert`"
@@ -103,14 +103,10 @@ class Bundle:
         if version != str(FORMAT_VERSION):
             raise CheckpointError(f"{self.path}: bundle format {version!r}; this version reads {FORMAT_VERSION}")
         self._config_text = metadata.get("config", "")
-        self.config = BundleConfig.parse(self._config_text, what=str(self.path))
+        super().__init__(BundleConfig.parse(self._config_text, what=str(self.path)), tensors)
         self.content_hash = metadata.get("sha256", "")
         self._check_tensors()
         self._file = MappedFile(self.path)
-
-    def names(self, part: str) -> list[str]:
-        """Names of a part's tensors, without the part's prefix."""
-        return self._names[part]
 
     @property
     def has_text_encoders(self) -> bool:
@@ -135,20 +131,10 @@ class Bundle:
             return MAX_TEXT_TOKENS
         return min(length, MAX_TEXT_TOKENS) if isinstance(length, int) and length > 0 else MAX_TEXT_TOKENS
 
-    def lora_ranks(self) -> dict[str, int]:
-        """Rank of the LoRA on each layer."""
-        suffix = ".lora_A.weight"
-        shapes = {
-            n.removesuffix(suffix): self.tensors[f"lora.{n}"].shape for n in self.names("lora") if n.endswith(suffix)
-        }
-        return {name: shape[0] if shape else 0 for name, shape in shapes.items()}
-
     def _check_tensors(self) -> None:
         for full in self.tensors:
-            part, _, name = full.partition(".")
-            if part not in PARTS:
+            if full.partition(".")[0] not in PARTS:
                 raise CheckpointError(f"{self.path}: unexpected tensor {full!r}")
-            self._names[part].append(name)
         blocks = self.config.transformer.num_layers + self.config.transformer.num_single_layers
         if blocks > len(self.tensors):  # before all that they would need is listed
             raise CheckpointError(f"{self.path}: {len(self.tensors)} tensors can't make {blocks} blocks")
@@ -192,10 +178,6 @@ class Bundle:
         """These tensors needn't stay in memory; used again, they are read again."""
         for name in names:
             self._file.release(self.tensors[name])
-
-    def part(self, part: str, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """All tensors of a part, by their names in it."""
-        return {name: self.load([f"{part}.{name}"], device, dtype) for name in self.names(part)}
 
     def files(self, part: str) -> dict[str, bytes]:
         """A tokenizer's files by name."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from mogle_rt.bundle import schema
 from mogle_rt.bundle.bundle import Bundle, BundleConfig
 from mogle_rt.bundle.container import TensorInfo
+from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import FLUX_DEV, NUM_CLASSES, NUM_EXPERTS, PATCH, ModelConfig, MogleConfig, SchedulerConfig
 from mogle_rt.errors import InputError
 
@@ -101,25 +102,21 @@ class Job:
         return min(NUM_EXPERTS, self.classes + 2)
 
 
-class WeightlessBundle(Bundle):
+class WeightlessBundle(TensorSource):
     """A bundle without a file: the names and shapes that its configuration asks for, tensors without values."""
 
     def __init__(self, config: BundleConfig, ranks: Mapping[str, int]) -> None:
-        self.config, self._ranks = config, dict(ranks)
         shapes = {
             "transformer": schema.transformer_tensors(config.transformer),
-            "lora": schema.lora_tensors(config.transformer, self._ranks),
+            "lora": schema.lora_tensors(config.transformer, dict(ranks)),
             "mogle": schema.mogle_tensors(config.mogle),
         }
-        self.tensors = {
+        infos = {
             f"{part}.{name}": TensorInfo(torch.float32, shape, 0, 0)
             for part, named in shapes.items()
             for name, shape in named.items()
         }
-
-    def lora_ranks(self) -> dict[str, int]:
-        """Rank of the LoRA on each layer."""
-        return self._ranks
+        super().__init__(config, infos)
 
     def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Tensor:
         """An empty tensor of the shape that the real one has."""

@@ -36,10 +36,13 @@ class Conditions:
 class Engine(Denoiser, Protocol):
     """What the pipeline asks of an engine: the loop's part, and before it, what no step changes.
 
-    ``execution`` says how steps are run.
+    ``execution`` says how steps are run, ``weight_formats`` in which formats the weights are held.
     """
 
     @property
     def execution(self) -> str: ...
+
+    @property
+    def weight_formats(self) -> str: ...
 
     def prepare(self, conditions: Conditions, schedule: Schedule) -> object: ...

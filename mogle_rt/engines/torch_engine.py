@@ -6,18 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mogle_rt.bundle.bundle import Bundle
+from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import ModelConfig
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.loop.buffers import StepInputs
 from mogle_rt.loop.graphs import Runner, Runners
 from mogle_rt.loop.schedule import Schedule
 from mogle_rt.loop.step import Step
-from mogle_rt.memory.packing import pack, to_pack
+from mogle_rt.memory.formats import choose_format
 from mogle_rt.model.layout import Layout
-from mogle_rt.model.loading import LazyWeights, load_mogle, load_transformer
+from mogle_rt.model.loading import LazyWeights, load_context_embedder, load_mogle, load_transformer
 from mogle_rt.model.modulation import ModulationTables, modulation_tables, time_embedding
 from mogle_rt.model.positions import condition_ids, rope_table, token_ids
+from mogle_rt.model.transformer import Transformer
 from mogle_rt.ops.attention import AttentionPlan
 from mogle_rt.ops.choice import choose
 
@@ -35,14 +36,17 @@ class TorchEngine:
         cuda_graphs: replay steps as one CUDA graph where there is a CUDA device.
         mixture: where the experts run: "bank", once an image, or "fused", in every step, in one launch with gate and
             sum; None takes for each run what costs less, see `mogle_rt.ops.triton_ops.cheaper_mixture`.
+        weights: the format of the blocks' weights, one of `mogle_rt.linear.formats.FORMATS`; None chooses by the device
+            and the machine's memory, see `mogle_rt.memory.formats.choose_format`.
 
     Raises:
-        ConfigError: the kernels can't be had or don't take so wide a model, or the mixture can't be fused.
+        ConfigError: the kernels can't be had or don't take so wide a model, the mixture can't be fused, or there is no
+            such weight format.
     """
 
     def __init__(
         self,
-        bundle: Bundle,
+        bundle: TensorSource,
         device: torch.device,
         dtype: torch.dtype,
         model: ModelConfig,
@@ -50,18 +54,49 @@ class TorchEngine:
         kernels: str | None = None,
         cuda_graphs: bool = True,
         mixture: str | None = None,
+        weights: str | None = None,
     ) -> None:
         self.ops = choose(kernels, device)
         self.ops.check_model(bundle.config.transformer, bundle.config.mogle)
         self.device, self.dtype, self.model = device, dtype, model
         self.config = bundle.config.transformer
         self.weights = LazyWeights(bundle, device, dtype)
-        self.transformer = load_transformer(bundle, device, dtype, riding=self.ops.RIDING)
+        self._format = choose_format(weights, bundle, device, dtype)
+        self._transformer: Transformer | None = None
+        self.context_embedder = load_context_embedder(bundle, device, dtype)
         self.mogle = load_mogle(bundle, device, dtype, weight_is_scale=model.weight_is_scale)
         self.mogle.check_mixture(mixture)
         self._mixture = mixture
         self._runners = Runners(device, cuda_graphs, limit=SHAPES_KEPT if device.type == "cuda" else 1)
         self._runner: Runner | None = None
+        if device.type != "cpu":
+            self._transformer = self._load_transformer()
+
+    @property
+    def transformer(self) -> Transformer:
+        """The weights of the steps. A CPU loads them when they are first needed, which is after the modulation's were
+        read, used and let go: less is then held at once."""
+        if self._transformer is None:
+            self._transformer = self._load_transformer()
+        return self._transformer
+
+    def _load_transformer(self) -> Transformer:
+        return load_transformer(
+            self.weights.source,
+            self.device,
+            self.dtype,
+            weight_format=self._format,
+            fused=self.ops.RIDING,
+            latent_lora=self.model.latent_lora,
+        )
+
+    @property
+    def weight_formats(self) -> str:
+        """The formats of the loaded weights with the bytes that each holds, such as "packed 1.2 GB, plain 0.1 GB"."""
+        if self._transformer is None:
+            return "not loaded"
+        held = sorted(self._transformer.bytes_by_format().items(), key=lambda item: -item[1])
+        return ", ".join(f"{name} {_size(number)}" for name, number in held)
 
     @torch.inference_mode()
     def prepare(self, conditions: Conditions, schedule: Schedule) -> None:
@@ -79,7 +114,6 @@ class TorchEngine:
             image=image_tokens,
             condition=image_tokens,
             plan=AttentionPlan.of(self.model, c.condition_scale),
-            latent_lora=self.model.latent_lora,
             add_cond_attn=self.model.add_cond_attn,
         )
         mixture = self.mogle.prepare(mask_latents, self.ops, self._mixture, len(schedule))
@@ -92,7 +126,7 @@ class TorchEngine:
         inputs = StepInputs(
             mixture=mixture,
             time_table=self.mogle.time_table(schedule.timesteps.to(self.device)),
-            text=self.transformer.context_embedder(prompt_embeds.expand(batch, -1, -1).transpose(0, 1)),
+            text=self.context_embedder(prompt_embeds.expand(batch, -1, -1).transpose(0, 1)),
             modulation=self._modulation(made_from, self._runners.find(shapes)),
             modulation_of=made_from,
             rope=self.ops.rope_buffer(rope_table(joint_ids.to(self.device), self.config.axes_dims_rope)),
@@ -100,9 +134,6 @@ class TorchEngine:
         )
         self.weights.release("transformer.context_embedder.weight")  # no step needs it
         self._runner = None  # where its shapes are not kept, its buffers go before new ones come
-        if layers := to_pack(self.transformer, self.weights.bundle):
-            self._runners.clear()  # their steps hold the plain weights
-            pack(layers, self.weights.bundle)
         self._runner = self._runners.get(
             shapes,
             inputs,
@@ -169,6 +200,11 @@ class TorchEngine:
         if self._runner is None:
             raise RuntimeError("prepare() must be called before a step")
         return self._runner
+
+
+def _size(number: int) -> str:
+    """Bytes, for people."""
+    return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
 
 
 def _image_major(x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from mogle_rt.loop.schedule import Schedule
 class VelocityLoop(ABC):
     """The loop's part of an engine that gives velocities: latents on its device, Euler's update in PyTorch."""
 
+    weight_formats = "as exported"
+
     _sigmas = torch.zeros(1)
     _latents = torch.zeros(1)
     _k = 0

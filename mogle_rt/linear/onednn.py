@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,10 +19,10 @@ ROWS_A_CHANNEL = 1 / 8
 PACKED_FOR = 64  # rows; the layout is the same for any number but the very smallest, and serves all
 
 
-def packs(weight: Tensor) -> bool:
-    """Whether `pack` takes this weight [out, in], and it is large enough to be worth it."""
-    ours = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return ours and weight.numel() >= LEAST_WEIGHT and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+def packs(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `pack` takes a weight (out, in) of this dtype there, and it is large enough to be worth it."""
+    ours = device.type == "cpu" and dtype == torch.float32
+    return ours and math.prod(shape) >= LEAST_WEIGHT and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -35,7 +39,8 @@ def serves(weight: Tensor, rows: int) -> bool:
     """
     if weight.is_mkldnn:
         return True
-    return packs(weight) and weight.is_contiguous() and rows >= min(weight.shape) * ROWS_A_CHANNEL
+    ours = packs(weight.shape, weight.device, weight.dtype)
+    return ours and weight.is_contiguous() and rows >= min(weight.shape) * ROWS_A_CHANNEL
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
@@ -43,3 +48,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
     y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu" if gelu else "none", [], "tanh")
     assert isinstance(y, Tensor)
     return y
+
+
+def prepared(weight: Tensor, bias: Tensor | None, *, gelu: bool) -> Callable[..., Tensor]:
+    """`linear` of everything but x."""
+    return partial(linear, weight=weight, bias=bias, gelu=gelu)

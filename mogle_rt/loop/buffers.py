@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, is_dataclass
 import torch
 from torch import Tensor
 
-from mogle_rt.linear.layers import LoraLinear
 from mogle_rt.linear.views import first_columns
 from mogle_rt.model.layout import Layout
 from mogle_rt.model.mixture import Bank, Fused
@@ -59,17 +58,14 @@ class Buffers:
     def __init__(self, transformer: Transformer, layout: Layout, batch: int) -> None:
         like, D = transformer.proj_out.bias, transformer.config.width
         C = transformer.config.in_channels
-        lora = [m for m in transformer.modules() if isinstance(m, LoraLinear)]
-        before = max((m.in_columns - D for m in lora if m.down_before is not None), default=0)
-        after = max((m.rank for m in lora if m.up_after is not None), default=0)
 
         def rows(count: int, columns: int) -> Tensor:
             return like.new_empty(count, batch, columns)
 
         self.tokens = rows(layout.image + layout.condition, C)
         self.latents, self.condition = self.tokens.split([layout.image, layout.condition])
-        self.x, self.y = rows(layout.total, D), rows(layout.total, D + after)
-        self.normed, self.scratch = rows(layout.total, D + before), rows(layout.total, 4 * D)
+        self.x, self.y = rows(layout.total, D), rows(layout.total, D + transformer.most_after)
+        self.normed, self.scratch = rows(layout.total, D + transformer.most_before), rows(layout.total, 4 * D)
         self.beside = rows(layout.total, 5 * D) if like.device.type == "cpu" else None
         inner = rows(layout.total, 4 * D) if self.beside is None else self.beside
         self.hidden = first_columns(inner, layout.total, 4 * D)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import torch
 
-from mogle_rt.linear.product import Product
+from mogle_rt.linear.layer import Product
 from mogle_rt.linear.views import first_columns, flat
 from mogle_rt.loop.buffers import Buffers, StepInputs, describe, tensors_of
 from mogle_rt.loop.sublayers import DoubleAttention, DoubleMlp, LastSingle, Norm, Single, Sublayer
 from mogle_rt.model.layout import Layout
 from mogle_rt.model.mixture import MixtureOfExperts
-from mogle_rt.model.transformer import DoubleBlock, SingleBlock, Transformer
+from mogle_rt.model.transformer import Transformer
 from mogle_rt.ops.contract import Ops
 
 
@@ -41,21 +41,19 @@ class Step:
         self.sigma_step = inputs.sigma_steps[:1].clone()
         self.links: list[Sublayer] = []
         for block, mod in zip(transformer.blocks, self.modulation.double, strict=True):
-            assert isinstance(block, DoubleBlock)
             self.links.append(DoubleAttention(block, mod, b, inputs.rope, layout, ops))
             self.links.append(DoubleMlp(block, mod, b, layout, ops))
-        for block, mod in zip(transformer.single_blocks, self.modulation.single, strict=True):
-            assert isinstance(block, SingleBlock)
-            kind = LastSingle if block.last else Single
-            self.links.append(kind(block, mod, b, inputs.rope, layout, ops))
+        for single, mod in zip(transformer.single_blocks, self.modulation.single, strict=True):
+            kind = LastSingle if single.last else Single
+            self.links.append(kind(single, mod, b, inputs.rope, layout, ops))
         scale, shift = self.modulation.out
         normed = first_columns(b.normed, layout.image, transformer.config.width)
         last = Norm(b.image, scale, shift, (layout.image,), normed)
         self.first_norm = ops.norm_modulate(*self.links[0].norm)
         norms = [link.norm for link in self.links[1:]] + [last]
         self.joints = [link.joined(norm) for link, norm in zip(self.links, norms, strict=True)]
-        self.embed = Product(transformer.x_embedder, b.x[layout.text :], layout.double_lora_from - layout.text)
-        self.project_out = Product(transformer.proj_out, b.velocity)
+        self.embed = Product(transformer.x_embedder, b.x[layout.text :], layout.streams_after_text)
+        self.project_out = Product(transformer.proj_out, b.velocity, layout.image_stream)
         self.tokens, self.last_normed, self.x_text = flat(b.tokens), flat(last.out), b.x[: layout.text]
 
     def load(self, inputs: StepInputs) -> None:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mogle_rt.linear.product import Product
+from mogle_rt.linear.branches import Streams
+from mogle_rt.linear.layer import Product
 from mogle_rt.linear.views import first_columns, flat
 from mogle_rt.loop.buffers import Buffers
 from mogle_rt.model.layout import Layout
@@ -87,21 +88,22 @@ class DoubleAttention(Sublayer):
 
     def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
         self.ops, self.layout = ops, layout
-        T, D, bounds, lora_from = layout.text, b.x.shape[-1], layout.double_bounds, layout.double_lora_from
+        T, D, bounds = layout.text, b.x.shape[-1], layout.double_bounds
+        text, rest = layout.text_stream, layout.streams_after_text
         normed = first_columns(b.normed, layout.total, block.qkv.in_columns)
         y = first_columns(b.y, layout.total, block.out.out_columns)
-        self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv.down_before, lora_from)
-        self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from)
+        self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, *block.qkv.before_it(layout.streams))
+        self.addition = Addition(b.x, y, mod[2], bounds, *block.out.after_it(layout.streams))
         self.normed_text, self.normed_rest = flat(normed[:T, :, :D]), flat(normed[T:])
-        self.context_qkv = Product(block.context_qkv, b.qkv[:T])
-        self.project_qkv = Product(block.qkv, b.qkv[T:], lora_from - T)
+        self.context_qkv = Product(block.context_qkv, b.qkv[:T], text)
+        self.project_qkv = Product(block.qkv, b.qkv[T:], rest)
         qkv = heads(flat(b.qkv), b.x.shape[1], 3, block.norm_qk.shape[-1])
         self.norm_rope = ops.qk_norm_rope(qkv, block.norm_qk, (T, layout.total), rope)
         attended = first_columns(b.normed, layout.total, D)  # free once q, k and v are there
         q, k, v = qkv.unbind(2)
         self.attend = ops.joint_attention(q, k, v, layout.condition_from, layout.plan, b.scores, attended)
-        self.context_out = Product(block.context_out, y[:T])
-        self.out = Product(block.out, y[T:], lora_from - T)
+        self.context_out = Product(block.context_out, y[:T], text)
+        self.out = Product(block.out, y[T:], rest)
         self.text_rows = T * b.x.shape[1]
         self.shares_condition = layout.add_cond_attn and layout.condition > 0
 
@@ -129,16 +131,17 @@ class DoubleMlp(Sublayer):
 
     def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, layout: Layout, ops: Ops) -> None:
         self.ops = ops
-        T, D, bounds, lora_from = layout.text, b.x.shape[-1], layout.double_bounds, layout.double_lora_from
+        T, D, bounds = layout.text, b.x.shape[-1], layout.double_bounds
+        text, rest = layout.text_stream, layout.streams_after_text
         normed = first_columns(b.normed, layout.total, D)
         y = first_columns(b.y, layout.total, block.ff_out.out_columns)
         self.norm = Norm(b.x, mod[4], mod[3], bounds, normed)
-        self.addition = Addition(b.x, y, mod[5], bounds, block.ff_out.up_after, lora_from, b.clips)
+        self.addition = Addition(b.x, y, mod[5], bounds, *block.ff_out.after_it(layout.streams), b.clips)
         self.normed_text, self.normed_rest = flat(normed[:T]), flat(normed[T:])
-        self.context_in = Product(block.context_ff_in, b.hidden[:T], gelu_scratch=b.scratch[:T], stays=False)
-        self.ff_in = Product(block.ff_in, b.hidden[T:], gelu_scratch=b.scratch[T:], stays=False)
-        self.context_out = Product(block.context_ff_out, y[:T])
-        self.ff_out = Product(block.ff_out, y[T:], lora_from - T)
+        self.context_in = Product(block.context_ff_in, b.hidden[:T], text, gelu_scratch=b.scratch[:T], stays=False)
+        self.ff_in = Product(block.ff_in, b.hidden[T:], rest, gelu_scratch=b.scratch[T:], stays=False)
+        self.context_out = Product(block.context_ff_out, y[:T], text)
+        self.ff_out = Product(block.ff_out, y[T:], rest)
 
     def run(self) -> None:
         self.context_out(self.context_in(self.normed_text))
@@ -153,24 +156,24 @@ class SingleOut:
 
     Args:
         rows: positions whose output is wanted.
-        y: its place. lora_from: as in `Product`.
+        y: its place. streams: of these positions.
 
     Attributes:
         attention: [l, B, D], where attention may go.
         hidden: [l, B, 4 D], where the MLP's activations go.
     """
 
-    def __init__(self, block: SingleBlock, b: Buffers, rows: slice, y: Tensor, lora_from: int) -> None:
+    def __init__(self, block: SingleBlock, b: Buffers, rows: slice, y: Tensor, streams: Streams) -> None:
         D, self.in_one_product = b.x.shape[-1], b.beside is not None
         if b.beside is None:
             self.hidden = b.hidden[rows]
             self.attention = first_columns(b.normed, len(self.hidden), D)  # free once q, k and v are there
             self.inputs = flat(self.hidden)
-            self.out = Product(block.out, y, lora_from, split=(D, 4 * D))
+            self.out = Product(block.out, y, streams, split=(D, 4 * D))
         else:
             self.attention, self.hidden = b.beside[rows].split([D, 4 * D], dim=-1)
             self.inputs = flat(b.beside[rows])
-            self.out = Product(block.out, y, lora_from)
+            self.out = Product(block.out, y, streams)
 
     def __call__(self, attention: Tensor) -> None:
         """attention: [l, B, D]."""
@@ -187,20 +190,20 @@ class Single(Sublayer):
 
     def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
         self.ops = ops
-        bounds, lora_from = layout.single_bounds, layout.single_lora_from
+        bounds, streams = layout.single_bounds, layout.streams
         normed = first_columns(b.normed, layout.total, block.qkv_mlp.in_columns)
         y = first_columns(b.y, layout.total, block.out.out_columns)
-        self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, block.qkv_mlp.down_before, lora_from)
-        self.addition = Addition(b.x, y, mod[2], bounds, block.out.up_after, lora_from, b.clips)
+        self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, *block.qkv_mlp.before_it(streams))
+        self.addition = Addition(b.x, y, mod[2], bounds, *block.out.after_it(streams), b.clips)
         self.normed = flat(normed)
-        self.project_qkv = Product(block.qkv_mlp, b.qkv, lora_from, columns=block.qkv_columns)
+        self.project_qkv = Product(block.qkv_mlp, b.qkv, streams, columns=block.columns.qkv)
         qkv = heads(flat(b.qkv), b.x.shape[1], 3, block.norm_qk.shape[-1])
         self.norm_rope = ops.qk_norm_rope(qkv, block.norm_qk, (layout.total,), rope)
-        self.out = SingleOut(block, b, slice(None), y, lora_from)
+        self.out = SingleOut(block, b, slice(None), y, streams)
         q, k, v = qkv.unbind(2)
         self.attend = ops.joint_attention(q, k, v, layout.condition_from, layout.plan, b.scores, self.out.attention)
-        columns, hidden = block.mlp_columns, self.out.hidden
-        self.project_mlp = Product(block.qkv_mlp, hidden, lora_from, columns=columns, gelu_scratch=b.scratch)
+        columns, hidden = block.columns.mlp, self.out.hidden
+        self.project_mlp = Product(block.qkv_mlp, hidden, streams, columns=columns, gelu_scratch=b.scratch)
 
     def run(self) -> None:
         self.project_mlp(self.normed)
@@ -214,27 +217,28 @@ class LastSingle(Sublayer):
 
     def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
         self.ops = ops
-        D, lora_from = b.x.shape[-1], layout.single_lora_from
-        image, image_lora_from = layout.image_rows, 0 if layout.latent_lora else layout.image
+        D, streams, columns = b.x.shape[-1], layout.streams, block.columns
+        image, image_stream = layout.image_rows, layout.image_stream
         normed = first_columns(b.normed, layout.total, block.qkv_mlp.in_columns)
         y = first_columns(b.y, layout.image, block.out.out_columns)
-        self.norm = Norm(b.x, mod[1], mod[0], layout.single_bounds, normed, block.qkv_mlp.down_before, lora_from)
-        self.addition = Addition(b.image, y, mod[2][:1], (layout.image,), block.out.up_after, image_lora_from, b.clips)
+        self.norm = Norm(b.x, mod[1], mod[0], layout.single_bounds, normed, *block.qkv_mlp.before_it(streams))
+        gate, up = mod[2][:1], block.out.after_it(image_stream)
+        self.addition = Addition(b.image, y, gate, (layout.image,), *up, b.clips)
         self.normed, self.normed_image = flat(normed), flat(normed[image])
         kv = first_columns(b.qkv, layout.total, 2 * D)
         q = b.qkv.view(-1)[kv.numel() :][: b.image.numel()].view(b.image.shape)
-        self.project_kv = Product(block.qkv_mlp, kv, lora_from, columns=block.kv_columns)
-        self.project_q = Product(block.qkv_mlp, q, image_lora_from, columns=block.q_columns)
+        self.project_kv = Product(block.qkv_mlp, kv, streams, columns=columns.kv)
+        self.project_q = Product(block.qkv_mlp, q, image_stream, columns=columns.q)
         batch, size = b.x.shape[1], block.norm_qk.shape[-1]
         q_heads, kv_heads = heads(flat(q), batch, 1, size), heads(flat(kv), batch, 2, size)
         self.norm_rope_q = ops.qk_norm_rope(q_heads, block.norm_qk[:, :1], (layout.image,), rope[image])
         self.norm_rope_k = ops.qk_norm_rope(kv_heads, block.norm_qk[:, 1:], (layout.total,), rope)
-        self.out = SingleOut(block, b, image, y, image_lora_from)
+        self.out = SingleOut(block, b, image, y, image_stream)
         # Image queries belong to "the rest" whatever is switched: the condition's own queries are simply absent.
         q, (k, v) = q_heads[:, :, 0], kv_heads.unbind(2)
         self.attend = ops.joint_attention(q, k, v, layout.condition_from, layout.plan, b.scores, self.out.attention)
         self.project_mlp = Product(
-            block.qkv_mlp, self.out.hidden, image_lora_from, columns=block.mlp_columns, gelu_scratch=b.scratch[image]
+            block.qkv_mlp, self.out.hidden, image_stream, columns=columns.mlp, gelu_scratch=b.scratch[image]
         )
 
     def run(self) -> None:

@@ -1,4 +1,8 @@
-"""How much memory this process may still take."""
+"""How much memory there is. What is decided by it stays decided: it asks for what a machine has, not for what is free.
+
+Weight formats round differently. If the free memory of a moment chose between them, one seed would give other bytes
+whenever another program was running.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,12 @@ import psutil  # type: ignore[import-untyped]
 CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take: the machine's, or of a container's limit what it doesn't hold itself."""
-    free: int = psutil.virtual_memory().available
+def total_memory() -> int:
+    """Bytes that the machine has, or that the container may take where its limit is lower."""
+    total: int = psutil.virtual_memory().total
     for path in CONTAINER_LIMITS:
         try:
-            limit = int(path.read_text())
-        except (OSError, ValueError):  # no such container, or no limit: "max"
+            total = min(total, int(path.read_text()))
+        except (OSError, ValueError):  # there is no such container, or no limit: "max"
             continue
-        taken = psutil.Process().memory_info()
-        free = min(free, limit - (taken.rss - getattr(taken, "shared", 0)))  # a mapped file's pages can go
-    return free
+    return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mogle_rt.linear.branches import Streams
 from mogle_rt.ops.attention import JOINT, AttentionPlan
 
 
@@ -14,7 +15,6 @@ class Layout:
     Attributes:
         text, image, condition: rows T, N and N (or 0 without a condition).
         plan: who attends to whom.
-        latent_lora: the LoRA acts on image rows too, and on text rows where they are one sequence.
         add_cond_attn: the condition's gated attention output is added to the image rows.
     """
 
@@ -22,7 +22,6 @@ class Layout:
     image: int
     condition: int
     plan: AttentionPlan = JOINT
-    latent_lora: bool = False
     add_cond_attn: bool = False
 
     @property
@@ -51,11 +50,21 @@ class Layout:
         return (self.condition_from,) + ((self.total,) if self.condition else ())
 
     @property
-    def double_lora_from(self) -> int:
-        """First row with LoRA in double blocks."""
-        return self.text if self.latent_lora else self.condition_from
+    def streams(self) -> Streams:
+        """All rows of the joint sequence, by their names."""
+        return self.text_stream + self.streams_after_text
 
     @property
-    def single_lora_from(self) -> int:
-        """First row with LoRA in single blocks."""
-        return 0 if self.latent_lora else self.condition_from
+    def text_stream(self) -> Streams:
+        """The text's rows alone."""
+        return (("text", self.text),)
+
+    @property
+    def image_stream(self) -> Streams:
+        """The image's rows alone."""
+        return (("image", self.image),)
+
+    @property
+    def streams_after_text(self) -> Streams:
+        """The rows that share their weights in double blocks."""
+        return (*self.image_stream, ("condition", self.condition))

@@ -1,36 +1,46 @@
-"""From a bundle to the runtime's modules: stacked layers filled from the stored ones, views of the file where possible."""
+"""From a bundle to the runtime's layers: stacked ones made of the stored ones, each weight in its format at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mogle_rt.bundle import schema
-from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.bundle.schema import EXPERT_NAMES, Stacked
+from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import NUM_EXPERTS
-from mogle_rt.linear.layers import Linear, LoraLinear, Ride
+from mogle_rt.linear.branches import RIDING_RANK_STEP, LowRankBranch
+from mogle_rt.linear.contract import Place, StoredLayer, WeightFormat
+from mogle_rt.linear.formats import format_named
+from mogle_rt.linear.layer import Linear
+from mogle_rt.linear.plain import PlainWeight
 from mogle_rt.model.mixture import MixtureOfExperts
-from mogle_rt.model.transformer import Transformer
+from mogle_rt.model.transformer import (
+    AS_WIDE_AS,
+    PLACES,
+    Columns,
+    DoubleBlock,
+    SingleBlock,
+    Transformer,
+    parts_of,
+)
 
 
 @dataclass(frozen=True)
 class LazyWeights:
     """Single tensors of a bundle, read when they are asked for; see `mogle_rt.model.modulation.Weights`."""
 
-    bundle: Bundle
+    source: TensorSource
     device: torch.device
     dtype: torch.dtype
 
     def __call__(self, name: str) -> Tensor:
-        return self.bundle.load([name], self.device, self.dtype)
+        return self.source.load([name], self.device, self.dtype)
 
     def release(self, name: str) -> None:
-        self.bundle.release([name])
+        self.source.release([name])
 
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:
@@ -42,69 +52,157 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
     setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
 
-def load_transformer(bundle: Bundle, device: torch.device, dtype: torch.dtype, *, riding: bool = False) -> Transformer:
-    """The transformer of a bundle, without the modulation layers (see `mogle_rt.model.modulation`).
+@dataclass(frozen=True)
+class _Planned:
+    """A layer that is going to be loaded: what it is made of, and what `Linear.load` is to be told."""
 
-    ``riding``: see `Transformer`. It costs a copy of the weights, which a GPU's are in any case.
+    stored: StoredLayer
+    rank: int  # of the stored LoRA, 0 if there is none
+    streams: frozenset[str]
+    weight_format: type[WeightFormat]
+    place: Place
+    parts: tuple[slice, ...] = (slice(None),)
+    padding: int = 0
+
+    def rides(self, *, fused: bool) -> bool:
+        return self.rank > 0 and self.weight_format.rides(self.place, self.rank, fused=fused)
+
+    @property
+    def numel(self) -> int:
+        out, inner = self.stored.shape
+        return out * inner
+
+
+def load_transformer(
+    source: TensorSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    weight_format: str = PlainWeight.name,
+    fused: bool = False,
+    latent_lora: bool = False,
+) -> Transformer:
+    """The transformer of a bundle, without the layers that no step needs (modulation, text embedder).
+
+    Args:
+        source: the bundle.
+        device, dtype: where and in what to compute.
+        weight_format: the blocks' layers are held in this format where it takes them, else in the plain one.
+        fused: the step's norms and residuals make and use further columns in the same pass, see `WeightFormat.rides`.
+        latent_lora: the LoRA acts on the image's rows too, and on the text's where they are one sequence with them.
+
+    Raises:
+        ConfigError: there is no such format.
     """
-    config = bundle.config.transformer
-    model = Transformer(config, bundle.lora_ranks(), riding=riding)
+    config, ranks = source.config.transformer, source.lora_ranks()
+    preferred = format_named(weight_format)
+    rest = frozenset({"condition", "image"}) if latent_lora else frozenset({"condition"})
+    everything = rest | {"text"} if latent_lora else rest
 
-    def stack(names: Iterable[str]) -> Tensor:
-        return bundle.load([f"transformer.{n}" for n in names], device, dtype)
+    def stored_layer(stacked: Stacked) -> StoredLayer:
+        return StoredLayer(source, tuple(f"transformer.{s}" for s in stacked.sources), device, dtype)
 
-    def fill(layer: str, stacked: Stacked) -> None:
-        module = model.get_submodule(layer)
-        weight, bias = (stack(f"{s}.{kind}" for s in stacked.sources) for kind in ("weight", "bias"))
-        if isinstance(module, LoraLinear):
-            down, up = load_lora(bundle, stacked.sources, device, dtype, rank=module.rank)
-            if module.ride is not Ride.NONE:
-                down, up = down.contiguous(), up.contiguous()  # kernels ask for it
-            if module.ride is Ride.INPUT:
-                weight = torch.cat([weight, up.t()], dim=1)
-            elif module.ride is Ride.OUTPUT:
-                weight, bias = torch.cat([weight, down.t()]), F.pad(bias, (0, module.rank))
-            assign(model, f"{layer}.lora_down", down)
-            assign(model, f"{layer}.lora_up", up)
-        elif isinstance(module, Linear) and module.padding:
-            weight, bias = F.pad(weight, (0, 0, 0, module.padding)), F.pad(bias, (0, module.padding))
-        assign(model, f"{layer}.weight", weight)
-        assign(model, f"{layer}.bias", bias)
+    plans: dict[str, _Planned] = {}
+    for name in ("x_embedder", "proj_out"):
+        plans[name] = _Planned(stored_layer(Stacked((name,))), ranks.get(name, 0), rest, PlainWeight, Place.ALONE)
+    for name, stacked in schema.in_blocks(config, schema.DOUBLE_STACKED, schema.SINGLE_STACKED):
+        block, _, leaf = name.rpartition(".")
+        stored = stored_layer(stacked)
+        plan = _Planned(
+            stored=stored,
+            rank=sum(ranks.get(s, 0) for s in stacked.sources),
+            streams=everything if block.startswith("single") else rest,
+            weight_format=preferred if preferred.takes(stored.shape, device, dtype) else PlainWeight,
+            place=PLACES.get(leaf, Place.ALONE),
+            parts=parts_of(leaf, config, last=block == f"single_blocks.{config.num_single_layers - 1}"),
+        )
+        if leaf in AS_WIDE_AS:
+            beside = plans[f"{block}.{AS_WIDE_AS[leaf]}"]
+            if beside.rides(fused=fused):
+                plan = replace(plan, padding=beside.rank + -beside.rank % RIDING_RANK_STEP)
+        plans[name] = plan
 
-    for name in schema.EMBEDDERS:
-        fill(name, Stacked((name,)))
-    for layer, stacked in schema.in_blocks(config, schema.DOUBLE_STACKED, schema.SINGLE_STACKED):
-        fill(layer, stacked)
-    for layer, stacked in schema.in_blocks(config, schema.DOUBLE_NORM_STACKED, schema.SINGLE_NORM_STACKED):
-        value = stack(f"{s}.weight" for s in stacked.sources)
-        assign(model, layer, value.view(-1, 2, config.attention_head_dim))
-    return model.eval()
+    # The largest first: while a weight is laid out it may be there twice, which counts most at the end.
+    loaded: dict[str, Linear] = {}
+    for name, plan in sorted(plans.items(), key=lambda item: -item[1].numel):
+        loaded[name] = Linear.load(
+            plan.stored,
+            plan.weight_format,
+            [load_lora(plan.stored, plan.streams)] if plan.rank else [],
+            place=plan.place,
+            fused=fused,
+            padding=plan.padding,
+            parts=plan.parts,
+        )
+    norms = {
+        name: source.load([f"transformer.{s}.weight" for s in stacked.sources], device, dtype).view(
+            -1, 2, config.attention_head_dim
+        )
+        for name, stacked in schema.in_blocks(config, schema.DOUBLE_NORM_STACKED, schema.SINGLE_NORM_STACKED)
+    }
+
+    count = config.num_single_layers
+    return Transformer(
+        config=config,
+        x_embedder=loaded["x_embedder"],
+        blocks=[
+            DoubleBlock(
+                norm_qk=norms[f"blocks.{i}.norm_qk"],
+                **{leaf: loaded[f"blocks.{i}.{leaf}"] for leaf in schema.DOUBLE_STACKED},
+            )
+            for i in range(config.num_layers)
+        ],
+        single_blocks=[
+            SingleBlock(
+                norm_qk=norms[f"single_blocks.{i}.norm_qk"],
+                **{leaf: loaded[f"single_blocks.{i}.{leaf}"] for leaf in schema.SINGLE_STACKED},
+                columns=Columns.of(config),
+                last=i == count - 1,
+            )
+            for i in range(count)
+        ],
+        proj_out=loaded["proj_out"],
+    )
 
 
-def load_lora(
-    bundle: Bundle, sources: tuple[str, ...], device: torch.device, dtype: torch.dtype, *, rank: int
-) -> tuple[Tensor, Tensor]:
-    """LoRA of stored layers that are stacked into one: A side by side [in, R], B block-diagonal [R, out].
+def load_lora(stored: StoredLayer, streams: frozenset[str]) -> LowRankBranch:
+    """The LoRA of stored layers that are stacked into one: A side by side [in, R], B block-diagonal [R, out].
 
-    Zeros fill them up to ``rank``. Both lie transposed, as [R, in] and [out, R], as files hold them (and are views of
-    the file where nothing needs stacking): MKL takes a fifth of the time for a handful of columns that lie so.
+    Both lie transposed, as [R, in] and [out, R], as files hold them (and are views of the file where nothing needs
+    stacking): MKL takes a fifth of the time for a handful of columns that lie so.
+
+    Args:
+        stored: the layers that it belongs to.
+        streams: those that it acts on.
     """
-    downs, ups = ([bundle.load([f"lora.{s}.lora_{x}.weight"], device, dtype) for s in sources] for x in "AB")
-    down, up = (downs[0], ups[0]) if len(sources) == 1 else (torch.cat(downs), torch.block_diag(*ups))
-    missing = rank - len(down)
-    if missing:
-        down, up = F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))
-    return down.t(), up.t()
+    layers = [name.partition(".")[2] for name in stored.names]
+    downs, ups = (
+        [stored.source.load([f"lora.{layer}.lora_{x}.weight"], stored.device, stored.dtype) for layer in layers]
+        for x in "AB"
+    )
+    down, up = (downs[0], ups[0]) if len(layers) == 1 else (torch.cat(downs), torch.block_diag(*ups))
+    return LowRankBranch(down.t(), up.t(), streams)
 
 
-def load_mogle(bundle: Bundle, device: torch.device, dtype: torch.dtype, *, weight_is_scale: bool) -> MixtureOfExperts:
-    """Experts and gate of a bundle."""
-    config = bundle.config.mogle
+def load_context_embedder(source: TensorSource, device: torch.device, dtype: torch.dtype) -> nn.Linear:
+    """The layer that embeds prompts; it is used once a run, before the loop."""
+    weight, bias = (source.load([f"transformer.context_embedder.{kind}"], device, dtype) for kind in ("weight", "bias"))
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    assign(layer, "weight", weight)
+    assign(layer, "bias", bias)
+    return layer.eval()
+
+
+def load_mogle(
+    source: TensorSource, device: torch.device, dtype: torch.dtype, *, weight_is_scale: bool
+) -> MixtureOfExperts:
+    """Experts and gate of a source."""
+    config = source.config.mogle
     model = MixtureOfExperts(config, weight_is_scale=weight_is_scale)
     if config.has_expert:
         for parameter, layer in (("expert_in", "net.0"), ("expert_out", "net.2")):
-            weight = bundle.load([f"mogle.{e}.{layer}.weight" for e in EXPERT_NAMES], device, dtype)
-            bias = bundle.load([f"mogle.{e}.{layer}.bias" for e in EXPERT_NAMES], device, dtype)
+            weight = source.load([f"mogle.{e}.{layer}.weight" for e in EXPERT_NAMES], device, dtype)
+            bias = source.load([f"mogle.{e}.{layer}.bias" for e in EXPERT_NAMES], device, dtype)
             assign(model, parameter, weight.view(NUM_EXPERTS, -1, weight.shape[-1]))
             assign(model, f"{parameter}_bias", bias.view(NUM_EXPERTS, -1))
     if config.has_gating:
@@ -116,5 +214,5 @@ def load_mogle(bundle: Bundle, device: torch.device, dtype: torch.dtype, *, weig
             ("gate_out", "gate.2"),
         ):
             for kind in ("weight", "bias"):
-                assign(model, f"{layer}.{kind}", bundle.load([f"mogle.gating.{name}.{kind}"], device, dtype))
+                assign(model, f"{layer}.{kind}", source.load([f"mogle.gating.{name}.{kind}"], device, dtype))
     return model.eval()

@@ -1,98 +1,127 @@
-"""FLUX with a condition branch: its weights, block by block, and the layout of its rows (REFERENCE: the transformer).
+"""FLUX with a condition branch: its weights, block by block, and what each layer is made of (REFERENCE: the transformer).
 
 Rows lie in the order [text, image, condition] of one sequence. In double blocks text has weights of its own, image and
 condition share theirs; in single blocks all three do. The condition's rows are always the last, so the branch LoRA
 acts on a tail of the rows, and one product with the base weights serves every stream. What is done with these
-weights in a step, see `mogle_rt.loop.step`.
+weights in a step, see `mogle_rt.loop.step`; how they are read, `mogle_rt.model.loading`.
 """
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from mogle_rt.config import MLP_RATIO, TransformerConfig
-from mogle_rt.kernels.inputs import padded_rank
-from mogle_rt.linear.layers import Linear, LoraLinear, Ride
-from mogle_rt.linear.views import empty_parameter
+from mogle_rt.linear.contract import Place
+from mogle_rt.linear.layer import Linear
 
 
-class DoubleBlock(nn.Module):
-    """Text apart, image and condition together; joint attention; an MLP each."""
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a single block's ``qkv_mlp`` are what."""
 
-    def __init__(self, config: TransformerConfig, ranks: dict[str, int], riding: bool) -> None:
-        super().__init__()
+    q: slice
+    kv: slice
+    qkv: slice
+    mlp: slice
+
+    @classmethod
+    def of(cls, config: TransformerConfig) -> Columns:
+        """Those of a model."""
         D, M = config.width, MLP_RATIO * config.width
-        before, after = (Ride.INPUT, Ride.OUTPUT) if riding else (Ride.NONE, Ride.NONE)
-        self.norm_qk = empty_parameter(2, 2, config.attention_head_dim)  # text, and the rest; of q, and of k
-        self.qkv = LoraLinear(D, 3 * D, ranks["qkv"], before, Ride.INPUT)
-        self.out = LoraLinear(D, D, ranks["out"], after)
-        self.ff_in = Linear(D, M)
-        self.ff_out = LoraLinear(M, D, ranks["ff_out"], after)
-        self.context_qkv = Linear(D, 3 * D)
-        self.context_out = Linear(D, D, ranks["out"] if riding else 0)
-        self.context_ff_in = Linear(D, M)
-        self.context_ff_out = Linear(M, D, ranks["ff_out"] if riding else 0)
+        return cls(q=slice(0, D), kv=slice(D, 3 * D), qkv=slice(0, 3 * D), mlp=slice(3 * D, 3 * D + M))
 
 
-class SingleBlock(nn.Module):
+@dataclass
+class DoubleBlock:
+    """Text apart, image and condition together; joint attention; an MLP each.
+
+    Attributes:
+        norm_qk: [2, 2, d], RMSNorm weights of text and of the rest; of q and of k.
+    """
+
+    norm_qk: Tensor
+    qkv: Linear
+    out: Linear
+    ff_in: Linear
+    ff_out: Linear
+    context_qkv: Linear
+    context_out: Linear
+    context_ff_in: Linear
+    context_ff_out: Linear
+
+
+@dataclass
+class SingleBlock:
     """All streams in one sequence; attention and MLP side by side.
 
     Attributes:
-        q_columns, kv_columns, qkv_columns, mlp_columns: of ``qkv_mlp``'s output.
+        norm_qk: [1, 2, d], RMSNorm weights of q and of k.
+        columns: of ``qkv_mlp``'s output.
         last: whether it is the last block, which needs q of fewer rows than k and v.
     """
 
-    def __init__(self, config: TransformerConfig, ranks: dict[str, int], riding: bool, last: bool) -> None:
-        super().__init__()
-        D, M = config.width, MLP_RATIO * config.width
-        before, after = (Ride.INPUT, Ride.OUTPUT) if riding else (Ride.NONE, Ride.NONE)
-        self.q_columns, self.kv_columns, self.qkv_columns = slice(0, D), slice(D, 3 * D), slice(0, 3 * D)
-        self.mlp_columns, self.last = slice(3 * D, 3 * D + M), last
-        parts = (self.q_columns, self.kv_columns) if last else (self.qkv_columns,)
-        self.norm_qk = empty_parameter(1, 2, config.attention_head_dim)
-        self.qkv_mlp = LoraLinear(D, 3 * D + M, ranks["qkv_mlp"], before, Ride.INPUT, (*parts, self.mlp_columns))
-        self.out = LoraLinear(D + M, D, ranks["out"], after)
+    norm_qk: Tensor
+    qkv_mlp: Linear
+    out: Linear
+    columns: Columns
+    last: bool
 
 
-class Transformer(nn.Module):
-    """All weights of the stack but the modulation's, see `mogle_rt.model.modulation`.
+@dataclass
+class Transformer:
+    """All weights of the stack that a step needs. (The modulation's it does not, see `mogle_rt.model.modulation`.)"""
 
-    Args:
-        config: FLUX's shape.
-        ranks: LoRA rank of each stored layer, see `mogle_rt.bundle.schema.lora_modules`.
-        riding: the LoRA of the blocks rides along in further columns, see `mogle_rt.linear.layers`; ranks are then filled
-            up as kernels need them, see `mogle_rt.kernels.inputs.RANK_STEP`.
-    """
+    config: TransformerConfig
+    x_embedder: Linear
+    blocks: list[DoubleBlock]
+    single_blocks: list[SingleBlock]
+    proj_out: Linear
 
-    def __init__(self, config: TransformerConfig, ranks: dict[str, int], *, riding: bool = False) -> None:
-        super().__init__()
-        self.config, self.riding = config, riding
-        D, C = config.width, config.in_channels
+    def layers(self) -> Iterator[tuple[str, Linear]]:
+        """Every layer with its name, such as "blocks.0.qkv"."""
+        yield "x_embedder", self.x_embedder
+        for stack, blocks in (("blocks", self.blocks), ("single_blocks", self.single_blocks)):
+            for i, block in enumerate(blocks):
+                for name, layer in vars(block).items():
+                    if isinstance(layer, Linear):
+                        yield f"{stack}.{i}.{name}", layer
+        yield "proj_out", self.proj_out
 
-        def rank(*layers: str) -> int:
-            total = sum(ranks[layer] for layer in layers)
-            return padded_rank(total) if riding else total
+    @property
+    def most_before(self) -> int:
+        """The most further columns of any layer's input."""
+        return max((layer.before.rank for _, layer in self.layers() if layer.before is not None), default=0)
 
-        def double_ranks(i: int) -> dict[str, int]:
-            p = f"transformer_blocks.{i}"
-            return {
-                "qkv": rank(*(f"{p}.attn.to_{x}" for x in "qkv")),
-                "out": rank(f"{p}.attn.to_out.0"),
-                "ff_out": rank(f"{p}.ff.net.2"),
-            }
+    @property
+    def most_after(self) -> int:
+        """The most further columns of any layer's output."""
+        return max((layer.after.rank for _, layer in self.layers() if layer.after is not None), default=0)
 
-        def single_ranks(i: int) -> dict[str, int]:
-            p = f"single_transformer_blocks.{i}"
-            return {
-                "qkv_mlp": rank(*(f"{p}.attn.to_{x}" for x in "qkv"), f"{p}.proj_mlp"),
-                "out": rank(f"{p}.proj_out"),
-            }
+    def bytes_by_format(self) -> dict[str, int]:
+        """Bytes that layers hold, by the format of their weights."""
+        held: dict[str, int] = {}
+        for _, layer in self.layers():
+            held[layer.weight.name] = held.get(layer.weight.name, 0) + layer.nbytes
+        return held
 
-        self.x_embedder = LoraLinear(C, D, ranks["x_embedder"])
-        self.context_embedder = nn.Linear(config.joint_attention_dim, D, device="meta")
-        self.blocks = nn.ModuleList(DoubleBlock(config, double_ranks(i), riding) for i in range(config.num_layers))
-        count = config.num_single_layers
-        self.single_blocks = nn.ModuleList(
-            SingleBlock(config, single_ranks(i), riding, last=i == count - 1) for i in range(count)
-        )
-        self.proj_out = Linear(D, C)
+
+# Where the layers of a block stand; others stand alone.
+PLACES = {
+    "qkv": Place.AFTER_NORM,
+    "qkv_mlp": Place.AFTER_NORM,
+    "out": Place.BEFORE_RESIDUAL,
+    "ff_out": Place.BEFORE_RESIDUAL,
+}
+# Layers whose output lies in one buffer with another layer's, and has as many columns.
+AS_WIDE_AS = {"context_out": "out", "context_ff_out": "ff_out"}
+
+
+def parts_of(layer: str, config: TransformerConfig, *, last: bool) -> tuple[slice, ...]:
+    """The columns of a layer that products ask for, see `WeightFormat.load`. last: of the last single block."""
+    if layer != "qkv_mlp":
+        return (slice(None),)
+    columns = Columns.of(config)
+    return (columns.q, columns.kv, columns.mlp) if last else (columns.qkv, columns.mlp)

@@ -17,7 +17,7 @@ Prepared = Callable[[], None]  # an operation on the tensors that it was given, 
 class Ops(Protocol):
     """The operations of a step; `mogle_rt.ops.torch_ops` says what each does. Activations are sequence-major.
 
-    ``RIDING``: the blocks' LoRA rides along in further columns, see `mogle_rt.linear.layers`.
+    ``RIDING``: the blocks' LoRA rides along in further columns, see `mogle_rt.linear.layer`.
     """
 
     RIDING: bool

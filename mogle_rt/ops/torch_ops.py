@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mogle_rt.ops.attention import AttentionPlan
     from mogle_rt.ops.contract import Prepared
 
-RIDING = False  # see `mogle_rt.linear.layers`
+RIDING = False  # see `mogle_rt.linear.layer`
 LAYER_NORM_EPS = 1e-6
 QK_NORM_EPS = 1e-6
 FP16_MAX = 65504

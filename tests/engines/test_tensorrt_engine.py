@@ -15,6 +15,7 @@ from mogle_rt.config import ModelConfig
 from mogle_rt.engines.engine_file import read_engine
 from mogle_rt.engines.manifest import Manifest
 from mogle_rt.engines.tensorrt_engine import PACKAGES
+from mogle_rt.export.blocks import SelectedBlocks
 from mogle_rt.export.exporter import ExportOptions, build_graph, export
 from mogle_rt.export.tensorrt import (
     Profile,
@@ -25,7 +26,6 @@ from mogle_rt.export.tensorrt import (
     parse_targets,
     step_model,
 )
-from mogle_rt.export.verify import select_blocks
 from mogle_rt.export.weights import COPY_NAME, Weights
 from tests.export.test_export import write_sparse_bundle
 from tests.export.test_misuse import run
@@ -148,7 +148,7 @@ def test_targets() -> None:
 def test_slice_of_full_width(tmp_path: Path) -> None:
     """The first double and the last single block of FLUX.1-dev in bfloat16."""
     path = write_sparse_bundle(tmp_path / "flux_dev.safetensors")
-    part = select_blocks(Bundle(path), double=[0], single=[37])
+    part = SelectedBlocks(Bundle(path), double=[0], single=[37])
     options = ExportOptions(dtype=torch.bfloat16, model=ModelConfig())
     weights = Weights(part.tensors, path.name, part, torch.bfloat16, "")
     model = build_graph("step", part.config, weights, options)

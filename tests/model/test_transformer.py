@@ -93,7 +93,7 @@ def test_without_condition_equals_diffusers(number: int, batch: int, tmp_path: P
     inputs = StepInputs(
         mixture=Bank(torch.empty(0), None),
         time_table=None,
-        text=engine.transformer.context_embedder(text.transpose(0, 1)),
+        text=engine.context_embedder(text.transpose(0, 1)),
         modulation=tables,
         modulation_of=(torch.empty(0), torch.empty(0), torch.empty(0)),
         rope=engine.ops.rope_buffer(rope_table(torch.cat([torch.zeros(text_rows, 3), ids]), c.axes_dims_rope)),

@@ -1,0 +1,45 @@
+"""Some blocks of a model, as a model of their own: what verification runs of a model too large for memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mogle_rt.bundle.source import TensorSource
+
+
+class SelectedBlocks(TensorSource):
+    """A source's tensors with only some of its blocks, which are numbered anew.
+
+    Args:
+        source: all blocks.
+        double, single: numbers of the blocks that are kept, in the order that they get.
+    """
+
+    def __init__(self, source: TensorSource, *, double: Sequence[int], single: Sequence[int]) -> None:
+        transformer = replace(source.config.transformer, num_layers=len(double), num_single_layers=len(single))
+        chosen = {"transformer_blocks": double, "single_transformer_blocks": single}
+        self._source = source
+        self._stored: dict[str, str] = {}  # our names -> the source's
+        for stored in source.tensors:
+            owner, _, rest = stored.partition(".")
+            stack, _, inside = rest.partition(".")
+            if owner not in ("transformer", "lora") or stack not in chosen:
+                self._stored[stored] = stored
+                continue
+            number, _, leaf = inside.partition(".")
+            if int(number) in chosen[stack]:
+                self._stored[f"{owner}.{stack}.{chosen[stack].index(int(number))}.{leaf}"] = stored
+        tensors = {name: source.tensors[stored] for name, stored in self._stored.items()}
+        super().__init__(replace(source.config, transformer=transformer), tensors)
+
+    def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """See `TensorSource.load`."""
+        return self._source.load([self._stored[name] for name in names], device, dtype)
+
+    def release(self, names: Sequence[str]) -> None:
+        """See `TensorSource.release`."""
+        self._source.release([self._stored[name] for name in names])

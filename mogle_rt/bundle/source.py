@@ -1,0 +1,64 @@
+"""Where a model's tensors come from: a bundle, a bundle without weights, or chosen blocks of one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mogle_rt.bundle.container import TensorInfo
+
+if TYPE_CHECKING:
+    from mogle_rt.bundle.bundle import BundleConfig
+
+LORA_DOWN = ".lora_A.weight"
+
+
+class TensorSource(ABC):
+    """A model's configurations and its tensors, which are read when they are asked for.
+
+    Args:
+        config: all configurations.
+        tensors: what there is, by full names, as "transformer.proj_out.weight".
+
+    Attributes:
+        config, tensors: as given.
+    """
+
+    def __init__(self, config: BundleConfig, tensors: Mapping[str, TensorInfo]) -> None:
+        self.config, self.tensors = config, tensors
+        self._names: dict[str, list[str]] = {}
+        for full in tensors:
+            part, _, name = full.partition(".")
+            self._names.setdefault(part, []).append(name)
+
+    def names(self, part: str) -> list[str]:
+        """Names of a part's tensors, without the part's prefix."""
+        return self._names.get(part, [])
+
+    def lora_ranks(self) -> dict[str, int]:
+        """Rank of the LoRA on each layer that has one; the layers' names are without a prefix."""
+        ranks = {}
+        for name in self.names("lora"):
+            if name.endswith(LORA_DOWN):
+                shape = self.tensors[f"lora.{name}"].shape
+                ranks[name.removesuffix(LORA_DOWN)] = shape[0] if shape else 0
+        return ranks
+
+    @abstractmethod
+    def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Tensors stacked along their first dimension, on ``device`` and in ``dtype``.
+
+        The result may be a view of a file and must not be written to.
+        """
+
+    @abstractmethod
+    def release(self, names: Sequence[str]) -> None:
+        """These tensors need not stay in memory; used again, they are read again."""
+
+    def part(self, part: str, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """All tensors of a part, by their names in it."""
+        return {name: self.load([f"{part}.{name}"], device, dtype) for name in self.names(part)}

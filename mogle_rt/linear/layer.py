@@ -1,0 +1,193 @@
+"""A linear layer: a weight in some format, a bias, and low-rank branches beside the weight.
+
+One product with the weight serves all rows. A branch adds x A B to rows of some streams, in one of two ways. It may
+ride along with the product, in further columns of its input or of its output, which costs no pass of its own where a
+fused kernel makes or uses these columns anyway; the weight was extended for it when it was loaded. Or it is two small
+products over its own rows, added in place: so do all branches but one, also those that are added later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from mogle_rt.linear.branches import LowRankBranch, Streams
+from mogle_rt.linear.contract import Further, Multiply, Place, StoredLayer, WeightFormat
+from mogle_rt.linear.views import flat
+from mogle_rt.ops.gelu import gelu
+
+
+class Linear:
+    """y = x Wᵀ + b for every row, and + x A B for the rows of each branch.
+
+    Args:
+        weight: W, extended if a branch rides along.
+        bias: [out_columns].
+        branches: those that are added in place.
+        before: the branch that rides in the input's further columns. after: the one that rides in the output's.
+    """
+
+    def __init__(
+        self,
+        weight: WeightFormat,
+        bias: Tensor,
+        branches: Iterable[LowRankBranch] = (),
+        *,
+        before: LowRankBranch | None = None,
+        after: LowRankBranch | None = None,
+    ) -> None:
+        self.weight, self.bias, self.branches = weight, bias, list(branches)
+        self.before, self.after = before, after
+
+    @classmethod
+    def load(
+        cls,
+        stored: StoredLayer,
+        weight_format: type[WeightFormat],
+        branches: Sequence[LowRankBranch] = (),
+        *,
+        place: Place = Place.ALONE,
+        fused: bool = False,
+        padding: int = 0,
+        parts: tuple[slice, ...] = (slice(None),),
+    ) -> Linear:
+        """Read a layer; its weight is laid out in its format at once.
+
+        Args:
+            stored: where its weight and bias are.
+            branches: the first rides along where the format says so, see `WeightFormat.rides`.
+            place, fused: see `WeightFormat.rides`.
+            padding: so many further columns of y are zeros: where another layer's output has so many more, and both lie
+                in one buffer, cuBLAS adds the bias in its epilogue only if no gaps are left between the rows.
+            parts: see `WeightFormat.load`.
+        """
+        before = after = None
+        if branches and weight_format.rides(place, branches[0].rank, fused=fused):
+            riding, *branches = branches
+            riding = riding.filled(contiguous=fused)
+            before, after = (riding, None) if place is Place.AFTER_NORM else (None, riding)
+        columns = None if before is None else before.up.t()
+        rows = None if after is None else after.down.t()
+        bias = stored.load("bias")
+        if padding:
+            rows = bias.new_zeros(padding, stored.shape[1])
+        if rows is not None:
+            bias = torch.cat([bias, bias.new_zeros(len(rows))])
+        weight = weight_format.load(stored, Further(columns, rows), parts)
+        return cls(weight, bias, branches, before=before, after=after)
+
+    @property
+    def in_columns(self) -> int:
+        """Columns of the input, with a riding branch's."""
+        return self.weight.shape[1]
+
+    @property
+    def out_columns(self) -> int:
+        """Columns of the output, with a riding branch's."""
+        return self.weight.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: weight, bias and branches."""
+        riding = [b for b in (self.before, self.after) if b is not None]
+        low_rank = sum(t.nbytes for b in (*self.branches, *riding) for t in (b.down, b.up))
+        return self.weight.nbytes + self.bias.nbytes + low_rank
+
+    def before_it(self, streams: Streams) -> tuple[Tensor | None, int]:
+        """A, for whoever makes the input's further columns, and the first position that gets them; or (None, 0).
+
+        Args:
+            streams: of all rows of the input.
+        """
+        return (None, 0) if self.before is None else (self.before.down, self.before.tail_from(streams))
+
+    def after_it(self, streams: Streams) -> tuple[Tensor | None, int]:
+        """B, for whoever uses the output's further columns, and the first position that has them; or (None, 0).
+
+        Args:
+            streams: of all rows of the output.
+        """
+        return (None, 0) if self.after is None else (self.after.up, self.after.tail_from(streams))
+
+
+class _Added:
+    """A branch that is added in place, on rows of one shape.
+
+    Args:
+        rows: those that it acts on. downs: A, for each input its part. up: B, [R, columns].
+        out: where the result usually lies; views of it are made once.
+    """
+
+    def __init__(self, rows: list[slice], downs: list[Tensor], up: Tensor, out: Tensor) -> None:
+        self._rows, self._downs, self._up, self._out = rows, downs, up, out
+        self._parts = self._parts_of(out)
+
+    def _parts_of(self, y: Tensor) -> list[Tensor]:
+        return [y[rows, : self._up.shape[1]] for rows in self._rows]
+
+    def __call__(self, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        parts = self._parts if y is self._out else self._parts_of(y)
+        for rows, part in zip(self._rows, parts, strict=True):
+            low = torch.mm(inputs[0][rows], self._downs[0])
+            for x, down in zip(inputs[1:], self._downs[1:], strict=True):
+                low.addmm_(x[rows], down)
+            part.addmm_(low, self._up)
+
+
+class Product:
+    """A layer on rows of one shape, into a buffer. What shapes decide (which views, which rows) is worked out once.
+
+    Args:
+        layer: weights and branches, as they are now.
+        out: [l, B, out_columns or fewer].
+        streams: of the l positions.
+        columns: of the layer's output, those that are wanted (not where a branch rides in the output).
+        split: widths of the inputs that stand side by side; by default there is one.
+        gelu_scratch: the result goes through GELU (tanh form), for which this room, of out's shape, may be used.
+        stays: the result is wanted in ``out``. Otherwise it may lie elsewhere, where a library brings its own memory.
+    """
+
+    def __init__(
+        self,
+        layer: Linear,
+        out: Tensor,
+        streams: Streams,
+        *,
+        columns: slice = slice(None),
+        split: tuple[int, ...] | None = None,
+        gelu_scratch: Tensor | None = None,
+        stays: bool = True,
+    ) -> None:
+        assert sum(count for _, count in streams) == len(out), f"{streams} are not {len(out)} positions"
+        self._out, self._stays, batch = flat(out), stays, out.shape[1]
+        self._added: list[_Added] = []
+        for branch in layer.branches:
+            if spans := branch.spans(streams):
+                rows = [slice(span.start * batch, span.stop * batch) for span in spans]
+                downs = list(branch.down.split(split)) if split else [branch.down]
+                self._added.append(_Added(rows, downs, branch.up[:, columns], self._out))
+        # Columns of the input without those of a branch that rides there.
+        self._narrowed = None if layer.before is None else len(layer.before.down)
+        self._multiply: Multiply
+        self._multiply, gelu_done = layer.weight.product(
+            self._out,
+            layer.bias[columns],
+            columns=columns,
+            widths=split or (layer.in_columns,),
+            gelu=gelu_scratch is not None and not self._added,  # GELU comes after the branches
+        )
+        self._scratch = None if gelu_scratch is None or gelu_done else flat(gelu_scratch)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """inputs: [l * B, …]. Returns [l * B, columns]: ``out``, if it stays there, else that or memory of its own."""
+        y = self._multiply(*inputs)
+        if self._stays and self._scratch is None and y is not self._out:
+            y = self._out.copy_(y)
+        if self._added:
+            if self._narrowed is not None:
+                inputs = tuple(x[:, : self._narrowed] for x in inputs)
+            for add in self._added:
+                add(inputs, y)
+        return y if self._scratch is None else gelu(y, self._scratch, self._out if self._stays else y)

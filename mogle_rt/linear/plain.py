@@ -1,0 +1,60 @@
+"""The plain format: a matrix of numbers in the activations' dtype, on a CPU a view of the file where that is possible."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mogle_rt.linear import onednn
+from mogle_rt.linear.contract import Further, Multiply, StoredLayer, WeightFormat
+
+
+class PlainWeight(WeightFormat):
+    """A weight [out, in] as it is stored, or converted to the activations' dtype."""
+
+    name = "plain"
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix, self.dtype = matrix, matrix.dtype
+        self.shape = (matrix.shape[0], matrix.shape[1])
+
+    @classmethod
+    def load(cls, stored: StoredLayer, further: Further, parts: tuple[slice, ...]) -> PlainWeight:
+        """See `WeightFormat.load`. Any part can be asked for."""
+        matrix = stored.load("weight")
+        if further.columns is not None:
+            matrix = torch.cat([matrix, further.columns], dim=1)
+        if further.rows is not None:
+            matrix = torch.cat([matrix, further.rows])
+        return cls(matrix)
+
+    def tensors(self) -> list[Tensor]:
+        """The matrix."""
+        return [self.matrix]
+
+    def product(
+        self, out: Tensor, bias: Tensor, *, columns: slice, widths: tuple[int, ...], gelu: bool
+    ) -> tuple[Multiply, bool]:
+        """See `WeightFormat.product`."""
+        return dense_product(self.matrix[columns], out, bias, widths, gelu=gelu)
+
+
+def dense_product(
+    weight: Tensor, out: Tensor, bias: Tensor, widths: tuple[int, ...], *, gelu: bool
+) -> tuple[Multiply, bool]:
+    """`WeightFormat.product` for a weight [columns, in] that PyTorch multiplies as it is; also for other formats' use."""
+    if len(widths) == 1 and onednn.serves(weight, len(out)):
+        return onednn.prepared(weight, bias, gelu=gelu), gelu
+    first_weight, *other_weights = [w.t() for w in weight.split(widths, dim=1)]
+    # cuBLAS does GELU in its epilogue; with several inputs, the sum is complete only after the last of them.
+    within = gelu and not other_weights and out.device.type in ("cuda", "meta")
+
+    def multiply(first: Tensor, *others: Tensor) -> Tensor:
+        if within:
+            return torch._addmm_activation(bias, first, first_weight, use_gelu=True, out=out)
+        torch.addmm(bias, first, first_weight, out=out)
+        for x, w in zip(others, other_weights, strict=True):
+            out.addmm_(x, w)
+        return out
+
+    return multiply, within

@@ -1,0 +1,63 @@
+"""Which format weights get when they are loaded, where none was asked for."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from mogle_rt.bundle import schema
+from mogle_rt.bundle.source import TensorSource
+from mogle_rt.linear.contract import StoredLayer
+from mogle_rt.linear.formats import format_named
+from mogle_rt.linear.packed import PackedWeight
+from mogle_rt.linear.plain import PlainWeight
+from mogle_rt.memory.budget import total_memory
+
+logger = logging.getLogger(__name__)
+
+SHARE = 0.8  # packed weights may take this much of the machine's memory
+
+
+def choose_format(asked: str | None, source: TensorSource, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the format asked for; by default packed weights where they serve and fit, else plain ones.
+
+    The choice depends on the machine, the model and the dtype alone, so that one seed gives the same bytes in every run.
+    (The length of a run doesn't count either, though packing takes as long as it saves in two to eight steps.)
+
+    Raises:
+        ConfigError: there is no such format.
+    """
+    if asked is not None:
+        format_named(asked)
+        return asked
+    needed = packed_bytes(source, device, dtype)
+    total = total_memory() if needed else 0
+    if needed > SHARE * total:
+        logger.info(
+            "weights stay in the plain format: packing them takes %.1f GB, the machine has %.1f GB in all",
+            needed / 1e9,
+            total / 1e9,
+        )
+        return PlainWeight.name
+    return PackedWeight.name
+
+
+def packed_bytes(source: TensorSource, device: torch.device, dtype: torch.dtype) -> int:
+    """Memory that packing takes beyond what plain weights take; 0 if the packed format takes none of the weights.
+
+    The system may drop the pages of a mapped file when memory is short, and read them again; packed weights stay. Plain
+    weights of another dtype than the file's are copies, and take as much as packed ones.
+    """
+    sizes, copied = [], 0
+    config = source.config.transformer
+    for _, stacked in schema.in_blocks(config, schema.DOUBLE_STACKED, schema.SINGLE_STACKED):
+        names = tuple(f"transformer.{name}" for name in stacked.sources)
+        out, inner = shape = StoredLayer(source, names, device, dtype).shape
+        if not PackedWeight.takes(shape, device, dtype):
+            continue
+        sizes.append(out * inner * dtype.itemsize)
+        if source.tensors[f"{names[0]}.weight"].dtype == dtype:
+            copied += sizes[-1]
+    # Each part of the largest layer may be there three times: plain, with further columns, and packed.
+    return copied + 2 * max(sizes, default=0)
