@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mogle_rt.ops.attention import JOINT, AttentionPlan
+from mogle_rt.ops.attention import Visibility
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Layout:
 
     Attributes:
         text, image, condition: rows T, N and N (or 0 without a condition).
-        plan: who attends to whom.
+        visibility: who attends to whom.
         latent_lora: the LoRA acts on image rows too, and on text rows where they are one sequence.
         add_cond_attn: the condition's gated attention output is added to the image rows.
     """
@@ -21,7 +21,7 @@ class Layout:
     text: int
     image: int
     condition: int
-    plan: AttentionPlan = JOINT
+    visibility: Visibility = Visibility.JOINT
     latent_lora: bool = False
     add_cond_attn: bool = False
 
