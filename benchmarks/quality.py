@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.segmenter import Segmenter, load_segmenter
 from mogle_rt import Pipeline
 from mogle_rt.config import NUM_CLASSES
+from mogle_rt.encoders.mask_planes import MaskPlanes
 from mogle_rt.masks import colorize
 
 COLOUR_TABLE = Path(__file__).with_name("colours.npz")
@@ -214,14 +215,16 @@ def draw(
     return np.concatenate(images), (time.perf_counter() - start) / len(cases)
 
 
-def without_regions(pipe: Pipeline) -> Callable[..., Tensor]:
+def without_regions(pipe: Pipeline) -> Callable[..., MaskPlanes]:
     """A conditioner whose 19 region planes are all black: the local experts see nothing."""
     original = pipe.conditioner
 
-    def conditioner(labels: Any, **options: Any) -> Tensor:
-        latents = original(labels, **options)
-        empty = original([np.full_like(labels[0], 1)])[:, 1:2]  # all skin: the background's plane is black
-        return torch.cat([latents[:, :1], empty.expand(len(latents), latents.shape[1] - 1, -1, -1)], 1)
+    def conditioner(labels: Any, **options: Any) -> MaskPlanes:
+        masks = original(labels, **options)
+        black = original([np.full_like(labels[0], 1)]).seen_by(1)  # all skin: the background's plane is black
+        index = np.full_like(masks.index, masks.batch)
+        index[:, 0] = np.arange(masks.batch)
+        return MaskPlanes(torch.cat([masks.seen_by(0), black]), index)
 
     return conditioner
 

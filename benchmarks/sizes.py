@@ -18,6 +18,7 @@ from examples.mask import face
 from mogle_rt import Pipeline
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import MLP_RATIO, PATCH, ModelConfig, TransformerConfig
+from mogle_rt.encoders.mask_planes import MaskPlanes
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.engines.torch_engine import TorchEngine
 from mogle_rt.export.exporter import export
@@ -181,9 +182,14 @@ class Job:
         return f"{self.models.name}, {self.pixels} px, batch {self.batch}"
 
     @cached_property
-    def mask_latents(self) -> Tensor:
-        """Encode the masks: (B, 20, N, 64)."""
+    def masks(self) -> MaskPlanes:
+        """The encoded pictures, as the engine takes them."""
         return self.models.pipeline.conditioner(self.labels)
+
+    @cached_property
+    def mask_latents(self) -> Tensor:
+        """The same, stacked as the baseline takes them: (B, 20, N, 64)."""
+        return self.masks.stacked()
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -194,7 +200,7 @@ class Job:
     @cached_property
     def conditions(self) -> Conditions:
         return Conditions(
-            mask_latents=self.mask_latents,
+            masks=self.masks,
             prompt_embeds=self.prompt,
             pooled_prompt_embeds=self.pooled,
             guidance_scale=GUIDANCE,

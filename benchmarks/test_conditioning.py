@@ -22,7 +22,7 @@ def test_mask(case: str, models: ModelsOf, mask: Labels, compare: SideBySide) ->
     now = cut_hair(before) if case == "one region edited" else before
 
     def engine() -> Tensor:
-        return side.pipeline.conditioner([now])
+        return side.pipeline.conditioner([now]).stacked()
 
     def baseline() -> Tensor:
         return side.baseline.encode_mask(torch.from_numpy(now).to(side.device))

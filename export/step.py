@@ -16,7 +16,7 @@ from mogle_rt.bundle.bundle import BundleConfig
 from mogle_rt.config import MLP_RATIO, NUM_EXPERTS, ModelConfig
 from mogle_rt.export.graph import GraphBuilder
 from mogle_rt.export.prepare import condition_row_names, modulation_row_names
-from mogle_rt.ops.attention import AttentionPlan, Visibility
+from mogle_rt.ops.attention import Visibility
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class StepGraph:
         self.g, self.config, self.model = builder, config, model
         self.t = config.transformer
         self.heads, self.head_size = self.t.num_attention_heads, self.t.attention_head_dim
-        self.visibility = Visibility.SCALED if scaled else AttentionPlan.of(model, 1.0).visibility
+        self.visibility = Visibility.SCALED if scaled else Visibility.of(model, 1.0)
 
     def build(self) -> onnx.ModelProto:
         """The whole graph, see `mogle_rt.engines.manifest` for its inputs and outputs."""

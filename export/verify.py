@@ -82,8 +82,8 @@ class Case:
         """Random ones, the same each time."""
         t, g = bundle.config.transformer, torch.Generator().manual_seed(7)
         tokens = math.prod(self.grid)
-        return Conditions(
-            mask_latents=torch.randn(self.batch, NUM_EXPERTS, tokens, t.in_channels, generator=g),
+        return Conditions.from_mask_latents(
+            torch.randn(self.batch, NUM_EXPERTS, tokens, t.in_channels, generator=g),
             prompt_embeds=torch.randn(self.batch, self.text, t.joint_attention_dim, generator=g),
             pooled_prompt_embeds=torch.randn(self.batch, t.pooled_projection_dim, generator=g),
             guidance_scale=3.5,
@@ -272,7 +272,7 @@ def _step(bundle: TensorSource, case: Case, run: Run) -> dict[str, Tensor]:
     """Experts, preparation and a step, by the graphs."""
     c, schedule = case.conditions(bundle), make_schedule(bundle.config.scheduler, STEPS, math.prod(case.grid))
     inputs: dict[str, Tensor] = {
-        "mask_latents": c.mask_latents,
+        "mask_latents": c.masks.stacked(),
         "prompt_embeds": c.prompt_embeds,
         "pooled_prompt_embeds": c.pooled_prompt_embeds,
         "model_timesteps": schedule.model_timesteps,

@@ -21,7 +21,7 @@ from mogle_rt.kernels.common import Cost, check, check_device, interpreted, laun
 LARGEST_HEAD = 256
 JOINT, SEPARATE, INDEPENDENT, SCALED = (tl.constexpr(i) for i in range(4))
 VISIBILITIES = {"joint": JOINT, "separate": SEPARATE, "independent": INDEPENDENT, "scaled": SCALED}
-LOG2_E = math.log2(math.e)
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _joint_attention_kernel(
     keys,
     condition_from,  # first position of the condition
     heads,
-    bias,  # on scores between the groups, with SCALED, in powers of two
+    log_scale_ptr,  # [1] fp32, added to scores between the groups, with SCALED
     q_l,
     q_b,
     q_h,
@@ -80,6 +80,9 @@ def _joint_attention_kernel(
     q_mask = (row < queries)[:, None] & (c < d)[None, :]
     q_at = (row.to(tl.int64) * q_l + image * q_b + head * q_h)[:, None] + c[None, :]
     q = tl.load(q_ptr + q_at, mask=q_mask, other=0.0)
+
+    if VISIBILITY == SCALED:
+        bias = tl.load(log_scale_ptr) * LOG2_E
 
     # Keys that some row of this program sees.
     start, stop = 0, keys
@@ -129,7 +132,7 @@ def _joint_attention_kernel(
 
 
 def joint_attention(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, condition_from: int, visibility: str, log_scale: float
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, condition_from: int, visibility: str, log_scale: Tensor
 ) -> None:
     """softmax(q k^T / sqrt(d) + bias) v, bias and exclusion known from positions (arXiv 2205.14135, algorithm 1).
 
@@ -141,7 +144,8 @@ def joint_attention(
         visibility: "joint" (everything sees everything), "separate" (the condition and the rest don't see each
             other), "independent" (the rest sees the condition, the condition only itself) or "scaled"
             (``log_scale`` is added to the scores between the condition and the rest).
-        log_scale: for "scaled".
+        log_scale: fp32 [1] on the GPU, read where "scaled" is asked for. It is no constant of the launch: a captured
+            graph serves all its values.
 
     Raises:
         ValueError: a shape, dtype, stride or device doesn't fit, the visibility is unknown, or rows would see nothing.
@@ -159,6 +163,7 @@ def joint_attention(
     check("v", v, (keys, B, H, d), q)
     require(out.dim() == 3 and out.shape[-1] >= H * d, f"out must be [Lq, B, >= {H * d}], got {list(out.shape)}")
     check("out", out, (queries, B, out.shape[-1]), q)
+    check("log_scale", log_scale, (1,), q, torch.float32)
     if B * H == 0:
         return
     kind = VISIBILITIES[visibility if condition_from < keys else "joint"].value
@@ -174,7 +179,7 @@ def joint_attention(
         keys,
         condition_from,
         H,
-        log_scale * LOG2_E,
+        log_scale,
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
@@ -184,7 +189,7 @@ def joint_attention(
         QUERIES=t.queries,
         KEYS=t.keys,
         VISIBILITY=kind,
-        SCALE=d**-0.5 * LOG2_E,
+        SCALE=d**-0.5 * LOG2_E.value,
         PRECISION=precision(q.dtype),
         num_warps=t.warps,
         num_stages=t.stages,
@@ -192,7 +197,7 @@ def joint_attention(
 
 
 def joint_attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, condition_from: int, visibility: str, log_scale: float
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, condition_from: int, visibility: str, log_scale: Tensor
 ) -> None:
     """`joint_attention` in PyTorch, with the dense bias, in fp32 (fp64 for fp64); weights round as the kernel's do."""
     exact = torch.promote_types(q.dtype, torch.float32)
@@ -202,7 +207,7 @@ def joint_attention_ref(
     key_in = torch.arange(keys, device=q.device)[None, :] >= condition_from
     bias = torch.zeros(queries, keys, dtype=exact, device=q.device)
     if visibility == "scaled":
-        bias = bias.masked_fill(row_in != key_in, log_scale)
+        bias = torch.where(row_in != key_in, log_scale.to(exact), bias)
     elif visibility == "separate":
         bias = bias.masked_fill(row_in != key_in, -torch.inf)
     elif visibility == "independent":
@@ -214,7 +219,7 @@ def joint_attention_ref(
 
 
 def joint_attention_cost(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, condition_from: int, visibility: str, log_scale: float
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, condition_from: int, visibility: str, log_scale: Tensor
 ) -> Cost:
     """q, k, v and the output once; both products over the pairs that see each other."""
     queries, B, H, d = q.shape
@@ -229,4 +234,5 @@ def joint_attention_cost(
         pairs = rest * keys + condition * (keys - condition_from)
         read_keys = keys if rest else keys - condition_from
     row = B * H * d * q.element_size()
-    return Cost(read=(queries + 2 * read_keys) * row, written=queries * row, flops=4 * pairs * B * H * d)
+    scale = log_scale.nbytes if visibility == "scaled" else 0
+    return Cost(read=(queries + 2 * read_keys) * row + scale, written=queries * row, flops=4 * pairs * B * H * d)

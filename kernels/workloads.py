@@ -171,7 +171,7 @@ def attention(new: New, visibility: str) -> Workload:
     L, B = TEXT + 2 * IMAGE, 1
     q, k, v = new(L, B, 3, HEADS, HEAD).unbind(2)
     arguments = {"q": q, "k": k, "v": v, "out": new(L, B, WIDTH), "condition_from": TEXT + IMAGE}
-    switch = {"visibility": visibility, "log_scale": 0.5 if visibility == "scaled" else 0.0}
+    switch = {"visibility": visibility, "log_scale": new(1, dtype=torch.float32)}
     return Workload("joint_attention", joint_attention, joint_attention_ref, joint_attention_cost, arguments | switch)
 
 

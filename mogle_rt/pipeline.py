@@ -35,12 +35,14 @@ from mogle_rt.config import PATCH, VAE_SCALE, ModelConfig
 from mogle_rt.encoders.cache import TensorCache
 from mogle_rt.encoders.conditioning import Conditioner, MaskPosterior
 from mogle_rt.encoders.group_norm import arranged
+from mogle_rt.encoders.mask_planes import MaskPlanes
 from mogle_rt.encoders.text import TextEncoders
 from mogle_rt.encoders.vae import DECODE_PIXELS, autoencoder, load_autoencoder, pack_latents, unpack_latents
 from mogle_rt.engines.choice import EngineName, engine_dtype, make_engine
 from mogle_rt.engines.contract import Conditions, Engine
 from mogle_rt.errors import InputError, NumericalError
 from mogle_rt.loop.denoise import denoise
+from mogle_rt.loop.progress import Progress
 from mogle_rt.loop.schedule import Schedule, make_schedule
 from mogle_rt.masks.classes import Labels
 from mogle_rt.masks.labels import MaskLike, to_label_batch
@@ -281,11 +283,11 @@ class Pipeline:
                     prompts, prompt_embeds, pooled_prompt_embeds, max_sequence_length
                 )
             with self._stage("mask", bar):
-                mask_latents = self._encode_masks(labels, batch, mask_posterior, generator, generators)
+                masks = self._encode_masks(labels, batch, mask_posterior, generator, generators)
             with self._stage("prepare", bar):
                 self.engine.prepare(
                     Conditions(
-                        mask_latents=mask_latents,
+                        masks=masks,
                         prompt_embeds=_expand(prompt_embeds, batch),
                         pooled_prompt_embeds=_expand(pooled_prompt_embeds, batch),
                         guidance_scale=guidance_scale,
@@ -334,9 +336,9 @@ class Pipeline:
         posterior: MaskPosterior,
         generator: Generators,
         generators: list[torch.Generator] | None,
-    ) -> Tensor:
+    ) -> MaskPlanes:
         if posterior == "mean":
-            return _expand(self.conditioner(labels), batch)
+            return self.conditioner(labels).repeated(batch)
         every = [labels[i * len(labels) // batch] for i in range(batch)]
         seeds = generators if generators is not None else [generator] * batch
         return self.conditioner(every, posterior=posterior, generators=seeds)  # type: ignore[arg-type]
@@ -364,11 +366,18 @@ class Pipeline:
     def _denoise(self, noise: Tensor, schedule: Schedule, callback: StepCallback | None, bar: tqdm[NoReturn]) -> Tensor:
         bar.unpause()  # its rate is that of the steps
 
-        def on_step(k: int, latents: Tensor) -> Tensor | None:
-            bar.update()
-            return None if callback is None else self._called_back(callback, k, schedule, latents)
+        def on_step(k: int, latents: Tensor) -> Tensor:
+            assert callback is not None
+            return self._called_back(callback, k, schedule, latents)
 
-        return denoise(self.engine, noise, schedule, on_step, lambda: self._interrupt)
+        return denoise(
+            self.engine,
+            noise,
+            schedule,
+            None if callback is None else on_step,
+            lambda: self._interrupt,
+            None if bar.disable else Progress(self.device, bar.update),
+        )
 
     def _called_back(self, callback: StepCallback, k: int, schedule: Schedule, latents: Tensor) -> Tensor:
         """The latents that the callback wants: others, or those it was given, which it may have edited."""

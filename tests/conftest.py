@@ -88,8 +88,8 @@ class GoldenCase:
     @property
     def conditions(self) -> Conditions:
         height, width = self.size
-        return Conditions(
-            mask_latents=self.tensors["mask_latents"],
+        return Conditions.from_mask_latents(
+            self.tensors["mask_latents"],
             prompt_embeds=self.tensors["prompt_embeds"],
             pooled_prompt_embeds=self.tensors["pooled_prompt_embeds"],
             grid=(height // 16, width // 16),

@@ -86,7 +86,7 @@ def test_pipeline(name: str, channels_last_from: int, golden_bundle: Bundles, mo
     height, width = case.size
     pipe = Pipeline(golden_bundle(case.settings["checkpoint"]), device="cpu", dtype="fp32", model_config=case.model)
     labels = case.tensors["labels"]
-    assert_close(pipe.conditioner([labels.numpy()]), case.tensors["mask_latents"], rms=TOLERANCE)
+    assert_close(pipe.conditioner([labels.numpy()]).stacked(), case.tensors["mask_latents"], rms=TOLERANCE)
 
     def run(output_type: str) -> Tensor:
         images = pipe(
@@ -161,9 +161,7 @@ def test_planted_faults_are_caught(fault: str, golden_bundle: Bundles) -> None:
         engine.mogle.expert_in = torch.nn.Parameter(engine.mogle.expert_in.roll(1, 0), requires_grad=False)
     changes = {
         "blank": {
-            "mask_latents": torch.cat(
-                [conditions.mask_latents[:, :1], conditions.mask_latents[:, 19:].expand(-1, 19, -1, -1)], 1
-            )
+            "masks": replace(conditions.masks, index=conditions.masks.index[:, [0] + [19] * 19]),
         },
         "scale": {"condition_scale": 1.0},
         "position": {"position_delta": (0, 0), "position_scale": 1.0},

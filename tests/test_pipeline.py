@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from torch import Tensor
 
 from mogle_rt import CheckpointError, InputError, Pipeline
 from mogle_rt.encoders.conditioning import Conditioner
+from mogle_rt.encoders.mask_planes import MaskPlanes
 from mogle_rt.encoders.vae import pack_latents, unpack_latents
+from mogle_rt.engines.contract import Conditions
+from mogle_rt.loop.schedule import Schedule
 from mogle_rt.masks import Labels, resize
 from mogle_rt.pipeline import OutputType
 from tests.checkpoints import Files
@@ -89,10 +93,10 @@ def test_region_planes_matter(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -
     right = run(pipe, mask, "", generator=seeded(0))
     encode = Conditioner.__call__
 
-    def blank(self: Conditioner, masks: Any, **options: Any) -> Tensor:
-        latents = encode(self, masks, **options)
+    def blank(self: Conditioner, masks: Any, **options: Any) -> MaskPlanes:
+        encoded = encode(self, masks, **options)
         absent = next(c for c in range(1, 19) if not (mask == c).any())
-        return torch.cat([latents[:, :1], latents[:, 1 + absent, None].expand(-1, 19, -1, -1)], dim=1)
+        return replace(encoded, index=encoded.index[:, [0] + [1 + absent] * 19])
 
     monkeypatch.setattr(Conditioner, "__call__", blank)
     assert relative_rms(run(pipe, mask, "", generator=seeded(0)), right) > 1e-4  # equal runs agree within 1e-5
@@ -220,11 +224,11 @@ def test_every_option_changes_the_image(pipe: Pipeline) -> None:
 def test_sampled_posterior_follows_the_generator(pipe: Pipeline) -> None:
     def sample(seeds: list[int]) -> Tensor:
         generators = [seeded(s) for s in seeds]
-        return pipe.conditioner([draw(1)] * len(seeds), posterior="sample", generators=generators)
+        return pipe.conditioner([draw(1)] * len(seeds), posterior="sample", generators=generators).stacked()
 
     assert torch.equal(sample([1]), sample([1]))
     assert torch.equal(sample([1, 2])[1:], sample([2]))
-    mean = pipe.conditioner([draw(1)])
+    mean = pipe.conditioner([draw(1)]).stacked()
     many = torch.stack([sample([s]) for s in range(200)])
     # The posterior's mean is the mean of its samples: within 6 standard errors everywhere.
     assert ((many.mean(0) - mean).abs() <= 6 * many.std(0) / 200**0.5 + 1e-6).all()
@@ -250,9 +254,46 @@ def test_equal_planes_are_encoded_once(pipe: Pipeline, encoded: list[int]) -> No
     first = pipe.conditioner([mask, mask])
     distinct = 1 + len(np.unique(mask)) + 1  # the palette, each class present, one black plane
     assert encoded == [distinct]
-    assert torch.equal(first[0], first[1])
-    assert torch.equal(pipe.conditioner([mask]), first[:1])
+    assert len(first.planes) == distinct
+    assert np.array_equal(first.index[0], first.index[1])
+    again = pipe.conditioner([mask])
+    assert torch.equal(again.planes, first.planes)
+    assert np.array_equal(again.index, first.index[:1])
     assert encoded == [distinct]
+
+
+def test_masks_of_a_batch_share_planes(pipe: Pipeline, encoded: list[int]) -> None:
+    """Masks with a region in common have one plane for it, and each is what it would be alone."""
+    first = draw(1)
+    second = first.copy()
+    second[first == np.unique(first)[-1]] = np.unique(first)[0]
+    both = pipe.conditioner([first, second])
+    alone = [pipe.conditioner([mask]) for mask in (first, second)]
+    assert len(both.planes) == sum(encoded) < sum(len(masks.planes) for masks in alone)
+    assert torch.equal(both.stacked(), torch.cat([masks.stacked() for masks in alone]))
+
+
+def test_images_of_one_mask_share_its_planes(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Conditions] = []
+    prepare = pipe.engine.prepare
+
+    def noted(conditions: Conditions, schedule: Schedule) -> object:
+        given.append(conditions)
+        return prepare(conditions, schedule)
+
+    monkeypatch.setattr(pipe.engine, "prepare", noted)
+    run(pipe, [draw(1), draw(2)], "", num_images_per_prompt=2)
+    masks = given[0].masks
+    assert len(masks.planes) == len(pipe.conditioner([draw(1), draw(2)]).planes)
+    rows = masks.index.tolist()
+    assert rows[0] == rows[1] != rows[2] == rows[3]
+
+
+def test_a_mask_of_background_is_two_pictures(pipe: Pipeline, encoded: list[int]) -> None:
+    """Its palette picture is as black as the planes of the classes that it lacks; the background's plane is white."""
+    masks = pipe.conditioner([np.zeros((SIZE, SIZE), dtype=np.uint8)])
+    assert encoded == [2]
+    assert masks.index.tolist() == [[0, 1] + [0] * 18]
 
 
 def test_an_edit_encodes_what_it_changes(pipe: Pipeline, encoded: list[int]) -> None:
@@ -261,10 +302,10 @@ def test_an_edit_encodes_what_it_changes(pipe: Pipeline, encoded: list[int]) -> 
     a, b = np.unique(mask)[:2]
     edited = mask.copy()
     edited[np.nonzero(mask == a)[0][0], np.nonzero(mask == a)[1][0]] = b
-    changed = pipe.conditioner([edited])
+    changed = pipe.conditioner([edited]).stacked()
     assert encoded[1:] == [3]  # the palette and the two planes between which a pixel moved
     pipe.conditioning_cache.clear()
-    assert_close(pipe.conditioner([edited]), changed, rms=1e-5)
+    assert_close(pipe.conditioner([edited]).stacked(), changed, rms=1e-5)
 
 
 def test_the_cache_is_bounded_and_can_be_off(tiny_bundle: Path) -> None:
@@ -272,7 +313,8 @@ def test_the_cache_is_bounded_and_can_be_off(tiny_bundle: Path) -> None:
     small = Pipeline(tiny_bundle, device="cpu", dtype="fp32", cache_bytes=5 * entry)
     off = Pipeline(tiny_bundle, device="cpu", dtype="fp32", cache_bytes=0)
     for seed in range(3):
-        assert_close(small.conditioner([draw(seed)]), off.conditioner([draw(seed)]), rms=1e-5)
+        kept, made_anew = (p.conditioner([draw(seed)]).stacked() for p in (small, off))
+        assert_close(kept, made_anew, rms=1e-5)
         assert len(small.conditioning_cache) == 5
         assert small.conditioning_cache.nbytes == 5 * entry
     assert len(off.conditioning_cache) == off.conditioning_cache.nbytes == 0

@@ -104,8 +104,8 @@ def estimate(job: Job) -> Estimate:
         encode_alone, decode_alone = count(encode, 1, 1), count(decode, 1, 1)
         pixels = job.height * job.width
         encoded = count(encode, job.pictures * batch, max(1, ENCODE_PIXELS // pixels))
-        conditions = Conditions(
-            mask_latents=empty(batch, NUM_EXPERTS, job.tokens, flux.in_channels),
+        conditions = Conditions.from_mask_latents(
+            empty(batch, NUM_EXPERTS, job.tokens, flux.in_channels),
             prompt_embeds=empty(batch, job.text_tokens, flux.joint_attention_dim),
             pooled_prompt_embeds=empty(batch, flux.pooled_projection_dim),
             guidance_scale=3.5,

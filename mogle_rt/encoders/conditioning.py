@@ -12,11 +12,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mogle_rt.config import NUM_CLASSES
+from mogle_rt.config import NUM_CLASSES, NUM_EXPERTS
 from mogle_rt.encoders.cache import TensorCache
 from mogle_rt.encoders.group_norm import arranged
+from mogle_rt.encoders.mask_planes import MaskPlanes
 from mogle_rt.encoders.vae import ENCODE_PIXELS, pack_latents
-from mogle_rt.masks.classes import Labels
+from mogle_rt.masks.classes import PALETTE, Labels
 from mogle_rt.masks.labels import condition_picture
 
 MaskPosterior = Literal["mean", "sample"]
@@ -43,7 +44,7 @@ class Conditioner:
         *,
         posterior: MaskPosterior = "mean",
         generators: Sequence[torch.Generator | None] | None = None,
-    ) -> Tensor:
+    ) -> MaskPlanes:
         """Encode masks.
 
         Args:
@@ -52,23 +53,25 @@ class Conditioner:
             generators: for "sample", one for each mask.
 
         Returns:
-            [B, 20, N, 64] in the VAE's device and dtype.
+            The distinct pictures in the VAE's device and dtype. With "sample", every picture of every mask is drawn by
+            itself, and so all 20 B are distinct.
         """
         keys = [picture_keys(labels) for labels in masks]
         wanted = {
             key: (labels, number) for labels, row in zip(masks, keys, strict=True) for number, key in enumerate(row)
         }
         if posterior == "mean":
-            latents = self._means(wanted)
-            return torch.stack([torch.stack([latents[key] for key in row]) for row in keys])
+            latents, numbers = self._means(wanted), {key: number for number, key in enumerate(wanted)}
+            index = np.array([[numbers[key] for key in row] for row in keys], dtype=np.int32)
+            return MaskPlanes(torch.stack([latents[key] for key in wanted]), index)
         parameters = dict(zip(wanted, self._encode(list(wanted.values())), strict=True))
         seeds = generators or [None] * len(masks)
-        return torch.stack(
-            [
-                self._draw(torch.stack([parameters[key] for key in row]), seed)
-                for row, seed in zip(keys, seeds, strict=True)
-            ]
-        )
+        drawn = [
+            self._draw(torch.stack([parameters[key] for key in row]), seed)
+            for row, seed in zip(keys, seeds, strict=True)
+        ]
+        every = np.arange(len(keys) * NUM_EXPERTS, dtype=np.int32)
+        return MaskPlanes(torch.cat(drawn), every.reshape(len(keys), NUM_EXPERTS))
 
     def _means(self, wanted: dict[PictureKey, tuple[Labels, int]]) -> dict[PictureKey, Tensor]:
         """Packed latents of pictures, from the cache or encoded: [N, 64] each."""
@@ -108,8 +111,9 @@ PictureKey: TypeAlias = tuple[tuple[int, ...], int, bytes]
 def picture_keys(labels: Labels) -> list[PictureKey]:
     """A key for each of a mask's 20 pictures, equal for equal pictures: the mask's own, then those of the planes."""
     black: PictureKey = (labels.shape, 1, b"")
-    keys: list[PictureKey] = [(labels.shape, 0, _digest(labels))]
     present = np.bincount(labels.reshape(-1), minlength=NUM_CLASSES) > 0
+    # A mask of background alone is drawn all black, as the planes of absent classes are.
+    keys: list[PictureKey] = [(labels.shape, 0, _digest(labels)) if PALETTE[present].any() else black]
     keys += [(labels.shape, 1, _digest(np.packbits(labels == c))) if present[c] else black for c in range(NUM_CLASSES)]
     return keys
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
+from mogle_rt.encoders.mask_planes import MaskPlanes
 from mogle_rt.loop.denoise import Denoiser
 from mogle_rt.loop.schedule import Schedule
 
@@ -16,14 +17,14 @@ class Conditions:
     """What one call of the pipeline asks of an engine.
 
     Attributes:
-        mask_latents: [B, 20, N, 64], packed VAE latents of the palette picture and the 19 region planes.
+        masks: the distinct encoded pictures of B masks, and which expert sees which.
         prompt_embeds: [B, T, J]. pooled_prompt_embeds: [B, P].
         guidance_scale: strength of the distilled guidance; without effect on models that take none.
         grid: rows and columns of image tokens, (H / 16, W / 16).
         condition_scale, position_delta, position_scale: see `Pipeline`.
     """
 
-    mask_latents: Tensor
+    masks: MaskPlanes
     prompt_embeds: Tensor
     pooled_prompt_embeds: Tensor
     guidance_scale: float
@@ -31,6 +32,16 @@ class Conditions:
     condition_scale: float = 1.0
     position_delta: tuple[float, float] = (0, 0)
     position_scale: float = 1.0
+
+    @classmethod
+    def from_mask_latents(cls, mask_latents: Tensor, **others: Any) -> Conditions:
+        """From stacked pictures, of which the distinct ones are found by comparing their bits.
+
+        Args:
+            mask_latents: [B, 20, N, 64], packed VAE latents of the palette picture and the 19 region planes.
+            others: all other attributes.
+        """
+        return cls(masks=MaskPlanes.from_stacked(mask_latents), **others)
 
 
 class Engine(Denoiser, Protocol):

@@ -292,7 +292,7 @@ class StepPreparation:
         """Every input of the step but the latents and the step's number, on the device."""
         c = conditions
         axes = run_axes(c, schedule)
-        bank = self.session(KEPT)({"mask_latents": c.mask_latents}, **axes)
+        bank = self.session(KEPT)({"mask_latents": c.masks.stacked()}, **axes)  # the graph takes every picture
         scale = c.condition_scale
         log_scale = max(NO_ATTENTION, math.log(scale)) if scale > 0 else NO_ATTENTION
         return (
@@ -327,10 +327,9 @@ class StepPreparation:
 
 def run_axes(conditions: Conditions, schedule: Schedule) -> dict[str, int]:
     """Sizes of a run, by the names that they have in the graphs."""
-    batch, _, tokens, _ = conditions.mask_latents.shape
-    text_tokens = conditions.prompt_embeds.shape[1]
+    tokens, text_tokens = conditions.masks.tokens, conditions.prompt_embeds.shape[1]
     return {
-        "batch": batch,
+        "batch": conditions.masks.batch,
         "tokens": tokens,
         "text_tokens": text_tokens,
         "steps": len(schedule),

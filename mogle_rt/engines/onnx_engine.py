@@ -41,7 +41,7 @@ class OnnxEngine(VelocityLoop):
         if self._step is None or self._step.graph.file != self.prepare_step.exported.graph(name).file:
             self._step = self._binding = None  # one model's weights in memory at a time
             self._step = self.prepare_step.session(name)
-        batch, _, tokens, channels = conditions.mask_latents.shape
+        batch, tokens, channels = conditions.masks.batch, conditions.masks.tokens, conditions.masks.planes.shape[2]
         dtype = TYPES[self._step.graph.outputs[0].dtype]
         self._inputs["latents"] = torch.empty(batch, tokens, channels, dtype=dtype, device=self.device)
         self._inputs["step"] = torch.zeros(1, dtype=torch.int64, device=self.device)

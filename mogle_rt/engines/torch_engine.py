@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,19 +12,23 @@ from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import ModelConfig
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.loop.buffers import StepInputs
-from mogle_rt.loop.graphs import Runner, Runners
-from mogle_rt.loop.schedule import Schedule
+from mogle_rt.loop.graphs import Runner, Runners, with_room
+from mogle_rt.loop.schedule import Position, Schedule, step_capacity, with_further_rows
 from mogle_rt.loop.step import Step
 from mogle_rt.memory.formats import choose_format
 from mogle_rt.model.layout import Layout
 from mogle_rt.model.loading import LazyWeights, load_context_embedder, load_mogle, load_transformer
+from mogle_rt.model.mixture import Bank, Fused
 from mogle_rt.model.modulation import ModulationTables, modulation_tables, time_embedding
 from mogle_rt.model.positions import condition_ids, rope_table, token_ids
 from mogle_rt.model.transformer import Transformer
-from mogle_rt.ops.attention import AttentionPlan
+from mogle_rt.ops.attention import Visibility, log_scale_of
 from mogle_rt.ops.choice import choose
 
-SHAPES_KEPT = 4  # on a GPU: shapes whose graphs are kept
+# On a GPU: bytes that the inputs and buffers of kept graphs may take together. One image of FLUX.1-dev at 512 x 512
+# pixels and up to 32 steps takes about 0.25 GB, and at 1024 x 1024 pixels about 0.7 GB.
+KEPT_BYTES = 2 << 30
+NO_TIMESTEP = -1.0  # fills up the timesteps that modulations were made from: schedules of other lengths then differ
 
 
 class TorchEngine:
@@ -67,8 +73,9 @@ class TorchEngine:
         self.mogle = load_mogle(bundle, device, dtype, weight_is_scale=model.weight_is_scale)
         self.mogle.check_mixture(mixture)
         self._mixture = mixture
-        self._runners = Runners(device, cuda_graphs, limit=SHAPES_KEPT if device.type == "cuda" else 1)
+        self._runners = Runners(device, cuda_graphs, limit=KEPT_BYTES if device.type == "cuda" else 0)
         self._runner: Runner | None = None
+        self._position = Position(0)
         if device.type != "cpu":
             self._transformer = self._load_transformer()
 
@@ -100,70 +107,90 @@ class TorchEngine:
 
     @torch.inference_mode()
     def prepare(self, conditions: Conditions, schedule: Schedule) -> None:
-        """Compute what no step of a run changes, and hold it for the steps."""
-        c = conditions
-        prompt_embeds = c.prompt_embeds.to(self.device, self.dtype)
-        pooled = c.pooled_prompt_embeds.to(self.device, self.dtype)
-        mask_latents = c.mask_latents.to(self.device, self.dtype)
-        batch, image_tokens = mask_latents.shape[0], mask_latents.shape[2]
-        ids = token_ids(c.grid)
-        moved = condition_ids(ids, c.position_delta, c.position_scale)
-        joint_ids = torch.cat([ids.new_zeros(prompt_embeds.shape[1], 3), ids, moved])
+        """Compute what no step of a run changes, and hold it for the steps.
+
+        Raises:
+            torch.OutOfMemoryError: there is too little memory, even without what is kept from runs of other shapes.
+        """
+        c, capacity, batch = conditions, step_capacity(len(schedule)), conditions.masks.batch
         layout = Layout(
-            text=prompt_embeds.shape[1],
-            image=image_tokens,
-            condition=image_tokens,
-            plan=AttentionPlan.of(self.model, c.condition_scale),
+            text=c.prompt_embeds.shape[1],
+            image=c.masks.tokens,
+            condition=c.masks.tokens,
+            visibility=Visibility.of(self.model, c.condition_scale),
             add_cond_attn=self.model.add_cond_attn,
         )
-        mixture = self.mogle.prepare(mask_latents, self.ops, self._mixture, len(schedule))
-        shapes = (batch, len(schedule), layout, type(mixture))
+        shapes = {kind: (batch, capacity, layout, kind) for kind in (Bank, Fused)}
+        self._runner = None  # where its shapes are not kept, its buffers go before new ones come
+        inputs = with_room(
+            lambda: self._inputs(c, schedule, capacity, shapes),
+            lambda: self._runners.give_up_others(shapes.values()),
+        )
+        self._runner = self._runners.get(
+            shapes[type(inputs.mixture)],
+            inputs,
+            lambda: Step(self.transformer, self.mogle, inputs, layout, self.ops),
+        )
+        self._position = Position(len(schedule))
+
+    def _inputs(
+        self, c: Conditions, schedule: Schedule, capacity: int, shapes: Mapping[type[Bank | Fused], Hashable]
+    ) -> StepInputs:
+        """What no step changes. shapes: the run's, by where its experts run."""
+
+        def of_steps(rows: Tensor, filler: float = 0.0) -> Tensor:
+            return with_further_rows(rows, capacity, filler)
+
+        prompt_embeds = c.prompt_embeds.to(self.device, self.dtype)
+        pooled = c.pooled_prompt_embeds.to(self.device, self.dtype)
+        batch, ids = c.masks.batch, token_ids(c.grid)
+        moved = condition_ids(ids, c.position_delta, c.position_scale)
+        joint_ids = torch.cat([ids.new_zeros(prompt_embeds.shape[1], 3), ids, moved])
+        mixture = self.mogle.prepare(c.masks.to(self.device, self.dtype), self.ops, self._mixture, len(schedule))
+        time_table = self.mogle.time_table(schedule.timesteps.to(self.device))
         made_from = (
-            schedule.model_timesteps.to(self.device),
+            of_steps(schedule.model_timesteps.to(self.device), NO_TIMESTEP),
             torch.tensor(c.guidance_scale * 1000.0, dtype=torch.float32, device=self.device),
             pooled.expand(batch, -1).clone(),  # a later run is copied over it: not the caller's own
         )
         inputs = StepInputs(
             mixture=mixture,
-            time_table=self.mogle.time_table(schedule.timesteps.to(self.device)),
+            time_table=None if time_table is None else of_steps(time_table),
             text=self.context_embedder(prompt_embeds.expand(batch, -1, -1).transpose(0, 1)),
-            modulation=self._modulation(made_from, self._runners.find(shapes)),
+            modulation=self._modulation(made_from, len(schedule), self._runners.find(shapes[type(mixture)])),
             modulation_of=made_from,
             rope=self.ops.rope_buffer(rope_table(joint_ids.to(self.device), self.config.axes_dims_rope)),
-            sigma_steps=schedule.sigmas.diff().to(self.device),
+            sigma_steps=of_steps(schedule.sigmas.diff().to(self.device)),
+            log_scale=log_scale_of(c.condition_scale, self.device),
         )
         self.weights.release("transformer.context_embedder.weight")  # no step needs it
-        self._runner = None  # where its shapes are not kept, its buffers go before new ones come
-        self._runner = self._runners.get(
-            shapes,
-            inputs,
-            lambda: Step(self.transformer, self.mogle, inputs, layout, self.ops),
-        )
+        return inputs
 
-    def _modulation(self, made_from: tuple[Tensor, Tensor, Tensor], last: Step | None) -> ModulationTables:
+    def _modulation(self, made_from: tuple[Tensor, Tensor, Tensor], steps: int, last: Step | None) -> ModulationTables:
         """The run's tables; those of the last run of its shapes, if made from the same: their weights are a quarter of
         the model's, and not kept."""
         if last is not None and all(map(torch.equal, made_from, last.inputs.modulation_of)):
             return last.inputs.modulation
-        timesteps, guidance, pooled = made_from
+        (every, guidance, pooled), capacity = made_from, len(made_from[0])
+        timesteps = every[:steps]
         taken = guidance.expand(len(pooled)) if self.config.guidance_embeds else None
         # One more timestep than the loop has: 0, the condition's, which is constant.
         temb = time_embedding(F.pad(timesteps, (0, 1)), taken, pooled, self.weights)
-        return modulation_tables(self.config, temb[:-1], temb[-1], self.weights, latent_lora=self.model.latent_lora)
+        return modulation_tables(
+            self.config, temb[:-1], temb[-1], self.weights, latent_lora=self.model.latent_lora, capacity=capacity
+        )
 
     @torch.inference_mode()
     def condition(self, latents: Tensor, k: int) -> Tensor:
         """Condition tokens of step k: [B, N, 64] -> [B, N, 64]."""
-        self.start(latents, k)
-        self.prepared.select()
+        self._enter(latents, k)
         self.prepared.condition()
         return _image_major(self.prepared.buffers.condition)
 
     @torch.inference_mode()
     def velocity(self, latents: Tensor, condition: Tensor, k: int) -> Tensor:
         """The transformer's output in step k, for given condition tokens: [B, N, 64]."""
-        self.start(latents, k)
-        self.prepared.select()
+        self._enter(latents, k)
         self.prepared.buffers.condition.copy_(condition.transpose(0, 1))
         self.prepared.velocity()
         return _image_major(self.prepared.buffers.velocity)
@@ -174,13 +201,31 @@ class TorchEngine:
 
     @torch.inference_mode()
     def start(self, latents: Tensor, k: int = 0) -> None:
-        """Take latents [B, N, 64] into step k."""
-        self._prepared_runner().start(latents.transpose(0, 1), k)
+        """Take latents [B, N, 64] into step k.
+
+        Raises:
+            IndexError: the schedule has no step k.
+        """
+        runner = self._prepared_runner()
+        self._position.go_to(k)
+        runner.start(latents.transpose(0, 1), k)
+
+    def _enter(self, latents: Tensor, k: int) -> None:
+        """Start at a step that is to be computed, and fetch what belongs to it."""
+        self.start(latents, k)
+        self._position.next_step()
+        self.prepared.select()
 
     @torch.inference_mode()
     def advance(self) -> None:
-        """One step of the loop, Euler update included."""
-        self._prepared_runner().advance()
+        """One step of the loop, Euler update included.
+
+        Raises:
+            IndexError: all steps of the schedule are done.
+        """
+        runner, k = self._prepared_runner(), self._position.next_step()
+        runner.advance()
+        self._position.go_to(k + 1)
 
     @property
     def execution(self) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mogle_rt.loop.denoise import euler
-from mogle_rt.loop.schedule import Schedule
+from mogle_rt.loop.schedule import Position, Schedule
 
 
 class VelocityLoop(ABC):
@@ -18,26 +18,43 @@ class VelocityLoop(ABC):
 
     _sigmas = torch.zeros(1)
     _latents = torch.zeros(1)
-    _k = 0
+    _position: Position | None = None  # until a run is prepared
 
     def follow(self, schedule: Schedule, device: torch.device) -> None:
         """Take in the schedule of the coming run."""
         self._sigmas = schedule.sigmas.to(device)
+        self._position = Position(len(schedule))
 
     @abstractmethod
     def step(self, latents: Tensor, k: int) -> Tensor:
         """Velocity at step k of the prepared run: [B, N, 64] -> [B, N, 64]."""
 
     def start(self, latents: Tensor, k: int = 0) -> None:
-        """Take latents [B, N, 64] into step k."""
-        self._latents, self._k = latents, k
+        """Take latents [B, N, 64] into step k.
+
+        Raises:
+            IndexError: the schedule has no step k.
+        """
+        self._prepared_position().go_to(k)
+        self._latents = latents
 
     def advance(self) -> None:
-        """One step of the loop."""
-        k = self._k
+        """One step of the loop.
+
+        Raises:
+            IndexError: all steps of the schedule are done.
+        """
+        position = self._prepared_position()
+        k = position.next_step()
         velocity = self.step(self._latents, k)
-        self._latents, self._k = euler(self._latents, velocity, self._sigmas[k], self._sigmas[k + 1]), k + 1
+        self._latents = euler(self._latents, velocity, self._sigmas[k], self._sigmas[k + 1])
+        position.go_to(k + 1)
 
     def latents(self) -> Tensor:
         """[B, N, 64], after the last `advance`."""
         return self._latents.clone()
+
+    def _prepared_position(self) -> Position:
+        if self._position is None:
+            raise RuntimeError("prepare() must be called before a step")
+        return self._position

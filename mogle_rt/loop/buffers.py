@@ -12,7 +12,7 @@ from mogle_rt.model.layout import Layout
 from mogle_rt.model.mixture import Bank, Fused
 from mogle_rt.model.modulation import ModulationTables
 from mogle_rt.model.transformer import Transformer
-from mogle_rt.ops.attention import scores_room
+from mogle_rt.ops.attention import AttentionPlan, scores_room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,10 @@ class StepInputs:
         modulation_of: what they were made from: the model's timesteps [S], 1000 guidance_scale [], pooled prompts [B, P].
         rope: rotary table of the joint sequence [text, image, condition], [L, …] as `Ops.rope_buffer` makes it.
         sigma_steps: [S] float32, the next noise level minus this one, of every step.
+        log_scale: float32 [1], log(condition_scale), see `AttentionPlan`.
+
+    Here S is the run's capacity for steps, see `mogle_rt.loop.schedule.step_capacity`: rows from its number of steps on
+    are never read.
     """
 
     mixture: Bank | Fused
@@ -36,6 +40,7 @@ class StepInputs:
     modulation_of: tuple[Tensor, Tensor, Tensor]
     rope: Tensor
     sigma_steps: Tensor
+    log_scale: Tensor
 
 
 class Buffers:
@@ -53,14 +58,20 @@ class Buffers:
         velocity: [N, B, 64].
         index: int64 [1], the step's number.
         clips: whether x is kept in fp16's range at the end of a block, as the reference does in fp16.
+        plan: who attends to whom, and how strongly; the strength is one of the inputs.
+        nbytes: what the buffers take.
     """
 
-    def __init__(self, transformer: Transformer, layout: Layout, batch: int) -> None:
+    def __init__(self, transformer: Transformer, layout: Layout, batch: int, log_scale: Tensor) -> None:
+        self.nbytes = 0
+        self.plan = AttentionPlan(layout.visibility, log_scale)
         like, D = transformer.proj_out.bias, transformer.config.width
         C = transformer.config.in_channels
 
         def rows(count: int, columns: int) -> Tensor:
-            return like.new_empty(count, batch, columns)
+            made = like.new_empty(count, batch, columns)
+            self.nbytes += made.nbytes
+            return made
 
         self.tokens = rows(layout.image + layout.condition, C)
         self.latents, self.condition = self.tokens.split([layout.image, layout.condition])
@@ -72,9 +83,11 @@ class Buffers:
         self.qkv = self.scratch.view(-1)[: layout.total * batch * 3 * D].view(layout.total, batch, 3 * D)
         self.image = self.x[layout.image_rows]
         self.scores = scores_room(like, transformer.config.num_attention_heads, layout.total)
+        self.nbytes += 0 if self.scores is None else self.scores.nbytes
         self.velocity = rows(layout.image, C)
         self.clips = like.dtype == torch.float16
         self.index = torch.zeros(1, dtype=torch.int64, device=like.device)
+        self.nbytes += self.index.nbytes
 
 
 def describe(x: Tensor) -> str:

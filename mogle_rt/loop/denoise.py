@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mogle_rt.errors import NumericalError
+from mogle_rt.loop.progress import Progress
 from mogle_rt.loop.schedule import Schedule
 
 
@@ -40,14 +41,16 @@ def denoise(
     schedule: Schedule,
     on_step: OnStep | None = None,
     stop: Callable[[], bool] = lambda: False,
+    progress: Progress | None = None,
 ) -> Tensor:
-    """Run all steps.
+    """Run all steps. Without ``on_step`` and ``progress`` the host only starts each step: a GPU is not waited for.
 
     Args:
         latents: [B, N, 64], noise.
-        on_step: called after each step with a copy of the latents. What it returns goes on: also this copy, which it
-            may have edited.
+        on_step: called after each step with a copy of the latents, which is made for it alone. What it returns goes
+            on: also this copy, which it may have edited.
         stop: asked after that; True ends the loop there.
+        progress: is told of each step, before ``on_step``.
 
     Returns:
         [B, N, 64].
@@ -58,11 +61,15 @@ def denoise(
     engine.start(latents)
     for k in range(len(schedule)):
         engine.advance()
+        if progress is not None:
+            progress.queued()
         following = None if on_step is None else on_step(k, engine.latents())
         if following is not None:
             engine.start(following, k + 1)
         if stop():
             break
+    if progress is not None:
+        progress.follow()
     latents = engine.latents()
     if not bool(torch.isfinite(latents).all()):
         raise NumericalError(

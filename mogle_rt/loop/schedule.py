@@ -30,6 +30,66 @@ class Schedule:
         return len(self.timesteps)
 
 
+LEAST_CAPACITY = 8
+
+
+def step_capacity(steps: int) -> int:
+    """For how many steps the tables of a run have room: 8, 16, 32, … the next that suffices.
+
+    So another number of steps is seldom another shape, and a captured graph serves it. A step's modulations of
+    FLUX.1-dev take 2.1 MB an image in 16 bits: 8 MB of unused room for 28 steps, and never more than as much again as
+    the steps themselves take, from 8 steps on.
+    """
+    capacity = LEAST_CAPACITY
+    while capacity < steps:
+        capacity *= 2
+    return capacity
+
+
+def with_further_rows(rows: Tensor, capacity: int, filler: float = 0.0) -> Tensor:
+    """The rows of a run's steps, [S, …], with further ones up to the capacity, which no step reads."""
+    room = rows.new_full((capacity, *rows.shape[1:]), filler)
+    room[: len(rows)] = rows
+    return room
+
+
+class Position:
+    """Where a run stands in its schedule, counted on the host. Steps past its end are an error.
+
+    (The device counts too, for graphs to read, but can't report anything.)
+
+    Args:
+        steps: of the schedule.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._next = 0
+
+    def go_to(self, k: int) -> None:
+        """Step k comes next, from 0; the number of steps itself stands for the end.
+
+        Raises:
+            IndexError: the schedule has no such place.
+        """
+        if not 0 <= k <= self._steps:
+            raise IndexError(f"step must be 0 to {self._steps}, as the schedule has {self._steps} steps, got {k}")
+        self._next = k
+
+    def next_step(self) -> int:
+        """The number of the step that comes next.
+
+        Raises:
+            IndexError: all are done.
+        """
+        if self._next >= self._steps:
+            raise IndexError(
+                f"all {self._steps} steps of the schedule are done: call start() to go back to one, "
+                f"or prepare() for another run"
+            )
+        return self._next
+
+
 def make_schedule(config: SchedulerConfig, num_inference_steps: int, image_tokens: int) -> Schedule:
     """FLUX's schedule: linear sigmas shifted by image size, in float64 and then rounded once.
 

@@ -35,7 +35,7 @@ class Step:
         self, transformer: Transformer, mogle: MixtureOfExperts, inputs: StepInputs, layout: Layout, ops: Ops
     ) -> None:
         self.mogle, self.inputs, self.ops = mogle, inputs, ops
-        self.buffers = b = Buffers(transformer, layout, inputs.text.shape[1])
+        self.buffers = b = Buffers(transformer, layout, inputs.text.shape[1], inputs.log_scale)
         self.modulation = inputs.modulation.buffers()
         self.time = None if inputs.time_table is None else inputs.time_table[:1].clone()
         self.sigma_step = inputs.sigma_steps[:1].clone()
@@ -75,6 +75,12 @@ class Step:
         """Where everything lies that the step reads or writes, weights aside."""
         held = (self.inputs, self.modulation, self.time, self.sigma_step, list(vars(self.buffers).values()))
         return [t.data_ptr() for t in tensors_of(held)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all inputs and buffers, which this step alone holds; weights aside."""
+        own = tensors_of((self.inputs, self.modulation, self.time, self.sigma_step))
+        return sum(t.nbytes for t in own) + self.buffers.nbytes
 
     def seek(self, k: int) -> None:
         """Go to step k."""

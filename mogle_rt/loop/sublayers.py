@@ -101,7 +101,7 @@ class DoubleAttention(Sublayer):
         self.norm_rope = ops.qk_norm_rope(qkv, block.norm_qk, (T, layout.total), rope)
         attended = first_columns(b.normed, layout.total, D)  # free once q, k and v are there
         q, k, v = qkv.unbind(2)
-        self.attend = ops.joint_attention(q, k, v, layout.condition_from, layout.plan, b.scores, attended)
+        self.attend = ops.joint_attention(q, k, v, layout.condition_from, b.plan, b.scores, attended)
         self.context_out = Product(block.context_out, y[:T], text)
         self.out = Product(block.out, y[T:], rest)
         self.text_rows = T * b.x.shape[1]
@@ -201,7 +201,7 @@ class Single(Sublayer):
         self.norm_rope = ops.qk_norm_rope(qkv, block.norm_qk, (layout.total,), rope)
         self.out = SingleOut(block, b, slice(None), y, streams)
         q, k, v = qkv.unbind(2)
-        self.attend = ops.joint_attention(q, k, v, layout.condition_from, layout.plan, b.scores, self.out.attention)
+        self.attend = ops.joint_attention(q, k, v, layout.condition_from, b.plan, b.scores, self.out.attention)
         columns, hidden = block.columns.mlp, self.out.hidden
         self.project_mlp = Product(block.qkv_mlp, hidden, streams, columns=columns, gelu_scratch=b.scratch)
 
@@ -236,7 +236,7 @@ class LastSingle(Sublayer):
         self.out = SingleOut(block, b, image, y, image_stream)
         # Image queries belong to "the rest" whatever is switched: the condition's own queries are simply absent.
         q, (k, v) = q_heads[:, :, 0], kv_heads.unbind(2)
-        self.attend = ops.joint_attention(q, k, v, layout.condition_from, layout.plan, b.scores, self.out.attention)
+        self.attend = ops.joint_attention(q, k, v, layout.condition_from, b.plan, b.scores, self.out.attention)
         self.project_mlp = Product(
             block.qkv_mlp, self.out.hidden, image_stream, columns=columns.mlp, gelu_scratch=b.scratch[image]
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mogle_rt.linear.branches import Streams
-from mogle_rt.ops.attention import JOINT, AttentionPlan
+from mogle_rt.ops.attention import Visibility
 
 
 @dataclass(frozen=True)
@@ -14,14 +14,14 @@ class Layout:
 
     Attributes:
         text, image, condition: rows T, N and N (or 0 without a condition).
-        plan: who attends to whom.
+        visibility: who attends to whom.
         add_cond_attn: the condition's gated attention output is added to the image rows.
     """
 
     text: int
     image: int
     condition: int
-    plan: AttentionPlan = JOINT
+    visibility: Visibility = Visibility.JOINT
     add_cond_attn: bool = False
 
     @property

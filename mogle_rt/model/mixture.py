@@ -9,7 +9,6 @@ are sequence-major, [N, B, …], see `mogle_rt.ops.choice`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mogle_rt.config import NUM_EXPERTS, MogleConfig
+from mogle_rt.encoders.mask_planes import MaskPlanes
 from mogle_rt.errors import ConfigError
 from mogle_rt.kernels.inputs import Experts, Gate
 from mogle_rt.linear.views import empty_parameter
@@ -45,7 +45,7 @@ class Regions:
     """What the experts see.
 
     Attributes:
-        planes: [P, N, 64], packed latents of pictures, of which the index names the distinct ones.
+        planes: [P, N, 64], packed latents of pictures; those that the index doesn't name are never read.
         index: int32 [B, 20], the plane that an expert sees, or -1: the picture that most of them share (the black one
             of all absent classes).
         absent: [N, 20, 64], every expert's output for that picture.
@@ -67,16 +67,6 @@ class Fused(NamedTuple):
     gate_input: Tensor
 
 
-def picture_contents(pictures: Tensor) -> list[Hashable]:
-    """A key for each of [P, …], equal for pictures that are equal bit by bit. Waits for the GPU.
-
-    Meta and fake tensors have no contents: there, all are taken to be distinct.
-    """
-    if pictures.is_meta or isinstance(pictures, FakeTensor):
-        return [(number, tuple(pictures.shape)) for number in range(len(pictures))]
-    return [picture.tobytes() for picture in pictures.contiguous().view(torch.uint8).cpu().numpy()]
-
-
 class MixtureOfExperts(nn.Module):
     """Experts and gate.
 
@@ -89,7 +79,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.config = config
         self.weight_is_scale = weight_is_scale
-        self._absent: tuple[Hashable, Tensor] | None = None  # the last shared picture, and the outputs for it
+        self._absent: tuple[Tensor, Tensor] | None = None  # the last shared picture, and every expert's output for it
         C, H, G = config.latent_dim, config.expert_dim, config.gate_dim
         if config.has_expert:
             self.expert_in = empty_parameter(NUM_EXPERTS, H, C)
@@ -127,47 +117,55 @@ class MixtureOfExperts(nn.Module):
         layers = self.gate_in.weight, self.gate_in.bias, self.gate_out.weight, self.gate_out.bias
         return Gate(latents, gate_input, time, self.noise_proj.weight, *layers)
 
-    def prepare(self, mask_latents: Tensor, ops: Ops, mixture: str | None, steps: int) -> Bank | Fused:
-        """Once an image. Nothing of the result is the caller's memory.
+    def prepare(self, masks: MaskPlanes, ops: Ops, mixture: str | None, steps: int) -> Bank | Fused:
+        """Once an image. Nothing of the result is the caller's memory, and shapes depend on B and N alone.
 
         Args:
-            mask_latents: [B, 20, N, 64], packed VAE latents of the palette picture and the 19 planes.
+            masks: the distinct pictures, and which expert sees which.
             ops: see `mogle_rt.ops.choice`.
             mixture: "bank" or "fused"; None takes what `Ops.cheaper_mixture` says.
             steps: of the run.
         """
         if not self.config.has_expert:
-            outputs = mask_latents.permute(2, 0, 1, 3).clone(memory_format=torch.contiguous_format)
-            return self._bank(outputs, mask_latents)
-        regions, index = self._regions(mask_latents, ops)
+            return self._bank(masks.stacked().permute(2, 0, 1, 3).contiguous(), masks)
+        regions, index = self._regions(masks, ops)
         if mixture is None and self._can_fuse:
-            tokens = mask_latents[:, 0].transpose(0, 1)
+            tokens = masks.seen_by(0).transpose(0, 1)
             gate = self._gate(tokens, tokens, self.noise_proj.bias)  # of the right shapes; the choice reads no values
             mixture = ops.cheaper_mixture(gate, self._experts(replace(regions, index=index)), steps)
         if mixture != "fused":
-            return self._bank(ops.region_experts(self._experts(regions)), mask_latents)
-        own = replace(regions, planes=regions.planes.clone(), absent=regions.absent.clone())
-        return Fused(own, self._gate_input(mask_latents))
+            return self._bank(ops.region_experts(self._experts(regions)), masks)
+        # There is room for as many planes as a batch can have: another mask's number of them is no other shape.
+        room = regions.planes.new_zeros(masks.index.size, *regions.planes.shape[1:])
+        room[: len(regions.planes)] = regions.planes
+        return Fused(replace(regions, planes=room, absent=regions.absent.clone()), self._gate_input(masks))
 
-    def _bank(self, outputs: Tensor, mask_latents: Tensor) -> Bank:
+    def _bank(self, outputs: Tensor, masks: MaskPlanes) -> Bank:
         if not self.config.has_gating:
             return Bank(outputs.sum(2, keepdim=True), None)
-        return Bank(outputs, self._gate_input(mask_latents))
+        return Bank(outputs, self._gate_input(masks))
 
-    def _gate_input(self, mask_latents: Tensor) -> Tensor:
-        return (mask_latents[:, 0].transpose(0, 1) + self.noise_proj.bias).contiguous()
+    def _gate_input(self, masks: MaskPlanes) -> Tensor:
+        return (masks.seen_by(0).transpose(0, 1) + self.noise_proj.bias).contiguous()
 
-    def _regions(self, mask_latents: Tensor, ops: Ops) -> tuple[Regions, Tensor]:
+    def _regions(self, masks: MaskPlanes, ops: Ops) -> tuple[Regions, Tensor]:
         """Which experts see what, and the index on the CPU."""
-        planes, first = mask_latents.flatten(0, 1), dict[Hashable, int]()
-        contents = picture_contents(planes)
-        numbers = [first.setdefault(content, number) for number, content in enumerate(contents)]
+        planes, numbers = masks.planes, masks.index.reshape(-1).tolist()
         shared, sharing = Counter(numbers).most_common(1)[0]
-        if self._absent is None or self._absent[0] != contents[shared]:  # black is the same for all masks of a size
-            self._absent = contents[shared], self._outputs_of(planes[shared], ops)
-        listed = [-1 if sharing > 1 and number == shared else number for number in numbers]
-        index = torch.tensor(listed, dtype=torch.int32, device="cpu").view(mask_latents.shape[:2])
-        return Regions(planes, index.to(planes.device), self._absent[1]), index
+        if sharing > 1:
+            absent = self._absent_outputs(planes[shared], ops)
+            numbers = [-1 if number == shared else number for number in numbers]
+        else:  # no expert reads these rows
+            absent = planes.new_zeros(planes.shape[1], NUM_EXPERTS, planes.shape[2])
+        index = torch.tensor(numbers, dtype=torch.int32, device="cpu").view(masks.index.shape)
+        return Regions(planes, index.to(planes.device), absent), index
+
+    def _absent_outputs(self, picture: Tensor, ops: Ops) -> Tensor:
+        """Every expert's output for the shared picture; the last one's are kept, as black is the same for all masks of
+        a size."""
+        if self._absent is None or not _same_bits(self._absent[0], picture):
+            self._absent = picture.clone(), self._outputs_of(picture, ops)
+        return self._absent[1]
 
     def _outputs_of(self, picture: Tensor, ops: Ops) -> Tensor:
         """Every expert's output for one picture: [N, 64] -> [N, 20, 64]."""
@@ -205,3 +203,10 @@ class MixtureOfExperts(nn.Module):
             return
         mix = ops.gate_mix_mean if self.weight_is_scale else ops.gate_mix
         mix(gate, known.outputs, out)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two pictures are equal bit by bit. Meta and fake tensors have no contents, and count as different."""
+    if b.is_meta or isinstance(b, FakeTensor) or (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    return torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))

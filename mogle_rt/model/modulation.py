@@ -46,7 +46,7 @@ class StepModulation:
 
 @dataclass(frozen=True)
 class ModulationTables:
-    """Modulations of all S steps; the condition's, which are constant, once."""
+    """Modulations of all steps; the condition's, which are constant, once. S is the capacity for steps."""
 
     double: Tensor  # [S, L, 6, 2, B, D], text and image rows of double blocks
     single: Tensor  # [S, L, 3, 1, B, D], text and image rows of single blocks
@@ -120,6 +120,7 @@ def modulation_tables(
     weights: Weights,
     *,
     latent_lora: bool = False,
+    capacity: int | None = None,
 ) -> ModulationTables:
     """Every modulation of a run, layer by layer.
 
@@ -128,8 +129,10 @@ def modulation_tables(
         condition_temb: [B, D], the same for timestep 0; None without a condition.
         weights: reads a tensor of the bundle; it is let go after its layer.
         latent_lora: the branch LoRA acts on the image's (and in single blocks the text's) modulation too.
+        capacity: for how many steps the tables have room, at least S; the further rows hold nothing. None: S.
     """
     steps, batch, width = temb.shape
+    capacity = steps if capacity is None else capacity
     rows = F.silu(temb).reshape(steps * batch, width)
     # The condition's rows stand below those of the steps: a weight is read once for both.
     all_rows = rows if condition_temb is None else torch.cat([rows, F.silu(condition_temb)])
@@ -137,8 +140,8 @@ def modulation_tables(
     def table(count: int, chunks: int, groups: int, *leading: int) -> Tensor:
         return temb.new_empty(*leading, count, chunks, groups, batch, width)
 
-    double = table(config.num_layers, 6, 2, steps)
-    single = table(config.num_single_layers, 3, 1, steps)
+    double = table(config.num_layers, 6, 2, capacity)
+    single = table(config.num_single_layers, 3, 1, capacity)
     condition_double = None if condition_temb is None else table(config.num_layers, 6, 1)
     condition_single = None if condition_temb is None else table(config.num_single_layers, 3, 1)
 
@@ -157,13 +160,13 @@ def modulation_tables(
 
     for i in range(config.num_layers):
         constant = None if condition_double is None else condition_double[i, :, 0]
-        fill(f"transformer_blocks.{i}.norm1.linear", double[:, i, :, 1], constant, lora=latent_lora)
-        fill(f"transformer_blocks.{i}.norm1_context.linear", double[:, i, :, 0])
+        fill(f"transformer_blocks.{i}.norm1.linear", double[:steps, i, :, 1], constant, lora=latent_lora)
+        fill(f"transformer_blocks.{i}.norm1_context.linear", double[:steps, i, :, 0])
     for i in range(config.num_single_layers):
         constant = None if condition_single is None else condition_single[i, :, 0]
-        fill(f"single_transformer_blocks.{i}.norm.linear", single[:, i, :, 0], constant, lora=latent_lora)
-    out = temb.new_empty(steps, 2, 1, batch, width)
-    fill("norm_out.linear", out[:, :, 0])
+        fill(f"single_transformer_blocks.{i}.norm.linear", single[:steps, i, :, 0], constant, lora=latent_lora)
+    out = temb.new_empty(capacity, 2, 1, batch, width)
+    fill("norm_out.linear", out[:steps, :, 0])
     for t in (double, single, condition_double, condition_single):
         if t is not None:
             t[..., 1::3, :, :, :] += 1  # scale -> 1 + scale

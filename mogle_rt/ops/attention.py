@@ -32,27 +32,35 @@ class Visibility(enum.Enum):
     INDEPENDENT = "independent"  # the rest sees the condition, the condition only itself
     SCALED = "scaled"  # everything sees everything, with log(scale) added between the groups
 
+    @classmethod
+    def of(cls, model: ModelConfig, condition_scale: float) -> Visibility:
+        """condition_scale other than 1 overrides the other two switches, as in the reference; 0 separates the groups."""
+        if condition_scale not in (0, 1):
+            return cls.SCALED
+        if condition_scale == 0:
+            return cls.SEPARATE
+        if model.independent_condition:
+            return cls.INDEPENDENT
+        return cls.JOINT if model.union_cond_attn else cls.SEPARATE
+
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """The switches of a run: visibility, and the logarithm of condition_scale where it is SCALED."""
+    """Who sees whom, and how strongly.
 
-    visibility: Visibility = Visibility.JOINT
-    log_scale: float = 0.0
+    The strength is read from memory each time, so that one captured graph serves every condition_scale.
 
-    @classmethod
-    def of(cls, model: ModelConfig, condition_scale: float) -> AttentionPlan:
-        """condition_scale other than 1 overrides the other two switches, as in the reference; 0 separates the groups."""
-        if condition_scale == 0:
-            return cls(Visibility.SEPARATE)
-        if condition_scale != 1:
-            return cls(Visibility.SCALED, math.log(condition_scale))
-        if model.independent_condition:
-            return cls(Visibility.INDEPENDENT)
-        return cls(Visibility.JOINT if model.union_cond_attn else Visibility.SEPARATE)
+    Attributes:
+        log_scale: float32 [1] on the device of q, log(condition_scale); read only where visibility is SCALED.
+    """
+
+    visibility: Visibility
+    log_scale: Tensor
 
 
-JOINT = AttentionPlan()
+def log_scale_of(condition_scale: float, device: torch.device) -> Tensor:
+    """`AttentionPlan.log_scale` for a condition_scale, 0 and above; 0 for scale 0, at which nothing reads it."""
+    return torch.tensor([math.log(condition_scale) if condition_scale > 0 else 0.0], dtype=torch.float32, device=device)
 
 
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: AttentionPlan) -> Tensor:
@@ -135,7 +143,7 @@ def _rows(out: Tensor) -> Tensor:
     return out.permute(2, 0, 1, 3).flatten(2).contiguous()
 
 
-def _merged(q: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], log_scale: float) -> Tensor:
+def _merged(q: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], log_scale: Tensor) -> Tensor:
     """softmax over both groups with ``log_scale`` on the other group's scores: each alone, joined by log-sum-exp.
 
     With (o, l) each group's output and log-sum-exp, the joint softmax gives the other group the total weight

@@ -125,7 +125,7 @@ _region_expert_mix = _define(fused_kernels, "region_expert_mix", f"{_GATE}, {_EX
 _joint_attention = _define(
     attention_kernels,
     "joint_attention",
-    "Tensor q, Tensor k, Tensor v, Tensor(a!) out, SymInt condition_from, str visibility, float log_scale",
+    "Tensor q, Tensor k, Tensor v, Tensor(a!) out, SymInt condition_from, str visibility, Tensor log_scale",
 )
 
 

@@ -119,8 +119,8 @@ def test_the_training_forward_is_the_runtimes(scalar_gate: bool, pipe: Pipeline)
     masks, x = torch.randn(2, 20, 64, 64, generator=g), torch.randn(2, 64, 64, generator=g)
     sequence, pooled = torch.randn(2, 48, 128, generator=g), torch.randn(2, 128, generator=g)
     schedule = make_schedule(pipe.bundle.config.scheduler, 3, 64)
-    conditions = Conditions(
-        mask_latents=masks, prompt_embeds=sequence, pooled_prompt_embeds=pooled, guidance_scale=3.5, grid=(8, 8)
+    conditions = Conditions.from_mask_latents(
+        masks, prompt_embeds=sequence, pooled_prompt_embeds=pooled, guidance_scale=3.5, grid=(8, 8)
     )
     engine = TorchEngine(pipe.bundle, torch.device("cpu"), torch.float32, ModelConfig(weight_is_scale=scalar_gate))
     engine.prepare(conditions, schedule)

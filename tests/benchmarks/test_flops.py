@@ -39,8 +39,8 @@ def test_a_steps_flops(name: str, pixels: int, batch: int, kernels: str) -> None
     ranks = dict.fromkeys(schema.lora_modules(transformer), 4)
     bundle = WeightlessBundle(replace(FLUX_BUNDLE, transformer=transformer), ranks)
     engine = TorchEngine(bundle, META, torch.float32, ModelConfig(), kernels=kernels)
-    conditions = Conditions(
-        mask_latents=empty(batch, NUM_EXPERTS, side**2, 64),
+    conditions = Conditions.from_mask_latents(
+        empty(batch, NUM_EXPERTS, side**2, 64),
         prompt_embeds=empty(batch, size.text, transformer.joint_attention_dim),
         pooled_prompt_embeds=empty(batch, transformer.pooled_projection_dim),
         guidance_scale=3.5,
@@ -72,8 +72,8 @@ def test_whatever_has_flops_is_timed_as_a_product(
     bundle = Bundle(write_checkpoint(tmp_path).convert(tmp_path / "b.safetensors"))
     engine = TorchEngine(bundle, torch.device("cpu"), torch.float32, ModelConfig())
     transformer, tokens = bundle.config.transformer, 6
-    conditions = Conditions(
-        mask_latents=torch.randn(1, NUM_EXPERTS, tokens, 64),
+    conditions = Conditions.from_mask_latents(
+        torch.randn(1, NUM_EXPERTS, tokens, 64),
         prompt_embeds=torch.randn(1, 4, transformer.joint_attention_dim),
         pooled_prompt_embeds=torch.randn(1, transformer.pooled_projection_dim),
         guidance_scale=3.5,

@@ -117,7 +117,7 @@ def test_attention_is_one_operation(masked: bool) -> None:
 def test_scaled_attention_has_no_scores() -> None:
     """Two groups, each attending to both: four attentions, whose products are those of one."""
     q = empty(300, 1, 2, 16)
-    plans = AttentionPlan(), AttentionPlan(Visibility.SCALED, 0.5)
+    plans = [AttentionPlan(visibility, empty(1)) for visibility in (Visibility.JOINT, Visibility.SCALED)]
     whole, scaled = (counted(lambda plan=plan: joint_attention(q, q, q, 200, plan)) for plan in plans)  # type: ignore[misc]
     assert scaled.flops == whole.flops == 4 * 300 * 300 * 32
     assert scaled.peak < 300 * 300 * 4

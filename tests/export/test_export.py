@@ -36,7 +36,7 @@ from mogle_rt.export.verify import CASES as SIZES
 from mogle_rt.export.verify import STEPS, Case, Comparison, _coarsest, check, summary, verify
 from mogle_rt.export.weights import COPY_NAME, Weights
 from mogle_rt.loop.denoise import euler
-from mogle_rt.loop.schedule import make_schedule
+from mogle_rt.loop.schedule import Schedule, make_schedule
 from mogle_rt.masks import condition_picture
 from tests.checkpoints import TINY, Files, write_checkpoint
 from tests.conftest import CASES, GoldenCase, assert_close
@@ -277,6 +277,7 @@ def test_latents_are_a_copy() -> None:
             return torch.zeros_like(latents)
 
     engine = Still()
+    engine.follow(Schedule(torch.ones(2), torch.ones(1), torch.ones(1)), torch.device("cpu"))
     engine.start(torch.ones(1, 4, 64))
     engine.latents().zero_()
     assert torch.equal(engine.latents(), torch.ones(1, 4, 64))

@@ -270,7 +270,7 @@ def _attention(
         "out": r.empty(Lq, B, H * d, extra=extra),
         "condition_from": condition,
         "visibility": visibility,
-        "log_scale": log_scale,
+        "log_scale": r.empty(1, extra=extra, dtype=torch.float32).fill_(log_scale),
     }
 
 

@@ -72,6 +72,13 @@ def refused(case: Case, name: str, change: Change, message: str) -> None:
         ("region_expert_mix", "experts.planes", lambda x: x[:, :-1], "absent must be|must agree in N, B, C, E"),
         ("joint_attention", "visibility", lambda x: "all", "visibility must be one of joint, separate, .* got 'all'"),
         ("joint_attention", "condition_from", lambda x: 51, "condition_from must be 0 to 50, got 51"),
+        (
+            "joint_attention",
+            "log_scale",
+            lambda x: x.double(),
+            "log_scale must be torch.float32 on .*, got torch.float64",
+        ),
+        ("joint_attention", "log_scale", lambda x: x.expand(2), r"log_scale must be \[1\], got \[2\]"),
         ("joint_attention", "v", lambda x: x[:-1], r"v must be \[50, 2, 3, 24\], got \[49, 2, 3, 24\]"),
     ],
 )
@@ -125,8 +132,9 @@ def test_offsets_past_32_bits() -> None:
     k = far_apart(L, 1, 1, 16)
     q = torch.randn(L, 1, 1, 16).half()
     out, expected = torch.empty(L, 1, 16).half(), torch.empty(L, 1, 16).half()
-    joint_attention(q, k, k, out, 2, "scaled", 0.3)
-    joint_attention_ref(q, k, k, expected, 2, "scaled", 0.3)
+    log_scale = torch.tensor([0.3])
+    joint_attention(q, k, k, out, 2, "scaled", log_scale)
+    joint_attention_ref(q, k, k, expected, 2, "scaled", log_scale)
     assert_close(out, expected, rms=2e-3)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -26,6 +28,7 @@ from mogle_rt.loop.denoise import denoise
 from mogle_rt.loop.graphs import GRAPH, why_eager
 from mogle_rt.loop.schedule import make_schedule
 from mogle_rt.loop.step import Step
+from mogle_rt.model.mixture import MixtureOfExperts
 from mogle_rt.model.modulation import ModulationTables, modulation_tables
 from mogle_rt.ops.choice import VARIABLE, choice, choose
 from tests.conftest import CASES, GoldenCase, assert_close, needs_triton
@@ -40,12 +43,12 @@ def bundle(tiny_bundle: Path) -> Bundle:
     return Bundle(tiny_bundle)
 
 
-def run(engine: TorchEngine, bundle: Bundle, asked: Conditions, seed: int = 0) -> Tensor:
+def run(engine: TorchEngine, bundle: Bundle, asked: Conditions, seed: int = 0, steps: int = STEPS) -> Tensor:
     tokens = GRID[0] * GRID[1]
-    schedule = make_schedule(bundle.config.scheduler, STEPS, tokens)
+    schedule = make_schedule(bundle.config.scheduler, steps, tokens)
     engine.prepare(asked, schedule)
     g = torch.Generator().manual_seed(seed)
-    noise = torch.randn(asked.mask_latents.shape[0], tokens, 64, generator=g)
+    noise = torch.randn(asked.masks.batch, tokens, 64, generator=g)
     return denoise(engine, noise.to(engine.device, engine.dtype), schedule)
 
 
@@ -55,8 +58,8 @@ def asked_of(bundle: Bundle) -> Callable[..., Conditions]:
 
     def make(seed: int, text: int = 5, batch: int = 1) -> Conditions:
         g = torch.Generator().manual_seed(seed)
-        return Conditions(
-            mask_latents=torch.randn(batch, 20, GRID[0] * GRID[1], 64, generator=g),
+        return Conditions.from_mask_latents(
+            torch.randn(batch, 20, GRID[0] * GRID[1], 64, generator=g),
             prompt_embeds=torch.randn(batch, text, t.joint_attention_dim, generator=g),
             pooled_prompt_embeds=torch.randn(batch, t.pooled_projection_dim, generator=g),
             guidance_scale=3.0 + seed,
@@ -115,7 +118,7 @@ def test_modulations_are_kept_while_nothing_they_hang_on_changes(
 
     monkeypatch.setattr("mogle_rt.engines.torch_engine.modulation_tables", noted)
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
-    first, other_mask = asked(1), replace(asked(1), mask_latents=asked(2).mask_latents)
+    first, other_mask = asked(1), replace(asked(1), masks=asked(2).masks)
     results = [run(engine, bundle, c) for c in (first, other_mask, first)]
     assert len(made) == 1
     assert torch.equal(results[0], results[2])
@@ -137,6 +140,49 @@ def test_another_shape_has_its_own_step(bundle: Bundle) -> None:
     run(engine, bundle, asked(1, text=6))
     assert engine.prepared is not step
     assert len(engine._runners) == 1  # activations of old shapes don't stay
+
+
+def test_sliders_change_no_shape(bundle: Bundle) -> None:
+    """condition_scale and the number of steps are data: runs of other values go through the same memory, and are what a
+    new engine makes of them."""
+    asked = asked_of(bundle)
+    engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
+    run(engine, bundle, replace(asked(1), condition_scale=0.5))
+    step, addresses = engine.prepared, engine.prepared.addresses()
+    seen: list[Tensor] = []
+    for scale, steps in ((0.7, STEPS), (3.0, STEPS), (3.0, 1), (3.0, 7), (0.7, 8), (0.5, STEPS)):
+        asked_for = replace(asked(1), condition_scale=scale)
+        made = run(engine, bundle, asked_for, steps=steps)
+        assert engine.prepared is step
+        assert step.addresses() == addresses
+        fresh = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
+        assert torch.equal(made, run(fresh, bundle, asked_for, steps=steps))
+        assert not any(torch.equal(made, other) for other in seen)
+        seen.append(made)
+    for other in ({"condition_scale": 1.0}, {"condition_scale": 0.0}):  # exact, on attention of their own
+        run(engine, bundle, replace(asked(1), **other))
+        assert engine.prepared is not step
+
+
+def test_steps_past_the_end_are_refused(bundle: Bundle) -> None:
+    """Of the run's own steps, though its tables have room for more."""
+    engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
+    with pytest.raises(RuntimeError, match=r"prepare\(\) must be called before a step"):
+        engine.advance()
+    final = run(engine, bundle, asked_of(bundle)(1))
+    assert len(engine.prepared.inputs.sigma_steps) > STEPS
+    with pytest.raises(IndexError, match=r"all 3 steps of the schedule are done: call start\(\)"):
+        engine.advance()
+    assert torch.equal(engine.latents(), final)
+    for compute in (engine.condition, engine.step):
+        with pytest.raises(IndexError, match="all 3 steps of the schedule are done"):
+            compute(final, STEPS)
+        with pytest.raises(IndexError, match="step must be 0 to 3, as the schedule has 3 steps, got 4"):
+            compute(final, STEPS + 1)
+    with pytest.raises(IndexError, match="got -1"):
+        engine.start(final, -1)
+    engine.start(final, STEPS - 1)
+    engine.advance()
 
 
 def test_changed_inputs_are_refused(bundle: Bundle) -> None:
@@ -162,16 +208,22 @@ class FakeCuda:
     """What capture takes of torch.cuda, on the CPU: work under capture leaves no trace, a replay does it.
 
     Attributes:
-        engine: whose step is captured. fault: raised by the capture's end. captures: pool and stream of each.
+        engine: whose step is captured. faults: raised by the next captures' ends. captures: pool and stream of each.
     """
 
     engine: TorchEngine
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.fault: Exception | None = None
+        self.faults: list[Exception] = []
         self.captures: list[tuple[object, object]] = []
+        replay = self.replay
+
+        class Graph:
+            def replay(self) -> None:
+                replay()
+
         fakes = {
-            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: self.engine.prepared.advance()),
+            "CUDAGraph": Graph,
             "Stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
             "current_stream": lambda device: SimpleNamespace(wait_stream=lambda other: None),
             "stream": lambda stream: nullcontext(),
@@ -182,6 +234,9 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr("mogle_rt.loop.graphs.why_eager", lambda device, cuda_graphs: None)
 
+    def replay(self) -> None:
+        self.engine.prepared.advance()
+
     @contextmanager
     def capture(self, graph: object, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
         step = self.engine.prepared
@@ -191,8 +246,8 @@ class FakeCuda:
         for t, before in zip(written, saved, strict=True):
             t.copy_(before)
         self.captures.append((pool, stream))
-        if self.fault is not None:
-            raise self.fault
+        if self.faults:
+            raise self.faults.pop(0)
 
 
 @pytest.fixture
@@ -216,6 +271,127 @@ def test_capture_changes_no_result(bundle: Bundle, fake_cuda: FakeCuda, expected
     assert len(fake_cuda.captures) == 1
 
 
+def test_sliders_capture_nothing_anew(bundle: Bundle, fake_cuda: FakeCuda) -> None:
+    asked = asked_of(bundle)
+    for scale, steps in ((0.5, 3), (2.0, 3), (2.0, 8), (0.5, 1)):
+        run(fake_cuda.engine, bundle, replace(asked(1), condition_scale=scale), steps=steps)
+    assert len(fake_cuda.captures) == 1
+    run(fake_cuda.engine, bundle, replace(asked(1), condition_scale=2.0), steps=9)  # more than there is room for
+    assert len(fake_cuda.captures) == 2
+
+
+def test_kept_graphs_are_bounded_in_bytes(bundle: Bundle, fake_cuda: FakeCuda) -> None:
+    """The least recently used go first, and go when the bound is passed."""
+    asked, engine = asked_of(bundle), fake_cuda.engine
+    engine._runners.limit = 1 << 40
+    sizes: dict[int, int] = {}
+    for text in (5, 6, 7):
+        run(engine, bundle, asked(1, text=text))
+        sizes[text] = engine.prepared.nbytes
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(held_by(engine.prepared))}
+    assert sizes[7] == sum(held.values())
+    assert engine._runners.nbytes == sum(sizes.values())
+    run(engine, bundle, asked(1, text=5))  # now used last
+    assert len(fake_cuda.captures) == 3
+    engine._runners.limit = sizes[5] + sizes[7] + sizes[7]
+    run(engine, bundle, asked(1, text=8))  # 6 and 7 go
+    assert engine._runners.nbytes == sizes[5] + engine.prepared.nbytes <= engine._runners.limit
+    run(engine, bundle, asked(1, text=5))
+    run(engine, bundle, asked(1, text=8))
+    assert len(fake_cuda.captures) == 4
+    run(engine, bundle, asked(1, text=6))
+    assert len(fake_cuda.captures) == 5
+    engine._runners.limit = 1  # the one in use is kept all the same
+    run(engine, bundle, asked(1, text=7))
+    assert len(engine._runners) == 1
+
+
+def held_by(step: Step) -> object:
+    """All that a step holds, weights aside."""
+    return step.inputs, step.modulation, step.time, step.sigma_step, list(vars(step.buffers).values())
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch, where: str, name: str, times: int) -> list[int]:
+    """A function that runs out of memory in its next calls, so many times; it notes its calls."""
+    owner: Any = {"Step": Step, "MixtureOfExperts": MixtureOfExperts}[where]
+    whole, calls = getattr(owner, name), list[int]()
+
+    def short(*args: Any, **options: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) <= times:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return whole(*args, **options)
+
+    monkeypatch.setattr(owner, name, short)
+    return calls
+
+
+OF_A_NEW_SHAPE = [("MixtureOfExperts", "prepare"), ("Step", "__init__"), ("Step", "advance")]
+
+
+@pytest.mark.parametrize(("where", "name"), OF_A_NEW_SHAPE, ids=lambda x: x)
+def test_graphs_are_given_up_when_memory_is_short(
+    where: str,
+    name: str,
+    bundle: Bundle,
+    fake_cuda: FakeCuda,
+    expected: Tensor,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While inputs are computed, buffers made, or a graph warmed up: all others go, and it is tried once more."""
+    engine, asked = fake_cuda.engine, asked_of(bundle)
+    engine._runners.limit = 1 << 40
+    for text in (6, 7):
+        run(engine, bundle, asked(1, text=text))
+    gone = [weakref.ref(runner.step) for runner in engine._runners._runners.values()]
+    assert len(gone) == 2
+    with monkeypatch.context() as patched:
+        calls = short_of_memory(patched, where, name, 1)
+        with caplog.at_level(logging.WARNING):
+            assert torch.equal(run(engine, bundle, asked(1)), expected)
+    assert len(calls) >= 2
+    assert len(engine._runners) == 1
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]  # nobody else holds their memory
+    assert engine.execution == GRAPH
+    assert "memory is short: 2 kept steps of other shapes were given up" in caplog.text
+
+
+@pytest.mark.parametrize(("where", "name"), OF_A_NEW_SHAPE, ids=lambda x: x)
+def test_too_little_memory_is_an_error(
+    where: str, name: str, bundle: Bundle, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried once more where something could be given up, and not at all where nothing could."""
+    engine, asked = fake_cuda.engine, asked_of(bundle)
+    engine._runners.limit = 1 << 40
+    run(engine, bundle, asked(1, text=6))
+    for tries in (2, 1):
+        with monkeypatch.context() as patched:
+            calls = short_of_memory(patched, where, name, 9)
+            with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+                run(engine, bundle, asked(1, text=5 if tries == 2 else 7))
+        if name != "advance":  # there, the new runner itself stays, to be given up by the next
+            assert len(calls) == tries
+    run(engine, bundle, asked(1))
+
+
+def test_capture_short_of_memory(bundle: Bundle, fake_cuda: FakeCuda, expected: Tensor) -> None:
+    """Others are given up and the capture is done again; where there are none, steps run eagerly."""
+    engine, asked = fake_cuda.engine, asked_of(bundle)
+    engine._runners.limit = 1 << 40
+    run(engine, bundle, asked(1, text=6))
+    fake_cuda.faults = [torch.OutOfMemoryError("CUDA out of memory")]
+    assert torch.equal(run(engine, bundle, asked(1)), expected)
+    assert engine.execution == GRAPH
+    assert len(engine._runners) == 1
+    assert len(fake_cuda.captures) == 3
+    engine._runners.clear()
+    fake_cuda.faults = [torch.OutOfMemoryError("CUDA out of memory")]
+    assert torch.equal(run(engine, bundle, asked(1)), expected)
+    assert engine.execution == "eager: capturing the step failed: CUDA out of memory"
+
+
 def test_graphs_share_memory(bundle: Bundle, fake_cuda: FakeCuda) -> None:
     """A pool's blocks are of one stream: it has to be the same for every capture."""
     for text in (5, 6):
@@ -229,14 +405,13 @@ def test_failed_capture_is_told(
     bundle: Bundle, fake_cuda: FakeCuda, expected: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Steps run eagerly, from where they were, everyone is told, and the next capture has another pool."""
-    fake_cuda.fault = RuntimeError("CUDA error: operation not permitted\nwhen stream is capturing")
+    fake_cuda.faults = [RuntimeError("CUDA error: operation not permitted\nwhen stream is capturing")]
     with caplog.at_level(logging.WARNING):
         assert torch.equal(run(fake_cuda.engine, bundle, asked_of(bundle)(1)), expected)
     told = "eager: capturing the step failed: CUDA error: operation not permitted"
     assert fake_cuda.engine.execution == told
     assert told in caplog.text
     assert len(fake_cuda.captures) == 1
-    fake_cuda.fault = None
     run(fake_cuda.engine, bundle, asked_of(bundle)(1, text=6))
     assert fake_cuda.engine.execution == GRAPH
     first, second = fake_cuda.captures

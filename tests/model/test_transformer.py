@@ -98,6 +98,7 @@ def test_without_condition_equals_diffusers(number: int, batch: int, tmp_path: P
         modulation_of=(torch.empty(0), torch.empty(0), torch.empty(0)),
         rope=engine.ops.rope_buffer(rope_table(torch.cat([torch.zeros(text_rows, 3), ids]), c.axes_dims_rope)),
         sigma_steps=torch.zeros(1),
+        log_scale=torch.zeros(1),
     )
     layout = Layout(text=text_rows, image=len(ids), condition=0)
     step = Step(engine.transformer, engine.mogle, inputs, layout, engine.ops)
@@ -141,8 +142,8 @@ def test_step_equals_the_baseline(
     text, pooled, latents = torch.randn(1, 9, 20), torch.randn(1, 12), torch.randn(1, tokens, 64)
     schedule = make_schedule(bundle.config.scheduler, steps, tokens)
     engine.prepare(
-        Conditions(
-            mask_latents=mask_latents,
+        Conditions.from_mask_latents(
+            mask_latents,
             prompt_embeds=text,
             pooled_prompt_embeds=pooled,
             guidance_scale=4.0,
@@ -181,7 +182,7 @@ def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, c: int, p
     same = group_q[:, None] == group_k[None]
     bias = torch.zeros(same.shape, dtype=torch.float64)
     if plan.visibility is Visibility.SCALED:
-        bias[~same] = plan.log_scale
+        bias[~same] = plan.log_scale.double()
     elif plan.visibility is Visibility.SEPARATE:
         bias[~same] = -torch.inf
     elif plan.visibility is Visibility.INDEPENDENT:
@@ -195,7 +196,7 @@ def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, c: int, p
 @pytest.mark.parametrize("batch", [1, 2])
 def test_grouped_attention_equals_dense(visibility: Visibility, queries: int, batch: int) -> None:
     q, k, v = (torch.randn(rows, batch, 3, 24) for rows in (queries, 26, 26))
-    plan = AttentionPlan(visibility, log_scale=-1.3 if visibility is Visibility.SCALED else 0.0)
+    plan = AttentionPlan(visibility, torch.tensor([-1.3]))
     assert_close(joint_attention(q, k, v, 15, plan), dense_attention(q, k, v, 15, plan).float(), rms=1e-6)
 
 
@@ -209,7 +210,7 @@ def test_attention_by_products_equals_dense(
     """As the step calls it: q, k and v side by side, a result with gaps between its rows, whatever was in its memory."""
     qkv, (heads, size) = torch.randn(26, batch, 3, 3, 24), (3, 24)
     q, k, v = qkv[:queries, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-    plan = AttentionPlan(visibility, log_scale=-1.3 if visibility is Visibility.SCALED else 0.0)
+    plan = AttentionPlan(visibility, torch.tensor([-1.3]))
     scores = scores_room(q, heads, 26)
     assert scores is not None
     beside = torch.full((queries, batch, heads * size + 5), torch.nan)
@@ -251,7 +252,7 @@ def test_plain_attention_is_done_in_parts() -> None:
 
 
 def test_condition_scale_of_zero_separates() -> None:
-    assert AttentionPlan.of(ModelConfig(), 0.0).visibility is Visibility.SEPARATE
+    assert Visibility.of(ModelConfig(), 0.0) is Visibility.SEPARATE
 
 
 def test_position_is_moved_before_it_is_scaled() -> None:
@@ -264,8 +265,8 @@ def test_position_is_moved_before_it_is_scaled() -> None:
 def test_half_precision_follows_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     files = write_checkpoint(tmp_path, CONFIGS[0])
     bundle = Bundle(files.convert(tmp_path / "b.safetensors"))
-    conditions = Conditions(
-        mask_latents=torch.randn(1, 20, 4, 64),
+    conditions = Conditions.from_mask_latents(
+        torch.randn(1, 20, 4, 64),
         prompt_embeds=torch.randn(1, 3, 20),
         pooled_prompt_embeds=torch.randn(1, 12),
         guidance_scale=3.5,

@@ -1,0 +1,177 @@
+"""The loop asks nothing of a device that nobody asked for, and its bar counts finished steps alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mogle_rt.engines.velocity import VelocityLoop
+from mogle_rt.loop.denoise import denoise
+from mogle_rt.loop.progress import Progress
+from mogle_rt.loop.schedule import Position, Schedule, step_capacity, with_further_rows
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+STEPS = 5
+SCHEDULE = Schedule(torch.linspace(1, 0, STEPS + 1), torch.arange(STEPS), torch.arange(STEPS))
+
+
+class Engine:
+    """Adds 1 to its latents in each step; a GPU would do so later.
+
+    Attributes:
+        asked: what was asked of it. queued, finished: steps.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.queued = self.finished = 0
+        self._latents = torch.zeros(1, 2, 3)
+
+    def start(self, latents: Tensor, k: int = 0) -> None:
+        self.asked.append(f"start {k}")
+        self._latents = latents
+
+    def advance(self) -> None:
+        self.queued += 1
+        self._latents = self._latents + 1
+
+    def latents(self) -> Tensor:
+        self.asked.append("latents")
+        self.finished = self.queued
+        return self._latents.clone()
+
+
+def test_nothing_is_copied_without_a_callback() -> None:
+    """Only the result is; with a callback, the latents are copied for it and taken back after every step."""
+    engine = Engine()
+    result = denoise(engine, torch.zeros(1, 2, 3), SCHEDULE, progress=Progress(CPU, lambda n: None))
+    assert torch.equal(result, torch.full((1, 2, 3), float(STEPS)))
+    assert engine.asked == ["start 0", "latents"]
+    engine = Engine()
+    result = denoise(engine, torch.zeros(1, 2, 3), SCHEDULE, lambda k, latents: latents.mul_(2))
+    assert result.unique().tolist() == [2.0 + 4 + 8 + 16 + 32]
+    assert engine.asked == ["start 0"] + [e for k in range(STEPS) for e in ("latents", f"start {k + 1}")] + ["latents"]
+
+
+def test_on_a_cpu_a_step_counts_when_it_returns() -> None:
+    engine, counted = Engine(), [0]
+
+    def tick(steps: int) -> None:
+        counted.append(counted[-1] + steps)
+        assert counted[-1] == engine.queued
+
+    denoise(engine, torch.zeros(1, 2, 3), SCHEDULE, progress=Progress(CPU, tick))
+    assert counted == list(range(STEPS + 1))
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engine, int], list[int]]:
+    """A fake GPU's events: `behind` an engine, whose GPU finishes a step with every so many looks at it."""
+    engine, every, looks = Engine(), 1, [0]
+
+    class Event:
+        def record(self, stream: object) -> None:
+            assert stream == "stream of cuda"
+            self.step = engine.queued
+
+        def query(self) -> bool:
+            looks[0] += 1
+            if looks[0] % every == 0:
+                engine.finished = min(engine.finished + 1, engine.queued)
+            return self.step <= engine.finished
+
+        def synchronize(self) -> None:
+            raise AssertionError("the host waits for the GPU")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "synchronize", Event.synchronize)
+    monkeypatch.setattr("mogle_rt.loop.progress.POLL", 0)
+
+    def behind(of: Engine, looks_a_step: int) -> list[int]:
+        nonlocal engine, every
+        engine, every = of, looks_a_step
+        return looks
+
+    return behind
+
+
+@pytest.mark.parametrize("looks_a_step", [1, 3, 100])
+def test_on_a_gpu_a_step_counts_when_its_event_has_come(
+    looks_a_step: int, events: Callable[[Engine, int], list[int]]
+) -> None:
+    """The bar never runs ahead of the GPU, the host never waits in the loop, and in the end all steps have counted."""
+    engine, bar = Engine(), [0]
+    looks = events(engine, looks_a_step)
+
+    def tick(steps: int) -> None:
+        bar[0] += steps
+        assert bar[0] <= engine.finished
+
+    progress, seen = Progress(CUDA, tick), []
+
+    def stop() -> bool:  # asked after every step
+        seen.append((engine.queued, bar[0], looks[0]))
+        return False
+
+    denoise(engine, torch.zeros(1, 2, 3), SCHEDULE, stop=stop, progress=progress)
+    assert bar == [STEPS]
+    assert [queued for queued, *_ in seen] == [1, 2, 3, 4, 5]
+    if looks_a_step == 100:
+        assert [(counted, n) for _, counted, n in seen] == [(0, k) for k in range(1, 6)]  # one look a step
+
+
+def test_interrupted_steps_do_not_count(events: Callable[[Engine, int], list[int]]) -> None:
+    engine, bar = Engine(), [0]
+    events(engine, 2)
+
+    def tick(steps: int) -> None:
+        bar[0] += steps
+
+    denoise(engine, torch.zeros(1, 2, 3), SCHEDULE, stop=lambda: engine.queued == 3, progress=Progress(CUDA, tick))
+    assert bar == [3]
+
+
+class Still(VelocityLoop):
+    """Nothing moves."""
+
+    def step(self, latents: Tensor, k: int) -> Tensor:
+        return torch.zeros_like(latents)
+
+
+def test_steps_past_the_end_are_refused() -> None:
+    engine = Still()
+    with pytest.raises(RuntimeError, match=r"prepare\(\) must be called before a step"):
+        engine.advance()
+    engine.follow(SCHEDULE, CPU)
+    engine.start(torch.zeros(1, 2, 3), STEPS - 1)
+    engine.advance()
+    with pytest.raises(IndexError, match=r"all 5 steps of the schedule are done: call start\(\)"):
+        engine.advance()
+    with pytest.raises(IndexError, match="step must be 0 to 5, as the schedule has 5 steps, got 6"):
+        engine.start(torch.zeros(1, 2, 3), STEPS + 1)
+    engine.start(torch.zeros(1, 2, 3), 0)
+    engine.advance()
+    engine.follow(SCHEDULE, CPU)  # another run begins at its first step
+    for _ in range(STEPS):
+        engine.advance()
+
+
+def test_a_failed_step_can_be_done_again() -> None:
+    position = Position(2)
+    assert [position.next_step(), position.next_step()] == [0, 0]
+    position.go_to(2)
+    with pytest.raises(IndexError):
+        position.next_step()
+    with pytest.raises(IndexError, match="got -1"):
+        position.go_to(-1)
+
+
+def test_tables_have_room_for_more_steps() -> None:
+    assert [step_capacity(s) for s in (1, 8, 9, 16, 28, 32, 33, 1000)] == [8, 8, 16, 16, 32, 32, 64, 1024]
+    rows = torch.tensor([[1.0], [2.0]])
+    assert with_further_rows(rows, 4, -1.0).tolist() == [[1.0], [2.0], [-1.0], [-1.0]]
+    assert with_further_rows(rows, 2).data_ptr() != rows.data_ptr()
