@@ -47,7 +47,7 @@ RANK = 4  # of a LoRA; q, k, v and proj_mlp have one each, side by side
 
 def tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
     """All tensors among a call's arguments by name, those of the gate and the experts as "gate.latents" and so on."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, value in arguments.items():
         if isinstance(value, Gate | Experts):
             found |= {f"{name}.{field.name}": getattr(value, field.name) for field in dataclasses.fields(value)}
