@@ -191,9 +191,11 @@ def _say(what: str) -> None:
 
 def _require_onnx() -> None:
     """onnx and onnxruntime are an extra."""
-    for package in ("onnx", "onnxruntime"):
+    from mogle_rt.engines.onnxruntime_import import import_onnxruntime
+
+    for package, load in (("onnx", lambda: __import__("onnx")), ("onnxruntime", import_onnxruntime)):
         try:
-            __import__(package)
+            load()
         except ImportError as error:
             raise DeviceError(f"export needs the package {package} ({error}): pip install 'mogle-rt[export]'") from None
 

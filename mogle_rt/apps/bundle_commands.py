@@ -1,4 +1,4 @@
-"""The commands about bundles: ``convert`` makes one, ``info`` prints what is in it, ``examples`` lists masks for the demo."""
+"""Commands about bundles: ``convert`` makes one, ``info`` prints what is in it, ``examples`` lists masks for the demo."""
 
 from __future__ import annotations
 
