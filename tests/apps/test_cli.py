@@ -470,7 +470,6 @@ def test_settings_too_long_for_a_jpeg(tmp_path: Path) -> None:
         ("nonsense",),
         ("info",),
         ("info", "a", "b"),
-        ("generate", "ckpt.safetensors"),
         ("generate", "ckpt.safetensors", "-o", "x.png", "--steps", "many"),
         ("generate", "ckpt.safetensors", "-o", "x.png", "--seed", "1.5"),
         ("convert", "--flux", "x"),
