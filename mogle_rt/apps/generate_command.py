@@ -12,7 +12,7 @@ from rich.text import Text
 
 from mogle_rt import __version__
 from mogle_rt.apps.program import console, parse_json
-from mogle_rt.errors import CheckpointError, InputError, MaskError
+from mogle_rt.errors import CheckpointError, InputError, MaskError, MogleError
 
 if TYPE_CHECKING:
     from mogle_rt.apps.drawings import Drawing, Existing
@@ -151,11 +151,9 @@ def generate(
         width=PATCH if width is None else width,
         condition_scale=condition_scale,
     )
-    if not bundle_path(checkpoint).exists():
-        raise CheckpointError(f"{bundle_path(checkpoint)}: no such file")
-    for path in masks:
-        if path is not None and not path.exists():
-            raise MaskError(f"{path}: no such file")
+    _must_exist(bundle_path(checkpoint), CheckpointError)
+    for path in filter(None, masks):
+        _must_exist(path, MaskError)
     if prompt is None and len(masks) > 1:
         say_how_many_have_prompts(jobs)
 
@@ -195,6 +193,14 @@ def generate(
     count = "1 image" if len(jobs) == 1 else f"{len(jobs)} images"
     total = time.perf_counter() - start
     console.print(f"{count} in {total:.2f} s (seed {seed}): {stages}", soft_wrap=True)
+
+
+def _must_exist(path: Path, error: type[MogleError]) -> None:
+    """A file is there; what is in it is looked at later, with the libraries."""
+    try:
+        path.stat()  # `exists` hides a name too long from Python 3.14 on
+    except (FileNotFoundError, NotADirectoryError):
+        raise error(f"{path}: no such file") from None
 
 
 def _draw(
