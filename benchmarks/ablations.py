@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.quality import Cases, Judge, draw, load_cases, without_regions
+from benchmarks.quality_measures import Cases, Judge, draw, load_cases, without_regions
 from examples.demo_checkpoint.export import read_weights, unpack, write_bundle
 from mogle_rt import Pipeline
 from mogle_rt.bundle.bundle import Bundle

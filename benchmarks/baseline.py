@@ -1,4 +1,6 @@
-"""Face-MoGLE computed the reference's way, on diffusers' and peft's own modules: what the engine is timed against.
+"""Face-MoGLE computed the reference's way, long because the whole model is read beside the reference, in one file.
+
+It stands on diffusers' and peft's own modules, and is what the engine is timed against.
 
 Nothing here is clever, on purpose. It follows the public reference (arXiv 2509.00428, its code of September 2025) in
 what it computes and in how: every step runs the twenty experts, embeds the text, builds RoPE and projects all

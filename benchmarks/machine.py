@@ -13,11 +13,11 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
-import onnxruntime
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from mogle_rt.engines.onnxruntime_import import import_onnxruntime
 from mogle_rt.linear import onednn
 
 Clock = Callable[[], float]
@@ -150,7 +150,7 @@ class Machine:
         facts["CPU"] = f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
         facts["system"] = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
         versions = {name: version(name) for name in ("mogle-rt", "torch", "diffusers", "peft")}
-        versions["onnxruntime"] = onnxruntime.__version__  # several packages have this module
+        versions["onnxruntime"] = import_onnxruntime().__version__  # several packages have this module
         facts["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
         facts["computed in"] = str(self.dtype).removeprefix("torch.")
         facts["matrix products"] = ", ".join(

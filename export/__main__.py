@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mogle_rt.apps.cli import parse_json, run_app
+from mogle_rt.apps.program import HELP_OPTIONS, parse_json, run_app
 from mogle_rt.errors import DeviceError, InputError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ app = typer.Typer(
     name="mogle_rt.export",
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP_OPTIONS,
 )
 console = Console(stderr=True, highlight=False, emoji=False)
 TABLE_WIDTH = 160  # columns, also where there is no terminal
@@ -191,9 +191,11 @@ def _say(what: str) -> None:
 
 def _require_onnx() -> None:
     """onnx and onnxruntime are an extra."""
-    for package in ("onnx", "onnxruntime"):
+    from mogle_rt.engines.onnxruntime_import import import_onnxruntime
+
+    for package, load in (("onnx", lambda: __import__("onnx")), ("onnxruntime", import_onnxruntime)):
         try:
-            __import__(package)
+            load()
         except ImportError as error:
             raise DeviceError(f"export needs the package {package} ({error}): pip install 'mogle-rt[export]'") from None
 

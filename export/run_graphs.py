@@ -15,6 +15,7 @@ from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import ModelConfig
 from mogle_rt.engines.exported import Session
 from mogle_rt.engines.manifest import Manifest
+from mogle_rt.engines.onnxruntime_import import import_onnxruntime
 from mogle_rt.export.exporter import ExportOptions, build_graph
 from mogle_rt.export.weights import Weights
 
@@ -37,8 +38,7 @@ def run_files(folder: Path, manifest: Manifest) -> Run:
 
 def run_built(source: TensorSource, folder: Path, manifest: Manifest) -> Run:
     """The same graphs, of some of the blocks or in float32, built in memory over the weights in the folder."""
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     options = options_of(manifest, torch.float32)
     weights = Weights(source.tensors, manifest.weights.file, source, torch.float32, "")
     settings = onnxruntime.SessionOptions()

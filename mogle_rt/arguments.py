@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, TypeAlias
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mogle_rt.config import MAX_TEXT_TOKENS, PATCH
 from mogle_rt.errors import InputError, NumericalError
 
-Generators: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
+if TYPE_CHECKING:  # imported where it is needed: the command line checks its options before it waits for torch
+    import torch
+    from torch import Tensor
+
+Generators: TypeAlias = "torch.Generator | Sequence[torch.Generator] | None"
 
 
 MOST = 2**31 - 1  # of images and pixels: what is more would overflow, long after memory has ended
@@ -128,6 +129,8 @@ def generator_list(generator: Generators, batch: int) -> list[torch.Generator] |
     Raises:
         InputError: another number of generators, or something else.
     """
+    import torch
+
     if generator is None or isinstance(generator, torch.Generator):
         return None
     generators = list(generator) if isinstance(generator, Sequence) else []
@@ -154,7 +157,9 @@ def check_tensor(name: str, value: Any, shape: tuple[int | None, ...]) -> None:
     Raises:
         InputError: it is something else. NumericalError: it is not finite.
     """
-    if not isinstance(value, Tensor):
+    import torch
+
+    if not isinstance(value, torch.Tensor):
         raise InputError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.ndim != len(shape) or any(s not in (None, v) for s, v in zip(shape, value.shape, strict=True)):
         wanted = ", ".join("any" if s is None else str(s) for s in shape)

@@ -23,6 +23,19 @@ VAE_SCALE = 8
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
+def dtype_name(value: str | torch.dtype) -> str:
+    """torch's own name of a dtype, such as "bfloat16", from "bf16", "fp16", "fp32", that name, or the dtype itself.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    name = str(value).removeprefix("torch.")
+    name = DTYPE_NAMES.get(name, name)
+    if name not in DTYPE_NAMES.values():
+        raise ConfigError(f"dtype must be bf16, fp16 or fp32, got {value}")
+    return name
+
+
 def parse_dtype(value: str | torch.dtype) -> torch.dtype:
     """A torch dtype from "bf16", "fp16", "fp32", torch's own name, or itself.
 
@@ -31,11 +44,7 @@ def parse_dtype(value: str | torch.dtype) -> torch.dtype:
     """
     import torch  # here, as the command line reads options before it needs torch
 
-    name = str(value).removeprefix("torch.")
-    name = DTYPE_NAMES.get(name, name)
-    if name not in DTYPE_NAMES.values():
-        raise ConfigError(f"dtype must be bf16, fp16 or fp32, got {value}")
-    dtype = getattr(torch, name)
+    dtype = getattr(torch, dtype_name(value))
     assert isinstance(dtype, torch.dtype)
     return dtype
 

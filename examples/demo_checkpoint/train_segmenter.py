@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from benchmarks.quality import COLOUR_TABLE, REGIONS, region_colour
+from benchmarks.quality_measures import COLOUR_TABLE, REGIONS, region_colour
 from benchmarks.segmenter import WEIGHTS, Segmenter
 from examples.demo_checkpoint.muon import Muon
 from examples.demo_checkpoint.renders import Renders, pictures

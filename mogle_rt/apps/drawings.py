@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import string
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from mogle_rt.apps.image_files import check_suffix
+from mogle_rt.apps.image_files import SUFFIXES, check_suffix
+from mogle_rt.apps.program import console
 from mogle_rt.errors import InputError, OutputError
 
 MASK_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+FIELDS = ("stem", "seed", "number")  # of a pattern for names
 
 
 class Drawing(NamedTuple):
@@ -26,23 +31,31 @@ Existing = Literal["refuse", "replace", "skip"]
 
 
 def plan(
-    masks: list[Path | None], prompts: list[str] | None, num_images: int, seed: int, output: Path, existing: Existing
+    masks: list[Path | None],
+    prompts: list[str] | None,
+    num_images: int,
+    seed: int,
+    output: Path,
+    existing: Existing,
+    suffix: str | None = None,
 ) -> list[Drawing]:
     """Every image, checked before any work is done.
 
     Args:
         masks: None where an image has none.
-        prompts: one for all masks or one for each; None reads the text files beside them.
+        prompts: one for all masks or one for each; None reads the texts that belong to the masks.
         num_images: of each mask.
         seed: the first image's; the next have the next.
-        output: a file, or a folder.
+        output: a file, a folder, or a pattern with `FIELDS` in braces.
         existing: what happens where a file is there already; "skip" leaves out what an interrupted job has drawn.
+        suffix: "png" or "jpg" for names that ``output`` leaves open; None takes "png".
 
     Raises:
         InputError: prompts that are no text, or too many or few. OutputError: a file is there or can't be written.
     """
-    drawings = list(_drawings(masks, _prompts(prompts, masks), num_images, seed, output))
-    _check_writable(output)
+    drawings = list(_drawings(masks, _prompts(prompts, masks), num_images, seed, output, suffix))
+    for path in {drawing.path.parent: drawing.path for drawing in reversed(drawings)}.values():
+        _check_writable(path)
     if existing == "replace":
         return drawings
     new = [drawing for drawing in drawings if not drawing.path.exists()]
@@ -53,31 +66,67 @@ def plan(
 
 
 def find_masks(paths: list[Path]) -> Iterator[Path]:
-    """Files, and those of folders.
+    """Files, those of folders, and those that a pattern such as ``masks/*.png`` fits, in the order of their names.
 
     Raises:
-        InputError: a folder holds none.
+        InputError: a folder holds none, or nothing fits a pattern.
     """
     for path in paths:
-        if not path.is_dir():
-            yield path
-            continue
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in MASK_SUFFIXES and not p.name.startswith("."))
-        if not found:
-            raise InputError(f"{path}: a folder without masks ({', '.join(sorted(MASK_SUFFIXES))})")
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if _looks_like_a_mask(p))
+            if not found:
+                raise InputError(f"{path}: a folder without masks ({', '.join(sorted(MASK_SUFFIXES))})")
+        elif any(c in str(path) for c in "*?[") and not path.exists():
+            root = Path(path.anchor)
+            found = sorted(p for p in root.glob(str(path.relative_to(root))) if _looks_like_a_mask(p))
+            if not found:
+                raise InputError(f"{path}: no mask fits this pattern ({', '.join(sorted(MASK_SUFFIXES))})")
+        else:
+            found = [path]
         yield from found
+
+
+def _looks_like_a_mask(path: Path) -> bool:
+    return path.suffix.lower() in MASK_SUFFIXES and not path.name.startswith(".")
+
+
+def say_how_many_have_prompts(drawings: list[Drawing]) -> None:
+    """A line on how many masks have a text, where not all have: an image of the empty prompt is seldom what is meant."""
+    prompts = {drawing.mask: drawing.prompt for drawing in drawings}
+    with_text = sum(bool(prompt) for prompt in prompts.values())
+    if with_text < len(prompts):
+        console.print(
+            f"{with_text:,} of {len(prompts):,} masks have a prompt; the others are drawn from the mask alone. A prompt "
+            "is --prompt, a .txt file beside the mask or in ../text, or an entry of ../text.json",
+            soft_wrap=True,
+            markup=False,
+        )
 
 
 def _prompts(given: list[str] | None, masks: list[Path | None]) -> list[str]:
     """One for each mask."""
     if given is None:
-        return [_text_of(mask.with_suffix(".txt")) if mask else "" for mask in masks]
+        return [_prompt_of(mask) if mask else "" for mask in masks]
     for prompt in given:
         if any("\ud800" <= c <= "\udfff" for c in prompt):  # how Python keeps bytes that are no text
             raise InputError(f"--prompt must be UTF-8 text, got {prompt!r}")
     if len(given) not in (1, len(masks)):
         raise InputError(f"--prompt must be given once or once for each of {len(masks)} masks, got {len(given)}")
     return given * len(masks) if len(given) == 1 else given
+
+
+def _prompt_of(mask: Path) -> str:
+    """The text that belongs to a mask: of a file beside it, else as MM-CelebA-HQ keeps it, else nothing.
+
+    That data set has masks in ``mask/N.png`` and ten captions of each face, one a line in ``text/N.txt`` or as a list
+    in ``text.json`` under the name of the photograph, ``N.jpg``. The first caption is taken.
+    """
+    beside = _text_of(mask.with_suffix(".txt"))
+    if beside:
+        return beside
+    folder = mask.resolve().parent.parent
+    captions = _text_of(folder / "text" / f"{mask.stem}.txt").splitlines() or _captions(folder / "text.json", mask.stem)
+    return captions[0].strip() if captions else ""
 
 
 def _text_of(path: Path) -> str:
@@ -88,34 +137,107 @@ def _text_of(path: Path) -> str:
         raise InputError(f"{path}: must be UTF-8 text: {error}") from None
 
 
+def _captions(path: Path, stem: str) -> list[str]:
+    """The captions of a face in MM-CelebA-HQ's ``text.json``; none where there is no such file or entry."""
+    entries = _entries(path)
+    value = next((entries[name] for name in (f"{stem}.jpg", f"{stem}.png", stem) if name in entries), [])
+    captions = [value] if isinstance(value, str) else value
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise InputError(f"{path}: the entry of {stem!r} must be a text or a list of texts, got {str(value)[:60]!r}")
+    return captions
+
+
+@cache
+def _entries(path: Path) -> dict[str, object]:
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise InputError(f"{path}: must hold a JSON object of captions by file name, holds {type(entries).__name__}")
+    return entries
+
+
 def _drawings(
-    masks: list[Path | None], prompts: list[str], num_images: int, seed: int, output: Path
+    masks: list[Path | None], prompts: list[str], num_images: int, seed: int, output: Path, suffix: str | None
 ) -> Iterator[Drawing]:
     """Every image. Into a folder, files are named by mask and seed."""
-    folder = output.is_dir() or not output.suffix
-    if not folder:
-        check_suffix(output)
-        if len(masks) > 1:
-            raise OutputError(f"{output}: {len(masks)} masks need a folder as output, not a file")
+    naming = _Naming(output, suffix, masks=len(masks), several_images=num_images > 1)
     given = [mask for mask in masks if mask is not None and mask.exists()]
+    named: set[Path] = set()
     for i, (mask, prompt) in enumerate(zip(masks, prompts, strict=True)):
         for j in range(num_images):
             number = i * num_images + j
-            if folder:
-                path = output / f"{mask.stem if mask else 'face'}_{seed + number}.png"
-            else:
-                path = output if num_images == 1 else output.with_stem(f"{output.stem}_{j + 1}")
+            path = naming.path(mask, seed + number, number + 1, j + 1)
             if path.exists() and any(path.samefile(mask) for mask in given):
                 raise OutputError(f"{path}: is a mask itself; choose another name for the image")
+            if path in named:
+                raise OutputError(f"{output}: names two images {path}; put {{seed}} or {{number}} into the pattern")
+            named.add(path)
             yield Drawing(mask, prompt, seed + number, path)
 
 
-def _check_writable(output: Path) -> None:
-    """Before any work is done."""
-    folder = output if output.is_dir() or not output.suffix else output.parent
+class _Naming:
+    """Where images are written: into one file, a folder, or files named by a pattern.
+
+    Raises:
+        OutputError: an unknown field or format, or one file for several masks.
+    """
+
+    def __init__(self, output: Path, suffix: str | None, *, masks: int, several_images: bool) -> None:
+        self.output = output
+        self.suffix = f".{(suffix or 'png').lower().removeprefix('.')}"
+        if self.suffix not in SUFFIXES:
+            raise OutputError(f"--format must be png or jpg, got {suffix!r}")
+        self.numbered = several_images
+        self.pattern = "{" in str(output) and not output.exists()
+        self.folder = not self.pattern and (output.is_dir() or not output.suffix)
+        if self.pattern:
+            self._check_pattern()
+        elif not self.folder:
+            check_suffix(output)
+            if masks > 1:
+                raise OutputError(f"{output}: {masks} masks need a folder as output, not a file")
+        if (
+            not self.folder
+            and suffix is not None
+            and output.suffix
+            and SUFFIXES.get(self.suffix) != check_suffix(output)
+        ):
+            raise OutputError(
+                f"{output}: --format {suffix} contradicts the name's {output.suffix}; leave one of them out"
+            )
+
+    def path(self, mask: Path | None, seed: int, number: int, number_of_mask: int) -> Path:
+        """Of one image: ``number`` counts all from 1, ``number_of_mask`` those of a mask."""
+        stem = mask.stem if mask else "face"
+        if self.folder:
+            return self.output / f"{stem}_{seed}{self.suffix}"
+        if self.pattern:
+            named = Path(str(self.output).format(stem=stem, seed=seed, number=number))
+            return named if self.output.suffix else named.with_name(named.name + self.suffix)
+        return self.output.with_stem(f"{self.output.stem}_{number_of_mask}") if self.numbered else self.output
+
+    def _check_pattern(self) -> None:
+        if self.output.suffix:
+            check_suffix(self.output)
+        try:
+            for _, name, form, conversion in string.Formatter().parse(str(self.output)):
+                if name is not None and (name not in FIELDS or form or conversion):
+                    raise ValueError(f"unknown {{{name}}}")
+        except ValueError as error:
+            known = ", ".join(f"{{{name}}}" for name in FIELDS)
+            raise OutputError(f"{self.output}: a pattern may hold {known}; {error}") from None
+
+
+def _check_writable(path: Path) -> None:
+    """A file's folder can be made or written into: said before any work is done."""
+    folder = path.parent
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():
-        raise OutputError(f"{output}: can't be written: {folder} is a file, not a folder")
+        raise OutputError(f"{path}: can't be written: {folder} is a file, not a folder")
     if not os.access(folder, os.W_OK):
-        raise OutputError(f"{output}: can't be written: no permission in {folder}")
+        raise OutputError(f"{path}: can't be written: no permission in {folder}")

@@ -12,6 +12,7 @@ RELEASED_LORA = "XavierJiezou/face-mogle-models/pytorch_lora_weights.safetensors
 RELEASED_MOGLE = "XavierJiezou/face-mogle-models/global_local_mask_moe.pt"
 
 FLUX_FOLDERS = ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".sft", ".gguf")
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(/[\w./-]+)?")
 
 
@@ -20,6 +21,8 @@ def find(spec: str | Path, *, default_file: str | None = None) -> Path:
 
     Args:
         default_file: the file meant when ``spec`` names only a repository; None means the FLUX folders.
+
+    A name is looked up on the hub only if it cannot be meant as a path here: see `_is_local`.
 
     Raises:
         CheckpointError: no such path, and not a hub id.
@@ -36,8 +39,20 @@ def find(spec: str | Path, *, default_file: str | None = None) -> Path:
         raise CheckpointError(f"{name}: can't be read: {error}") from None
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
         raise CheckpointError(f"{name}: no such file or folder, nor a hub id like {RELEASED_FLUX}")
+    if _is_local(name):
+        raise CheckpointError(f"{name}: no such file or folder")
     owner, repository, *rest = name.split("/", 2)
     return _download(f"{owner}/{repository}", rest[0] if rest else default_file, name)
+
+
+def _is_local(name: str) -> bool:
+    """Whether a name that has a hub id's form is meant as a path here, so that a typing error stays on this machine.
+
+    ``folder/file.safetensors`` is one, as no repository's name ends like a file of weights; and so is every name whose
+    first part is a folder here.
+    """
+    first, *others = name.split("/")
+    return (len(others) == 1 and Path(name).suffix.lower() in WEIGHT_SUFFIXES) or Path(first).is_dir()
 
 
 def _download(repository: str, file: str | None, spec: str) -> Path:

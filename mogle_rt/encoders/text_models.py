@@ -85,10 +85,13 @@ def load_text_encoder(part: str, config: Mapping[str, Any], tensors: Mapping[str
     Raises:
         CheckpointError: the configuration or the tensors don't fit.
     """
+    from diffusers.models.modeling_utils import no_init_weights
+
     model_class, _ = _text_classes(part)
     dtype = next(iter(tensors.values())).dtype
     try:
-        with _quiet_transformers():
+        # All weights come from the file, so none is drawn first: that would take time, and import PyTorch's compiler.
+        with _quiet_transformers(), no_init_weights():
             model, report = model_class.from_pretrained(
                 None, config=_text_config(part, config), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
             )

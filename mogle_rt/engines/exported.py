@@ -15,6 +15,7 @@ from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import DTYPE_NAMES, ModelConfig
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.engines.manifest import GraphSpec, Manifest, manifest_path
+from mogle_rt.engines.onnxruntime_import import import_onnxruntime
 from mogle_rt.errors import CheckpointError, ConfigError, DeviceError
 from mogle_rt.loop.schedule import Schedule
 
@@ -115,7 +116,7 @@ def load_onnxruntime(device: torch.device, dtype: torch.dtype) -> Any:
         DeviceError: it is missing, or can't.
     """
     try:
-        import onnxruntime
+        onnxruntime = import_onnxruntime()
     except ImportError as error:
         raise DeviceError(
             f"engine onnxruntime needs the package onnxruntime ({error}): pip install 'mogle-rt[export]'"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import platform
+from functools import cache
+
 import torch
 
 from mogle_rt.config import parse_dtype
 from mogle_rt.errors import DeviceError
+
+logger = logging.getLogger(__name__)
 
 
 def choose_device(device: str | int | torch.device | None) -> torch.device:
@@ -42,9 +48,25 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     support hundreds of times slower.
     """
     if dtype is not None:
-        return parse_dtype(dtype)
+        chosen = parse_dtype(dtype)
+        if chosen == torch.bfloat16 and device.type == "cpu" and not _multiplies_bfloat16():
+            _warn_of_slow_bfloat16()
+        return chosen
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.float16
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products. Only x86 processors say so; others are believed to."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+@cache
+def _warn_of_slow_bfloat16() -> None:
+    """Once in a process."""
+    logger.warning("this CPU has no instructions for bf16, so its products may take 100 times as long; use dtype fp32")

@@ -470,7 +470,6 @@ def test_settings_too_long_for_a_jpeg(tmp_path: Path) -> None:
         ("nonsense",),
         ("info",),
         ("info", "a", "b"),
-        ("generate", "ckpt.safetensors"),
         ("generate", "ckpt.safetensors", "-o", "x.png", "--steps", "many"),
         ("generate", "ckpt.safetensors", "-o", "x.png", "--seed", "1.5"),
         ("convert", "--flux", "x"),
@@ -499,6 +498,17 @@ def test_help_and_version() -> None:
         assert page.code == 0
         assert re.search(rf"Usage: .*{command} \[OPTIONS\]", page.out)
     assert run("--version").out == f"mogle-rt {mogle_rt.__version__}\n"
+
+
+def test_export_is_a_command_beside_the_module(tmp_path: Path) -> None:
+    """``mogle-rt export`` is the function behind ``python -m mogle_rt.export``: the same options, the same errors."""
+    from mogle_rt.export.__main__ import app as module
+
+    (alone,) = module.registered_commands
+    (within,) = [c for c in cli.app.registered_commands if c.name == "export"]
+    assert within.callback is alone.callback
+    result = run("export", tmp_path / "absent.safetensors", "-o", tmp_path / "out")
+    assert result == Result(1, "", f"error: {tmp_path / 'absent.safetensors'}: no such file\n")
 
 
 # The real program

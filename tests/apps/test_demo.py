@@ -10,8 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks.quality import Cases as QualityCases
-from benchmarks.quality import ColourJudge, draw, face_like, grow, iou, psnr_outside, region_colour, to_tensor
+from benchmarks.quality_measures import Cases as QualityCases
+from benchmarks.quality_measures import ColourJudge, draw, face_like, grow, iou, psnr_outside, region_colour, to_tensor
 from benchmarks.segmenter import load_segmenter
 from examples.demo import longer_hair
 from examples.demo_checkpoint.attributes import COLOURS, Attributes, describe

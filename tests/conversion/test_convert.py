@@ -24,6 +24,7 @@ from mogle_rt import CheckpointError, Pipeline
 from mogle_rt.bundle import schema
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import FLUX_DEV, TransformerConfig
+from mogle_rt.conversion import sources
 from tests.checkpoints import SCHEDULER, TINY, Files, random_tensors, write_checkpoint
 
 Tensors = dict[str, Tensor]
@@ -618,3 +619,20 @@ def write_at(path: Path, name: str, value: Tensor) -> None:
         begin = json.loads(f.read(length))[name]["data_offsets"][0]
         f.seek(8 + length + begin)
         f.write(value.view(torch.uint8).numpy().tobytes())
+
+
+@pytest.mark.parametrize("name", ["a/b.safetensors", "a/experts.pt", "here/FLUX.1-dev", "here/models/lora.safetensors"])
+def test_a_mistyped_path_stays_on_this_machine(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name like a file's, or one that begins with a folder that is here, isn't asked for on the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+
+    def download(*_: Any) -> Path:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(sources, "_download", download)
+    with pytest.raises(CheckpointError) as caught:
+        sources.find(name)
+    assert str(caught.value) == f"{name}: no such file or folder"
+    with pytest.raises(AssertionError, match="the hub was asked"):
+        sources.find("owner/repository/lora.safetensors")

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from mogle_rt.encoders.vae import autoencoder, tensor_shapes
 from mogle_rt.engines.exported import ExportedGraphs, Session, StepPreparation
 from mogle_rt.engines.manifest import Manifest
 from mogle_rt.engines.onnx_engine import OnnxEngine
+from mogle_rt.engines.onnxruntime_import import import_onnxruntime
 from mogle_rt.engines.torch_engine import TorchEngine
 from mogle_rt.engines.velocity import VelocityLoop
 from mogle_rt.export.exporter import GRAPHS, ExportOptions, build_graph, export
@@ -107,7 +107,7 @@ def test_image_by_graphs_alone(name: str, golden_bundle: Bundles, tmp_path: Path
     manifest = json.loads((folder / "manifest.json").read_text())
 
     def run(graph: str, values: dict[str, Any]) -> dict[str, Any]:
-        session = onnxruntime.InferenceSession(folder / manifest["graphs"][graph]["file"])
+        session = import_onnxruntime().InferenceSession(folder / manifest["graphs"][graph]["file"])
         spec = manifest["graphs"][graph]
         results = session.run(None, {t["name"]: values[t["name"]] for t in spec["inputs"]})
         return {t["name"]: value for t, value in zip(spec["outputs"], results, strict=True)}
@@ -375,7 +375,7 @@ def test_manifest_describes_the_graphs(tiny_bundle: Path, tmp_path: Path) -> Non
     assert Manifest.read(folder / "manifest.json") == manifest
     assert set(manifest.graphs) == set(GRAPHS)
     for graph in manifest.graphs.values():
-        session = onnxruntime.InferenceSession(folder / graph.file)
+        session = import_onnxruntime().InferenceSession(folder / graph.file)
         for specs, values in ((graph.inputs, session.get_inputs()), (graph.outputs, session.get_outputs())):
             assert [(s.name, list(s.shape)) for s in specs] == [(v.name, list(v.shape)) for v in values]
     names = {t.name for t in manifest.graphs["step"].inputs}

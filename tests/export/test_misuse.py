@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from mogle_rt import CheckpointError, ConfigError, DeviceError, InputError, OutputError, Pipeline
-from mogle_rt.apps import cli
+from mogle_rt.apps import program
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import ModelConfig
 from mogle_rt.engines.engine_file import EngineHeader, read_engine, write_engine
@@ -51,7 +51,7 @@ def run(*args: object) -> Result:
             contextlib.redirect_stderr(err),
             pytest.raises(SystemExit) as caught,
         ):
-            cli.run_app(app)
+            program.run_app(app)
     finally:
         signal.signal(signal.SIGTERM, handler)
     code = caught.value.code

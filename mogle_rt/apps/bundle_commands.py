@@ -1,0 +1,114 @@
+"""Commands about bundles: ``convert`` makes one, ``info`` prints what is in it, ``examples`` lists masks for the demo."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from mogle_rt.apps.program import console, format_bytes
+from mogle_rt.errors import InputError, OutputError
+
+
+def convert(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Bundle to write, e.g. ckpt.safetensors.")],
+    flux: Annotated[str | None, typer.Option(help="FLUX folder in diffusers' layout, or a hub id.")] = None,
+    transformer: Annotated[
+        str | None,
+        typer.Option(help="FLUX's transformer in one file (safetensors or GGUF), in place of the folder's."),
+    ] = None,
+    lora: Annotated[str | None, typer.Option(help="Branch LoRA (safetensors): a path, or a hub id.")] = None,
+    mogle: Annotated[
+        str | None, typer.Option(help="Experts and gate (.pt or safetensors): a path or a hub id.")
+    ] = None,
+    released: Annotated[
+        bool, typer.Option("--released", help="Take the published files for what isn't given.")
+    ] = False,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as stored.")] = None,
+    text_encoders: Annotated[
+        bool, typer.Option(help="Include CLIP and T5; without them, prompts are embeddings.")
+    ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there already.")] = False,
+) -> None:
+    """Make the single-file bundle from the reference's files."""
+    from mogle_rt.conversion.convert import convert as run
+    from mogle_rt.conversion.hub import RELEASED_FLUX, RELEASED_LORA, RELEASED_MOGLE
+
+    if released:
+        flux, lora, mogle = flux or RELEASED_FLUX, lora or RELEASED_LORA, mogle or RELEASED_MOGLE
+    missing = [name for name, value in (("--flux", flux), ("--lora", lora), ("--mogle", mogle)) if value is None]
+    if missing or flux is None or lora is None or mogle is None:
+        raise InputError(f"missing {', '.join(missing)}; or pass --released for the published files")
+    if output.is_file() and not overwrite:
+        raise OutputError(f"{output}: exists already; choose another name, or --overwrite")
+    start = time.perf_counter()
+    path = run(flux, lora, mogle, output, transformer=transformer, dtype=dtype, text_encoders=text_encoders)
+    size = path.stat().st_size
+    console.print(f"{path}: {format_bytes(size)} in {time.perf_counter() - start:.1f} s", soft_wrap=True)
+
+
+def info(
+    checkpoint: Annotated[Path, typer.Argument(help="A bundle, or demo.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read the whole file and check its hash.")] = False,
+) -> None:
+    """Print what is in a bundle."""
+    from mogle_rt.bundle.bundle import FORMAT_VERSION, PARTS, Bundle, parameter_count
+
+    bundle = Bundle(checkpoint)
+    t, m = bundle.config.transformer, bundle.config.mogle
+    ablation = [word for word, absent in (("no gating", not m.has_gating), ("no experts", not m.has_expert)) if absent]
+    ranks = sorted(set(bundle.lora_ranks().values()))
+    rows: dict[str, str] = {
+        "file": f"{bundle.path}, {format_bytes(bundle.path.stat().st_size)}",
+        "format": f"mogle_rt bundle, version {FORMAT_VERSION}",
+        "architecture": f"FLUX, width {t.width} ({t.num_attention_heads} heads x {t.attention_head_dim}), "
+        f"{t.num_layers} double and {t.num_single_layers} single blocks, "
+        f"guidance {'embedded' if t.guidance_embeds else 'none'}",
+        "LoRA rank": ", ".join(map(str, ranks)),
+        "mixture": f"1 global and 19 region experts, hidden {m.expert_dim}" if m.has_expert else "identity experts",
+        "ablation": ", ".join(ablation) or "none",
+        "text encoders": "CLIP and T5" if bundle.has_text_encoders else "none: prompts must come as embeddings",
+        "sha256": bundle.content_hash,
+    }
+    out = Console(soft_wrap=True, highlight=False, emoji=False)
+    for name, value in rows.items():
+        out.print(f"{name:>14}  {value}", markup=False)
+    table = Table("part", "tensors", "parameters", "bytes", "dtype", box=None, pad_edge=False)
+    for part in PARTS:
+        tensors = {n: i for n, i in bundle.tensors.items() if n.startswith(f"{part}.")}
+        if tensors:
+            dtypes = ", ".join(sorted({str(i.dtype).removeprefix("torch.") for i in tensors.values()}))
+            count = "-" if part.startswith("tokenizer") else f"{parameter_count(tensors):,}"
+            size = sum(i.end - i.begin for i in tensors.values())
+            table.add_row(part, str(len(tensors)), count, format_bytes(size), dtypes)
+    table.add_row("total", str(len(bundle.tensors)), f"{parameter_count(bundle.tensors):,}", "", "")
+    out.print(table)
+    if verify:
+        size = sum(i.end - i.begin for i in bundle.tensors.values())
+        with tqdm(total=size, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
+            bundle.verify(bar.update)
+        out.print("verified: the contents match the hash")
+
+
+def examples(
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder to write masks and prompts into.")
+    ] = None,
+) -> None:
+    """List the example masks and prompts in the package, or write them into a folder."""
+    from mogle_rt.bundle.shipped import examples as shipped
+    from mogle_rt.bundle.shipped import write_examples
+
+    if output is not None:
+        for path in write_examples(output):
+            typer.echo(path)
+        return
+    table = Table("name", "prompt", box=None, pad_edge=False)
+    for example in shipped():
+        table.add_row(example.name, example.prompt)
+    Console(soft_wrap=True, highlight=False, emoji=False).print(table)

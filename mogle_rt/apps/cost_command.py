@@ -1,0 +1,113 @@
+"""The command ``cost``: what a job takes in arithmetic, traffic and memory, beside the reference's way of computing it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mogle_rt.apps.program import format_bytes
+from mogle_rt.errors import InputError
+
+if TYPE_CHECKING:
+    from mogle_rt.cost.estimate import Cost
+    from mogle_rt.cost.gpus import Gpu
+
+
+def cost(
+    checkpoint: Annotated[Path | None, typer.Argument(help="A bundle: its shapes are read, not its weights.")] = None,
+    flux_dev: Annotated[bool, typer.Option("--flux-dev", help="FLUX.1-dev's shapes, without any file.")] = False,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16; default: the bundle's, or 512.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16; default: the bundle's, or 512.")] = None,
+    batch: Annotated[int, typer.Option(help="Images computed at once.")] = 1,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 28,
+    text_tokens: Annotated[
+        int | None, typer.Option(help="T5 tokens of the prompt; default: the bundle's, or 512.")
+    ] = None,
+    classes: Annotated[int, typer.Option(help="Classes in each mask; absent ones share one picture.")] = 12,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the bundle's, or bf16.")] = None,
+    kernels: Annotated[str | None, typer.Option(help="'triton' or 'torch': operations of a step.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="A card, e.g. 'RTX 4090': its limits, and what fits.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, FLOPs, milliseconds.")] = False,
+) -> None:
+    """Count what a job takes, beside the reference's way of computing it. Needs neither weights nor a GPU."""
+    from mogle_rt.cost.gpus import find_gpu
+
+    if (checkpoint is None) != flux_dev:
+        raise InputError("give a bundle or --flux-dev, one of them")
+    card = None if gpu is None else find_gpu(gpu)
+
+    import torch
+
+    from mogle_rt.bundle.bundle import Bundle
+    from mogle_rt.config import parse_dtype
+    from mogle_rt.cost.estimate import estimate
+    from mogle_rt.cost.job import Job
+    from mogle_rt.ops import choice as ops
+
+    options: dict[str, Any] = {"height": height, "width": width, "batch": batch, "steps": steps}
+    options |= {"text_tokens": text_tokens, "classes": classes}
+    asked = options | {"kernels": kernels, "dtype": None if dtype is None else parse_dtype(dtype)}
+    given = {name: value for name, value in asked.items() if value is not None}
+    job = Job(**given) if checkpoint is None else Job.of(Bundle(checkpoint), **given)
+    result = estimate(job)
+    ways = {"mogle_rt": result.engine, "reference": result.reference}
+    limits = {name: _limits(card, way, job.dtype.itemsize) for name, way in ways.items()} if card else {}
+    settings = {name: getattr(job, name) for name in options} | {
+        "kernels": ops.choice(kernels, torch.device("meta")),
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "image_tokens": job.tokens,
+    }
+    parts = {part: {"parameters": n, "bytes": n * job.dtype.itemsize} for part, n in result.parameters.items()}
+    if as_json:
+        report: dict[str, Any] = {"job": settings | {"pictures": job.pictures}, "parts": parts}
+        report["cost"] = {name: way.to_dict() for name, way in ways.items()}
+        report["gpu"] = vars(card) | {"limits": limits} if card else None
+        typer.echo(json.dumps(report, indent=2))
+        return
+
+    out = Console(soft_wrap=True, highlight=False, emoji=False)
+    out.print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items()), "\n", markup=False)
+    table = Table("part", "parameters", "bytes", box=None, pad_edge=False)
+    for part, sizes in parts.items():
+        table.add_row(part, f"{sizes['parameters']:,}", format_bytes(sizes["bytes"]))
+    out.print(table, "")
+    table = Table("", *ways, "ratio", box=None, pad_edge=False)
+    a, b = ways.values()
+    for label, mine, theirs, unit, form in (
+        ("a step: TFLOP", a.step.flops, b.step.flops, 1e12, ",.2f"),
+        ("  kernel launches", a.step.launches, b.step.launches, 1, ",.0f"),
+        ("  GB read", a.step.read, b.step.read, 1e9, ",.1f"),
+        ("  GB written", a.step.written, b.step.written, 1e9, ",.1f"),
+        ("the run: TFLOP", a.flops, b.flops, 1e12, ",.1f"),
+        (f"  encoding {job.pictures} or 20 pictures", a.encode.flops, b.encode.flops, 1e12, ",.1f"),
+        ("  preparing", a.prepare.flops, b.prepare.flops, 1e12, ",.1f"),
+        ("  decoding", a.decode.flops, b.decode.flops, 1e12, ",.1f"),
+        ("memory: GiB of weights", a.resident, b.resident, 2**30, ",.1f"),
+        ("  at the peak", a.peak, b.peak, 2**30, ",.1f"),
+        ("  and with text encoders", a.peak_with_text, b.peak_with_text, 2**30, ",.1f"),
+    ):
+        ratio = f"{theirs / mine:.2f}" if mine and theirs else ""
+        table.add_row(label, f"{mine / unit:{form}}", f"{theirs / unit:{form}}", ratio)
+    if card:
+        table.add_row(f"{card.name}, {card.memory:g} GiB:")
+        for label, key in (("  ms a step to compute", "compute_ms"), ("  ms a step to move", "memory_ms")):
+            least = [way[key] for way in limits.values()]
+            table.add_row(label, *(f"{ms:,.1f}" for ms in least), f"{least[1] / least[0]:.2f}")
+        for label, key in (("  fits", "fits"), ("  fits with text encoders", "fits_with_text")):
+            table.add_row(label, *("yes" if way[key] else "no" for way in limits.values()))
+    out.print(table)
+
+
+def _limits(card: Gpu, way: Cost, itemsize: int) -> dict[str, float]:
+    """What a card's datasheet says of a job: the least time of a step, and whether it goes into memory."""
+    return {
+        "compute_ms": card.compute_ms(way.step.flops, itemsize),
+        "memory_ms": card.memory_ms(way.step.moved),
+        "fits": card.fits(way.peak),
+        "fits_with_text": card.fits(way.peak_with_text),
+    }

@@ -1,0 +1,72 @@
+"""What every command shares: its console, how a program is run, and how errors end it in one line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from mogle_rt.errors import ConfigError, MogleError
+
+console = Console(stderr=True, highlight=False, emoji=False)
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+
+
+def run_app(program: typer.Typer) -> None:
+    """Run a program. An error becomes one line on stderr and a non-zero exit code, never a traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        program()
+    except MogleError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except MemoryError:
+        _fail("not enough memory; try a smaller size or batch")
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" in str(error):
+            _fail("not enough memory; try a smaller size or batch")
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _fail(f"not enough GPU memory; try a smaller size or batch, or --device cpu ({str(error).splitlines()[0]})")
+
+
+def parse_json(text: str | None) -> dict[str, Any] | None:
+    """The value of --model-config as a dictionary; None stays None.
+
+    Raises:
+        ConfigError: the text is not a JSON object.
+    """
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(f"--model-config must be a JSON object like '{{\"add_cond_attn\": true}}', got {text[:80]!r}")
+    return value
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes for people, such as ``1.3 MB``; the units are powers of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    """Leave by an exception, so that half-written files are removed on the way out."""
+    raise SystemExit(128 + signum)
+
+
+def _fail(message: str) -> NoReturn:
+    line = " ".join(message.split())
+    console.print(f"error: {line}", markup=False, soft_wrap=True)
+    sys.exit(1)
