@@ -7,6 +7,7 @@ import secrets
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -231,8 +232,13 @@ def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A bundle; demo is the one in the package.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Image (.png, .jpg), or a folder for several.")],
     mask: Annotated[
-        list[Path] | None, typer.Option("--mask", "-m", help="Mask or folder of masks; repeatable.")
+        list[Path] | None,
+        typer.Option("--mask", "-m", help="Mask, folder of masks, or of one face's part files; repeatable."),
     ] = None,
+    mask_order: Annotated[
+        str,
+        typer.Option(help="What a label map's numbers mean: celebamask, bisenet, farl, or names with commas between."),
+    ] = "celebamask",
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -247,8 +253,8 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(help="Seed of the first image; the next have the next. Default: drawn.")
     ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16; default: the bundle's.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16; default: the bundle's.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16; default: of the mask's shape.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16; default: of the mask's shape.")] = None,
     num_images: Annotated[int, typer.Option("--num-images", "-n", help="Images for each mask.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Images computed at once.")] = 1,
     condition_scale: Annotated[float, typer.Option(help="Strength of the mask; 1 is the model's own.")] = 1.0,
@@ -267,7 +273,7 @@ def generate(
     ] = False,
 ) -> None:
     """Draw faces from masks and prompts."""
-    from mogle_rt.apps.drawings import find_masks, plan
+    from mogle_rt.apps.drawings import batches, find_masks, plan
 
     if num_images < 1 or batch_size < 1:
         raise InputError(f"--num-images and --batch-size must be 1 or more, got {num_images} and {batch_size}")
@@ -299,9 +305,8 @@ def generate(
         width=PATCH if width is None else width,
         condition_scale=condition_scale,
     )
-    for path in masks:
-        if path is not None:
-            to_labels(path)
+    order = mask_order.split(",") if "," in mask_order else mask_order
+    shapes = {path: None if path is None else to_labels(path, order=order).shape for path in masks}
     start = time.perf_counter()
     pipe = Pipeline(
         checkpoint,
@@ -318,8 +323,7 @@ def generate(
             "mogle_rt.Pipeline with prompt_embeds"
         )
     seconds = {"load": time.perf_counter() - start}
-    for i in range(0, len(jobs), batch_size):
-        batch = jobs[i : i + batch_size]
+    for batch in batches(jobs, batch_size, shapes):
         images = pipe(
             [job.mask for job in batch if job.mask is not None] or None,
             [job.prompt for job in batch],
@@ -329,6 +333,7 @@ def generate(
             width=width,
             generator=[_generator(pipe, job.seed) for job in batch],
             condition_scale=condition_scale,
+            mask_order=order,
         ).images
         for name, value in pipe.last_run.seconds.items():
             seconds[name] = seconds.get(name, 0.0) + value
@@ -414,7 +419,9 @@ def run_app(program: typer.Typer) -> None:
     """Run a program: errors are one line and a non-zero exit, never a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        program()
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            program()
     except MogleError as error:
         _fail(str(error))
     except OSError as error:
@@ -427,6 +434,11 @@ def run_app(program: typer.Typer) -> None:
         if type(error).__name__ != "OutOfMemoryError":
             raise
         _fail(f"not enough GPU memory; try a smaller size or batch, or --device cpu ({str(error).splitlines()[0]})")
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    """In one line, without the place in the code."""
+    console.print(f"warning: {' '.join(str(message).split())}", markup=False, soft_wrap=True)
 
 
 def _fail(message: str) -> NoReturn:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from mogle_rt.apps.image_files import check_suffix
 from mogle_rt.errors import InputError, OutputError
 
-MASK_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+MASK_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy"}
 
 
 class Drawing(NamedTuple):
@@ -53,19 +53,36 @@ def plan(
 
 
 def find_masks(paths: list[Path]) -> Iterator[Path]:
-    """Files, and those of folders.
+    """Files, those of folders, and folders that are masks themselves: of part files, as CelebAMask-HQ has them.
 
     Raises:
         InputError: a folder holds none.
     """
-    for path in paths:
-        if not path.is_dir():
+    from mogle_rt.masks.planes import part_files
+
+    for path in (Path(os.path.expanduser(path)) for path in paths):
+        if not path.is_dir() or part_files(path):
             yield path
             continue
         found = sorted(p for p in path.iterdir() if p.suffix.lower() in MASK_SUFFIXES and not p.name.startswith("."))
         if not found:
             raise InputError(f"{path}: a folder without masks ({', '.join(sorted(MASK_SUFFIXES))})")
         yield from found
+
+
+def batches(
+    drawings: list[Drawing], batch_size: int, shapes: Mapping[Path | None, tuple[int, int] | None]
+) -> Iterator[list[Drawing]]:
+    """Drawings in their order, up to ``batch_size`` at once, all of whose masks have one shape (height and width, or None
+    where there is no mask): an image's size must not depend on its neighbours."""
+    batch: list[Drawing] = []
+    for drawing in drawings:
+        if batch and (len(batch) == batch_size or shapes[drawing.mask] != shapes[batch[0].mask]):
+            yield batch
+            batch = []
+        batch.append(drawing)
+    if batch:
+        yield batch
 
 
 def _prompts(given: list[str] | None, masks: list[Path | None]) -> list[str]:
