@@ -94,7 +94,7 @@ def warn_of_another_order(numbers: Labels, table: Labels, what: str, *, coloured
     places = _places(numbers)
     own, relations = _fit(places, table)
     turned = (_fit(_places(np.rot90(numbers, k)), table)[0] for k in (1, 2, 3))  # a face that lies or hangs is one, too
-    if own > POOR_FIT or len(places) < 4 or max(turned) > POOR_FIT:
+    if own > POOR_FIT or len(places) < 4 or max(turned) >= GOOD_FIT:
         return
     fits = {}
     for name in ORDERS:

@@ -131,14 +131,15 @@ def _share(colours: NDArray[np.uint8], palette: Palette) -> float:
 
 
 def _recognise(colours: NDArray[np.uint8]) -> Palette:
-    """Ours, unless nearly all colours are those of another palette, and more of them than of ours."""
-    best, share = OURS, _share(colours, OURS)
-    for other in (BISENET, VOC):
-        squares = distances(colours, other.colours)
-        sure = squares.min(-1) <= TOLERANCE**2
-        if sure.mean() > max(share, 0.9) and _parts(squares.argmin(-1)[sure], other) >= 2:
-            best, share = other, float(sure.mean())
-    return best
+    """Ours, unless it has few of the colours, backgrounds aside, and another palette has nearly all."""
+    parts = colours[(colours.min(-1) < 255 - TOLERANCE) & (colours.max(-1) > TOLERANCE)]  # neither white nor black
+    if len(parts) and _share(parts, OURS) < 0.5:
+        for other in (BISENET, VOC):
+            squares = distances(parts, other.colours)
+            sure = squares.min(-1) <= TOLERANCE**2
+            if sure.mean() > 0.9 and _parts(squares.argmin(-1)[sure], other) >= 2:
+                return other
+    return OURS
 
 
 def _nearest(picture: NDArray[np.uint8], palette: Palette) -> tuple[Labels, NDArray[np.bool_]]:

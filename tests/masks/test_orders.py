@@ -60,7 +60,9 @@ def test_a_shorter_list_of_names() -> None:
 
 @pytest.mark.parametrize("order", ["celeba", ["background", "face"], [], 3])
 def test_unknown_orders(order: object) -> None:
-    with pytest.raises(MaskError, match=r"celebamask, bisenet, farl|'face' is not a class; classes are background, skin"):
+    with pytest.raises(
+        MaskError, match=r"celebamask, bisenet, farl|'face' is not a class; classes are background, skin"
+    ):
         masks.to_labels(np.zeros((4, 4), dtype=np.uint8), order=order)  # type: ignore[arg-type]
 
 

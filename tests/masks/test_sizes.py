@@ -47,7 +47,9 @@ def test_distortion_is_told_of() -> None:
         warnings.simplefilter("error")
         warn_of_distortion([empty(512, 384)], 592, 448)
         warn_of_distortion([empty(100, 100)], 512, 528)
-    with pytest.warns(UserWarning, match=r"mask 1 is 384 x 512 pixels, .* stretched to 512 x 512; 448 x 592 would keep"):
+    with pytest.warns(
+        UserWarning, match=r"mask 1 is 384 x 512 pixels, .* stretched to 512 x 512; 448 x 592 would keep"
+    ):
         warn_of_distortion([empty(8, 8), empty(512, 384)], 512, 512)
 
 
@@ -83,7 +85,9 @@ def test_an_order_reaches_the_pipeline(tmp_path: Path) -> None:
     for name, options in (("own", ()), ("farl", ("--mask-order", "farl"))):
         output = tmp_path / name
         arguments = ("-m", tmp_path / f"{name}.png", "-p", "a face", "-o", output, "--seed", "0", "--steps", "1")
-        result = run_command("generate", "demo", *arguments, "--device", "cpu", "--dtype", "fp32", "--no-metadata", *options)
+        result = run_command(
+            "generate", "demo", *arguments, "--device", "cpu", "--dtype", "fp32", "--no-metadata", *options
+        )
         assert result.code == 0, result.err
         images.append((output / f"{name}_0.png").read_bytes())
     assert images[0] == images[1]
