@@ -38,8 +38,10 @@ def warn_of_distortion(masks: Sequence[Labels], height: int, width: int) -> None
         h, w = labels.shape
         change = (width / height) / (w / h)
         if max(change, 1 / change) > 1 + DISTORTION:
-            name = "the mask" if len(masks) == 1 else f"mask {i}"
             fitting = default_size([labels], round(math.sqrt(height * width)))
+            if fitting == (height, width):  # multiples of 16 come no nearer
+                continue
+            name = "the mask" if len(masks) == 1 else f"mask {i}"
             warnings.warn(
                 f"{name} is {w} x {h} pixels, width by height, and is stretched to {width} x {height}; {fitting[1]} x "
                 f"{fitting[0]} would keep its shape",

@@ -47,6 +47,7 @@ def test_distortion_is_told_of() -> None:
         warnings.simplefilter("error")
         warn_of_distortion([empty(512, 384)], 592, 448)
         warn_of_distortion([empty(100, 100)], 512, 528)
+        warn_of_distortion([empty(128, 64)], 176, 96)  # the nearest there is
     with pytest.warns(
         UserWarning, match=r"mask 1 is 384 x 512 pixels, .* stretched to 512 x 512; 448 x 592 would keep"
     ):
