@@ -21,7 +21,7 @@ def refuse_smoothed(numbers: Labels, what: str) -> None:
     for one in (numbers, numbers.T):
         # Runs of one number, by rows: a step is a run of at most three pixels between a lower and a higher number.
         changes = one[:, 1:] != one[:, :-1]
-        edges += np.count_nonzero(changes)
+        edges += int(np.count_nonzero(changes))
         ends = np.flatnonzero(np.pad(changes, ((0, 0), (0, 1)), constant_values=True).ravel())
         if len(ends) < 3:
             continue
@@ -29,7 +29,7 @@ def refuse_smoothed(numbers: Labels, what: str) -> None:
         lengths = np.diff(ends)[:-1]
         rising = (values[:-2] < values[1:-1]) & (values[1:-1] < values[2:])
         falling = (values[:-2] > values[1:-1]) & (values[1:-1] > values[2:])
-        steps += np.count_nonzero((rising | falling) & (lengths <= 3) & (rows[:-2] == rows[2:]))
+        steps += int(np.count_nonzero((rising | falling) & (lengths <= 3) & (rows[:-2] == rows[2:])))
     if steps >= FEWEST_STEPS and steps > STEPS_PER_EDGE * edges and 4 * edges < numbers.size:
         raise MaskError(
             f"{what}: its class numbers were smoothed, by resizing it seems: between two regions lie bands of the "
