@@ -45,7 +45,9 @@ from mogle_rt.loop.denoise import denoise
 from mogle_rt.loop.progress import Progress
 from mogle_rt.loop.schedule import Schedule, make_schedule
 from mogle_rt.masks.classes import Labels
-from mogle_rt.masks.labels import MaskLike, to_label_batch
+from mogle_rt.masks.labels import MaskLike, resize, to_label_batch
+from mogle_rt.masks.orders import Order
+from mogle_rt.masks.sizes import default_size, warn_of_distortion
 from mogle_rt.memory.devices import choose_device, choose_dtype
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -206,17 +208,22 @@ class Pipeline:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         mask_posterior: MaskPosterior = "mean",
         return_dict: bool = True,
+        *,
+        mask_order: Order = "celebamask",
     ) -> PipelineOutput:
         """Draw faces. Each image of a batch is the one it would be alone, up to rounding.
 
         Args:
             mask: a semantic mask or a list of them, in any form that `mogle_rt.masks` reads; None is all background
-                (text only). Resized to height x width by nearest neighbour.
+                (text only). Resized to height x width by nearest neighbour; a warning says where that stretches it.
             prompt: a text or a list of them; None is the empty prompt (mask only). One mask goes with several prompts
                 and one prompt with several masks.
             num_inference_steps: denoising steps S.
             guidance_scale: FLUX's distilled guidance; models without it ignore it.
-            height, width: pixels, multiples of 16; None takes 512, or the VAE's own size where that is less.
+            height, width: pixels, multiples of 16. If both are None, the image has the mask's shape and about as many pixels
+                as the model's own square (of 512, or the VAE's own size where that is less). That square serves where
+                there is no mask, where masks differ in shape, and where ``latents`` are given. If one is None, it is the
+                square's side.
             num_images_per_prompt: images for each pair of mask and prompt.
             generator: a generator for the noise, or a list with one for each image.
             latents: packed noise [B, N, 64] in place of drawn noise, N = height / 16 * width / 16.
@@ -232,6 +239,8 @@ class Pipeline:
             mask_posterior: "mean" of the VAE's posterior, or "sample" to draw from it with the generator, as the
                 reference does.
             return_dict: False gives the tuple ``(images,)`` in place of a `PipelineOutput`, as in diffusers.
+            mask_order: what the numbers of a label map mean, see `mogle_rt.masks.to_labels`: "celebamask", "bisenet",
+                "farl", or the names of the classes.
 
         Raises:
             InputError: an argument is out of range, counts or shapes don't match, or a callback calls the pipeline.
@@ -240,6 +249,7 @@ class Pipeline:
             NumericalError: the result is not finite.
         """
         size = self.bundle.default_size
+        fit_to_mask = height is None and width is None and latents is None
         height, width = size if height is None else height, size if width is None else width
         if max_sequence_length is None:
             max_sequence_length = self.bundle.default_text_tokens
@@ -264,8 +274,12 @@ class Pipeline:
         guidance_scale, condition_scale = float(guidance_scale), float(condition_scale)
         rows, columns = map(float, position_delta)
         self._interrupt = False
+        labels = [] if mask is None else to_label_batch(mask, order=mask_order)
+        if labels and fit_to_mask:
+            height, width = default_size(labels, size)
         grid = (height // PATCH, width // PATCH)
-        labels = self._labels(mask, height, width)
+        warn_of_distortion(labels, height, width)
+        labels = [resize(one, height, width) for one in labels] or [np.zeros((height, width), dtype=np.uint8)]
         prompts = prompt_list(prompt, prompt_embeds, pooled_prompt_embeds)
         if prompt_embeds is not None:
             t = self.bundle.config.transformer
@@ -307,11 +321,6 @@ class Pipeline:
                 with self._stage("decode", bar):
                     images = self._decode(packed, height, width, output_type)
         return PipelineOutput(images=images) if return_dict else (images,)  # type: ignore[return-value]
-
-    def _labels(self, mask: MaskLike | Sequence[MaskLike] | None, height: int, width: int) -> list[Labels]:
-        if mask is None:
-            return [np.zeros((height, width), dtype=np.uint8)]
-        return to_label_batch(mask, height=height, width=width)
 
     def _embed(
         self, prompts: list[str], embeds: Tensor | None, pooled: Tensor | None, max_sequence_length: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -14,7 +14,7 @@ from mogle_rt.apps.image_files import SUFFIXES, check_suffix
 from mogle_rt.apps.program import console
 from mogle_rt.errors import InputError, OutputError
 
-MASK_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
+MASK_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy"}
 FIELDS = ("stem", "seed", "number")  # of a pattern for names
 
 
@@ -68,11 +68,15 @@ def plan(
 def find_masks(paths: list[Path]) -> Iterator[Path]:
     """Files, those of folders, and those that a pattern such as ``masks/*.png`` fits, in the order of their names.
 
+    A folder of part files, as CelebAMask-HQ has them, is one mask.
+
     Raises:
         InputError: a folder holds none, or nothing fits a pattern.
     """
-    for path in paths:
-        if path.is_dir():
+    from mogle_rt.masks.planes import part_files
+
+    for path in (Path(os.path.expanduser(path)) for path in paths):
+        if path.is_dir() and not part_files(path):
             found = sorted(p for p in path.iterdir() if _looks_like_a_mask(p))
             if not found:
                 raise InputError(f"{path}: a folder without masks ({', '.join(sorted(MASK_SUFFIXES))})")
@@ -84,6 +88,24 @@ def find_masks(paths: list[Path]) -> Iterator[Path]:
         else:
             found = [path]
         yield from found
+
+
+def batches(
+    drawings: list[Drawing], batch_size: int, shapes: Mapping[Path | None, tuple[int, ...] | None]
+) -> Iterator[list[Drawing]]:
+    """Drawings in their order, up to ``batch_size`` at once, all of whose masks have one shape.
+
+    An image's size must not depend on its neighbours. ``shapes``: of each mask height and width, or None where there is
+    no mask.
+    """
+    batch: list[Drawing] = []
+    for drawing in drawings:
+        if batch and (len(batch) == batch_size or shapes[drawing.mask] != shapes[batch[0].mask]):
+            yield batch
+            batch = []
+        batch.append(drawing)
+    if batch:
+        yield batch
 
 
 def _looks_like_a_mask(path: Path) -> bool:

@@ -29,10 +29,18 @@ def generate(
         typer.Option(
             "--mask",
             "-m",
-            help="A mask, a folder of masks, or a pattern in quotes such as 'masks/*.png'; repeatable.",
+            help="A mask, a folder of masks or of one face's part files, or a pattern in quotes such as 'masks/*.png'; "
+            "repeatable.",
             rich_help_panel=FACE,
         ),
     ] = None,
+    mask_order: Annotated[
+        str,
+        typer.Option(
+            help="What a label map's numbers mean: celebamask, bisenet, farl, or names with commas between.",
+            rich_help_panel=FACE,
+        ),
+    ] = "celebamask",
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -57,11 +65,11 @@ def generate(
     ] = 1.0,
     height: Annotated[
         int | None,
-        typer.Option(help="Pixels, a multiple of 16; default: the bundle's.", rich_help_panel=FACE),
+        typer.Option(help="Pixels, a multiple of 16; default: of the mask's shape.", rich_help_panel=FACE),
     ] = None,
     width: Annotated[
         int | None,
-        typer.Option(help="Pixels, a multiple of 16; default: the bundle's.", rich_help_panel=FACE),
+        typer.Option(help="Pixels, a multiple of 16; default: of the mask's shape.", rich_help_panel=FACE),
     ] = None,
     output: Annotated[
         Path,
@@ -120,10 +128,11 @@ def generate(
     """Draw faces from masks and prompts."""
     start = time.perf_counter()
     # First everything that can be said without waiting for the libraries: a mistake is told at once.
-    from mogle_rt.apps.drawings import find_masks, plan, say_how_many_have_prompts
+    from mogle_rt.apps.drawings import batches, find_masks, plan, say_how_many_have_prompts
     from mogle_rt.arguments import check_options
     from mogle_rt.bundle.shipped import bundle_path
     from mogle_rt.config import PATCH, ModelConfig, dtype_name
+    from mogle_rt.masks.labels import to_labels
 
     if num_images < 1 or batch_size < 1:
         raise InputError(f"--num-images and --batch-size must be 1 or more, got {num_images} and {batch_size}")
@@ -154,6 +163,8 @@ def generate(
     _must_exist(bundle_path(checkpoint), CheckpointError)
     for path in filter(None, masks):
         _must_exist(path, MaskError)
+    order = mask_order.split(",") if "," in mask_order else mask_order
+    shapes = {path: None if path is None else to_labels(path, order=order).shape for path in masks}
     if prompt is None and len(masks) > 1:
         say_how_many_have_prompts(jobs)
 
@@ -161,12 +172,8 @@ def generate(
         from mogle_rt.apps.quick_imports import import_models
 
         import_models()
-        from mogle_rt.masks.labels import to_labels
         from mogle_rt.pipeline import Pipeline
 
-        for path in masks:
-            if path is not None:
-                to_labels(path)
         pipe = Pipeline(
             checkpoint,
             device=device,
@@ -186,9 +193,10 @@ def generate(
         "steps": steps,
         "guidance_scale": guidance,
         "condition_scale": condition_scale,
+        "mask_order": order,
     }
-    for i in range(0, len(jobs), batch_size):
-        _draw(pipe, jobs[i : i + batch_size], settings, (height, width), metadata, seconds)
+    for batch in batches(jobs, batch_size, shapes):
+        _draw(pipe, batch, settings, (height, width), metadata, seconds)
     stages = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     count = "1 image" if len(jobs) == 1 else f"{len(jobs)} images"
     total = time.perf_counter() - start
@@ -233,6 +241,7 @@ def _draw(
             # Generators on the CPU: a seed is the same noise on every device.
             generator=[torch.Generator("cpu").manual_seed(job.seed) for job in batch],
             condition_scale=settings["condition_scale"],
+            mask_order=settings["mask_order"],
         ).images
     for name, value in pipe.last_run.seconds.items():
         seconds[name] = seconds.get(name, 0.0) + value

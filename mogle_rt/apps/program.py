@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import warnings
 from typing import Any, NoReturn
 
 import typer
@@ -20,7 +21,9 @@ def run_app(program: typer.Typer) -> None:
     """Run a program. An error becomes one line on stderr and a non-zero exit code, never a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        program()
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            program()
     except MogleError as error:
         _fail(str(error))
     except OSError as error:
@@ -64,6 +67,11 @@ def format_bytes(count: float) -> str:
 def _terminate(signum: int, frame: object) -> NoReturn:
     """Leave by an exception, so that half-written files are removed on the way out."""
     raise SystemExit(128 + signum)
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    """A warning in one line, without the place in the code."""
+    console.print(f"warning: {' '.join(str(message).split())}", markup=False, soft_wrap=True)
 
 
 def _fail(message: str) -> NoReturn:

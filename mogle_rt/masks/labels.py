@@ -6,77 +6,152 @@ The only copy of this logic. Labels are uint8 [H, W] with values 0…18.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, TypeAlias
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
+from PIL import Image
 
-from mogle_rt.config import NUM_CLASSES
 from mogle_rt.errors import MaskError
-from mogle_rt.masks.borders import TOLERANCE, _distances, _settle_borders
 from mogle_rt.masks.classes import CLASS_NAMES, PALETTE, Labels
+from mogle_rt.masks.files import (
+    LOSSY,
+    NUMBER_MODES,
+    check_pixels,
+    decoded,
+    load_array,
+    local_path,
+    open_picture,
+    transparent,
+    warn_if_all_hidden,
+)
+from mogle_rt.masks.orders import Order, order_table, warn_of_another_order
+from mogle_rt.masks.palettes import PLANE_HINT, from_colours, from_palette
+from mogle_rt.masks.planes import (
+    COUNTS,
+    MERGE,
+    from_part_files,
+    is_class_number,
+    merge,
+    most_likely,
+    named_planes,
+    refuse_planes,
+)
+from mogle_rt.masks.smoothing import refuse_smoothed
 
-MaskLike: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[Any] | Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MaskLike: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[Any] | Tensor"
 
 
-def to_labels(mask: MaskLike, *, height: int | None = None, width: int | None = None) -> Labels:
+def to_labels(
+    mask: MaskLike, *, height: int | None = None, width: int | None = None, order: Order = "celebamask"
+) -> Labels:
     """Labels of one mask.
 
     Args:
-        mask: a path or PIL image (palette PNG or grey picture of class numbers, RGB or RGBA in the class colours), or
-            an array or tensor: integer labels [H, W] (also [1, H, W]), or colours [H, W, 3 or 4] of uint8.
+        mask: a path or PIL image (palette PNG or grey picture of class numbers, RGB or RGBA in the class colours), a
+            folder of one face's CelebAMask-HQ part files, a ``.npy`` file, or an array or tensor: integer labels [H, W]
+            (also [1, H, W]), or colours [H, W, 3 or 4] of uint8. docs/masks.md lists every form.
         height, width: resize to this by nearest neighbour, never blended; None keeps the mask's own.
+        order: what the numbers of a label map mean: "celebamask", "bisenet", "farl", or the classes' names from number
+            0 on. Colours name classes themselves.
 
     Returns:
         uint8 [H, W], values 0…18.
 
     Raises:
-        MaskError: unreadable, of another shape or type, a class number above 18, or a colour that is no class's.
+        MaskError: unreadable, of another shape or type, a number that is no class's, or a colour that is no class's.
     """
+    table = order_table(order)
     if isinstance(mask, (str, os.PathLike)):
-        labels = _from_image(_open(Path(mask)), str(mask))
+        labels = _from_path(mask, table)
     elif isinstance(mask, Image.Image):
-        labels = _from_image(mask, "mask")
-    elif isinstance(mask, (np.ndarray, Tensor)):
-        labels = _from_array(_to_numpy(mask) if isinstance(mask, Tensor) else mask)
+        labels = _from_image(decoded(mask, "mask"), table, "mask")
+    elif _is_array(mask):
+        labels = _from_array(_to_numpy(mask), table, "mask")
     else:
         raise MaskError(f"a mask must be a path, PIL image, array or tensor, got {type(mask).__name__}")
     own_height, own_width = labels.shape
     return resize(labels, own_height if height is None else height, own_width if width is None else width)
 
 
-def to_label_batch(mask: MaskLike | Sequence[MaskLike], *, height: int, width: int) -> list[Labels]:
+def to_label_batch(
+    mask: MaskLike | Sequence[MaskLike],
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    order: Order = "celebamask",
+) -> list[Labels]:
     """Labels of one mask or of several: a list or tuple, or an array or tensor [B, H, W].
+
+    Args:
+        height, width, order: see `to_labels`; without a size, each mask keeps its own.
 
     Raises:
         MaskError: see `to_labels`; an empty list; in a list, the message says which mask it was.
     """
-    if isinstance(mask, (np.ndarray, Tensor)) and mask.ndim == 4 and mask.shape[1] == 1:
+    if _is_array(mask) and mask.ndim == 4 and mask.shape[1] == 1:
         mask = mask[:, 0]
-    if isinstance(mask, (np.ndarray, Tensor)) and (
-        mask.ndim == 4 or (mask.ndim == 3 and not _is_colour(tuple(mask.shape)))
-    ):
+    if _is_array(mask) and (mask.ndim == 4 or (mask.ndim == 3 and not _is_colour(tuple(mask.shape)))):
         if mask.ndim == 3:
-            _refuse_planes(_to_numpy(mask) if isinstance(mask, Tensor) else mask)
+            refuse_planes(_to_numpy(mask))
         mask = list(mask)
     if not isinstance(mask, (list, tuple)):
-        return [to_labels(mask, height=height, width=width)]  # type: ignore[arg-type]
+        return [to_labels(mask, height=height, width=width, order=order)]  # type: ignore[arg-type]
     if not mask:
         raise MaskError("the list of masks is empty")
     batch = []
     for i, one in enumerate(mask):
         try:
-            batch.append(to_labels(one, height=height, width=width))
+            batch.append(to_labels(one, height=height, width=width, order=order))
         except MaskError as error:
             if isinstance(one, (str, os.PathLike)):
                 raise
             raise MaskError(f"mask {i}: {str(error).removeprefix('mask: ')}") from None
     return batch
+
+
+def from_planes(
+    planes: NDArray[Any] | Tensor | Mapping[str, NDArray[Any] | Tensor],
+    *,
+    order: Order = "celebamask",
+    scores: bool = False,
+) -> Labels:
+    """Labels of one mask that is held as a plane for each class.
+
+    Planes may overlap, as skin does with nose and eyes: later parts are drawn over earlier ones, in CelebAMask-HQ's own
+    order of parts (skin, nose, eye_glasses, … cloth: our class numbers). What no part covers is background.
+
+    Args:
+        planes: [19, H, W] of 0 and 1 or 0 and 255, one plane for each class of the order; [18, H, W] without the
+            background's; [20, H, W] with a first one for the whole mask, which is left out; or planes [H, W] by the
+            names of their classes. A leading dimension of 1 is taken off.
+        order: which class each plane belongs to, see `to_labels`.
+        scores: the planes [19, H, W] are probabilities or logits: each pixel is the class with the largest.
+
+    Returns:
+        uint8 [H, W], values 0…18.
+
+    Raises:
+        MaskError: another number of planes, other values, or planes of several sizes.
+    """
+    if isinstance(planes, Mapping):
+        if scores:
+            raise MaskError("scores come as one array [19, H, W], not by name")
+        held = {n: _to_numpy(p) for n, p in planes.items()}
+        return merge(named_planes(held), order_table("celebamask"))
+    table = order_table(order)
+    array = _to_numpy(planes)
+    if array.ndim == 4 and len(array) == 1:
+        array = array[0]
+    if array.ndim != 3 or not array.size:
+        raise MaskError(f"planes must be [classes, H, W], got shape {list(array.shape)}")
+    check_pixels(*array.shape[1:], "planes")
+    return most_likely(array, table) if scores else merge(array, table)
 
 
 def resize(labels: Labels, height: int, width: int) -> Labels:
@@ -115,26 +190,36 @@ def condition_picture(labels: Labels, number: int) -> NDArray[np.uint8]:
     return np.repeat(plane[..., None], 3, axis=-1)
 
 
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except FileNotFoundError:
-        raise MaskError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise MaskError(f"{path}: is a folder, not a mask") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError):
-        raise MaskError(f"{path}: not a picture that can be read") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise MaskError(f"{path}: can't be read: {error}") from None
+def _from_path(mask: str | os.PathLike[str], table: Labels) -> Labels:
+    path = local_path(mask)
+    if os.path.isdir(path):
+        return from_part_files(path)
+    if path.suffix.lower() == ".npy":
+        return _from_array(load_array(path), table, str(path))
+    return _from_image(open_picture(path), table, str(path))
 
 
-def _to_numpy(tensor: Tensor) -> NDArray[Any]:
+def _is_tensor(value: object) -> TypeGuard[Tensor]:
+    """Whether it is a torch tensor. This room does without torch: the command line reads masks before it loads that."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_array(value: object) -> TypeGuard[NDArray[Any] | Tensor]:
+    return isinstance(value, np.ndarray) or _is_tensor(value)
+
+
+def _to_numpy(value: NDArray[Any] | Tensor) -> NDArray[Any]:
+    """An array as it is, a tensor as an array."""
+    if not _is_tensor(value):
+        return np.asarray(value)
+    import torch
+
+    tensor: Tensor = value
     if tensor.layout != torch.strided or tensor.is_meta:
         kind = "meta" if tensor.is_meta else "sparse"
         raise MaskError(f"a mask tensor must be dense and hold data, got a {kind} one")
-    dense = tensor.detach().cpu()
+    dense = tensor.detach().cpu().resolve_conj().resolve_neg()
     try:
         numbers: NDArray[Any] = (dense.float() if dense.dtype == torch.bfloat16 else dense).numpy()
     except TypeError:  # float8 and the like
@@ -142,52 +227,48 @@ def _to_numpy(tensor: Tensor) -> NDArray[Any]:
     return numbers
 
 
-def _from_image(image: Image.Image, what: str) -> Labels:
-    try:
-        image.load()  # an image that was opened but not read yet
-    except (OSError, ValueError, SyntaxError) as error:
-        raise MaskError(f"{what}: can't be read: {error}") from None
-    if 0 in image.size:
-        raise MaskError(f"{what}: a picture of {image.width} x {image.height} pixels holds no mask")
-    if image.mode == "P":
-        return _from_palette(image, what)
-    if image.mode in ("1", "L", "LA", "La"):
-        return _from_numbers(np.asarray(image.convert("L")), what)
-    if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
-        return _from_numbers(np.asarray(image), what)
-    return _from_colours(np.asarray(image.convert("RGB")), what)
+def _from_image(image: Image.Image, table: Labels, what: str) -> Labels:
+    """Labels of an image that `decoded` has seen to."""
+    hidden = transparent(image, what)
+    if image.mode in ("P", "PA"):
+        palette = np.asarray(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3)
+        indices = np.asarray(image if image.mode == "P" else image.getchannel("P" if "P" in image.getbands() else 0))
+        if hidden is not None and not hidden.all():  # what is not seen takes no part
+            indices = np.where(hidden, indices[~hidden][0], indices)
+        numbers, classes = from_palette(indices, palette, what)
+    elif image.mode in NUMBER_MODES:
+        numbers, classes = np.asarray(image.convert("L") if image.mode in ("1", "LA", "La") else image), None
+    else:
+        picture = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        if hidden is not None:
+            picture = np.where(hidden[..., None], np.uint8(0), picture)
+        numbers, classes = from_colours(picture, what)
+    return _classes(numbers, classes, hidden, table, what, lossy=image.format in LOSSY)
 
 
-def _from_palette(image: Image.Image, what: str) -> Labels:
-    """Pixels of a palette image are class numbers, unless its palette holds the class colours in another order, or greys
-    that are class numbers themselves, as when a grey picture is saved as GIF."""
-    indices = np.asarray(image)
-    used = np.unique(indices)
-    palette = np.asarray(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3)
-    if used.max(initial=0) < len(palette) and palette.any():
-        colours = palette[used]
-        distances = ((colours[:, None].astype(np.int32) - PALETTE.astype(np.int32)) ** 2).sum(-1)
-        greys = (colours == colours[:, :1]).all() and 0 < colours.max() < NUM_CLASSES
-        if greys or (distances.min(-1) == 0).all():
-            table = np.zeros(256, dtype=np.uint8)
-            table[used] = colours[:, 0] if greys else distances.argmin(-1)
-            return table[indices]
-    return _from_numbers(indices, what)
-
-
-def _from_array(array: NDArray[Any]) -> Labels:
+def _from_array(array: NDArray[Any], table: Labels, what: str) -> Labels:
     if array.dtype.kind not in "iuf":
-        raise MaskError(f"a mask must hold class numbers 0…18 or colours, got values of type {array.dtype}")
+        hint = f"; {MERGE}" if array.dtype == bool and array.ndim >= 3 else ""
+        raise MaskError(f"a mask must hold class numbers 0…18 or colours, got values of type {array.dtype}{hint}")
     if array.ndim == 3 and array.shape[0] == 1 and not _is_colour(array.shape):
         array = array[0]
     if array.ndim == 2 and array.size:
-        return _from_numbers(array, "mask")
+        check_pixels(*array.shape, what)
+        return _classes(array, None, None, table, what)
     if array.ndim == 3 and _is_colour(array.shape) and array.size:
         if array.dtype != np.uint8:
             raise MaskError(f"a mask of colours must be uint8 (0…255), got {array.dtype}")
-        return _from_colours(array[..., :3], "mask")
+        check_pixels(*array.shape[:2], what)
+        picture, hidden = array[..., :3], None
+        if array.shape[2] == 4:
+            hidden = warn_if_all_hidden(array[..., 3] == 0, what)
+            if hidden is not None:
+                picture = np.where(hidden[..., None], np.uint8(0), picture)
+        return _classes(*from_colours(picture, what), hidden, table, what)
+    planes = array.ndim in (3, 4) and any(n in COUNTS for n in array.shape)
     raise MaskError(
         f"a mask array must be [H, W] of labels or [H, W, 3 or 4] of colours, got shape {list(array.shape)}"
+        + (f"; of planes for each class, {MERGE}" if planes else "")
     )
 
 
@@ -195,56 +276,43 @@ def _is_colour(shape: tuple[int, ...]) -> bool:
     return len(shape) >= 3 and shape[-1] in (3, 4)
 
 
-def _refuse_planes(array: NDArray[Any]) -> None:
-    """Three dimensions are a batch of masks. One mask in other clothes would be taken for one, and drawn as nonsense.
+def _classes(
+    numbers: NDArray[Any],
+    classes: Labels | None,
+    hidden: NDArray[np.bool_] | None,
+    table: Labels,
+    what: str,
+    *,
+    lossy: bool = False,
+) -> Labels:
+    """Classes of numbers [H, W] in an order, unless colours named them already; what is hidden is background.
 
     Raises:
-        MaskError: it is a plane for each class (one-hot), or, it seems, for each channel of a colour.
+        MaskError: a number is no class's, or numbers were changed by resizing or by JPEG.
     """
-    shape = list(array.shape)
-    for axis in (0, 2):
-        if shape[axis] != NUM_CLASSES:
-            continue
-        hot = array == 1
-        if (hot | (array == 0)).all() and (hot.sum(axis) == 1).all():
+    if classes is not None:
+        labels = classes
+        given = labels
+    else:
+        if hidden is not None:
+            numbers = np.where(hidden, 0, numbers)
+        right = is_class_number(numbers, len(table))
+        if not right.all():
+            y, x = divmod(int(right.argmin()), right.shape[1])
             raise MaskError(
-                f"a mask of shape {shape} with one 1 in each place is one-hot; give its class numbers: its argmax over "
-                f"dimension {axis}"
+                f"{what}: pixel (x={x}, y={y}) holds {numbers[y, x]}, which is not a class number; classes are "
+                f"0 ({CLASS_NAMES[table[0]]}) to {len(table) - 1} ({CLASS_NAMES[table[-1]]})"
+                + (PLANE_HINT if np.isin(numbers, (0, 255)).all() else "")
             )
-    if array.dtype.kind in "iuf" and shape[0] in (3, 4) and _not_classes(array).any():
-        raise MaskError(
-            f"an array of shape {shape} is {shape[0]} masks, but not all of its values are class numbers (0…18); a mask "
-            "of colours must have shape [H, W, 3 or 4]"
-        )
-
-
-def _not_classes(numbers: NDArray[Any]) -> NDArray[np.bool_]:
-    with np.errstate(invalid="ignore"):
-        wrong: NDArray[np.bool_] = ~((numbers >= 0) & (numbers < NUM_CLASSES)) | (numbers != np.floor(numbers))
-    return wrong
-
-
-def _from_numbers(numbers: NDArray[Any], what: str) -> Labels:
-    wrong = _not_classes(numbers)
-    if wrong.any():
-        y, x = np.argwhere(wrong)[0]
-        raise MaskError(
-            f"{what}: pixel (x={x}, y={y}) holds {numbers[y, x]}, which is not a class number; "
-            f"classes are 0 ({CLASS_NAMES[0]}) to {NUM_CLASSES - 1} ({CLASS_NAMES[-1]})"
-        )
-    return numbers.astype(np.uint8)
-
-
-def _from_colours(picture: NDArray[np.uint8], what: str) -> Labels:
-    grey = (picture == picture[..., :1]).all()
-    if grey and 0 < picture.max() < NUM_CLASSES:
-        return picture[..., 0].copy()  # class numbers, saved with three equal channels
-    codes = picture.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
-    codes, inverse = np.unique(codes, return_inverse=True)
-    distance = _distances(np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=-1))
-    inverse = inverse.reshape(picture.shape[:2])
-    labels = distance.argmin(-1).astype(np.uint8)[inverse]
-    sure = (distance.min(-1) <= TOLERANCE)[inverse]
-    if not sure.all():
-        _settle_borders(labels, sure, picture, what)
+        given = numbers.astype(np.uint8)
+        if lossy and given.min() != given.max():
+            raise MaskError(f"{what}: JPEG changes class numbers; save them as PNG, or a picture in the class colours")
+        refuse_smoothed(given, what)
+        labels = table[given]
+    if hidden is not None:
+        labels = np.where(hidden, np.uint8(0), labels)
+    if classes is None:
+        warn_of_another_order(given, table, what)
+    else:
+        warn_of_another_order(labels, order_table("celebamask"), what, coloured=True)
     return labels

@@ -126,7 +126,7 @@ def rgb(labels: Labels) -> Image.Image:
 
 
 def rgba(labels: Labels) -> Image.Image:
-    alpha = np.random.default_rng(0).integers(0, 256, labels.shape).astype(np.uint8)
+    alpha = np.random.default_rng(0).integers(1, 256, labels.shape).astype(np.uint8)  # 0 hides what it covers
     return Image.fromarray(np.dstack([COLOURS[labels], alpha]), mode="RGBA")
 
 

@@ -1,0 +1,137 @@
+"""Masks in files and PIL images: opened with care, and seen as a person sees them."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mogle_rt.errors import MaskError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What masks are held in. Pillow reads many more formats, some of them by starting other programs."""
+LOSSY = ("JPEG", "MPO")
+MAX_PIXELS = 4096 * 4096
+"""The most pixels of a mask, read from the file's header before anything is decoded."""
+NUMBER_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
+ORIENTATION = 0x0112  # the EXIF tag
+
+_ADDRESS = re.compile(r"(https?|ftp|s3|gs|hf|file):/|data:")
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """The path of a mask, with ``~`` expanded.
+
+    Raises:
+        MaskError: it is an address; masks are not fetched.
+    """
+    text = os.fsdecode(path)
+    if _ADDRESS.match(text):
+        raise MaskError(f"{one_line(text)}: masks are not fetched from addresses; save the file and give its path")
+    return Path(os.path.expanduser(text))
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture, decoded.
+
+    Raises:
+        MaskError: there is none, it is of another format or too large, or it can't be decoded.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return decoded(image, str(path))
+    except MaskError:
+        raise
+    except FileNotFoundError:
+        raise MaskError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise MaskError(f"{path}: is a folder, not a mask") from None
+    except UnidentifiedImageError:
+        raise MaskError(f"{path}: not a picture that can be read ({', '.join(FORMATS)}, or .npy)") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise MaskError(f"{path}: not a picture that can be read: a mask can have {MAX_PIXELS:,} pixels") from None
+    except Exception as error:  # decoders of damaged files raise nearly everything
+        raise MaskError(f"{path}: can't be read: {one_line(error)}") from None
+
+
+def decoded(image: Image.Image, what: str) -> Image.Image:
+    """An image whose pixels are read, turned as its EXIF orientation says.
+
+    Raises:
+        MaskError: no pixels or too many, or they can't be decoded.
+    """
+    check_pixels(image.height, image.width, what)
+    try:
+        image.load()
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # see above
+        raise MaskError(f"{what}: can't be read: {one_line(error)}") from None
+    return image
+
+
+def check_pixels(height: int, width: int, what: str) -> None:
+    """Raises:
+    MaskError: a picture has no pixels, or more than `MAX_PIXELS`.
+    """
+    if 0 in (height, width):
+        raise MaskError(f"{what}: a picture of {width} x {height} pixels holds no mask")
+    if height * width > MAX_PIXELS:
+        raise MaskError(f"{what}: a mask can have at most {MAX_PIXELS:,} pixels, got {width} x {height}")
+
+
+def transparent(image: Image.Image, what: str) -> NDArray[np.bool_] | None:
+    """Where a picture's alpha is 0, or None where that is nowhere. Such pixels are background, whatever colour they have."""
+    if image.mode in ("RGBa", "La"):  # colours multiplied by alpha
+        image = image.convert(image.mode.upper())
+    if image.mode not in ALPHA_MODES and not (
+        image.mode in ("P", "L", "RGB") and image.info.get("transparency") is not None
+    ):
+        return None
+    try:
+        whole = image if "A" in image.mode else image.convert("RGBA")
+        hidden: NDArray[np.bool_] = np.asarray(whole.getchannel("A")) == 0
+    except Exception as error:  # of a transparency that doesn't fit
+        raise MaskError(f"{what}: can't be read: {one_line(error)}") from None
+    return warn_if_all_hidden(hidden, what)
+
+
+def warn_if_all_hidden(hidden: NDArray[np.bool_], what: str) -> NDArray[np.bool_] | None:
+    """The same, or None where no pixel is hidden."""
+    if not hidden.any():
+        return None
+    if hidden.all():
+        warnings.warn(f"{what}: every pixel is transparent, so all of it is background", stacklevel=2)
+    return hidden
+
+
+def load_array(path: Path) -> NDArray[Any]:
+    """The array of a ``.npy`` file; pickled objects are refused.
+
+    Raises:
+        MaskError: it can't be read, or holds too many values.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise MaskError(f"{path}: no such file") from None
+    except Exception as error:
+        raise MaskError(f"{path}: can't be read: {one_line(error)}") from None
+    if not isinstance(array, np.ndarray):
+        raise MaskError(f"{path}: must hold one array")
+    if array.size > 20 * MAX_PIXELS:  # planes of all classes
+        raise MaskError(f"{path}: a mask can have at most {MAX_PIXELS:,} pixels, got an array of {list(array.shape)}")
+    return np.array(array)
+
+
+def one_line(error: object) -> str:
+    """A message on one line, of printable characters, cut where it is long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:200]

@@ -1,0 +1,37 @@
+"""Class numbers that were resized smoothly: between two regions lie bands of the numbers in between, which are no parts."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mogle_rt.errors import MaskError
+from mogle_rt.masks.classes import Labels
+
+FEWEST_STEPS = 12  # in a mask with fewer, chance decides
+STEPS_PER_EDGE = 0.2
+"""Of the borders of a smoothed mask, a third and more are steps on the way from one region to another; in masks with sharp
+borders, even small ones, the parts that happen to lie so are a few in a hundred."""
+
+
+def refuse_smoothed(numbers: Labels, what: str) -> None:
+    """Raises:
+    MaskError: the numbers [H, W] change from region to region over the numbers in between.
+    """
+    steps = edges = 0
+    for one in (numbers, numbers.T):
+        # Runs of one number, by rows: a step is a run of at most three pixels between a lower and a higher number.
+        changes = one[:, 1:] != one[:, :-1]
+        edges += int(np.count_nonzero(changes))
+        ends = np.flatnonzero(np.pad(changes, ((0, 0), (0, 1)), constant_values=True).ravel())
+        if len(ends) < 3:
+            continue
+        values, rows = one.ravel()[ends].astype(np.int16), ends // one.shape[1]
+        lengths = np.diff(ends)[:-1]
+        rising = (values[:-2] < values[1:-1]) & (values[1:-1] < values[2:])
+        falling = (values[:-2] > values[1:-1]) & (values[1:-1] > values[2:])
+        steps += int(np.count_nonzero((rising | falling) & (lengths <= 3) & (rows[:-2] == rows[2:])))
+    if steps >= FEWEST_STEPS and steps > STEPS_PER_EDGE * edges and 4 * edges < numbers.size:
+        raise MaskError(
+            f"{what}: its class numbers were smoothed, by resizing it seems: between two regions lie bands of the "
+            "numbers in between; resize masks by nearest neighbour, or as a picture in the class colours"
+        )

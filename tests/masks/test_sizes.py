@@ -1,0 +1,94 @@
+"""The size of an image that isn't told one: its mask's shape, at the model's own area."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mogle_rt import Pipeline
+from mogle_rt.apps.drawings import Drawing, batches
+from mogle_rt.masks import Labels, to_image
+from mogle_rt.masks.sizes import default_size, warn_of_distortion
+from tests.apps.test_cli import run as run_command
+from tests.masks.test_orders import FACES, renumbered
+
+
+def empty(height: int, width: int) -> Labels:
+    return np.zeros((height, width), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("mask", "side", "size"),
+    [
+        ((512, 512), 512, (512, 512)),
+        ((1024, 1024), 512, (512, 512)),
+        ((7, 7), 128, (128, 128)),
+        ((512, 384), 512, (592, 448)),
+        ((384, 512), 512, (448, 592)),
+        ((1080, 1920), 512, (384, 688)),
+        ((1, 5000), 64, (16, 256)),
+    ],
+)
+def test_the_mask_s_shape_at_the_model_s_area(mask: tuple[int, int], side: int, size: tuple[int, int]) -> None:
+    assert default_size([empty(*mask)], side) == size
+
+
+def test_masks_of_several_shapes_take_the_square() -> None:
+    assert default_size([empty(512, 384), empty(1024, 768)], 512) == (592, 448)
+    assert default_size([empty(512, 384), empty(512, 512)], 512) == (512, 512)
+
+
+def test_distortion_is_told_of() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_distortion([empty(512, 384)], 592, 448)
+        warn_of_distortion([empty(100, 100)], 512, 528)
+        warn_of_distortion([empty(128, 64)], 176, 96)  # the nearest there is
+    with pytest.warns(
+        UserWarning, match=r"mask 1 is 384 x 512 pixels, .* stretched to 512 x 512; 448 x 592 would keep"
+    ):
+        warn_of_distortion([empty(8, 8), empty(512, 384)], 512, 512)
+
+
+def test_batches_hold_one_shape() -> None:
+    a, b = Path("a"), Path("b")
+    drawings = [Drawing(mask, "", i, Path(str(i))) for i, mask in enumerate([a, a, a, b, b, None])]
+    parts = batches(drawings, 2, {a: (4, 4), b: (4, 6), None: None})
+    assert [[drawing.seed for drawing in part] for part in parts] == [[0, 1], [2], [3, 4], [5]]
+
+
+def test_the_pipeline_draws_the_mask_s_shape() -> None:
+    pipe = Pipeline("demo", device="cpu", dtype="fp32")
+    pipe.set_progress_bar_config(disable=True)
+    portrait = FACES[0][:, : FACES[0].shape[1] // 2]
+    assert pipe(portrait, "", 1, output_type="pt").images.shape[2:] == (176, 96)
+    assert pipe([portrait, FACES[0]], "", 1, output_type="pt").images.shape[2:] == (128, 128)
+    with pytest.warns(UserWarning, match="is stretched to 128 x 128"):
+        pipe(portrait, "", 1, height=128, width=128, output_type="pt")
+
+
+def test_an_order_reaches_the_pipeline(tmp_path: Path) -> None:
+    pipe = Pipeline("demo", device="cpu", dtype="fp32")
+    pipe.set_progress_bar_config(disable=True)
+    latents = np.random.default_rng(0).normal(size=(1, 64, 64)).astype(np.float32)
+    noise = torch.from_numpy(latents)
+    own = pipe(FACES[0], "", 1, latents=noise, output_type="np").images
+    other = pipe(renumbered(FACES[0], "farl"), "", 1, latents=noise, output_type="np", mask_order="farl").images
+    np.testing.assert_array_equal(own, other)
+
+    to_image(FACES[0]).save(tmp_path / "own.png")
+    to_image(renumbered(FACES[0], "farl")).save(tmp_path / "farl.png")
+    images = []
+    for name, options in (("own", ()), ("farl", ("--mask-order", "farl"))):
+        output = tmp_path / name
+        arguments = ("-m", tmp_path / f"{name}.png", "-p", "a face", "-o", output, "--seed", "0", "--steps", "1")
+        result = run_command(
+            "generate", "demo", *arguments, "--device", "cpu", "--dtype", "fp32", "--no-metadata", *options
+        )
+        assert result.code == 0, result.err
+        images.append((output / f"{name}_0.png").read_bytes())
+    assert images[0] == images[1]
