@@ -45,6 +45,7 @@ from mogle_rt.loop.schedule import Schedule, make_schedule
 from mogle_rt.masks.classes import Labels
 from mogle_rt.masks.labels import MaskLike, to_label_batch
 from mogle_rt.memory.devices import choose_device, choose_dtype
+from mogle_rt.torch_api.settings import settled
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Any]], Mapping[str, Any] | None]
@@ -87,7 +88,8 @@ def _one_at_a_time(call: Callable[Concatenate[Pipeline, P], R]) -> Callable[Conc
                 raise InputError("a pipeline can't be called from within its own call; make another Pipeline for that")
             self._running = True
             try:
-                return call(self, *args, **kwargs)
+                with settled(allow_tf32=self._allow_tf32):
+                    return call(self, *args, **kwargs)
             finally:
                 self._running = False
 
@@ -111,6 +113,9 @@ class Pipeline:
         engine_path: the export's folder; None: the bundle's own. Its dtype is then the default.
         cache_bytes: how much the encodings of masks, and those of prompts, may each keep from call to call; 0 keeps
             none.
+        allow_tf32: let NVIDIA GPUs compute float32 products and convolutions of PyTorch's in TF32, which is faster and
+            rounds their operands to 11 significant bits. By default float32 means float32, whatever PyTorch's own
+            flags say. For "torch", and for the VAE and the text encoders of every engine.
 
     Attributes:
         conditioning_cache, prompt_cache: see `TensorCache`; ``clear()`` empties them.
@@ -121,6 +126,7 @@ class Pipeline:
         ConfigError, DeviceError: an option is unknown or can't be had here.
     """
 
+    @settled()
     def __init__(
         self,
         checkpoint: str | Path,
@@ -134,6 +140,7 @@ class Pipeline:
         engine: EngineName = "torch",
         engine_path: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
+        allow_tf32: bool = False,
     ) -> None:
         self.model_config = ModelConfig.of(model_config)
         self.device = choose_device(device)
@@ -160,6 +167,7 @@ class Pipeline:
         self._text_encoders: TextEncoders | None = None
         self._interrupt = self._running = False
         self._lock = threading.RLock()
+        self._allow_tf32 = allow_tf32
         self._progress_bar_config: dict[str, Any] = {}
 
     @property

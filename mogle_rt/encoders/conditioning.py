@@ -18,6 +18,7 @@ from mogle_rt.encoders.group_norm import arranged
 from mogle_rt.encoders.vae import ENCODE_PIXELS, pack_latents
 from mogle_rt.masks.classes import Labels
 from mogle_rt.masks.labels import condition_picture
+from mogle_rt.torch_api.settings import settled
 
 MaskPosterior = Literal["mean", "sample"]
 
@@ -37,6 +38,7 @@ class Conditioner:
         self.vae = vae
         self.cache = cache
 
+    @settled()
     def __call__(
         self,
         masks: Sequence[Labels],

@@ -20,6 +20,7 @@ from mogle_rt.model.modulation import ModulationTables, modulation_tables, time_
 from mogle_rt.model.positions import condition_ids, rope_table, token_ids
 from mogle_rt.ops.attention import AttentionPlan
 from mogle_rt.ops.choice import choose
+from mogle_rt.torch_api.settings import settled
 
 SHAPES_KEPT = 4  # on a GPU: shapes whose graphs are kept
 
@@ -63,6 +64,7 @@ class TorchEngine:
         self._runners = Runners(device, cuda_graphs, limit=SHAPES_KEPT if device.type == "cuda" else 1)
         self._runner: Runner | None = None
 
+    @settled()
     @torch.inference_mode()
     def prepare(self, conditions: Conditions, schedule: Schedule) -> None:
         """Compute what no step of a run changes, and hold it for the steps."""
@@ -120,6 +122,7 @@ class TorchEngine:
         temb = time_embedding(F.pad(timesteps, (0, 1)), taken, pooled, self.weights)
         return modulation_tables(self.config, temb[:-1], temb[-1], self.weights, latent_lora=self.model.latent_lora)
 
+    @settled()
     @torch.inference_mode()
     def condition(self, latents: Tensor, k: int) -> Tensor:
         """Condition tokens of step k: [B, N, 64] -> [B, N, 64]."""
@@ -128,6 +131,7 @@ class TorchEngine:
         self.prepared.condition()
         return _image_major(self.prepared.buffers.condition)
 
+    @settled()
     @torch.inference_mode()
     def velocity(self, latents: Tensor, condition: Tensor, k: int) -> Tensor:
         """The transformer's output in step k, for given condition tokens: [B, N, 64]."""
@@ -141,11 +145,13 @@ class TorchEngine:
         """Velocity at step k of the prepared run: [B, N, 64] -> [B, N, 64]."""
         return self.velocity(latents, self.condition(latents, k), k)
 
+    @settled()
     @torch.inference_mode()
     def start(self, latents: Tensor, k: int = 0) -> None:
         """Take latents [B, N, 64] into step k."""
         self._prepared_runner().start(latents.transpose(0, 1), k)
 
+    @settled()
     @torch.inference_mode()
     def advance(self) -> None:
         """One step of the loop, Euler update included."""

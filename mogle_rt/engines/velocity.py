@@ -14,8 +14,8 @@ from mogle_rt.loop.schedule import Schedule
 class VelocityLoop(ABC):
     """The loop's part of an engine that gives velocities: latents on its device, Euler's update in PyTorch."""
 
-    _sigmas = torch.zeros(1)
-    _latents = torch.zeros(1)
+    _sigmas = torch.zeros(1, dtype=torch.float32, device="cpu")
+    _latents = torch.zeros(1, dtype=torch.float32, device="cpu")
     _k = 0
 
     def follow(self, schedule: Schedule, device: torch.device) -> None:
