@@ -36,7 +36,14 @@ from mogle_rt.encoders.cache import TensorCache
 from mogle_rt.encoders.conditioning import Conditioner, MaskPosterior
 from mogle_rt.encoders.group_norm import arranged
 from mogle_rt.encoders.text import TextEncoders
-from mogle_rt.encoders.vae import DECODE_PIXELS, autoencoder, load_autoencoder, pack_latents, unpack_latents
+from mogle_rt.encoders.vae import (
+    DECODE_PIXELS,
+    autoencoder,
+    load_autoencoder,
+    pack_latents,
+    unpack_latents,
+    vae_dtype,
+)
 from mogle_rt.engines.choice import EngineName, engine_dtype, make_engine
 from mogle_rt.engines.contract import Conditions, Engine
 from mogle_rt.errors import InputError, NumericalError
@@ -102,7 +109,8 @@ class Pipeline:
     Args:
         checkpoint: a bundle, see ``mogle-rt convert``; or ``demo``, the small one in the package (128 x 128 pixels).
         device: "cpu", "cuda", "cuda:N" or N, or "mps"; None takes the best there is.
-        dtype: "fp32", "bf16", "fp16" or a torch dtype; None takes what the device multiplies fast.
+        dtype: "fp32", "bf16", "fp16" or a torch dtype; None takes what the device multiplies fast. In "fp16" the VAE
+            computes in float32, unless its configuration says ``"force_upcast": false``.
         model_config: the reference's switches, see `ModelConfig`; unknown names are refused.
         kernels: "triton" or "torch", the operations of a step; None takes what the environment variable
             MOGLE_RT_KERNELS says, and without it Triton's fused kernels on GPUs and PyTorch elsewhere. For "torch".
@@ -146,8 +154,9 @@ class Pipeline:
         self.device = choose_device(device)
         self.dtype = choose_dtype(engine_dtype(engine, engine_path, checkpoint, dtype), self.device)
         self.bundle = Bundle(checkpoint)
-        weights = self.bundle.part("vae", self.device, self.dtype)
-        self.vae = load_autoencoder(autoencoder(self.bundle.config.vae), weights, f"{checkpoint} (vae)")
+        vae_config = self.bundle.config.vae
+        weights = self.bundle.part("vae", self.device, vae_dtype(vae_config, self.dtype))
+        self.vae = load_autoencoder(autoencoder(vae_config), weights, f"{checkpoint} (vae)")
         self.engine: Engine = make_engine(
             engine,
             engine_path,
@@ -388,8 +397,9 @@ class Pipeline:
         return following.to(latents)
 
     def _decode(self, packed: Tensor, height: int, width: int, output_type: OutputType) -> Any:
+        packed = packed.to(self.vae.dtype)
         z = unpack_latents(packed, height, width) / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        z = arranged(z.to(self.vae.dtype), height * width)
+        z = arranged(z, height * width)
         # A CPU is faster with one image, whose activations stay in its caches.
         chunk = 1 if self.device.type == "cpu" else max(1, DECODE_PIXELS // (height * width))
         image = torch.cat([self.vae.decode(part).sample.contiguous() for part in z.split(chunk)])

@@ -9,6 +9,7 @@ from mogle_rt.linear import onednn
 from mogle_rt.linear.layers import Linear, LoraLinear, Ride
 from mogle_rt.linear.views import flat
 from mogle_rt.ops.gelu import gelu
+from mogle_rt.torch_api.private import addmm_gelu
 
 
 class Product:
@@ -58,7 +59,7 @@ class Product:
         if self._for_onednn is not None:
             y = onednn.linear(first, self._for_onednn, self._bias, gelu=self._gelu_within)
         elif self._gelu_within:
-            y = torch._addmm_activation(self._bias, first, self._weights[0], use_gelu=True, out=self._out)
+            y = addmm_gelu(self._bias, first, self._weights[0], out=self._out)
         else:
             y = torch.addmm(self._bias, first, self._weights[0], out=self._out)
         for x, weight in zip(others, self._weights[1:], strict=True):

@@ -6,6 +6,7 @@ import torch
 
 from mogle_rt.config import parse_dtype
 from mogle_rt.errors import DeviceError
+from mogle_rt.torch_api.private import cpu_has_amx
 
 
 def choose_device(device: str | int | torch.device | None) -> torch.device:
@@ -47,4 +48,4 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.float16
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    return torch.bfloat16 if cpu_has_amx() else torch.float32

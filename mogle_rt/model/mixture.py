@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from mogle_rt.config import NUM_EXPERTS, MogleConfig
 from mogle_rt.errors import ConfigError
 from mogle_rt.linear.views import empty_parameter
 from mogle_rt.ops.contract import Ops
+from mogle_rt.torch_api.private import has_values
 
 MIXTURES = ("bank", "fused")
 
@@ -71,7 +71,7 @@ def picture_contents(pictures: Tensor) -> list[Hashable]:
 
     Meta and fake tensors have no contents: there, all are taken to be distinct.
     """
-    if pictures.is_meta or isinstance(pictures, FakeTensor):
+    if not has_values(pictures):
         return [(number, tuple(pictures.shape)) for number in range(len(pictures))]
     return [picture.tobytes() for picture in pictures.contiguous().view(torch.uint8).cpu().numpy()]
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 T = TypeVar("T")
 
@@ -133,3 +134,16 @@ def _readable(flag: Callable[[], T]) -> T | None:
         return flag()
     except RuntimeError:
         return None
+
+
+class NoInitialValues(TorchFunctionMode):
+    """Within this context the calling thread's modules are built without drawing initial values for their weights.
+
+    (diffusers and transformers replace PyTorch's functions for the whole process instead, so that modules that another
+    thread builds meanwhile are left without values.)
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
