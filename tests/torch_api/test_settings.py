@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -13,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mogle_rt import Pipeline
+from mogle_rt.torch_api.settings import settled
 
 SIZE = 64
 
