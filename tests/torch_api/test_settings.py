@@ -192,19 +192,19 @@ def test_one_thread_that_wants_float32_has_it() -> None:
         with settled(allow_tf32=True):
             seen["alone"] = flags()["cuda.matmul"]
             allowed_in.set()
-            strict_in.wait(60)
+            strict_in.wait(10)
             seen["together"] = flags()["cuda.matmul"]
-            strict_out.wait(60)
+            strict_out.wait(10)
             seen["alone again"] = flags()["cuda.matmul"]
 
     thread = threading.Thread(target=allowing)
     thread.start()
-    allowed_in.wait(60)
+    allowed_in.wait(10)
     with settled():
         strict_in.set()
         assert flags()["cuda.matmul"] == "ieee"
     strict_out.set()
-    thread.join(60)
+    thread.join(10)
     assert seen == {"alone": "tf32", "together": "ieee", "alone again": "tf32"}
     assert flags() == before
 
@@ -223,12 +223,12 @@ def test_other_threads_keep_their_autocast() -> None:
     def other() -> None:
         with settled():
             entered.set()
-            checked.wait(60)
+            checked.wait(10)
 
     thread = threading.Thread(target=other)
     with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
         thread.start()
-        entered.wait(60)
+        entered.wait(10)
         assert torch.is_autocast_enabled("cpu")
         assert torch.empty(1).is_meta
         with settled():
@@ -237,4 +237,4 @@ def test_other_threads_keep_their_autocast() -> None:
         assert torch.is_autocast_enabled("cpu")
         assert torch.empty(1).is_meta
     checked.set()
-    thread.join(60)
+    thread.join(10)
