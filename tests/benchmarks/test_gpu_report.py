@@ -46,13 +46,16 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert capsys.readouterr().err.startswith("make gpu needs no_such_module;")
 
 
-@pytest.mark.parametrize(("sleep", "seconds", "passed", "note"), [(0, 60, 2, ""), (120, 20, 1, "stopped after 20 s")])
-def test_a_stage_counts_what_ran_in_its_time(sleep: int, seconds: int, passed: int, note: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sleep", "passed"), [(0, 2), (600, 1)], ids=["whole", "interrupted"])
+def test_a_stage_counts_what_ran_in_its_time(sleep: int, passed: int, tmp_path: Path) -> None:
     tests = tmp_path / "test_some.py"
     tests.write_text(TESTS.replace("SLEEP", str(sleep)))
-    stage = run_stage("some", (str(tests),), seconds)
+    for seconds in (10, 60):  # the second where this machine is too busy to start pytest in the first
+        stage = run_stage("some", (str(tests),), seconds)
+        if stage.counts["failed"] and (sleep or not stage.note):
+            break
     assert (stage.counts["passed"], stage.counts["failed"], stage.counts["skipped"]) == (passed, 1, 1)
-    assert stage.note == note
+    assert stage.note == (f"stopped after {seconds} s" if sleep else "")
     assert len(stage.failures) == 1
     assert "test_bad" in stage.failures[0]
     assert "one is not two" in stage.failures[0]

@@ -61,5 +61,7 @@ def test_the_estimate_counts_it() -> None:
     upcast, half = estimate(job(True)), estimate(job(False))
     assert upcast.engine.resident - half.engine.resident == 2 * half.parameters["vae"]
     assert upcast.reference.resident - half.reference.resident == 2 * half.parameters["vae"]
-    assert upcast.engine.decode.moved > 1.9 * half.engine.decode.moved
+    # (In float16 a decoder moves somewhat more than half: PyTorch upsamples in float32.)
+    assert upcast.engine.encode.moved == pytest.approx(2 * half.engine.encode.moved, rel=0.01)
+    assert upcast.engine.decode.moved > half.engine.decode.moved
     assert upcast.engine.decode.flops == half.engine.decode.flops
