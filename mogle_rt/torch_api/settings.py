@@ -75,8 +75,9 @@ def _precision(allow_tf32: bool) -> Iterator[None]:
 
 
 # Where PyTorch keeps the precision of float32 operations. A flag that says "none" takes its parent's value.
-_PRODUCTS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-_CONVOLUTIONS = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.mkldnn.conv)
+_backends: Any = torch.backends  # its modules set their attributes where type checkers don't see it
+_PRODUCTS = (_backends.cuda.matmul, _backends.mkldnn.matmul)
+_CONVOLUTIONS = (_backends.cudnn.conv, _backends.cudnn.rnn, _backends.mkldnn.conv)
 
 
 def _write(*, allowed: bool) -> None:
@@ -87,7 +88,7 @@ def _write(*, allowed: bool) -> None:
     if _found.cudnn is not None:
         torch.backends.cudnn.allow_tf32 = allowed
     for flag in (*_PRODUCTS, *_CONVOLUTIONS):
-        on_gpu = flag not in (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+        on_gpu = flag not in (_backends.mkldnn.matmul, _backends.mkldnn.conv)
         flag.fp32_precision = "tf32" if allowed and on_gpu else "ieee"
 
 

@@ -123,18 +123,19 @@ print(images.numpy().tobytes().hex())
     assert done.stdout.strip() == expected["a woman"].numpy().tobytes().hex()
 
 
+BACKENDS: Any = torch.backends
 FLAGS: dict[str, Callable[[], Any]] = {
     "products": torch.get_float32_matmul_precision,
-    "cuda.matmul.allow_tf32": lambda: torch.backends.cuda.matmul.allow_tf32,
-    "cudnn.allow_tf32": lambda: torch.backends.cudnn.allow_tf32,
-    "all": lambda: torch.backends.fp32_precision,
-    "cuda.matmul": lambda: torch.backends.cuda.matmul.fp32_precision,
-    "cudnn": lambda: torch.backends.cudnn.fp32_precision,
-    "cudnn.conv": lambda: torch.backends.cudnn.conv.fp32_precision,
-    "cudnn.rnn": lambda: torch.backends.cudnn.rnn.fp32_precision,
-    "mkldnn": lambda: torch.backends.mkldnn.fp32_precision,
-    "mkldnn.matmul": lambda: torch.backends.mkldnn.matmul.fp32_precision,
-    "mkldnn.conv": lambda: torch.backends.mkldnn.conv.fp32_precision,
+    "cuda.matmul.allow_tf32": lambda: BACKENDS.cuda.matmul.allow_tf32,
+    "cudnn.allow_tf32": lambda: BACKENDS.cudnn.allow_tf32,
+    "all": lambda: BACKENDS.fp32_precision,
+    "cuda.matmul": lambda: BACKENDS.cuda.matmul.fp32_precision,
+    "cudnn": lambda: BACKENDS.cudnn.fp32_precision,
+    "cudnn.conv": lambda: BACKENDS.cudnn.conv.fp32_precision,
+    "cudnn.rnn": lambda: BACKENDS.cudnn.rnn.fp32_precision,
+    "mkldnn": lambda: BACKENDS.mkldnn.fp32_precision,
+    "mkldnn.matmul": lambda: BACKENDS.mkldnn.matmul.fp32_precision,
+    "mkldnn.conv": lambda: BACKENDS.mkldnn.conv.fp32_precision,
 }
 
 
@@ -211,7 +212,7 @@ def test_one_thread_that_wants_float32_has_it() -> None:
 
 def test_a_pipeline_asks_for_tf32(tiny_bundle: Path) -> None:
     for allowed, expected in ((False, "ieee"), (True, "tf32")):
-        seen = []
+        seen: list[str] = []
         pipe = Pipeline(tiny_bundle, device="cpu", dtype="fp32", allow_tf32=allowed)
         draw(pipe, callback_on_step_end=lambda *_, seen=seen: seen.append(flags()["cuda.matmul"]))
         assert seen == [expected] * 2
