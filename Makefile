@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test oldest bench lint clean
+.PHONY: demo test oldest bench gpu lint clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mogle_rt needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -27,6 +27,9 @@ oldest:  ## the whole test suite with the oldest releases that pyproject.toml al
 
 bench: $(STAMP)  ## the benchmarks, into benchmarks/RESULTS.md
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --results benchmarks/RESULTS.md
+
+gpu:  ## GPU tests and kernel timings with the Python and PyTorch that are there, into gpu-report.md; installs nothing
+	TRITON_INTERPRET=0 $(PYTHON) -m benchmarks.gpu_report
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

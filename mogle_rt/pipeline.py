@@ -37,7 +37,14 @@ from mogle_rt.encoders.conditioning import Conditioner, MaskPosterior
 from mogle_rt.encoders.group_norm import arranged
 from mogle_rt.encoders.mask_planes import MaskPlanes
 from mogle_rt.encoders.text import TextEncoders
-from mogle_rt.encoders.vae import DECODE_PIXELS, autoencoder, load_autoencoder, pack_latents, unpack_latents
+from mogle_rt.encoders.vae import (
+    DECODE_PIXELS,
+    autoencoder,
+    load_autoencoder,
+    pack_latents,
+    unpack_latents,
+    vae_dtype,
+)
 from mogle_rt.engines.choice import EngineName, engine_dtype, make_engine
 from mogle_rt.engines.contract import Conditions, Engine
 from mogle_rt.errors import InputError, NumericalError
@@ -49,6 +56,7 @@ from mogle_rt.masks.labels import MaskLike, resize, to_label_batch
 from mogle_rt.masks.orders import Order
 from mogle_rt.masks.sizes import default_size, warn_of_distortion
 from mogle_rt.memory.devices import choose_device, choose_dtype
+from mogle_rt.torch_api.settings import settled
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Any]], Mapping[str, Any] | None]
@@ -93,7 +101,8 @@ def _one_at_a_time(call: Callable[Concatenate[Pipeline, P], R]) -> Callable[Conc
                 raise InputError("a pipeline can't be called from within its own call; make another Pipeline for that")
             self._running = True
             try:
-                return call(self, *args, **kwargs)
+                with settled(allow_tf32=self._allow_tf32):
+                    return call(self, *args, **kwargs)
             finally:
                 self._running = False
 
@@ -106,7 +115,8 @@ class Pipeline:
     Args:
         checkpoint: a bundle, see ``mogle-rt convert``; or ``demo``, the small one in the package (128 x 128 pixels).
         device: "cpu", "cuda", "cuda:N" or N, or "mps"; None takes the best there is.
-        dtype: "fp32", "bf16", "fp16" or a torch dtype; None takes what the device multiplies fast.
+        dtype: "fp32", "bf16", "fp16" or a torch dtype; None takes what the device multiplies fast. In "fp16" the VAE
+            computes in float32, unless its configuration says ``"force_upcast": false``.
         model_config: the reference's switches, see `ModelConfig`; unknown names are refused.
         kernels: "triton" or "torch", the operations of a step; None takes what the environment variable
             MOGLE_RT_KERNELS says, and without it Triton's fused kernels on GPUs and PyTorch elsewhere. For "torch".
@@ -117,6 +127,9 @@ class Pipeline:
         engine_path: the export's folder; None: the bundle's own. Its dtype is then the default.
         cache_bytes: how much the encodings of masks, and those of prompts, may each keep from call to call; 0 keeps
             none.
+        allow_tf32: let NVIDIA GPUs compute float32 products and convolutions of PyTorch's in TF32, which is faster and
+            rounds their operands to 11 significant bits. By default float32 means float32, whatever PyTorch's own
+            flags say. For "torch", and for the VAE and the text encoders of every engine.
 
     Attributes:
         conditioning_cache, prompt_cache: see `TensorCache`; ``clear()`` empties them.
@@ -127,6 +140,7 @@ class Pipeline:
         ConfigError, DeviceError: an option is unknown or can't be had here.
     """
 
+    @settled()
     def __init__(
         self,
         checkpoint: str | Path,
@@ -140,13 +154,15 @@ class Pipeline:
         engine: EngineName = "torch",
         engine_path: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
+        allow_tf32: bool = False,
     ) -> None:
         self.model_config = ModelConfig.of(model_config)
         self.device = choose_device(device)
         self.dtype = choose_dtype(engine_dtype(engine, engine_path, checkpoint, dtype), self.device)
         self.bundle = Bundle(checkpoint)
-        weights = self.bundle.part("vae", self.device, self.dtype)
-        self.vae = load_autoencoder(autoencoder(self.bundle.config.vae), weights, f"{checkpoint} (vae)")
+        vae_config = self.bundle.config.vae
+        weights = self.bundle.part("vae", self.device, vae_dtype(vae_config, self.dtype))
+        self.vae = load_autoencoder(autoencoder(vae_config), weights, f"{checkpoint} (vae)")
         self.engine: Engine = make_engine(
             engine,
             engine_path,
@@ -166,6 +182,7 @@ class Pipeline:
         self._text_encoders: TextEncoders | None = None
         self._interrupt = self._running = False
         self._lock = threading.RLock()
+        self._allow_tf32 = allow_tf32
         self._progress_bar_config: dict[str, Any] = {}
 
     @property
@@ -401,8 +418,9 @@ class Pipeline:
         return following.to(latents)
 
     def _decode(self, packed: Tensor, height: int, width: int, output_type: OutputType) -> Any:
+        packed = packed.to(self.vae.dtype)
         z = unpack_latents(packed, height, width) / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        z = arranged(z.to(self.vae.dtype), height * width)
+        z = arranged(z, height * width)
         # A CPU is faster with one image, whose activations stay in its caches.
         chunk = 1 if self.device.type == "cpu" else max(1, DECODE_PIXELS // (height * width))
         image = torch.cat([self.vae.decode(part).sample.contiguous() for part in z.split(chunk)])

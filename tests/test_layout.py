@@ -18,6 +18,7 @@ ROOT = Path(mogle_rt.__file__).parent
 ROOMS = [
     "errors",
     "config",
+    "torch_api",
     "masks",
     "bundle",
     "ops",

@@ -13,7 +13,6 @@ import mmap
 import os
 import struct
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mogle_rt.errors import CheckpointError
 
@@ -142,15 +142,24 @@ def read_chunks(path: Path, info: TensorInfo, *, once: bool = False) -> Iterator
         raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from None
 
 
+class _Unprotected:
+    """A read-only array that numpy takes for a writable one, so that PyTorch gives no warning for its views.
+
+    (Suppressing the warning would change the filters of the whole process, other threads' included.)
+    """
+
+    def __init__(self, array: NDArray[np.uint8]) -> None:
+        self._array = array  # kept as long as anything lies in its memory
+        self.__array_interface__ = array.__array_interface__ | {"data": (array.ctypes.data, False)}
+
+
 class MappedFile:
     """A memory map of a file, from which tensors are taken as views: nothing is read until it is used."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as f:
             self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*not writable.*")
-            self._bytes = torch.from_numpy(np.frombuffer(self._map, dtype=np.uint8))
+        self._bytes = torch.from_numpy(np.asarray(_Unprotected(np.frombuffer(self._map, dtype=np.uint8))))
 
     def view(self, infos: Sequence[TensorInfo]) -> torch.Tensor | None:
         """One flat tensor over neighbours of one dtype, without a copy; None if they aren't neighbours.

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mogle_rt.ops import attention
+from mogle_rt.torch_api.private import ADDMM_GELU, efficient_attention, flash_attention, storage_key
 
 aten = torch.ops.aten
 
@@ -150,7 +150,7 @@ class OpCounter(TorchDispatchMode):
         if packet in GATHER:
             read += _touched(results) - _touched(operands[:1])
         # addmm_ has the formula of addmm; `out` is a buffer to the operation and a shape to the formula.
-        if packet is aten._addmm_activation:
+        if packet is ADDMM_GELU:
             packet = aten.addmm
         formula = flop_registry.get(packet) or flop_registry.get(getattr(aten, packet.__name__.rstrip("_"), None))
         options = {name: value for name, value in kwargs.items() if name != "out"}
@@ -159,10 +159,10 @@ class OpCounter(TorchDispatchMode):
 
     def _follow(self, operands: list[Tensor], results: list[Tensor]) -> None:
         """Notice new storages (no operand lies in them), and when they go."""
-        known = {t.untyped_storage()._cdata for t in operands}
+        known = {storage_key(t) for t in operands}
         for tensor in results:
             storage = tensor.untyped_storage()
-            address, size = storage._cdata, storage.nbytes()
+            address, size = storage_key(tensor), storage.nbytes()
             if address not in known and address not in self._storages:
                 self._storages.add(address)
                 self.live += size
@@ -175,13 +175,11 @@ class OpCounter(TorchDispatchMode):
 
 def _fused_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, by the one operation that a GPU runs."""
+) -> Tensor:
+    """The one operation that a GPU runs."""
     if attn_mask is None:
-        out, lse = aten._scaled_dot_product_flash_attention(query, key, value)[:2]
-    else:
-        out, lse = aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, True)[:2]
-    return out, lse
+        return flash_attention(query, key, value)[0]
+    return efficient_attention(query, key, value, attn_mask)[0]
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -190,17 +188,15 @@ class _FusedAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and _tensors((args, kwargs))[0].device.type != "cpu":
-            return _fused_attention(*args, **kwargs)[0]
+            return _fused_attention(*args, **kwargs)
         return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def counting() -> Iterator[OpCounter]:
-    """An `OpCounter` under which attention on the meta device is what it is on a GPU."""
-    with_lse = attention.attention_with_lse
-    attention.attention_with_lse = _fused_attention  # type: ignore[assignment]
-    try:
-        with torch.no_grad(), _FusedAttention(), OpCounter() as counter:
-            yield counter
-    finally:
-        attention.attention_with_lse = with_lse
+    """An `OpCounter` under which attention on the meta device is what it is on a GPU.
+
+    Both are modes of the calling thread: what other threads compute meanwhile is neither counted nor changed.
+    """
+    with torch.no_grad(), _FusedAttention(), OpCounter() as counter:
+        yield counter

@@ -18,7 +18,7 @@ from mogle_rt.config import NUM_EXPERTS, PATCH, VAE_SCALE
 from mogle_rt.cost.counting import Count, counting
 from mogle_rt.cost.job import Job, WeightlessBundle
 from mogle_rt.cost.reference import reference_step
-from mogle_rt.encoders.vae import DECODE_PIXELS, ENCODE_PIXELS, autoencoder
+from mogle_rt.encoders.vae import DECODE_PIXELS, ENCODE_PIXELS, autoencoder, vae_dtype
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.engines.torch_engine import TorchEngine
 from mogle_rt.loop.schedule import make_schedule
@@ -81,9 +81,11 @@ def estimate(job: Job) -> Estimate:
     with counting() as counter:
         bundle = WeightlessBundle(job.config, job.ranks)
         engine = TorchEngine(bundle, meta, dtype, job.model, kernels=job.kernels)
-        vae = nn.Module.to(autoencoder(job.config.vae), dtype).eval()  # diffusers' own `to` talks
+        of_vae = vae_dtype(job.config.vae, dtype)
+        vae = nn.Module.to(autoencoder(job.config.vae), of_vae).eval()  # diffusers' own `to` talks
         parameters = bundle.parameters() | {"vae": sum(p.numel() for p in vae.parameters())}
         resident, weights = counter.live, sum(parameters.values()) * dtype.itemsize
+        weights += parameters["vae"] * (of_vae.itemsize - dtype.itemsize)
 
         def count(run: Callable[[int], object], total: int, at_once: int) -> Count:
             """Of ``total`` pictures, ``at_once`` together."""
@@ -96,10 +98,10 @@ def estimate(job: Job) -> Estimate:
             return result
 
         def encode(pictures: int) -> None:
-            vae.encode(empty(pictures, 3, job.height, job.width))
+            vae.encode(empty(pictures, 3, job.height, job.width).to(of_vae))
 
         def decode(images: int) -> None:
-            vae.decode(empty(images, flux.in_channels // 4, job.height // VAE_SCALE, job.width // VAE_SCALE))
+            vae.decode(empty(images, flux.in_channels // 4, job.height // VAE_SCALE, job.width // VAE_SCALE).to(of_vae))
 
         encode_alone, decode_alone = count(encode, 1, 1), count(decode, 1, 1)
         pixels = job.height * job.width

@@ -19,6 +19,7 @@ from mogle_rt.encoders.mask_planes import MaskPlanes
 from mogle_rt.encoders.vae import ENCODE_PIXELS, pack_latents
 from mogle_rt.masks.classes import PALETTE, Labels
 from mogle_rt.masks.labels import condition_picture
+from mogle_rt.torch_api.settings import settled
 
 MaskPosterior = Literal["mean", "sample"]
 
@@ -38,6 +39,7 @@ class Conditioner:
         self.vae = vae
         self.cache = cache
 
+    @settled()
     def __call__(
         self,
         masks: Sequence[Labels],

@@ -11,6 +11,7 @@ from torch import Tensor
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.encoders.text_models import load_text_encoder, load_tokenizer
 from mogle_rt.errors import CheckpointError
+from mogle_rt.torch_api.settings import settled
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class TextEncoders:
         CheckpointError: the bundle was made without text encoders, or they don't fit their configuration.
     """
 
+    @settled()
     def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> None:
         if not bundle.has_text_encoders:
             raise CheckpointError(
@@ -42,6 +44,7 @@ class TextEncoders:
             "text_encoder_2", config.text_encoder_2, bundle.part("text_encoder_2", device, dtype)
         )
 
+    @settled()
     def encode(self, prompts: list[str], max_sequence_length: int) -> tuple[Tensor, Tensor]:
         """Embed prompts.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,31 @@ import torch
 from mogle_rt.bundle.schema import Shape
 from mogle_rt.encoders.vae import one_line_reason, tensor_shapes
 from mogle_rt.errors import CheckpointError
+from mogle_rt.torch_api.settings import NoInitialValues
+
+_LOADING = threading.RLock()
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without the library's own bars and notes: a bundle is already checked."""
+def _loading() -> Iterator[None]:
+    """One thread at a time in transformers' loaders, without their progress bars and notes (a bundle is checked already).
+
+    While transformers loads a model it replaces functions of PyTorch and of its own classes, and the default dtype, for
+    the whole process, and puts back what it found; two loads at once put back each other's replacements, and every
+    model that is loaded afterwards is broken. The library's verbosity is a setting of the process as well.
+    """
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    with _LOADING:
+        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
 
 
 def _text_classes(part: str) -> tuple[Any, Any]:
@@ -65,7 +75,7 @@ def text_encoder_shapes(part: str, config: Mapping[str, Any], found: Mapping[str
         CheckpointError: the configuration is not one of such an encoder.
     """
     try:
-        with _quiet_transformers(), torch.device("meta"):
+        with _loading(), torch.device("meta"), NoInitialValues():
             model = _text_classes(part)[0](_text_config(part, config))
     except CheckpointError:
         raise
@@ -85,13 +95,12 @@ def load_text_encoder(part: str, config: Mapping[str, Any], tensors: Mapping[str
     Raises:
         CheckpointError: the configuration or the tensors don't fit.
     """
-    from diffusers.models.modeling_utils import no_init_weights
 
     model_class, _ = _text_classes(part)
     dtype = next(iter(tensors.values())).dtype
     try:
-        # All weights come from the file, so none is drawn first: that would take time, and import PyTorch's compiler.
-        with _quiet_transformers(), no_init_weights():
+        # All weights come from the file, so none is drawn first: that takes time, and imports PyTorch's compiler.
+        with _loading(), NoInitialValues():
             model, report = model_class.from_pretrained(
                 None, config=_text_config(part, config), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
             )
@@ -117,7 +126,7 @@ def load_tokenizer(part: str, files: Mapping[str, bytes]) -> Any:
         try:
             for name, data in files.items():
                 (Path(folder) / Path(name).name).write_bytes(data)
-            with _quiet_transformers():
+            with _loading():
                 tokenizer = (CLIPTokenizer if part == "tokenizer" else T5Tokenizer).from_pretrained(folder)
         except Exception as error:  # transformers raises whatever its parsers do
             raise CheckpointError(f"{part}: its files can't be read: {one_line_reason(error)}") from None

@@ -13,6 +13,7 @@ from mogle_rt.bundle.schema import Shape, check_names
 from mogle_rt.config import VAE_SCALE
 from mogle_rt.encoders.group_norm import exact_norms
 from mogle_rt.errors import CheckpointError
+from mogle_rt.torch_api.settings import NoInitialValues
 
 ENCODE_PIXELS = 512 * 512  # pixels encoded at once: bounds the VAE's activations, not the result
 
@@ -38,10 +39,9 @@ def autoencoder(config: Mapping[str, Any]) -> Any:
         CheckpointError: the configuration is not one of an AutoencoderKL with 8x scale.
     """
     from diffusers import AutoencoderKL
-    from diffusers.models.modeling_utils import no_init_weights
 
     try:
-        with torch.device("meta"), no_init_weights():
+        with torch.device("meta"), NoInitialValues():
             vae = AutoencoderKL.from_config(dict(config))
     except Exception as error:  # diffusers raises whatever its layers do
         raise CheckpointError(f"vae: not a valid AutoencoderKL configuration: {one_line_reason(error)}") from None
@@ -52,6 +52,16 @@ def autoencoder(config: Mapping[str, Any]) -> Any:
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise CheckpointError(f"vae: {name} must be a number, got {value!r}")
     return vae
+
+
+def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a VAE computes in, in a pipeline that computes in ``dtype``.
+
+    ``force_upcast`` in a VAE's configuration says that its activations are too large for float16 (diffusers takes it to
+    be true where nothing is said, and FLUX's says true); float32 is then taken in its place.
+    """
+    upcast = dtype == torch.float16 and config.get("force_upcast", True)
+    return torch.float32 if upcast else dtype
 
 
 def one_line_reason(error: Exception) -> str:

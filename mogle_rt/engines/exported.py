@@ -150,7 +150,9 @@ def _probe(ort: Any, device: torch.device) -> None:
     Raises:
         DeviceError: it does so here.
     """
-    ort.set_default_logger_severity(SILENT)  # the error is told once, below
+    # The error is told once, below. Only this logger, which is the process's, tells of libraries that aren't found: a
+    # session's own is quiet about them. So another thread's sessions are quiet as well for this moment.
+    ort.set_default_logger_severity(SILENT)
     try:
         session = ort.InferenceSession(PROBE, providers=[_provider(device)], enable_fallback=0)
         got, reason = session.get_providers()[0], "its libraries or driver are missing"

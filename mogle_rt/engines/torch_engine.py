@@ -24,6 +24,7 @@ from mogle_rt.model.positions import condition_ids, rope_table, token_ids
 from mogle_rt.model.transformer import Transformer
 from mogle_rt.ops.attention import Visibility, log_scale_of
 from mogle_rt.ops.choice import choose
+from mogle_rt.torch_api.settings import settled
 
 # On a GPU: bytes that the inputs and buffers of kept graphs may take together. One image of FLUX.1-dev at 512 x 512
 # pixels and up to 32 steps takes about 0.25 GB, and at 1024 x 1024 pixels about 0.7 GB.
@@ -105,6 +106,7 @@ class TorchEngine:
         held = sorted(self._transformer.bytes_by_format().items(), key=lambda item: -item[1])
         return ", ".join(f"{name} {_size(number)}" for name, number in held)
 
+    @settled()
     @torch.inference_mode()
     def prepare(self, conditions: Conditions, schedule: Schedule) -> None:
         """Compute what no step of a run changes, and hold it for the steps.
@@ -180,6 +182,7 @@ class TorchEngine:
             self.config, temb[:-1], temb[-1], self.weights, latent_lora=self.model.latent_lora, capacity=capacity
         )
 
+    @settled()
     @torch.inference_mode()
     def condition(self, latents: Tensor, k: int) -> Tensor:
         """Condition tokens of step k: [B, N, 64] -> [B, N, 64]."""
@@ -187,6 +190,7 @@ class TorchEngine:
         self.prepared.condition()
         return _image_major(self.prepared.buffers.condition)
 
+    @settled()
     @torch.inference_mode()
     def velocity(self, latents: Tensor, condition: Tensor, k: int) -> Tensor:
         """The transformer's output in step k, for given condition tokens: [B, N, 64]."""
@@ -199,6 +203,7 @@ class TorchEngine:
         """Velocity at step k of the prepared run: [B, N, 64] -> [B, N, 64]."""
         return self.velocity(latents, self.condition(latents, k), k)
 
+    @settled()
     @torch.inference_mode()
     def start(self, latents: Tensor, k: int = 0) -> None:
         """Take latents [B, N, 64] into step k.
@@ -216,6 +221,7 @@ class TorchEngine:
         self._position.next_step()
         self.prepared.select()
 
+    @settled()
     @torch.inference_mode()
     def advance(self) -> None:
         """One step of the loop, Euler update included.

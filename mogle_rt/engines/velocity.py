@@ -16,8 +16,8 @@ class VelocityLoop(ABC):
 
     weight_formats = "as exported"
 
-    _sigmas = torch.zeros(1)
-    _latents = torch.zeros(1)
+    _sigmas = torch.zeros(1, dtype=torch.float32, device="cpu")
+    _latents = torch.zeros(1, dtype=torch.float32, device="cpu")
     _position: Position | None = None  # until a run is prepared
 
     def follow(self, schedule: Schedule, device: torch.device) -> None:

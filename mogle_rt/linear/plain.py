@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mogle_rt.linear import onednn
 from mogle_rt.linear.contract import Further, Multiply, StoredLayer, WeightFormat
+from mogle_rt.torch_api.private import addmm_gelu
 
 
 class PlainWeight(WeightFormat):
@@ -51,7 +52,7 @@ def dense_product(
 
     def multiply(first: Tensor, *others: Tensor) -> Tensor:
         if within:
-            return torch._addmm_activation(bias, first, first_weight, use_gelu=True, out=out)
+            return addmm_gelu(bias, first, first_weight, out)
         torch.addmm(bias, first, first_weight, out=out)
         for x, w in zip(others, other_weights, strict=True):
             out.addmm_(x, w)

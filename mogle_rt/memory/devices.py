@@ -10,6 +10,7 @@ import torch
 
 from mogle_rt.config import parse_dtype
 from mogle_rt.errors import DeviceError
+from mogle_rt.torch_api.private import cpu_has_amx, cpu_multiplies_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -56,14 +57,12 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
         return torch.float16
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    return torch.bfloat16 if cpu_has_amx() else torch.float32
 
 
 def _multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for bfloat16 products. Only x86 processors say so; others are believed to."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return platform.machine().lower() not in ("x86_64", "amd64") or cpu_multiplies_bfloat16()
 
 
 @cache

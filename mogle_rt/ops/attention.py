@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mogle_rt.config import ModelConfig
+from mogle_rt.torch_api.private import cpu_attention, efficient_attention, flash_attention, has_values
 
 # Queries at once, on devices without an attention kernel: memory then grows with the sequence, not with its square.
 PLAIN_QUERIES = 256
@@ -160,17 +161,19 @@ def _merged(q: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor],
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention and the log-sum-exp of its scaled scores. q: [B, H, Lq, d] -> [B, H, Lq, d], fp32 [B, H, Lq]."""
     if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-        return out, lse
-    if q.device.type == "cuda":
-        flash = q.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(q.device)[0] >= 8
-        if flash:
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
-        else:  # float32, and cards before Ampere
-            out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[:2]
+        return cpu_attention(q, k, v)
+    if q.device.type in ("cuda", "meta"):  # the meta device stands for a GPU
+        out, lse = flash_attention(q, k, v) if _flash_takes(q) else efficient_attention(q, k, v)
         return out, lse[:, :, : q.shape[2]]  # the efficient kernel pads its rows
     parts = [plain_attention_with_lse(some, k, v) for some in q.split(PLAIN_QUERIES, dim=2)]
     return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+
+
+def _flash_takes(q: Tensor) -> bool:
+    """Whether the flash kernel runs on this tensor's GPU: 16 bits, and Ampere or newer (as a tensor without values is)."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return not has_values(q) or torch.cuda.get_device_capability(q.device)[0] >= 8
 
 
 def plain_attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

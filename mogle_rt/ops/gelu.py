@@ -10,7 +10,7 @@ from torch import Tensor
 # gelu(x) = x * sigmoid(2 u), u = sqrt(2 / pi) * (x + 0.044715 x^3) = x * (GELU_A + GELU_B x^2) / 2
 GELU_A = 2 * math.sqrt(2 / math.pi)
 GELU_B = GELU_A * 0.044715
-_GELU_A = torch.tensor(GELU_A, dtype=torch.float32)
+_GELU_A = torch.tensor(GELU_A, dtype=torch.float32, device="cpu")
 IN_CACHE = 1 << 18  # elements that four passes go over together: with their scratch, 2 MiB in float32
 
 

@@ -1,6 +1,7 @@
 """Triton's interpreter with bfloat16 that is right, and a watch over what a kernel reads and writes.
 
-Triton 3.7 computes on the raw bits of bfloat16 values; `correct_bfloat16` has it compute in fp32 and round, as GPUs do.
+Triton 3.6 and 3.7 compute on the raw bits of bfloat16 values; `correct_bfloat16` has them compute in fp32 and round, as
+GPUs do. Triton 3.6 also makes an index of a one-element array in a way that numpy 2.4 refuses: `correct_indices`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
 from mogle_rt.kernels.requested import Access, element_bytes, watched
@@ -86,9 +88,21 @@ def correct_bfloat16() -> None:
         wide = np.sum(widened(x.handle).data, axis=self.axis, keepdims=self.keep_dims)
         return self.to_tensor(rounded(TensorHandle(wide, tl.float32)).data, x.dtype)
 
+    correct_indices()
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = create_fp_to_fp
     ReduceOps.sum = reduce_sum
+
+
+def correct_indices() -> None:
+    """Let `range` take a scalar of a kernel as its end, whatever numpy thinks of arrays with one element."""
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
 
 
 @dataclass

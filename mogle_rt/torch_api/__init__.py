@@ -1,0 +1,1 @@
+"""PyTorch itself: the settings that a computation runs under, and what it offers without promising it."""

@@ -1,0 +1,241 @@
+"""A caller's settings of PyTorch change no result, and are as they were afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mogle_rt import Pipeline
+from mogle_rt.torch_api.settings import settled
+
+SIZE = 64
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def default_device(device: str) -> Iterator[None]:
+    before = torch.get_default_device()
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(before)
+
+
+@contextmanager
+def product_precision(precision: str) -> Iterator[None]:
+    """On a CPU with the instructions for it, "medium" lets oneDNN multiply float32 in bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+OUTER: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "float64": lambda: default_dtype(torch.float64),
+    "float16": lambda: default_dtype(torch.float16),
+    "meta": lambda: default_device("meta"),
+    "meta context": lambda: torch.device("meta"),
+    "medium": lambda: product_precision("medium"),
+}
+
+
+def draw(pipe: Pipeline, prompt: str = "a woman", **options: Any) -> Tensor:
+    """An image, in the settings of the caller."""
+    labels = np.zeros((SIZE, SIZE), np.uint8)
+    labels[16:48, 8:40], labels[20:30, 20:30] = 1, 13
+    generator = torch.Generator("cpu").manual_seed(3)
+    settings: dict[str, Any] = {"num_inference_steps": 2, "height": SIZE, "width": SIZE, "output_type": "pt"}
+    images = pipe(labels, prompt, generator=generator, **settings | options).images
+    assert isinstance(images, Tensor)
+    return images
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_bundle: Path) -> dict[str, Tensor]:
+    """Images by prompt, of a fresh pipeline in PyTorch's own settings."""
+    pipe = Pipeline(tiny_bundle, device="cpu", dtype="fp32")
+    return {prompt: draw(pipe, prompt) for prompt in ("a woman", "an old man")}
+
+
+@pytest.mark.parametrize("name", OUTER)
+def test_outer_settings_change_nothing(name: str, tiny_bundle: Path, expected: dict[str, Tensor]) -> None:
+    """The pipeline is made, called, and fills its caches within them; what it kept serves a call outside of them."""
+    with OUTER[name]():
+        pipe = Pipeline(tiny_bundle, device="cpu", dtype="fp32")
+        within = draw(pipe)
+    assert within.dtype == torch.float32
+    assert torch.equal(within, expected["a woman"])
+    hits = pipe.conditioning_cache.hits
+    assert torch.equal(draw(pipe), expected["a woman"])
+    assert pipe.conditioning_cache.hits > hits  # this was made within
+    assert torch.equal(draw(pipe, "an old man"), expected["an old man"])
+    with OUTER[name]():
+        assert torch.equal(draw(pipe, "an old man"), expected["an old man"])
+
+
+@pytest.mark.parametrize("name", OUTER)
+@pytest.mark.parametrize(
+    "options", [{"condition_scale": 2.0}, {"mask_posterior": "sample"}, {"position_scale": 2.0}], ids=str
+)
+def test_options_neither(name: str, options: dict[str, Any], tiny_bundle: Path) -> None:
+    expected = draw(Pipeline(tiny_bundle, device="cpu", dtype="fp32"), **options)
+    with OUTER[name]():
+        assert torch.equal(draw(Pipeline(tiny_bundle, device="cpu", dtype="fp32"), **options), expected)
+
+
+def test_importing_within_outer_settings(tiny_bundle: Path, expected: dict[str, Tensor]) -> None:
+    """Modules hold tensors, too: what they are doesn't depend on the settings in which the package is imported."""
+    code = f"""
+import torch
+torch.set_default_device("meta")
+torch.set_default_dtype(torch.float16)
+from tests.torch_api.test_settings import draw
+from mogle_rt import Pipeline
+images = draw(Pipeline({str(tiny_bundle)!r}, device="cpu", dtype="fp32"))
+print(images.numpy().tobytes().hex())
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.strip() == expected["a woman"].numpy().tobytes().hex()
+
+
+BACKENDS: Any = torch.backends
+FLAGS: dict[str, Callable[[], Any]] = {
+    "products": torch.get_float32_matmul_precision,
+    "cuda.matmul.allow_tf32": lambda: BACKENDS.cuda.matmul.allow_tf32,
+    "cudnn.allow_tf32": lambda: BACKENDS.cudnn.allow_tf32,
+    "all": lambda: BACKENDS.fp32_precision,
+    "cuda.matmul": lambda: BACKENDS.cuda.matmul.fp32_precision,
+    "cudnn": lambda: BACKENDS.cudnn.fp32_precision,
+    "cudnn.conv": lambda: BACKENDS.cudnn.conv.fp32_precision,
+    "cudnn.rnn": lambda: BACKENDS.cudnn.rnn.fp32_precision,
+    "mkldnn": lambda: BACKENDS.mkldnn.fp32_precision,
+    "mkldnn.matmul": lambda: BACKENDS.mkldnn.matmul.fp32_precision,
+    "mkldnn.conv": lambda: BACKENDS.mkldnn.conv.fp32_precision,
+}
+
+
+def flags() -> dict[str, Any]:
+    """Every flag of float32's precision; what can't be read counts as "mixed"."""
+    found = {}
+    for name, read in FLAGS.items():
+        try:
+            found[name] = read()
+        except RuntimeError:  # of older and newer flags that disagree
+            found[name] = "mixed"
+    return found
+
+
+# Statements that people write; each is run after those above it, in a process of its own.
+STATEMENTS = [
+    "pass",
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.cuda.matmul.allow_tf32 = True",
+    "torch.backends.cudnn.allow_tf32 = False",
+    "torch.backends.cudnn.conv.fp32_precision = 'tf32'",
+    "torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+    "torch.backends.fp32_precision = 'tf32'",
+    "torch.backends.cudnn.fp32_precision = 'ieee'",
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+]
+
+
+def test_precision_is_float32_within_and_the_callers_afterwards() -> None:
+    """Whichever of PyTorch's two sets of flags was used before, or both."""
+    code = "import torch\nfrom tests.torch_api.test_settings import check_flags\n"
+    code += "\n".join(f"{statement}\ncheck_flags()" for statement in STATEMENTS)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def check_flags() -> None:
+    names = ("cuda.matmul", "cudnn.conv", "mkldnn.matmul", "mkldnn.conv")
+    before = flags()
+    for allowed in (False, True):
+        with contextlib.suppress(KeyError), settled(allow_tf32=allowed):
+            now = flags()
+            assert [now[n] for n in names] == ["tf32" if allowed else "ieee"] * 2 + ["ieee"] * 2, now
+            with settled(allow_tf32=not allowed):  # the outermost decides
+                assert flags() == now
+            raise KeyError
+        assert flags() == before
+
+
+def test_one_thread_that_wants_float32_has_it() -> None:
+    """Flags are the process's: while one thread computes without TF32, another that may use it doesn't."""
+    before, allowed_in, strict_in, strict_out = flags(), *(threading.Event() for _ in range(3))
+    seen = {}
+
+    def allowing() -> None:
+        with settled(allow_tf32=True):
+            seen["alone"] = flags()["cuda.matmul"]
+            allowed_in.set()
+            strict_in.wait(10)
+            seen["together"] = flags()["cuda.matmul"]
+            strict_out.wait(10)
+            seen["alone again"] = flags()["cuda.matmul"]
+
+    thread = threading.Thread(target=allowing)
+    thread.start()
+    allowed_in.wait(10)
+    with settled():
+        strict_in.set()
+        assert flags()["cuda.matmul"] == "ieee"
+    strict_out.set()
+    thread.join(10)
+    assert seen == {"alone": "tf32", "together": "ieee", "alone again": "tf32"}
+    assert flags() == before
+
+
+def test_a_pipeline_asks_for_tf32(tiny_bundle: Path) -> None:
+    for allowed, expected in ((False, "ieee"), (True, "tf32")):
+        seen: list[str] = []
+        pipe = Pipeline(tiny_bundle, device="cpu", dtype="fp32", allow_tf32=allowed)
+        draw(pipe, callback_on_step_end=lambda *_, seen=seen: seen.append(flags()["cuda.matmul"]))
+        assert seen == [expected] * 2
+
+
+def test_other_threads_keep_their_autocast() -> None:
+    entered, checked = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with settled():
+            entered.set()
+            checked.wait(10)
+
+    thread = threading.Thread(target=other)
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        thread.start()
+        entered.wait(10)
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.empty(1).is_meta
+        with settled():
+            assert not torch.is_autocast_enabled("cpu")
+            assert torch.empty(1).device.type == "cpu"
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.empty(1).is_meta
+    checked.set()
+    thread.join(10)
