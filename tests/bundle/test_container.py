@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
@@ -21,6 +21,7 @@ from mogle_rt.bundle import container as storage
 from mogle_rt.bundle.container import MappedFile, TensorInfo, header_room, read_chunks, read_header, write_header
 from mogle_rt.bundle.files import atomic_write, replace_together
 from mogle_rt.errors import CheckpointError, OutputError
+from tests.conftest import examples
 
 KINDS = (
     *(torch.float32, torch.float16, torch.bfloat16, torch.float64),
@@ -31,7 +32,7 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_siz
     lambda name: name != "__metadata__"
 )
 CONTENTS = st.dictionaries(NAMES, st.tuples(st.sampled_from(KINDS), SHAPES), max_size=6)
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = examples(60)
 
 
 def made(contents: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
@@ -106,7 +107,7 @@ def test_every_truncation_is_found(tmp_path: Path) -> None:
         read_header(tmp_path / "x")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(300)
 @given(edits=st.lists(st.tuples(st.integers(0, 250), st.integers(0, 255)), min_size=1, max_size=3))
 def test_damaged_headers_are_refused_or_fit_the_file(edits: list[tuple[int, int]], tmp_path: Path) -> None:
     """Whatever a header's bytes are: an error of this package, or tensors that lie within the file."""
@@ -144,7 +145,7 @@ ENTRY = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(300)
 @given(header=st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), ENTRY | JSON, max_size=3) | JSON)
 def test_headers_of_any_json_are_refused_or_fit_the_file(header: object, tmp_path: Path) -> None:
     path = tmp_path / "x"

@@ -7,16 +7,10 @@ between devices don't, and are looked for here.
 
 from __future__ import annotations
 
-import os
-import sys
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,35 +19,6 @@ from torch.utils._pytree import tree_leaves
 
 ATEN = torch.ops.aten
 COPIES = {ATEN.to, ATEN._to_copy, ATEN.copy_, ATEN.copy}  # in inference mode `to` comes whole
-
-GUARD = r"""
-#include <torch/extension.h>
-#include <c10/core/impl/DeviceGuardImplInterface.h>
-static c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> guard;
-void install() {
-  auto& slot = c10::impl::device_guard_impl_registry[static_cast<size_t>(c10::DeviceType::CUDA)];
-  if (slot.load() == nullptr) slot.store(&guard);
-}
-"""
-
-
-@lru_cache(maxsize=1)
-def install_guard() -> None:
-    """PyTorch's own no-op device guard for CUDA, which its CPU builds don't register. Compiled once a machine."""
-    if torch.version.cuda is not None:
-        return
-    from torch.utils.cpp_extension import CppExtension, load_inline  # noqa: F401 - the import tells if C++ is missing
-
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if not headers.exists():
-        pytest.skip("compiling PyTorch's no-op CUDA guard needs Python's headers")
-    before = os.environ["PATH"]
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before}"  # ninja
-    try:
-        load_inline("mogle_rt_no_op_cuda_guard", GUARD, functions=["install"], verbose=False).install()
-    finally:
-        os.environ["PATH"] = before
-
 
 @dataclass
 class Trace(TorchDispatchMode):
@@ -84,8 +49,7 @@ class Trace(TorchDispatchMode):
 
 
 def fake_mode() -> FakeTensorMode:
-    """Fake tensors, "cuda" included."""
-    install_guard()
+    """Fake tensors of every device. PyTorch itself makes "cuda" work under them in a build without CUDA."""
     return FakeTensorMode(allow_non_fake_inputs=False)
 
 

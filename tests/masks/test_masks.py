@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from PIL import Image
 from mogle_rt import masks
 from mogle_rt.errors import MaskError
 from mogle_rt.masks import PALETTE, TOLERANCE, Labels, MaskLike
+from tests.conftest import examples
 
 # Written out again from REFERENCE.md: the tests must notice if the module's table changes.
 REFERENCE_PALETTE = {
@@ -175,7 +176,7 @@ WIDE = hnp.arrays(np.uint8, st.tuples(st.integers(1, 24), st.integers(5, 24)), e
 LABELS = hnp.arrays(
     np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24), elements=st.integers(0, 18)
 )
-quick = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = examples(20)
 
 
 def test_palette_and_names_are_the_reference_s() -> None:
@@ -578,7 +579,7 @@ def test_a_picture_that_turns_out_truncated_when_it_is_read(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP"])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(40)
 @given(data=st.data())
 def test_damaged_pictures_are_labels_or_an_error(kind: str, data: st.DataObject, tmp_path: Path) -> None:
     """Whatever bytes a file holds: labels 0…18 or a MaskError, nothing else."""
