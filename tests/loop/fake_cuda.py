@@ -7,10 +7,15 @@ between devices don't, and are looked for here.
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,6 +24,39 @@ from torch.utils._pytree import tree_leaves
 
 ATEN = torch.ops.aten
 COPIES = {ATEN.to, ATEN._to_copy, ATEN.copy_, ATEN.copy}  # in inference mode `to` comes whole
+
+# c10's headers alone: torch/extension.h would take the compiler most of a minute.
+GUARD = r"""
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+namespace {
+c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> guard;
+struct Install {
+  Install() {
+    auto& slot = c10::impl::device_guard_impl_registry[static_cast<size_t>(c10::DeviceType::CUDA)];
+    if (slot.load() == nullptr) slot.store(&guard);
+  }
+} install;
+}
+"""
+
+
+def compile_guard(path: Path) -> None:
+    """Write a library that registers PyTorch's own no-op device guard for CUDA, which its CPU builds leave out."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("compiling PyTorch's no-op CUDA guard needs a C++ compiler (c++, or the one named by CXX)")
+    torch_folder = Path(torch.__file__).parent
+    options = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{torch_folder / 'include'}"]
+    source = path.with_suffix(".cpp")
+    source.write_text(GUARD)
+    library = ["-o", path, f"-L{torch_folder / 'lib'}", "-lc10"]
+    subprocess.run([compiler, *options, source, *library], check=True)
+
+
+def install_guard(path: Path) -> None:
+    """Load what `compile_guard` wrote; needed before `fake_mode` where PyTorch is built without CUDA."""
+    torch.ops.load_library(str(path))
+
 
 @dataclass
 class Trace(TorchDispatchMode):
@@ -49,7 +87,7 @@ class Trace(TorchDispatchMode):
 
 
 def fake_mode() -> FakeTensorMode:
-    """Fake tensors of every device. PyTorch itself makes "cuda" work under them in a build without CUDA."""
+    """Fake tensors of every device, "cuda" included."""
     return FakeTensorMode(allow_non_fake_inputs=False)
 
 
