@@ -531,8 +531,8 @@ def test_convert_is_quiet_without_a_terminal(tiny_files: Files, tmp_path: Path) 
     assert len(result.err.splitlines()) == 1
 
 
-def test_a_mistake_in_the_real_program(tmp_path: Path) -> None:
-    absent = tmp_path / ":smile:[red]ckpt[/].safetensors"  # nothing of this is markup
-    result = run_process("generate", absent, "-o", tmp_path / "x.png")
+def test_a_name_in_a_mistake_is_no_markup(tmp_path: Path) -> None:
+    absent = tmp_path / ":smile:[red]ckpt[/].safetensors"
+    result = run("generate", absent, "-o", tmp_path / "x.png")
     assert result == Result(1, "", f"error: {absent}: no such file\n")
     assert list(tmp_path.iterdir()) == []

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -259,8 +257,8 @@ def test_engine_needs_less(flux: Estimate) -> None:
 def test_kernels_need_far_less(flux: Estimate) -> None:
     """The reference takes 9,632 launches and 215.8 GB. With kernels, gate and mix are one launch."""
     mine = flux.engine.step
-    assert mine.launches <= 700
-    assert mine.moved <= 45e9
+    assert mine.launches <= 511
+    assert mine.moved <= 44.2e9
 
 
 def test_modulation_is_let_go(flux: Estimate) -> None:
@@ -394,15 +392,22 @@ def test_command_on_a_bundle(tiny_bundle: Path) -> None:
         assert line in out
 
 
-def test_command_counts_what_the_bundle_draws() -> None:
+@pytest.fixture(scope="module")
+def flux_report() -> dict[str, Any]:
+    """What the command says of FLUX.1-dev as JSON."""
+    status, out, err = run("--flux-dev", "--json", "--gpu", "RTX 4090")
+    assert (status, err) == (0, "")
+    return dict(json.loads(out))
+
+
+def test_command_counts_what_the_bundle_draws(flux_report: dict[str, Any]) -> None:
     """By default the size and the text tokens that `generate` takes."""
     _, out, _ = run("demo", "--json")
     described = json.loads(out)["job"]
     bundle = Bundle("demo")
     assert (described["height"], described["width"]) == (bundle.default_size, bundle.default_size) == (128, 128)
     assert described["text_tokens"] == bundle.default_text_tokens == 48
-    _, out, _ = run("--flux-dev", "--json")
-    assert [json.loads(out)["job"][name] for name in ("height", "width", "text_tokens")] == [512, 512, 512]
+    assert [flux_report["job"][name] for name in ("height", "width", "text_tokens")] == [512, 512, 512]
     _, out, _ = run("demo", "--json", "--width", 64)
     assert [json.loads(out)["job"][name] for name in ("height", "width")] == [128, 64]
 
@@ -421,19 +426,9 @@ def test_command_gives_json(tiny_bundle: Path) -> None:
     assert report["gpu"]["limits"]["reference"]["memory_ms"] == pytest.approx(moved / 300e9 * 1e3)
 
 
-@pytest.mark.slow
-def test_command_at_full_size_is_quick() -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    done = subprocess.run(
-        [sys.executable, "-m", "mogle_rt", "cost", "--flux-dev", "--json", "--gpu", "RTX 4090"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 20  # 8 s on two quiet cores
-    report = json.loads(done.stdout)
-    assert report["cost"]["reference"]["step"]["launches"] == reference_step(Job()).launches
-    mine, theirs = report["gpu"]["limits"]["mogle_rt"], report["gpu"]["limits"]["reference"]
+def test_command_at_full_size(flux_report: dict[str, Any]) -> None:
+    assert flux_report["cost"]["reference"]["step"]["launches"] == reference_step(Job()).launches
+    mine, theirs = (flux_report["gpu"]["limits"][name] for name in ("mogle_rt", "reference"))
     assert (mine["fits"], mine["fits_with_text"], theirs["fits"]) == (True, False, True)
 
 
