@@ -123,6 +123,13 @@ class GoldenCase:
         )
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make quick` doesn't import the files in which no test is marked for it: that would take as long as the tests."""
+    if config.option.markexpr != "quick" or not collection_path.name.startswith("test_"):
+        return None
+    return None if "pytest.mark.quick" in collection_path.read_text() else True
+
+
 def make_once(path: Path, make: Callable[[Path], object]) -> Path:
     """The path, after ``make`` has written it; only one of the processes that test side by side does so."""
     done = path.with_name(f"{path.name}.done")

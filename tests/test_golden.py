@@ -52,6 +52,7 @@ def run_steps(
     return trace | {"final_latents": latents}
 
 
+@pytest.mark.quick
 def test_every_case_is_here() -> None:
     assert len(CASES) == 16
     seen = {int(c) for name in CASES for c in GoldenCase.load(name).tensors["labels"].unique()}
@@ -71,7 +72,7 @@ def test_steps_with_the_librarys_attention(name: str, golden_bundle: Bundles, mo
 
 @pytest.mark.parametrize(
     ("name", "kernels", "mixture"),
-    [pytest.param(*way, marks=in_the_interpreter if way[1] == "triton" else ()) for way in WAYS],
+    [pytest.param(*way, marks=in_the_interpreter if way[1] == "triton" else pytest.mark.quick) for way in WAYS],
 )
 def test_steps(name: str, kernels: str, mixture: str | None, golden_bundle: Bundles) -> None:
     case = GoldenCase.load(name)

@@ -51,6 +51,7 @@ def run(pipe: Pipeline, mask: Any, prompt: Any, **options: Any) -> Tensor:
     return images
 
 
+@pytest.mark.quick
 def test_batch_equals_single_runs(pipe: Pipeline) -> None:
     masks, prompts = [draw(1), draw(2), draw(3)], ["a woman", "an old man with glasses", ""]
     together = run(pipe, masks, prompts, generator=[seeded(s) for s in range(3)])
@@ -77,12 +78,14 @@ def test_num_images_per_prompt(pipe: Pipeline) -> None:
     assert_close(images[2:3], run(pipe, draw(2), "b", generator=seeded(7)), rms=1e-5)
 
 
+@pytest.mark.quick
 def test_the_same_seed_gives_the_same_bytes(pipe: Pipeline) -> None:
     a, b = (run(pipe, draw(4), "a face", generator=seeded(9)) for _ in range(2))
     assert torch.equal(a, b)
     assert not torch.equal(a, run(pipe, draw(4), "a face", generator=seeded(10)))
 
 
+@pytest.mark.quick
 def test_region_planes_matter(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference's released scripts blank them; the image must change if that happens here."""
     mask = draw(5)
@@ -117,6 +120,7 @@ def test_any_multiple_of_16(pipe: Pipeline, height: int, width: int) -> None:
     assert run(pipe, draw(1), "", height=height, width=width).shape == (1, 3, height, width)
 
 
+@pytest.mark.quick
 def test_a_bad_size_names_the_nearest(pipe: Pipeline) -> None:
     with pytest.raises(InputError, match="height must be a multiple of 16, got 100; the nearest is 96"):
         run(pipe, None, None, height=100)
@@ -203,6 +207,7 @@ def test_given_latents_are_the_noise(pipe: Pipeline) -> None:
     assert torch.equal(run(pipe, draw(1), "", latents=noise), run(pipe, draw(1), "", generator=seeded(3)))
 
 
+@pytest.mark.quick
 def test_every_option_changes_the_image(pipe: Pipeline) -> None:
     base = run(pipe, draw(1), "a face", generator=seeded(0))
     for option in (
@@ -217,6 +222,7 @@ def test_every_option_changes_the_image(pipe: Pipeline) -> None:
         assert relative_rms(run(pipe, draw(1), "a face", generator=seeded(0), **option), base) > 1e-5, option
 
 
+@pytest.mark.quick
 def test_sampled_posterior_follows_the_generator(pipe: Pipeline) -> None:
     mask = draw(1, size=32)
 
@@ -290,6 +296,7 @@ def test_prompts_are_encoded_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatc
     assert_close(run(pipe, None, "a hat", generator=seeded(0)), first[:1], rms=1e-5)
 
 
+@pytest.mark.quick
 def test_callback_sees_and_replaces_latents(pipe: Pipeline) -> None:
     seen: list[tuple[int, float]] = []
 

@@ -44,6 +44,7 @@ def equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
 
 
+@pytest.mark.quick
 @quick
 @given(contents=CONTENTS, metadata=st.dictionaries(st.text(max_size=5), st.text(max_size=20), max_size=3))
 def test_what_safetensors_writes_is_read(
@@ -62,6 +63,7 @@ def test_what_safetensors_writes_is_read(
         assert equal(torch.cat(chunks).view(tensor.shape) if chunks else mapped.tensor(infos[name]), tensor)
 
 
+@pytest.mark.quick
 @quick
 @given(contents=CONTENTS)
 def test_what_is_written_safetensors_reads(
@@ -175,6 +177,7 @@ def test_chunks_are_small_and_in_order(tmp_path: Path, monkeypatch: pytest.Monke
 # Views
 
 
+@pytest.mark.quick
 def test_neighbours_are_one_view(tmp_path: Path) -> None:
     tensors = {x: torch.full((4, 2), float(i)) for i, x in enumerate("abc")}
     save_file(tensors | {"d": torch.ones(4, 2, dtype=torch.float16)}, tmp_path / "x")
@@ -217,6 +220,7 @@ def test_released_pages_are_read_again(tmp_path: Path) -> None:
 # Atomic writing
 
 
+@pytest.mark.quick
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "x"
     with atomic_write(path) as f:
@@ -318,6 +322,7 @@ def test_replace_together(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"a": "new", "b": "new", "c": "new", "x": "old"}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("number", range(6))
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ IDS = torch.empty(5, device=META, dtype=torch.int64)
 LINEAR = torch.nn.Linear(8, 3, device=META)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("function", "launches", "flops", "read", "written"),
     [
@@ -100,6 +101,7 @@ def test_counts_by_hand(function: Callable[[], object], launches: int, flops: in
         assert count.moved == read + written
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_is_one_operation(masked: bool) -> None:
     q, k = (empty(2, 3, length, 16, dtype=torch.bfloat16) for length in (10, 40))
@@ -130,6 +132,7 @@ def test_counting_leaves_nothing_behind() -> None:
     assert attention.attention_with_lse is before
 
 
+@pytest.mark.quick
 def test_memory_is_followed() -> None:
     with counting() as counter:
         a = empty(100)
@@ -314,6 +317,7 @@ def test_distinct_pictures(classes: int, pictures: int) -> None:
     assert Job(classes=classes).pictures == pictures
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "wrong", [{"height": 500}, {"width": 0}, {"batch": 0}, {"steps": -1}, {"text_tokens": 513}, {"classes": 20}]
 )
@@ -342,6 +346,7 @@ def test_models_too_wide_for_the_kernels(part: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- cards
 
 
+@pytest.mark.quick
 def test_floors() -> None:
     card = find_gpu("RTX 4090")
     assert card.compute_ms(165.2e12, 2) == pytest.approx(1000)
@@ -351,6 +356,7 @@ def test_floors() -> None:
     assert not card.fits((24 - RESERVED_GIB) * 2**30 + 1)
 
 
+@pytest.mark.quick
 def test_cards_are_found() -> None:
     for card in GPUS:
         assert find_gpu(card.name) is card

@@ -69,6 +69,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
     return calls
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 65, 33), (7, 33, 5), (64, 48, 192), (130, 257, 66)])
@@ -80,6 +81,7 @@ def test_linear(rows: int, inner: int, outer: int, gelu: bool, packed: bool, rng
     assert_close(onednn.linear(x, weight, bias, gelu=gelu), exact, rms=1e-6)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("with_gelu", [False, True])
 @pytest.mark.parametrize("lora_from", [0, 5, 9])
@@ -144,6 +146,7 @@ def test_golden_steps(
             assert (layer.ride is Ride.INPUT) == (rides and fed_by_norm), name
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("rank", [4, 16, 20, 32, 33])
 def test_branch_rides(rank: int, rng: torch.Generator, calls: list[tuple[bool, bool]]) -> None:
     """In a packed layer whose input has room for it, and if its rank is small: no product of its own, GELU within."""
@@ -169,6 +172,7 @@ def test_branch_rides(rank: int, rng: torch.Generator, calls: list[tuple[bool, b
     assert calls == [(True, rides)] * 2
 
 
+@pytest.mark.quick
 def test_when_it_serves() -> None:
     """Large float32 weights on a CPU: packed for any rows, plain ones whole and with enough rows."""
     large = torch.empty(512, 256)
@@ -243,6 +247,7 @@ def test_one_weight_in_memory(tmp_path: Path, calls: list[tuple[bool, bool]], mo
     assert all(ref.expired() for ref in plain)
 
 
+@pytest.mark.quick
 def test_history_does_not_count(golden_bundle: Bundles, calls: list[tuple[bool, bool]]) -> None:
     """One seed, one image, to the last bit, whatever was drawn before."""
     draw = Draw(golden_bundle("tiny"))
@@ -264,6 +269,7 @@ def test_no_room(draw: Draw, calls: list[tuple[bool, bool]], monkeypatch: pytest
     assert any(packed for packed, _ in calls)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("written", "share"), [("max", None), ("1000000000000000", None), ("150000000000", 1.5e11)])
 def test_free_memory(written: str, share: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's, or what a container's limit leaves."""

@@ -67,6 +67,7 @@ def asked_of(bundle: Bundle) -> Callable[..., Conditions]:
     return make
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("batch", [1, 2])
 def test_runs_of_one_shape_share_their_buffers(bundle: Bundle, batch: int) -> None:
     """The second run's result is a new engine's, through the first run's memory."""
@@ -129,6 +130,7 @@ def test_modulations_are_kept_while_nothing_they_hang_on_changes(
     assert len(made) == 6
 
 
+@pytest.mark.quick
 def test_another_shape_has_its_own_step(bundle: Bundle) -> None:
     asked = asked_of(bundle)
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
@@ -139,6 +141,7 @@ def test_another_shape_has_its_own_step(bundle: Bundle) -> None:
     assert len(engine._runners) == 1  # activations of old shapes don't stay
 
 
+@pytest.mark.quick
 def test_changed_inputs_are_refused(bundle: Bundle) -> None:
     asked = asked_of(bundle)
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
@@ -150,6 +153,7 @@ def test_changed_inputs_are_refused(bundle: Bundle) -> None:
         engine.prepared.load(first)
 
 
+@pytest.mark.quick
 def test_exchanged_buffer_is_refused(bundle: Bundle) -> None:
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
     run(engine, bundle, asked_of(bundle)(1))
@@ -208,6 +212,7 @@ def fake_cuda(bundle: Bundle, expected: Tensor, monkeypatch: pytest.MonkeyPatch)
     return fake
 
 
+@pytest.mark.quick
 def test_capture_changes_no_result(bundle: Bundle, fake_cuda: FakeCuda, expected: Tensor) -> None:
     """Warm-up and capture leave latents and index as they were; every step is a replay."""
     for _ in range(2):
@@ -225,6 +230,7 @@ def test_graphs_share_memory(bundle: Bundle, fake_cuda: FakeCuda) -> None:
     assert first[1] is second[1]
 
 
+@pytest.mark.quick
 def test_failed_capture_is_told(
     bundle: Bundle, fake_cuda: FakeCuda, expected: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -266,6 +272,7 @@ def test_the_reason_is_given(tiny_bundle: Path, caplog: pytest.LogCaptureFixture
     assert pipe.last_run.execution == "eager: CUDA graphs need a CUDA device, this is cpu"
 
 
+@pytest.mark.quick
 @needs_triton
 def test_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from mogle_rt.ops import triton_ops

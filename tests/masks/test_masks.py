@@ -179,10 +179,12 @@ LABELS = hnp.arrays(
 quick = examples(20)
 
 
+@pytest.mark.quick
 def test_palette_and_names_are_the_reference_s() -> None:
     assert dict(zip(masks.CLASS_NAMES, map(tuple, PALETTE.tolist()), strict=True)) == REFERENCE_PALETTE
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", PICTURES)
 @quick
 @given(labels=LABELS)
@@ -257,6 +259,7 @@ def test_a_list_of_all_kinds_at_once(tmp_path: Path) -> None:
             np.testing.assert_array_equal(one, labels)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", ["u1", "i8", "f4"])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_arrays_of_several_masks(count: int, dtype: str) -> None:
@@ -399,6 +402,7 @@ def test_a_photograph_is_no_mask() -> None:
 # Resizing
 
 
+@pytest.mark.quick
 @quick
 @given(labels=LABELS, height=st.integers(1, 50), width=st.integers(1, 50))
 def test_resizing_is_nearest_neighbour(labels: Labels, height: int, width: int) -> None:
@@ -438,6 +442,7 @@ def test_renderings_read_back_as_the_labels(labels: Labels) -> None:
     np.testing.assert_array_equal(np.asarray(image.convert("RGB")), COLOURS[labels])
 
 
+@pytest.mark.quick
 @quick
 @given(labels=LABELS)
 def test_condition_pictures(labels: Labels) -> None:
@@ -492,6 +497,7 @@ NO_MASKS: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", NO_MASKS)
 def test_what_is_no_mask(kind: str) -> None:
     make, message = NO_MASKS[kind]
@@ -564,6 +570,7 @@ BAD_FILES = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_bad_files(kind: str, tmp_path: Path) -> None:
     path = bad_file(kind, tmp_path)

@@ -48,6 +48,7 @@ def run(engine: TorchEngine, bundle: Bundle, mask_latents: Tensor, seed: int = 0
     return denoise(engine, torch.randn(batch, TOKENS, 64, generator=g), schedule)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("batch", [1, 2])
 def test_fused_equals_the_bank(batch: int, tiny_bundle: Path) -> None:
     """Run after run through the same buffers; masks stay as they are."""
@@ -64,6 +65,7 @@ def test_fused_equals_the_bank(batch: int, tiny_bundle: Path) -> None:
     assert [len(engine._runners) for engine in engines] == [1, 1]
 
 
+@pytest.mark.quick
 def test_equal_pictures_are_found(tiny_bundle: Path) -> None:
     """Across the images of a batch, too; the one that most experts see is shared."""
     bundle = Bundle(tiny_bundle)
@@ -102,6 +104,7 @@ def test_black_is_computed_once_a_size(tiny_bundle: Path, monkeypatch: pytest.Mo
     assert calls == [1, NUM_EXPERTS, NUM_EXPERTS]
 
 
+@pytest.mark.quick
 @needs_triton
 @pytest.mark.parametrize(
     ("batch", "own", "dtype", "steps", "expected"),
@@ -131,6 +134,7 @@ def test_which_serves_when(batch: int, own: bool, dtype: torch.dtype, steps: int
     assert chosen == expected
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("mixture", "config", "model", "message"),
     [
