@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import struct
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -206,14 +207,23 @@ def test_tensors_that_the_file_does_not_align(padding: int, tmp_path: Path) -> N
     assert torch.equal(mapped.tensor(infos["x"]), tensor)
 
 
-def test_released_pages_are_read_again(tmp_path: Path) -> None:
-    tensor = torch.randn(100_000)
+def mapped_bytes() -> int:
+    """How much of the files that this process has mapped is in memory."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssFile:"))
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads its memory from /proc")
+def test_released_pages_leave_memory_and_are_read_again(tmp_path: Path) -> None:
+    tensor = torch.randn(8_000_000)
     save_file({"x": tensor}, tmp_path / "x")
     infos, _ = read_header(tmp_path / "x")
     mapped = MappedFile(tmp_path / "x")
     view = mapped.tensor(infos["x"])
     assert torch.equal(view, tensor)
+    before = mapped_bytes()
     mapped.release(infos["x"])
+    assert before - mapped_bytes() > 0.9 * tensor.nbytes
     assert torch.equal(view, tensor)
 
 
