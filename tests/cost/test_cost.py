@@ -270,7 +270,7 @@ def test_modulation_is_let_go(flux: Estimate) -> None:
     assert mine.resident == pytest.approx(kept, rel=0.005)  # B of fused layers is block-diagonal, modulation has LoRA
     largest = 2 * 6 * FLUX_DEV.width**2
     assert largest < mine.prepare.peak - mine.resident < 3 * largest
-    assert mine.peak == max(c.peak for c in (mine.encode, mine.prepare, mine.step, mine.decode))
+    assert mine.peak == mine.decode.peak  # the VAE's pictures of full size take more than a step's activations
 
 
 @pytest.mark.parametrize("options", [{}, {"condition_scale": 2.0}, {"model": ModelConfig(union_cond_attn=False)}])

@@ -49,8 +49,8 @@ def compile_guard(path: Path) -> None:
     options = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{torch_folder / 'include'}"]
     source = path.with_suffix(".cpp")
     source.write_text(GUARD)
-    library = ["-o", path, f"-L{torch_folder / 'lib'}", "-lc10"]
-    subprocess.run([compiler, *options, source, *library], check=True)
+    library = ["-o", str(path), f"-L{torch_folder / 'lib'}", "-lc10"]
+    subprocess.run([compiler, *options, str(source), *library], check=True)
 
 
 def install_guard(path: Path) -> None:
