@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A process for each core, with one thread each (tests/conftest.py); whoever has nothing left takes tests from the others.
+SIDE_BY_SIDE := -n logical --maxprocesses 8 --dist worksteal
+RANDOM_INPUTS := $(addprefix tests/,bundle encoders linear masks model kernels/test_dispatch.py kernels/test_kernels.py)
 
-.PHONY: demo test oldest bench gpu lint clean
+.PHONY: demo test quick fuzz oldest bench gpu lint clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mogle_rt needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -16,14 +19,22 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## draw faces from the package's masks and prompts, into demo/grid.png
 	$(BIN)/python examples/demo.py demo/grid.png
 
-test: $(STAMP)  ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## the whole test suite, with the same random inputs in every run
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+
+quick: $(STAMP)  ## a minute of tests from every room, for while one works (those marked `quick`)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m quick
+
+fuzz: $(STAMP)  ## the tests of random inputs, with new ones in every run; `make fuzz SEED=5` repeats a run
+	@seed=$${SEED:-$$($(BIN)/python -c 'import secrets; print(secrets.randbelow(2**31))')}; \
+	echo "make fuzz SEED=$$seed repeats this run"; \
+	MOGLE_RT_FUZZ_SEED=$$seed $(BIN)/python -m pytest $(SIDE_BY_SIDE) --hypothesis-seed=$$seed $(RANDOM_INPUTS)
 
 oldest:  ## the whole test suite with the oldest releases that pyproject.toml allows
 	$(PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install --quiet uv
 	build/oldest/bin/uv pip install --quiet --python build/oldest/bin/python --resolution lowest-direct -e '.[dev]'
-	build/oldest/bin/python -m pytest
+	build/oldest/bin/python -m pytest $(SIDE_BY_SIDE)
 
 bench: $(STAMP)  ## the benchmarks, into benchmarks/RESULTS.md
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --results benchmarks/RESULTS.md

@@ -1,15 +1,24 @@
-"""Fixtures shared by the tests: golden cases, random checkpoints, error measures."""
+"""Fixtures shared by the tests: golden cases, random checkpoints, error measures, seeds."""
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Tests that run side by side get one thread each, and so do the programs that they start: more threads than cores would
+# wait for each other. PyTorch reads this when it is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -37,8 +46,25 @@ if INTERPRETED:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 
+# Every test draws the same random inputs in every run. `make fuzz` sets the variable, and other inputs are drawn from it.
+FUZZ_SEED = os.environ.get("MOGLE_RT_FUZZ_SEED")
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile("fuzz", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("fixed" if FUZZ_SEED is None else "fuzz")
+MORE_EXAMPLES = 10  # times as many in a fuzzing run
+
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.stem for path in (GOLDEN / "cases").glob("*.safetensors"))
+
+
+def examples(count: int) -> hypothesis.settings:
+    """How many examples hypothesis tries of a test's inputs; a fuzzing run tries more.
+
+    A test function may share function-scoped fixtures, such as a folder, between its examples.
+    """
+    shared = [hypothesis.HealthCheck.function_scoped_fixture]
+    many = count if FUZZ_SEED is None else count * MORE_EXAMPLES
+    return hypothesis.settings(max_examples=many, suppress_health_check=shared)
 
 
 def relative_rms(a: Tensor, b: Tensor) -> float:
@@ -97,31 +123,64 @@ class GoldenCase:
         )
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make quick` doesn't import the files in which no test is marked for it: that would take as long as the tests."""
+    if config.option.markexpr != "quick" or not collection_path.name.startswith("test_"):
+        return None
+    return None if "pytest.mark.quick" in collection_path.read_text() else True
+
+
+def make_once(path: Path, make: Callable[[Path], object]) -> Path:
+    """The path, after ``make`` has written it; only one of the processes that test side by side does so."""
+    done = path.with_name(f"{path.name}.done")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            make(path)
+            done.touch()
+    return path
+
+
 @pytest.fixture(scope="session")
-def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The bundle of a golden checkpoint, converted once."""
-    folder = tmp_path_factory.mktemp("golden")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the whole run, the same for all processes that test side by side. See `make_once`."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(shared_folder: Path) -> Callable[[str], Path]:
+    """The bundle of a golden checkpoint, converted once. Read-only."""
 
     def bundle(name: str) -> Path:
-        path = folder / f"{name}.safetensors"
-        return path if path.exists() else Files(GOLDEN / "checkpoints" / name).convert(path)
+        return make_once(shared_folder / f"{name}.safetensors", Files(GOLDEN / "checkpoints" / name).convert)
 
     return bundle
 
 
 @pytest.fixture(scope="session")
-def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+def tiny_files(shared_folder: Path) -> Files:
     """A random tiny checkpoint with text encoders. Read-only: tests that damage files copy them first."""
-    return write_checkpoint(tmp_path_factory.mktemp("tiny"), text_encoders=True)
+    return Files(make_once(shared_folder / "tiny", lambda folder: write_checkpoint(folder, text_encoders=True)))
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_files: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tiny_files: Files, shared_folder: Path) -> Path:
     """Its bundle. Read-only as well."""
-    return tiny_files.convert(tmp_path_factory.mktemp("bundle") / "tiny.safetensors")
+    return make_once(shared_folder / "bundle" / "tiny.safetensors", tiny_files.convert)
 
 
 @pytest.fixture(autouse=True)
 def _no_grad() -> Any:
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws doesn't hang on the tests that ran before it, here or in another process."""
+    seed = int(FUZZ_SEED or 0) % 2**32
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)

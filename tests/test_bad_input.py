@@ -1157,13 +1157,9 @@ def test_convert_to_an_unknown_dtype(tiny_files: Files, tmp_path: Path) -> None:
         assert_one_line(run(*convert_args(tiny_files, output), "--dtype", "int8"), *words)
 
 
-def test_errors_in_the_real_program(tiny_files: Files, tiny_bundle: Path, tmp_path: Path) -> None:
-    """The same lines from a process of its own, whose libraries may write to stderr behind Python's back."""
-    cut = tmp_path / "cut.safetensors"
-    shutil.copy(tiny_bundle, cut)
-    os.truncate(cut, 5000)
+def test_errors_in_the_real_program(tiny_files: Files, tmp_path: Path) -> None:
+    """The same line from a process of its own, whose libraries may write to stderr behind Python's back."""
     with unchanged(tmp_path):
-        assert_one_line(run_process("info", cut), str(cut), "cut short (5000 bytes)")
         args = ("--lora", tiny_files.lora, "--mogle", tiny_files.mogle, "-o", tmp_path / "x.safetensors")
         offline = run_process(
             "convert", "--flux", "nobody/no-such-model", *args, HF_HUB_OFFLINE="1", HF_HOME="/nonexistent"
@@ -1329,31 +1325,26 @@ def test_an_interrupted_convert(
         assert calls == 50
         result = run(*convert_args(tiny_files, output))
         assert calls == 100
-    assert result.code != 0
+    assert result.code == 128 + signal.SIGINT
     assert "Traceback" not in result.err
 
 
-@pytest.mark.parametrize(
-    ("number", "existing"), [(signal.SIGTERM, True), (signal.SIGINT, False)], ids=["terminate", "interrupt"]
-)
-def test_a_convert_that_is_told_to_stop(number: signal.Signals, existing: bool, tmp_path: Path) -> None:
-    """The real program, killed midway through 24 GB of zeros."""
+def test_a_convert_that_is_told_to_stop(tmp_path: Path) -> None:
+    """The real program, terminated midway through 24 GB of zeros. An interrupt is the test above."""
     files, output = write_sparse_checkpoint(tmp_path / "sources"), tmp_path / "ckpt.safetensors"
-    if existing:
-        output.write_text("an older bundle")
+    output.write_text("an older bundle")
     with unchanged(tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-m", "mogle_rt", *map(str, convert_args(files, output))],
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # shells have background jobs ignore SIGINT
         )
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 200  # against a hang alone
         while not any(p.name.endswith(".part") for p in tmp_path.iterdir()):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(number)
+        process.terminate()
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    assert process.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in err

@@ -12,6 +12,8 @@ import pytest
 
 import mogle_rt
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(mogle_rt.__file__).parent
 
 # Rooms, from the ground up: each imports only from the ones before it. A room is a folder or a module of mogle_rt.

@@ -6,13 +6,14 @@ import json
 import os
 import stat
 import struct
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
@@ -21,6 +22,7 @@ from mogle_rt.bundle import container as storage
 from mogle_rt.bundle.container import MappedFile, TensorInfo, header_room, read_chunks, read_header, write_header
 from mogle_rt.bundle.files import atomic_write, replace_together
 from mogle_rt.errors import CheckpointError, OutputError
+from tests.conftest import examples
 
 KINDS = (
     *(torch.float32, torch.float16, torch.bfloat16, torch.float64),
@@ -31,7 +33,7 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_siz
     lambda name: name != "__metadata__"
 )
 CONTENTS = st.dictionaries(NAMES, st.tuples(st.sampled_from(KINDS), SHAPES), max_size=6)
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = examples(60)
 
 
 def made(contents: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
@@ -43,6 +45,7 @@ def equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
 
 
+@pytest.mark.quick
 @quick
 @given(contents=CONTENTS, metadata=st.dictionaries(st.text(max_size=5), st.text(max_size=20), max_size=3))
 def test_what_safetensors_writes_is_read(
@@ -61,6 +64,7 @@ def test_what_safetensors_writes_is_read(
         assert equal(torch.cat(chunks).view(tensor.shape) if chunks else mapped.tensor(infos[name]), tensor)
 
 
+@pytest.mark.quick
 @quick
 @given(contents=CONTENTS)
 def test_what_is_written_safetensors_reads(
@@ -106,7 +110,7 @@ def test_every_truncation_is_found(tmp_path: Path) -> None:
         read_header(tmp_path / "x")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(300)
 @given(edits=st.lists(st.tuples(st.integers(0, 250), st.integers(0, 255)), min_size=1, max_size=3))
 def test_damaged_headers_are_refused_or_fit_the_file(edits: list[tuple[int, int]], tmp_path: Path) -> None:
     """Whatever a header's bytes are: an error of this package, or tensors that lie within the file."""
@@ -144,7 +148,7 @@ ENTRY = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(300)
 @given(header=st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), ENTRY | JSON, max_size=3) | JSON)
 def test_headers_of_any_json_are_refused_or_fit_the_file(header: object, tmp_path: Path) -> None:
     path = tmp_path / "x"
@@ -174,6 +178,7 @@ def test_chunks_are_small_and_in_order(tmp_path: Path, monkeypatch: pytest.Monke
 # Views
 
 
+@pytest.mark.quick
 def test_neighbours_are_one_view(tmp_path: Path) -> None:
     tensors = {x: torch.full((4, 2), float(i)) for i, x in enumerate("abc")}
     save_file(tensors | {"d": torch.ones(4, 2, dtype=torch.float16)}, tmp_path / "x")
@@ -202,20 +207,30 @@ def test_tensors_that_the_file_does_not_align(padding: int, tmp_path: Path) -> N
     assert torch.equal(mapped.tensor(infos["x"]), tensor)
 
 
-def test_released_pages_are_read_again(tmp_path: Path) -> None:
-    tensor = torch.randn(100_000)
+def mapped_bytes() -> int:
+    """How much of the files that this process has mapped is in memory."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssFile:"))
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads its memory from /proc")
+def test_released_pages_leave_memory_and_are_read_again(tmp_path: Path) -> None:
+    tensor = torch.randn(8_000_000)
     save_file({"x": tensor}, tmp_path / "x")
     infos, _ = read_header(tmp_path / "x")
     mapped = MappedFile(tmp_path / "x")
     view = mapped.tensor(infos["x"])
     assert torch.equal(view, tensor)
+    before = mapped_bytes()
     mapped.release(infos["x"])
+    assert before - mapped_bytes() > 0.9 * tensor.nbytes
     assert torch.equal(view, tensor)
 
 
 # Atomic writing
 
 
+@pytest.mark.quick
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "x"
     with atomic_write(path) as f:
@@ -317,6 +332,7 @@ def test_replace_together(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"a": "new", "b": "new", "c": "new", "x": "old"}
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("number", range(6))
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def shard(folder: Path, count: int = 3) -> None:
 # The bundle is what the sources are
 
 
+@pytest.mark.quick
 def test_every_tensor_is_the_source_s(tiny_files: Files, tiny_bundle: Path) -> None:
     """Read with the safetensors package: nothing here is mogle_rt's own reading."""
     found = load_file(tiny_bundle)
@@ -97,6 +98,7 @@ def test_mogle_rt_reads_what_safetensors_reads(tiny_bundle: Path) -> None:
             assert data == bytes(expected[f"{part}.{name}"].tolist())
 
 
+@pytest.mark.quick
 def test_the_same_sources_give_the_same_bytes(tiny_files: Files, tiny_bundle: Path, tmp_path: Path) -> None:
     flux, lora, mogle = map(str, (tiny_files.flux, tiny_files.lora, tiny_files.mogle))
     again = mogle_rt.convert(flux, lora, mogle, str(tmp_path / "b"))
@@ -460,6 +462,7 @@ def test_without_a_dtype_each_keeps_its_own(tiny_files: Files, tmp_path: Path) -
 # Layout
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_stacked_weights_are_one_view_of_the_file(dtype: str, tiny_files: Files, tmp_path: Path) -> None:
     bundle = Bundle(tiny_files.convert(tmp_path / "b.safetensors", dtype=dtype))
@@ -482,6 +485,7 @@ def test_stacking_what_does_not_lie_together(tiny_bundle: Path) -> None:
     assert torch.equal(bundle.load(names, CPU, torch.float32), torch.cat([bundle.tensor(n) for n in names]))
 
 
+@pytest.mark.quick
 def test_the_data_is_aligned(tiny_bundle: Path) -> None:
     (length,) = struct.unpack("<Q", tiny_bundle.read_bytes()[:8])
     assert (8 + length) % 4096 == 0

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -65,6 +63,7 @@ IDS = torch.empty(5, device=META, dtype=torch.int64)
 LINEAR = torch.nn.Linear(8, 3, device=META)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("function", "launches", "flops", "read", "written"),
     [
@@ -102,6 +101,7 @@ def test_counts_by_hand(function: Callable[[], object], launches: int, flops: in
         assert count.moved == read + written
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_is_one_operation(masked: bool) -> None:
     q, k = (empty(2, 3, length, 16, dtype=torch.bfloat16) for length in (10, 40))
@@ -132,6 +132,7 @@ def test_counting_leaves_nothing_behind() -> None:
     assert attention.attention_with_lse is before
 
 
+@pytest.mark.quick
 def test_memory_is_followed() -> None:
     with counting() as counter:
         a = empty(100)
@@ -259,8 +260,8 @@ def test_engine_needs_less(flux: Estimate) -> None:
 def test_kernels_need_far_less(flux: Estimate) -> None:
     """The reference takes 9,632 launches and 215.8 GB. With kernels, gate and mix are one launch."""
     mine = flux.engine.step
-    assert mine.launches <= 700
-    assert mine.moved <= 45e9
+    assert mine.launches <= 511
+    assert mine.moved <= 44.2e9
 
 
 def test_modulation_is_let_go(flux: Estimate) -> None:
@@ -269,7 +270,7 @@ def test_modulation_is_let_go(flux: Estimate) -> None:
     assert mine.resident == pytest.approx(kept, rel=0.005)  # B of fused layers is block-diagonal, modulation has LoRA
     largest = 2 * 6 * FLUX_DEV.width**2
     assert largest < mine.prepare.peak - mine.resident < 3 * largest
-    assert mine.peak == max(c.peak for c in (mine.encode, mine.prepare, mine.step, mine.decode))
+    assert mine.peak == mine.decode.peak  # the VAE's pictures of full size take more than a step's activations
 
 
 @pytest.mark.parametrize("options", [{}, {"condition_scale": 2.0}, {"model": ModelConfig(union_cond_attn=False)}])
@@ -316,6 +317,7 @@ def test_distinct_pictures(classes: int, pictures: int) -> None:
     assert Job(classes=classes).pictures == pictures
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "wrong", [{"height": 500}, {"width": 0}, {"batch": 0}, {"steps": -1}, {"text_tokens": 513}, {"classes": 20}]
 )
@@ -344,6 +346,7 @@ def test_models_too_wide_for_the_kernels(part: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- cards
 
 
+@pytest.mark.quick
 def test_floors() -> None:
     card = find_gpu("RTX 4090")
     assert card.compute_ms(165.2e12, 2) == pytest.approx(1000)
@@ -353,6 +356,7 @@ def test_floors() -> None:
     assert not card.fits((24 - RESERVED_GIB) * 2**30 + 1)
 
 
+@pytest.mark.quick
 def test_cards_are_found() -> None:
     for card in GPUS:
         assert find_gpu(card.name) is card
@@ -394,15 +398,22 @@ def test_command_on_a_bundle(tiny_bundle: Path) -> None:
         assert line in out
 
 
-def test_command_counts_what_the_bundle_draws() -> None:
+@pytest.fixture(scope="module")
+def flux_report() -> dict[str, Any]:
+    """What the command says of FLUX.1-dev as JSON."""
+    status, out, err = run("--flux-dev", "--json", "--gpu", "RTX 4090")
+    assert (status, err) == (0, "")
+    return dict(json.loads(out))
+
+
+def test_command_counts_what_the_bundle_draws(flux_report: dict[str, Any]) -> None:
     """By default the size and the text tokens that `generate` takes."""
     _, out, _ = run("demo", "--json")
     described = json.loads(out)["job"]
     bundle = Bundle("demo")
     assert (described["height"], described["width"]) == (bundle.default_size, bundle.default_size) == (128, 128)
     assert described["text_tokens"] == bundle.default_text_tokens == 48
-    _, out, _ = run("--flux-dev", "--json")
-    assert [json.loads(out)["job"][name] for name in ("height", "width", "text_tokens")] == [512, 512, 512]
+    assert [flux_report["job"][name] for name in ("height", "width", "text_tokens")] == [512, 512, 512]
     _, out, _ = run("demo", "--json", "--width", 64)
     assert [json.loads(out)["job"][name] for name in ("height", "width")] == [128, 64]
 
@@ -421,19 +432,9 @@ def test_command_gives_json(tiny_bundle: Path) -> None:
     assert report["gpu"]["limits"]["reference"]["memory_ms"] == pytest.approx(moved / 300e9 * 1e3)
 
 
-@pytest.mark.slow
-def test_command_at_full_size_is_quick() -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    done = subprocess.run(
-        [sys.executable, "-m", "mogle_rt", "cost", "--flux-dev", "--json", "--gpu", "RTX 4090"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 20  # 8 s on two quiet cores
-    report = json.loads(done.stdout)
-    assert report["cost"]["reference"]["step"]["launches"] == reference_step(Job()).launches
-    mine, theirs = report["gpu"]["limits"]["mogle_rt"], report["gpu"]["limits"]["reference"]
+def test_command_at_full_size(flux_report: dict[str, Any]) -> None:
+    assert flux_report["cost"]["reference"]["step"]["launches"] == reference_step(Job()).launches
+    mine, theirs = (flux_report["gpu"]["limits"][name] for name in ("mogle_rt", "reference"))
     assert (mine["fits"], mine["fits_with_text"], theirs["fits"]) == (True, False, True)
 
 

@@ -89,6 +89,7 @@ def test_whatever_else_is_left_to_pytorch(x: Tensor) -> None:
     assert torch.equal(GroupNorm(norm)(x), norm(x))
 
 
+@pytest.mark.quick
 def test_layout_by_size() -> None:
     x = torch.randn(1, 3, 4, 4)
     assert arranged(x, LEAST_PIXELS).is_contiguous(memory_format=LAST)
@@ -108,6 +109,7 @@ def test_norms_are_put_in_place_with_their_weights() -> None:
     assert set(net.state_dict()) == names
 
 
+@pytest.mark.quick
 def test_vae_keeps_the_layout_and_its_results(tmp_path: Path) -> None:
     """Encoder and decoder: every convolution and norm between the first and the last gets channels last."""
     bundle = Bundle(write_checkpoint(tmp_path).convert(tmp_path / "b.safetensors"))

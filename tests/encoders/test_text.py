@@ -64,12 +64,14 @@ def test_a_configuration_names_no_code(tiny_bundle: Path) -> None:
         assert not hasattr(model, "hf_quantizer")
 
 
+@pytest.mark.quick
 def test_words_matter(encoders: TextEncoders) -> None:
     (a, b), (pooled_a, pooled_b) = encoders.encode(["a green hat", "a green beard"], 32)
     assert relative_rms(a, b) > 0.01
     assert relative_rms(pooled_a, pooled_b) > 0.01
 
 
+@pytest.mark.quick
 def test_cutting_is_told(encoders: TextEncoders, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         encoders.encode(["a hat"], 64)

@@ -41,7 +41,6 @@ SMALL = Profile(smallest=Size(32, 32), usual=Size(64, 64, 2), largest=Size(128, 
     [
         ("fp32", "link", "step", 23),
         ("fp16", "copy", "step_scaled", 23),
-        ("bf16", "link", "step", 23),
         ("bf16", "embed", "step", 22),
     ],
 )
@@ -68,7 +67,7 @@ def test_build(dtype: str, weights: str, graph: str, opset: int, tiny_bundle: Pa
 
 
 def test_command(tiny_bundle: Path, tmp_path: Path) -> None:
-    """Several targets, streamed weights; on this machine the engine says where it runs."""
+    """Several targets, streamed weights, bfloat16; on this machine the engine says where it runs."""
     shutil.copy(tiny_bundle, tmp_path / "tiny.safetensors")
     args = (
         tmp_path / "tiny.safetensors",

@@ -549,7 +549,6 @@ def test_full_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         print(
             f"\nFLUX.1-dev to ONNX: {used['seconds']:.1f} s, {used['bytes'] / 1e6:.0f} MB, {written / 1e6:.1f} MB written"
         )
-    assert used["seconds"] < 120
     assert used["bytes"] < 2e9
     assert written < 64e6
     model = onnx.load(tmp_path / "step.onnx", load_external_data=False)

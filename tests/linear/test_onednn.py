@@ -62,6 +62,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
     return calls
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 65, 33), (7, 33, 5), (64, 48, 192), (130, 257, 66)])
@@ -73,6 +74,7 @@ def test_linear(rows: int, inner: int, outer: int, gelu: bool, packed: bool, rng
     assert_close(onednn.linear(x, weight, bias, gelu=gelu), exact, rms=1e-6)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("branch", ["", "condition", "style"])
@@ -127,6 +129,7 @@ def test_golden_steps(
         assert layer.weight.name == (weights if "blocks" in layer_name else "plain"), layer_name
 
 
+@pytest.mark.quick
 def test_when_it_serves() -> None:
     """Large float32 weights on a CPU: packed for any rows, plain ones whole and with enough rows."""
     large = torch.empty(512, 256)
@@ -225,6 +228,7 @@ def test_weights_are_read_after_the_modulations(draw: Draw, monkeypatch: pytest.
     assert max(modulations) < min(weights)
 
 
+@pytest.mark.quick
 def test_history_does_not_count(golden_bundle: Bundles, calls: list[tuple[bool, bool]]) -> None:
     """One seed, one image, to the last bit, whatever was drawn before."""
     draw = Draw(golden_bundle("tiny"))

@@ -8,11 +8,10 @@ between devices don't, and are looked for here.
 from __future__ import annotations
 
 import os
-import sys
-import sysconfig
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +25,37 @@ from torch.utils._pytree import tree_leaves
 ATEN = torch.ops.aten
 COPIES = {ATEN.to, ATEN._to_copy, ATEN.copy_, ATEN.copy}  # in inference mode `to` comes whole
 
+# c10's headers alone: torch/extension.h would take the compiler most of a minute.
 GUARD = r"""
-#include <torch/extension.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-static c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> guard;
-void install() {
-  auto& slot = c10::impl::device_guard_impl_registry[static_cast<size_t>(c10::DeviceType::CUDA)];
-  if (slot.load() == nullptr) slot.store(&guard);
+namespace {
+c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> guard;
+struct Install {
+  Install() {
+    auto& slot = c10::impl::device_guard_impl_registry[static_cast<size_t>(c10::DeviceType::CUDA)];
+    if (slot.load() == nullptr) slot.store(&guard);
+  }
+} install;
 }
 """
 
 
-@lru_cache(maxsize=1)
-def install_guard() -> None:
-    """PyTorch's own no-op device guard for CUDA, which its CPU builds don't register. Compiled once a machine."""
-    if torch.version.cuda is not None:
-        return
-    from torch.utils.cpp_extension import CppExtension, load_inline  # noqa: F401 - the import tells if C++ is missing
+def compile_guard(path: Path) -> None:
+    """Write a library that registers PyTorch's own no-op device guard for CUDA, which its CPU builds leave out."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("compiling PyTorch's no-op CUDA guard needs a C++ compiler (c++, or the one named by CXX)")
+    torch_folder = Path(torch.__file__).parent
+    options = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{torch_folder / 'include'}"]
+    source = path.with_suffix(".cpp")
+    source.write_text(GUARD)
+    library = ["-o", str(path), f"-L{torch_folder / 'lib'}", "-lc10"]
+    subprocess.run([compiler, *options, str(source), *library], check=True)
 
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if not headers.exists():
-        pytest.skip("compiling PyTorch's no-op CUDA guard needs Python's headers")
-    before = os.environ["PATH"]
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before}"  # ninja
-    try:
-        load_inline("mogle_rt_no_op_cuda_guard", GUARD, functions=["install"], verbose=False).install()
-    finally:
-        os.environ["PATH"] = before
+
+def install_guard(path: Path) -> None:
+    """Load what `compile_guard` wrote; needed before `fake_mode` where PyTorch is built without CUDA."""
+    torch.ops.load_library(str(path))
 
 
 @dataclass
@@ -84,8 +87,7 @@ class Trace(TorchDispatchMode):
 
 
 def fake_mode() -> FakeTensorMode:
-    """Fake tensors, "cuda" included."""
-    install_guard()
+    """Fake tensors of every device, "cuda" included."""
     return FakeTensorMode(allow_non_fake_inputs=False)
 
 

@@ -70,6 +70,7 @@ def asked_of(bundle: Bundle) -> Callable[..., Conditions]:
     return make
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("batch", [1, 2])
 def test_runs_of_one_shape_share_their_buffers(bundle: Bundle, batch: int) -> None:
     """The second run's result is a new engine's, through the first run's memory."""
@@ -132,6 +133,7 @@ def test_modulations_are_kept_while_nothing_they_hang_on_changes(
     assert len(made) == 6
 
 
+@pytest.mark.quick
 def test_another_shape_has_its_own_step(bundle: Bundle) -> None:
     asked = asked_of(bundle)
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
@@ -185,6 +187,7 @@ def test_steps_past_the_end_are_refused(bundle: Bundle) -> None:
     engine.advance()
 
 
+@pytest.mark.quick
 def test_changed_inputs_are_refused(bundle: Bundle) -> None:
     asked = asked_of(bundle)
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
@@ -196,6 +199,7 @@ def test_changed_inputs_are_refused(bundle: Bundle) -> None:
         engine.prepared.load(first)
 
 
+@pytest.mark.quick
 def test_exchanged_buffer_is_refused(bundle: Bundle) -> None:
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
     run(engine, bundle, asked_of(bundle)(1))
@@ -263,6 +267,7 @@ def fake_cuda(bundle: Bundle, expected: Tensor, monkeypatch: pytest.MonkeyPatch)
     return fake
 
 
+@pytest.mark.quick
 def test_capture_changes_no_result(bundle: Bundle, fake_cuda: FakeCuda, expected: Tensor) -> None:
     """Warm-up and capture leave latents and index as they were; every step is a replay."""
     for _ in range(2):
@@ -401,6 +406,7 @@ def test_graphs_share_memory(bundle: Bundle, fake_cuda: FakeCuda) -> None:
     assert first[1] is second[1]
 
 
+@pytest.mark.quick
 def test_failed_capture_is_told(
     bundle: Bundle, fake_cuda: FakeCuda, expected: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -441,6 +447,7 @@ def test_the_reason_is_given(tiny_bundle: Path, caplog: pytest.LogCaptureFixture
     assert pipe.last_run.execution == "eager: CUDA graphs need a CUDA device, this is cpu"
 
 
+@pytest.mark.quick
 @needs_triton
 def test_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from mogle_rt.ops import triton_ops

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from PIL import Image
 from mogle_rt import masks
 from mogle_rt.errors import MaskError
 from mogle_rt.masks import PALETTE, TOLERANCE, Labels, MaskLike
+from tests.conftest import examples
 
 # Written out again from REFERENCE.md: the tests must notice if the module's table changes.
 REFERENCE_PALETTE = {
@@ -175,13 +176,15 @@ WIDE = hnp.arrays(np.uint8, st.tuples(st.integers(1, 24), st.integers(5, 24)), e
 LABELS = hnp.arrays(
     np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24), elements=st.integers(0, 18)
 )
-quick = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = examples(20)
 
 
+@pytest.mark.quick
 def test_palette_and_names_are_the_reference_s() -> None:
     assert dict(zip(masks.CLASS_NAMES, map(tuple, PALETTE.tolist()), strict=True)) == REFERENCE_PALETTE
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", PICTURES)
 @quick
 @given(labels=LABELS)
@@ -256,6 +259,7 @@ def test_a_list_of_all_kinds_at_once(tmp_path: Path) -> None:
             np.testing.assert_array_equal(one, labels)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", ["u1", "i8", "f4"])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_arrays_of_several_masks(count: int, dtype: str) -> None:
@@ -398,6 +402,7 @@ def test_a_photograph_is_no_mask() -> None:
 # Resizing
 
 
+@pytest.mark.quick
 @quick
 @given(labels=LABELS, height=st.integers(1, 50), width=st.integers(1, 50))
 def test_resizing_is_nearest_neighbour(labels: Labels, height: int, width: int) -> None:
@@ -437,6 +442,7 @@ def test_renderings_read_back_as_the_labels(labels: Labels) -> None:
     np.testing.assert_array_equal(np.asarray(image.convert("RGB")), COLOURS[labels])
 
 
+@pytest.mark.quick
 @quick
 @given(labels=LABELS)
 def test_condition_pictures(labels: Labels) -> None:
@@ -491,6 +497,7 @@ NO_MASKS: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", NO_MASKS)
 def test_what_is_no_mask(kind: str) -> None:
     make, message = NO_MASKS[kind]
@@ -563,6 +570,7 @@ BAD_FILES = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", BAD_FILES)
 def test_bad_files(kind: str, tmp_path: Path) -> None:
     path = bad_file(kind, tmp_path)
@@ -578,7 +586,7 @@ def test_a_picture_that_turns_out_truncated_when_it_is_read(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP"])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(40)
 @given(data=st.data())
 def test_damaged_pictures_are_labels_or_an_error(kind: str, data: st.DataObject, tmp_path: Path) -> None:
     """Whatever bytes a file holds: labels 0…18 or a MaskError, nothing else."""

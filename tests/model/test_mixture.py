@@ -49,6 +49,7 @@ def run(engine: TorchEngine, bundle: Bundle, mask_latents: Tensor, seed: int = 0
     return denoise(engine, torch.randn(batch, TOKENS, 64, generator=g), schedule)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("batch", [1, 2])
 def test_fused_equals_the_bank(batch: int, tiny_bundle: Path) -> None:
     """Run after run through the same buffers; masks stay as they are."""
@@ -65,6 +66,7 @@ def test_fused_equals_the_bank(batch: int, tiny_bundle: Path) -> None:
     assert [len(engine._runners) for engine in engines] == [1, 1]
 
 
+@pytest.mark.quick
 def test_equal_pictures_are_found(tiny_bundle: Path) -> None:
     """Across the images of a batch, too; the one that most experts see is shared."""
     bundle = Bundle(tiny_bundle)
@@ -104,6 +106,7 @@ def test_another_number_of_pictures_is_no_other_shape(tiny_bundle: Path) -> None
         assert engine.prepared is step
 
 
+@pytest.mark.quick
 @needs_triton
 @pytest.mark.parametrize(
     ("batch", "own", "dtype", "steps", "expected"),
@@ -133,6 +136,7 @@ def test_which_serves_when(batch: int, own: bool, dtype: torch.dtype, steps: int
     assert triton_ops.cheaper_mixture(gate, experts, steps) == expected
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("mixture", "config", "model", "message"),
     [

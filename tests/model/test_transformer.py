@@ -35,8 +35,8 @@ from mogle_rt.ops.attention import (
     plain_attention_with_lse,
     scores_room,
 )
-from tests.checkpoints import write_checkpoint
-from tests.conftest import assert_close, relative_rms
+from tests.checkpoints import Files, write_checkpoint
+from tests.conftest import assert_close, make_once, relative_rms
 
 CPU = torch.device("cpu")
 
@@ -62,6 +62,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("number", range(len(CONFIGS)))
 @pytest.mark.parametrize("batch", [1, 3])
 def test_without_condition_equals_diffusers(number: int, batch: int, tmp_path: Path) -> None:
@@ -108,6 +109,17 @@ def test_without_condition_equals_diffusers(number: int, batch: int, tmp_path: P
     assert_close(step.buffers.velocity.transpose(0, 1), expected, rms=2e-6)
 
 
+@pytest.fixture(scope="module")
+def odd_files(shared_folder: Path) -> Files:
+    """A checkpoint whose sizes, block counts and rank are those of no other one. Read-only."""
+    return Files(make_once(shared_folder / "odd", lambda folder: write_checkpoint(folder, CONFIGS[1], seed=5, rank=3)))
+
+
+@pytest.fixture(scope="module")
+def odd_bundle(odd_files: Files, shared_folder: Path) -> Path:
+    return make_once(shared_folder / "odd_bundle.safetensors", odd_files.convert)
+
+
 SWITCHES: list[dict[str, bool]] = [
     {},
     {"add_cond_attn": True},
@@ -126,15 +138,14 @@ def test_step_equals_the_baseline(
     switches: dict[str, bool],
     condition_scale: float,
     most_whole_scores: int,
-    tmp_path: Path,
+    odd_files: Files,
+    odd_bundle: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Random weights, odd sizes, a rank other than 4: the reference's own way of computing gives the same step."""
     monkeypatch.setattr(attention, "WHOLE_SCORES", most_whole_scores)
-    c = CONFIGS[1]
-    files = write_checkpoint(tmp_path, c, seed=5, rank=3)
-    baseline = Baseline.from_files(files.flux, files.lora, files.mogle, **switches)  # type: ignore[arg-type]
-    bundle = Bundle(files.convert(tmp_path / "b.safetensors"))
+    baseline = Baseline.from_files(odd_files.flux, odd_files.lora, odd_files.mogle, **switches)  # type: ignore[arg-type]
+    bundle = Bundle(odd_bundle)
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig(**switches))
     grid, steps = (3, 5), 3
     tokens = grid[0] * grid[1]
@@ -191,6 +202,7 @@ def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, c: int, p
     return (scores.softmax(-1) @ v).permute(2, 0, 1, 3).flatten(2)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("visibility", list(Visibility))
 @pytest.mark.parametrize("queries", [11, 26], ids=["rest only", "all"])
 @pytest.mark.parametrize("batch", [1, 2])
@@ -200,6 +212,7 @@ def test_grouped_attention_equals_dense(visibility: Visibility, queries: int, ba
     assert_close(joint_attention(q, k, v, 15, plan), dense_attention(q, k, v, 15, plan).float(), rms=1e-6)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("visibility", list(Visibility))
 @pytest.mark.parametrize("queries", [11, 26], ids=["rest only", "all"])
 @pytest.mark.parametrize("batch", [1, 2])
@@ -231,6 +244,7 @@ def test_scores_are_made_whole_where_it_is_faster() -> None:
     assert scores_room(like.to("meta"), 2, 8) is None
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("attend", [attention_with_lse, plain_attention_with_lse], ids=["kernel", "plain"])
 def test_log_sum_exp(attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
     """The CPU's kernel, and the way of devices that have none."""
@@ -255,12 +269,14 @@ def test_condition_scale_of_zero_separates() -> None:
     assert Visibility.of(ModelConfig(), 0.0) is Visibility.SEPARATE
 
 
+@pytest.mark.quick
 def test_position_is_moved_before_it_is_scaled() -> None:
     ids = condition_ids(token_ids((2, 2)), (1, -1), 2.0)
     assert ids[:, 0].eq(0).all()
     assert ids[:, 1:].tolist() == [[2.5, -1.5], [2.5, 0.5], [4.5, -1.5], [4.5, 0.5]]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_follows_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     files = write_checkpoint(tmp_path, CONFIGS[0])
