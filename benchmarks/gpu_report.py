@@ -100,7 +100,7 @@ def timings(deadline: float) -> tuple[list[str], str]:
     """A row of Markdown for each kernel and dtype that there was time for, and a note on the rest."""
     import torch
 
-    from benchmarks.kernel_timing import calls_beyond_cache, copy_rate, product_rate, seconds
+    from benchmarks.kernel_timing import calls_beyond_cache, copy_rate, product_rate, seconds, separate_operations
     from mogle_rt.kernels.workloads import workloads
 
     copied, rows, left = copy_rate(), [], 0
@@ -115,7 +115,7 @@ def timings(deadline: float) -> tuple[list[str], str]:
             name = str(dtype).removeprefix("torch.")
             try:
                 kernel = seconds(calls_beyond_cache(work.name, dtype))
-                twin = seconds(calls_beyond_cache(work.name, dtype, "reference"))
+                twin = seconds(calls_beyond_cache(work.name, dtype, separate_operations))
             except (RuntimeError, ValueError) as error:  # what doesn't run here is told; the others go on
                 rows.append(f"| {work.name} | {name} | {str(error).splitlines()[0][:100]} | | | |")
                 continue

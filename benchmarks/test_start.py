@@ -27,7 +27,7 @@ def time_process(benchmark: BenchmarkFixture, command: tuple[str, ...], code: in
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
 
-    benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=1)  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("page", [("--help",), ("generate", "--help")], ids=" ".join)

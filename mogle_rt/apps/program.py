@@ -22,7 +22,7 @@ def run_app(program: typer.Typer) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _warn
+            warnings.showwarning = _warn  # type: ignore[assignment]
             program()
     except MogleError as error:
         _fail(str(error))

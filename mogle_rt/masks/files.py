@@ -67,7 +67,7 @@ def decoded(image: Image.Image, what: str) -> Image.Image:
     Raises:
         MaskError: no pixels or too many, or they can't be decoded.
     """
-    check_pixels(image.height, image.width, what)
+    check_pixels((image.height, image.width), what)
     try:
         image.load()
         if image.getexif().get(ORIENTATION, 1) != 1:
@@ -77,10 +77,16 @@ def decoded(image: Image.Image, what: str) -> Image.Image:
     return image
 
 
-def check_pixels(height: int, width: int, what: str) -> None:
-    """Raises:
-    MaskError: a picture has no pixels, or more than `MAX_PIXELS`.
+def check_pixels(shape: tuple[int, ...], what: str) -> None:
+    """Refuse a picture that is too large to be a mask, before it is worked on.
+
+    Args:
+        shape: height and width; what follows them does not count.
+
+    Raises:
+        MaskError: it has no pixels, or more than `MAX_PIXELS`.
     """
+    height, width = shape[:2]
     if 0 in (height, width):
         raise MaskError(f"{what}: a picture of {width} x {height} pixels holds no mask")
     if height * width > MAX_PIXELS:

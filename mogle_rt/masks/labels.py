@@ -150,7 +150,7 @@ def from_planes(
         array = array[0]
     if array.ndim != 3 or not array.size:
         raise MaskError(f"planes must be [classes, H, W], got shape {list(array.shape)}")
-    check_pixels(*array.shape[1:], "planes")
+    check_pixels(array.shape[1:], "planes")
     return most_likely(array, table) if scores else merge(array, table)
 
 
@@ -253,12 +253,12 @@ def _from_array(array: NDArray[Any], table: Labels, what: str) -> Labels:
     if array.ndim == 3 and array.shape[0] == 1 and not _is_colour(array.shape):
         array = array[0]
     if array.ndim == 2 and array.size:
-        check_pixels(*array.shape, what)
+        check_pixels(array.shape, what)
         return _classes(array, None, None, table, what)
     if array.ndim == 3 and _is_colour(array.shape) and array.size:
         if array.dtype != np.uint8:
             raise MaskError(f"a mask of colours must be uint8 (0…255), got {array.dtype}")
-        check_pixels(*array.shape[:2], what)
+        check_pixels(array.shape, what)
         picture, hidden = array[..., :3], None
         if array.shape[2] == 4:
             hidden = warn_if_all_hidden(array[..., 3] == 0, what)

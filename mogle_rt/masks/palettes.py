@@ -149,7 +149,8 @@ def _nearest(picture: NDArray[np.uint8], palette: Palette) -> tuple[Labels, NDAr
     """
 
     def codes(rows: NDArray[np.uint8]) -> NDArray[np.uint32]:
-        return rows @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
+        weights = np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
+        return np.matmul(rows, weights, dtype=np.uint32)
 
     step = max(1, (1 << 20) // picture.shape[1])
     seen = np.zeros(1 << 24, dtype=bool)
@@ -164,7 +165,7 @@ def _nearest(picture: NDArray[np.uint8], palette: Palette) -> tuple[Labels, NDAr
     labels = np.empty(picture.shape[:2], dtype=np.uint8)
     for y in range(0, len(picture), step):
         labels[y : y + step] = table[codes(picture[y : y + step])]
-    return labels & (UNSURE - 1), labels < UNSURE
+    return labels & np.uint8(UNSURE - 1), labels < UNSURE
 
 
 def _refusal(picture: NDArray[np.uint8], some: NDArray[np.uint8], what: str) -> MaskError:

@@ -137,7 +137,7 @@ def from_part_files(folder: Path) -> Labels:
     labels: Labels | None = None
     for name, path in sorted(files, key=lambda part: CLASS_NAMES.index(part[0])):
         plane = np.asarray(open_picture(path).convert("L"))
-        check_pixels(*plane.shape, str(path))
+        check_pixels(plane.shape, str(path))
         if labels is None:
             labels = np.zeros(plane.shape, dtype=np.uint8)
         if plane.shape != labels.shape:

@@ -24,7 +24,7 @@ from mogle_rt import CheckpointError, Pipeline
 from mogle_rt.bundle import schema
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import FLUX_DEV, TransformerConfig
-from mogle_rt.conversion import sources
+from mogle_rt.conversion import hub
 from tests.checkpoints import SCHEDULER, TINY, Files, random_tensors, write_checkpoint
 
 Tensors = dict[str, Tensor]
@@ -634,9 +634,9 @@ def test_a_mistyped_path_stays_on_this_machine(name: str, tmp_path: Path, monkey
     def download(*_: Any) -> Path:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr(sources, "_download", download)
+    monkeypatch.setattr(hub, "_download", download)
     with pytest.raises(CheckpointError) as caught:
-        sources.find(name)
+        hub.find(name)
     assert str(caught.value) == f"{name}: no such file or folder"
     with pytest.raises(AssertionError, match="the hub was asked"):
-        sources.find("owner/repository/lora.safetensors")
+        hub.find("owner/repository/lora.safetensors")

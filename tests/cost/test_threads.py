@@ -12,7 +12,7 @@ from mogle_rt.cost.counting import Count, counting
 from mogle_rt.ops.attention import AttentionPlan, Visibility, joint_attention
 from tests.torch_api.test_settings import draw
 
-SCALED = AttentionPlan(Visibility.SCALED, 0.5)
+SCALED = AttentionPlan(Visibility.SCALED, torch.full((1,), 0.5, device="meta"))
 
 
 def attention_count() -> Count:

@@ -54,4 +54,4 @@ def test_misfits_are_refused(planes: tuple[int, ...], index: list[int], message:
     with pytest.raises(ValueError, match=message):
         MaskPlanes(torch.zeros(planes), np.array(index, dtype=np.int32))
     with pytest.raises(ValueError, match="got float64"):
-        MaskPlanes(torch.zeros(1, 2, 3), np.zeros((1, 2)))
+        MaskPlanes(torch.zeros(1, 2, 3), np.zeros((1, 2)))  # type: ignore[arg-type]

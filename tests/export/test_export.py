@@ -460,7 +460,7 @@ def test_a_bundle_that_is_a_link_into_a_cache(named: bool, tiny_bundle: Path, tm
     export(own / "ckpt.safetensors")  # again, over the first one
     pipe = Pipeline(own / "ckpt.safetensors", device="cpu", engine="onnxruntime")
     arguments: dict[str, Any] = {"num_inference_steps": 1, "height": 32, "width": 32, "output_type": "latent"}
-    images = [
+    images: Any = [
         p(None, "a woman", generator=torch.Generator().manual_seed(0), **arguments).images
         for p in (pipe, Pipeline(tiny_bundle, device="cpu"))
     ]

@@ -161,8 +161,8 @@ def test_sliders_change_no_shape(bundle: Bundle) -> None:
         assert torch.equal(made, run(fresh, bundle, asked_for, steps=steps))
         assert not any(torch.equal(made, other) for other in seen)
         seen.append(made)
-    for other in ({"condition_scale": 1.0}, {"condition_scale": 0.0}):  # exact, on attention of their own
-        run(engine, bundle, replace(asked(1), **other))
+    for scale in (1.0, 0.0):  # exact, on attention of their own
+        run(engine, bundle, replace(asked(1), condition_scale=scale))
         assert engine.prepared is not step
 
 

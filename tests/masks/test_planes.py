@@ -19,7 +19,7 @@ SHORT = {"eye_glasses": "eye_g", "ear_ring": "ear_r", "necklace": "neck_l"}
 LABELS = draw_face(64)
 
 
-def overlapping(labels: Labels) -> np.ndarray:  # type: ignore[type-arg]
+def overlapping(labels: Labels) -> np.ndarray:
     """[19, H, W]: skin lies under all parts of a higher number, as CelebAMask-HQ's annotations have it."""
     planes = labels == np.arange(19)[:, None, None]
     planes[1] |= labels > 1

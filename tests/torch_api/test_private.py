@@ -34,7 +34,9 @@ def private_names(source: str) -> set[str]:
             name = ast.unparse(node)
             if name.startswith("aten."):
                 name = f"torch.ops.{name}"
-            if name.startswith("torch.") and any(p.startswith("_") and p != "__version__" for p in name.split(".")[1:]):
+            if name.startswith("torch.") and any(
+                p.startswith("_") and not p.startswith("__") for p in name.split(".")[1:]
+            ):
                 found.add(name)
             elif node.attr == "_cdata":
                 found.add("_cdata")
@@ -46,7 +48,7 @@ def private_names(source: str) -> set[str]:
 USED: dict[str, list[str]] = {}
 for folder in FOLDERS:
     for path in sorted((ROOT / folder).rglob("*.py")):
-        for name in private_names(path.read_text()):
+        for name in sorted(private_names(path.read_text())):  # in one order in every process
             USED.setdefault(name, []).append(str(path.relative_to(ROOT)))
 
 
