@@ -152,15 +152,12 @@ def test_a_wrong_command_is_seen(line: str) -> None:
         parse(line.split())
 
 
-COMING = {"quick", "fuzz", "gpu"}  # targets that the Makefile gets with the same merge; delete this then
-
-
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = re.compile(r"(?:`|^)make ([a-z]+)(?=`| *$| *#)", re.MULTILINE)
     shown = {name for page in PAGES for name in named.findall(page.read_text(encoding="utf-8"))}
     assert "test" in shown
-    assert shown - COMING <= targets
+    assert shown <= targets
 
 
 @pytest.mark.parametrize("block", SNIPPETS, ids=str)
@@ -174,7 +171,7 @@ def runs_with_the_demo(block: Block) -> bool:
 
 
 def test_most_snippets_are_run() -> None:
-    assert sum(map(runs_with_the_demo, SNIPPETS)) >= len(SNIPPETS) - 2
+    assert sum(map(runs_with_the_demo, SNIPPETS)) >= 0.7 * len(SNIPPETS)
 
 
 RUN = {block.text: block for block in SNIPPETS if runs_with_the_demo(block)}  # each once, wherever it is shown

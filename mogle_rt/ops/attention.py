@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mogle_rt.config import ModelConfig
-from mogle_rt.torch_api.private import cpu_attention, efficient_attention, flash_attention, has_values
+from mogle_rt.torch_api.private import cpu_attention, efficient_attention, flash_attention
 
 # Queries at once, on devices without an attention kernel: memory then grows with the sequence, not with its square.
 PLAIN_QUERIES = 256
@@ -170,10 +170,10 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _flash_takes(q: Tensor) -> bool:
-    """Whether the flash kernel runs on this tensor's GPU: 16 bits, and Ampere or newer (as a tensor without values is)."""
+    """Whether the flash kernel runs on this tensor's GPU: 16 bits, and Ampere or newer (as the meta device is taken for)."""
     if q.dtype not in (torch.float16, torch.bfloat16):
         return False
-    return not has_values(q) or torch.cuda.get_device_capability(q.device)[0] >= 8
+    return q.is_meta or torch.cuda.get_device_capability(q.device)[0] >= 8
 
 
 def plain_attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ def test_a_steps_flops(name: str, pixels: int, batch: int, kernels: str) -> None
         _, counted = flops.count(engine.prepared.advance)
     assert counted == expected
     needed = batch * flops.step(transformer, size.text, side**2)
-    assert needed < counted < (1.25 if name == "tiny" else 1.05) * needed
+    assert needed < counted < (1.3 if name == "tiny" else 1.06) * needed  # ranks are filled up to 16
 
 
 def test_a_call_may_have_no_flops() -> None:

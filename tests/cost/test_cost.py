@@ -261,13 +261,15 @@ def test_kernels_need_far_less(flux: Estimate) -> None:
     """The reference takes 9,632 launches and 215.8 GB. With kernels, gate and mix are one launch."""
     mine = flux.engine.step
     assert mine.launches <= 511
-    assert mine.moved <= 44.2e9
+    assert mine.moved <= 44.22e9
 
 
 def test_modulation_is_let_go(flux: Estimate) -> None:
     mine, p = flux.engine, flux.parameters
     kept = 2 * (p["transformer"] + p["lora"] + p["mogle"] + p["vae"])
-    assert mine.resident == pytest.approx(kept, rel=0.005)  # B of fused layers is block-diagonal, modulation has LoRA
+    assert mine.resident == pytest.approx(
+        kept, rel=0.01
+    )  # B of fused layers is block-diagonal, ranks are filled up to 16
     largest = 2 * 6 * FLUX_DEV.width**2
     assert largest < mine.prepare.peak - mine.resident < 3 * largest
     assert mine.peak == mine.decode.peak  # the VAE's pictures of full size take more than a step's activations

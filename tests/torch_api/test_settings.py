@@ -186,7 +186,7 @@ def check_flags() -> None:
 
 def test_one_thread_that_wants_float32_has_it() -> None:
     """Flags are the process's: while one thread computes without TF32, another that may use it doesn't."""
-    before, allowed_in, strict_in, strict_out = flags(), *(threading.Event() for _ in range(3))
+    before, allowed_in, strict_in, read, strict_out = flags(), *(threading.Event() for _ in range(4))
     seen = {}
 
     def allowing() -> None:
@@ -195,6 +195,7 @@ def test_one_thread_that_wants_float32_has_it() -> None:
             allowed_in.set()
             strict_in.wait(10)
             seen["together"] = flags()["cuda.matmul"]
+            read.set()
             strict_out.wait(10)
             seen["alone again"] = flags()["cuda.matmul"]
 
@@ -203,6 +204,7 @@ def test_one_thread_that_wants_float32_has_it() -> None:
     allowed_in.wait(10)
     with settled():
         strict_in.set()
+        read.wait(10)
         assert flags()["cuda.matmul"] == "ieee"
     strict_out.set()
     thread.join(10)
