@@ -18,7 +18,7 @@ LARGEST_ROW = 16384  # channels that a program holds in registers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class KernelCost:
     """What a launch takes at least.
 
     Attributes:

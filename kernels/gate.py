@@ -67,7 +67,7 @@ def gate_constants(gate: Gate) -> dict[str, Any]:
         "C_BLOCK": power_of_two(C, WIDER_THAN_TALL),
         "G_BLOCK": power_of_two(G, WIDER_THAN_TALL),
         "E_BLOCK": power_of_two(E, WIDER_THAN_TALL),
-        "ROWS": rows(N, B, gate.latents.dtype),
+        "ROWS": tile_rows(N, B, gate.latents.dtype),
         "PRECISION": precision(gate.latents.dtype),
     }
 
@@ -97,7 +97,7 @@ def gate_flops(gate: Gate) -> int:
     return 2 * N * B * (C * C + C * G + G * E)
 
 
-def rows(tokens: int, batch: int, dtype: torch.dtype) -> int:
+def tile_rows(tokens: int, batch: int, dtype: torch.dtype) -> int:
     """Tokens of a program: as few as a tensor-core tile has, until there are many programs for every multiprocessor.
 
     fp32 keeps to them: its three products a layer would spill with more.

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mogle_rt.kernels.common import Cost, check, launch, nbytes, power_of_two
+from mogle_rt.kernels.common import KernelCost, check, launch, nbytes, power_of_two
 from mogle_rt.kernels.gate import (
     check_gate,
     gate_arguments,
@@ -18,7 +18,7 @@ from mogle_rt.kernels.gate import (
     gate_weights_ref,
     mix_bank,
     mix_bank_ref,
-    rows,
+    tile_rows,
 )
 from mogle_rt.kernels.inputs import Gate
 
@@ -153,15 +153,17 @@ def gate_mix_ref(gate: Gate, bank: Tensor, out: Tensor) -> None:
     out.copy_(mix_bank_ref(gate_weights_ref(gate), bank))
 
 
-def gate_mix_cost(gate: Gate, bank: Tensor, out: Tensor) -> Cost:
+def gate_mix_cost(gate: Gate, bank: Tensor, out: Tensor) -> KernelCost:
     """What `gate_mix` takes at least: the bank once."""
-    return Cost(read=gate_read(gate) + nbytes(bank), written=nbytes(out), flops=gate_flops(gate) + 2 * bank.numel())
+    return KernelCost(
+        read=gate_read(gate) + nbytes(bank), written=nbytes(out), flops=gate_flops(gate) + 2 * bank.numel()
+    )
 
 
 def partial_sums(bank: Tensor) -> int:
     """Rows of `gate_mix_mean`'s scratch buffer for a bank [N, B, E, C]."""
     N, B = bank.shape[:2]
-    return triton.cdiv(N, rows(N, B, bank.dtype))
+    return triton.cdiv(N, tile_rows(N, B, bank.dtype))
 
 
 def gate_mix_mean(gate: Gate, bank: Tensor, sums: Tensor, out: Tensor) -> None:
@@ -216,9 +218,9 @@ def gate_mix_mean_ref(gate: Gate, bank: Tensor, sums: Tensor, out: Tensor) -> No
     out.copy_(mix_bank_ref(weights.mean(0, keepdim=True), bank))
 
 
-def gate_mix_mean_cost(gate: Gate, bank: Tensor, sums: Tensor, out: Tensor) -> Cost:
+def gate_mix_mean_cost(gate: Gate, bank: Tensor, sums: Tensor, out: Tensor) -> KernelCost:
     """What `gate_mix_mean` takes at least: bank and sums once."""
-    return Cost(
+    return KernelCost(
         read=gate_read(gate) + nbytes(bank, sums),
         written=nbytes(out, sums),
         flops=gate_flops(gate) + 2 * bank.numel(),

@@ -16,7 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mogle_rt.kernels.common import Cost, check, check_device, interpreted, launch, power_of_two, precision, require
+from mogle_rt.kernels.common import (
+    KernelCost,
+    check,
+    check_device,
+    interpreted,
+    launch,
+    power_of_two,
+    precision,
+    require,
+)
 
 LARGEST_HEAD = 256
 JOINT, SEPARATE, INDEPENDENT, SCALED = (tl.constexpr(i) for i in range(4))
@@ -220,7 +229,7 @@ def joint_attention_ref(
 
 def joint_attention_cost(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, condition_from: int, visibility: str, log_scale: Tensor
-) -> Cost:
+) -> KernelCost:
     """q, k, v and the output once; both products over the pairs that see each other."""
     queries, B, H, d = q.shape
     keys = k.shape[0]
@@ -235,4 +244,4 @@ def joint_attention_cost(
         read_keys = keys if rest else keys - condition_from
     row = B * H * d * q.element_size()
     scale = log_scale.nbytes if visibility == "scaled" else 0
-    return Cost(read=(queries + 2 * read_keys) * row + scale, written=queries * row, flops=4 * pairs * B * H * d)
+    return KernelCost(read=(queries + 2 * read_keys) * row + scale, written=queries * row, flops=4 * pairs * B * H * d)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mogle_rt.kernels import stream_rows
-from mogle_rt.kernels.common import Cost
+from mogle_rt.kernels.common import KernelCost
 from mogle_rt.kernels.stream_rows import Norm
 
 
@@ -60,6 +60,6 @@ def norm_modulate_cost(
     out: Tensor,
     lora_down: Tensor | None,
     lora_from: int,
-) -> Cost:
+) -> KernelCost:
     """What `norm_modulate` takes at least."""
     return stream_rows.cost(x, bounds, None, Norm(scale, shift, out, lora_down, lora_from))

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mogle_rt.kernels.common import (
-    Cost,
+    KernelCost,
     check,
     check_bounds,
     check_device,
@@ -166,10 +166,10 @@ def qk_norm_rope_ref(x: Tensor, norm_weight: Tensor, bounds: Sequence[int], rope
     parts.copy_(torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2))
 
 
-def qk_norm_rope_cost(x: Tensor, norm_weight: Tensor, bounds: Sequence[int], rope: Tensor) -> Cost:
+def qk_norm_rope_cost(x: Tensor, norm_weight: Tensor, bounds: Sequence[int], rope: Tensor) -> KernelCost:
     """q and k read and written, weights of groups that have rows, the table."""
     L, B, _, H, d = x.shape
     W = norm_weight.shape[1]
     moved = L * B * W * H * d * x.element_size()
     weights = sum(rows.start < rows.stop for rows in group_rows(bounds)) * W * d * x.element_size()
-    return Cost(read=moved + weights + (L * d * 4 if moved else 0), written=moved, flops=0)
+    return KernelCost(read=moved + weights + (L * d * 4 if moved else 0), written=moved, flops=0)

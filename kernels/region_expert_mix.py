@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mogle_rt.kernels.common import Cost, check, launch, nbytes, require
+from mogle_rt.kernels.common import KernelCost, check, launch, nbytes, require
 from mogle_rt.kernels.experts import (
     check_experts,
     expert_arguments,
@@ -148,10 +148,10 @@ def region_expert_mix_ref(gate: Gate, experts: Experts, out: Tensor) -> None:
     out.copy_(mix_bank_ref(gate_weights_ref(gate), expert_outputs_ref(experts)))
 
 
-def region_expert_mix_cost(gate: Gate, experts: Experts, out: Tensor) -> Cost:
+def region_expert_mix_cost(gate: Gate, experts: Experts, out: Tensor) -> KernelCost:
     """What `region_expert_mix` takes at least, by what the index says (so not for captured code)."""
     N, B, C, _, E = gate.sizes
-    return Cost(
+    return KernelCost(
         read=gate_read(gate) + expert_read(experts),
         written=nbytes(out),
         flops=gate_flops(gate) + expert_flops(experts) + 2 * N * B * E * C,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mogle_rt.kernels.common import Cost, check, interpreted, launch, nbytes, power_of_two
+from mogle_rt.kernels.common import KernelCost, check, interpreted, launch, nbytes, power_of_two
 from mogle_rt.kernels.experts import (
     check_experts,
     expert_arguments,
@@ -19,7 +19,7 @@ from mogle_rt.kernels.experts import (
 from mogle_rt.kernels.inputs import Experts
 
 
-def rows(tokens: int) -> int:
+def tile_rows(tokens: int) -> int:
     """Tokens of a program: 64 is the height of Hopper's matrix instruction; 20 experts make programs enough."""
     return min(power_of_two(tokens, 16), 1024 if interpreted() else 64)
 
@@ -92,7 +92,7 @@ def region_experts(experts: Experts, bank: Tensor) -> None:
     check("bank", bank, (N, B, E, C), experts.planes)
     if bank.numel() == 0:
         return
-    tile = rows(N)
+    tile = tile_rows(N)
     launch(
         _region_experts_kernel,
         (triton.cdiv(N, tile) * E, B),
@@ -110,6 +110,6 @@ def region_experts_ref(experts: Experts, bank: Tensor) -> None:
     bank.copy_(expert_outputs_ref(experts))
 
 
-def region_experts_cost(experts: Experts, bank: Tensor) -> Cost:
+def region_experts_cost(experts: Experts, bank: Tensor) -> KernelCost:
     """What `region_experts` takes at least, by what the index says (so not for captured code)."""
-    return Cost(read=expert_read(experts), written=nbytes(bank), flops=expert_flops(experts))
+    return KernelCost(read=expert_read(experts), written=nbytes(bank), flops=expert_flops(experts))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mogle_rt.kernels import stream_rows
-from mogle_rt.kernels.common import Cost
+from mogle_rt.kernels.common import KernelCost
 from mogle_rt.kernels.stream_rows import Norm, Residual
 
 
@@ -79,7 +79,7 @@ def residual_norm_modulate_cost(
     lora_up: Tensor | None,
     lora_up_from: int,
     clip: bool,
-) -> Cost:
+) -> KernelCost:
     """What `residual_norm_modulate` takes at least."""
     update = Residual(y, gate, lora_up, lora_up_from, clip)
     return stream_rows.cost(x, bounds, update, Norm(scale, shift, out, lora_down, lora_from))
@@ -123,6 +123,6 @@ def residual_cost(
     lora_up: Tensor | None,
     lora_up_from: int,
     clip: bool,
-) -> Cost:
+) -> KernelCost:
     """What `residual` takes at least."""
     return stream_rows.cost(x, bounds, Residual(y, gate, lora_up, lora_up_from, clip), None)

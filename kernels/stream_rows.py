@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mogle_rt.kernels.common import (
     LARGEST_ROW,
-    Cost,
+    KernelCost,
     check,
     check_bounds,
     check_device,
@@ -184,7 +184,7 @@ def reference(x: Tensor, bounds: Sequence[int], residual: Residual | None, norm:
             norm.out[tail, :, D:] = (norm.out[tail, :, :D].to(exact) @ norm.lora_down.to(exact)).to(x.dtype)
 
 
-def cost(x: Tensor, bounds: Sequence[int], residual: Residual | None, norm: Norm | None) -> Cost:
+def cost(x: Tensor, bounds: Sequence[int], residual: Residual | None, norm: Norm | None) -> KernelCost:
     """Every row once; of the tables, groups that have rows; of the branches, the matrices and the rows' columns."""
     L, B, D = x.shape
     size = x.element_size()
@@ -205,4 +205,4 @@ def cost(x: Tensor, bounds: Sequence[int], residual: Residual | None, norm: Norm
         if norm.lora_down is not None and low_rows:
             read += nbytes(norm.lora_down)
             flops += 2 * low_rows * D * norm.lora_down.shape[1]
-    return Cost(read=read, written=written, flops=flops)
+    return KernelCost(read=read, written=written, flops=flops)

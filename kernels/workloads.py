@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mogle_rt.kernels.common import Cost, Launch, recording
+from mogle_rt.kernels.common import KernelCost, Launch, recording
 from mogle_rt.kernels.gate_mix import (
     gate_mix,
     gate_mix_cost,
@@ -63,10 +63,10 @@ class Workload:
     name: str
     run: Callable[..., None]
     reference: Callable[..., None]
-    cost: Callable[..., Cost]
+    cost: Callable[..., KernelCost]
     arguments: dict[str, Any]
 
-    def declared(self) -> Cost:
+    def declared(self) -> KernelCost:
         """What the call takes at least."""
         return self.cost(**self.arguments)
 

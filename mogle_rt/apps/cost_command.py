@@ -14,7 +14,7 @@ from mogle_rt.apps.program import format_bytes
 from mogle_rt.errors import InputError
 
 if TYPE_CHECKING:
-    from mogle_rt.cost.estimate import Cost
+    from mogle_rt.cost.estimate import JobCost
     from mogle_rt.cost.gpus import Gpu
 
 
@@ -103,7 +103,7 @@ def cost(
     out.print(table)
 
 
-def _limits(card: Gpu, way: Cost, itemsize: int) -> dict[str, float]:
+def _limits(card: Gpu, way: JobCost, itemsize: int) -> dict[str, float]:
     """What a card's datasheet says of a job: the least time of a step, and whether it goes into memory."""
     return {
         "compute_ms": card.compute_ms(way.step.flops, itemsize),

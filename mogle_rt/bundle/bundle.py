@@ -194,7 +194,7 @@ class Bundle(TensorSource):
         """
         digest = hashlib.sha256(self._config_text.encode())
         for name, info in sorted(self.tensors.items(), key=lambda item: (item[1].begin, item[1].end, item[0])):
-            digest.update(describe(name, info))
+            digest.update(hashed_entry(name, info))
             for chunk in read_chunks(self.path, info):
                 digest.update(chunk.view(torch.uint8).numpy().data)
                 if progress:
@@ -203,7 +203,7 @@ class Bundle(TensorSource):
             raise CheckpointError(f"{self.path}: its contents were changed: the hash in the header is another")
 
 
-def describe(name: str, info: TensorInfo) -> bytes:
+def hashed_entry(name: str, info: TensorInfo) -> bytes:
     """What a bundle's hash takes in of a tensor before its bytes: a header with names exchanged has another hash."""
     return json.dumps([name, str(info.dtype), list(info.shape)]).encode()
 

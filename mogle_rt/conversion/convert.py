@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from mogle_rt.bundle import schema
-from mogle_rt.bundle.bundle import FLOATS, FORMAT, FORMAT_VERSION, BundleConfig, describe
+from mogle_rt.bundle.bundle import FLOATS, FORMAT, FORMAT_VERSION, BundleConfig, hashed_entry
 from mogle_rt.bundle.container import TensorInfo, header_room, write_header
 from mogle_rt.bundle.files import atomic_write
 from mogle_rt.bundle.schema import check_names
@@ -261,7 +261,7 @@ def write_bundle(
     )
     with atomic_write(output) as f, bar:
         for name, tensor in ordered:
-            digest.update(describe(name, layout[name]))
+            digest.update(hashed_entry(name, layout[name]))
             f.seek(layout[name].begin)
             for chunk in tensor.chunks():
                 _write_chunk(f, chunk, dtypes[name], name, digest, bar)

@@ -25,7 +25,7 @@ from mogle_rt.loop.schedule import make_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class JobCost:
     """One way of doing a job, all its images together.
 
     Attributes:
@@ -67,8 +67,8 @@ class Estimate:
     """A job's cost both ways, and its parameters by part."""
 
     parameters: dict[str, int]
-    engine: Cost
-    reference: Cost
+    engine: JobCost
+    reference: JobCost
 
 
 def estimate(job: Job) -> Estimate:
@@ -122,7 +122,7 @@ def estimate(job: Job) -> Estimate:
         decoded = count(decode, batch, max(1, DECODE_PIXELS // pixels))
 
     common: dict[str, Any] = {"steps": job.steps, "text": sum(job.text.values()) * dtype.itemsize}
-    mine = Cost(
+    mine = JobCost(
         encode=encoded,
         prepare=prepared,
         step=step,
@@ -132,7 +132,7 @@ def estimate(job: Job) -> Estimate:
         **common,
     )
     ledger = reference_step(job)
-    theirs = Cost(
+    theirs = JobCost(
         encode=encode_alone * (NUM_EXPERTS * batch),
         prepare=Count(),
         step=ledger * batch,

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-Streams = tuple[tuple[str, int], ...]  # the rows of an activation, in order: names and numbers of positions
+from mogle_rt.kernels.inputs import padded_rank
 
-# The rank of a branch that rides along is filled up with zeros to a multiple of this. Rows of 16-bit numbers then begin
-# at multiples of 32 bytes, so that a GPU loads them 16 bytes at a time; rows of 32-bit numbers begin at whole cache lines.
-RIDING_RANK_STEP = 16
+Streams = tuple[tuple[str, int], ...]  # the rows of an activation, in order: names and numbers of positions
 
 
 @dataclass(frozen=True, eq=False)  # a branch is itself alone: tensors have no one answer to ==
@@ -67,13 +65,13 @@ class LowRankBranch:
         return spans[0].start if spans else total
 
     def filled(self, *, contiguous: bool) -> LowRankBranch:
-        """The same with its rank filled up to a multiple of `RIDING_RANK_STEP`.
+        """The same with its rank filled up to a multiple of `mogle_rt.kernels.inputs.RANK_STEP`.
 
         Args:
             contiguous: A and B lie row by row in memory, as fused kernels ask. Otherwise their transposes do, as in a
                 file, and as MKL multiplies a handful of columns fastest.
         """
-        more = -self.rank % RIDING_RANK_STEP
+        more = padded_rank(self.rank) - self.rank
         down, up = F.pad(self.down.t(), (0, 0, 0, more)).t(), F.pad(self.up.t(), (0, more)).t()
         if contiguous:
             down, up = down.contiguous(), up.contiguous()

@@ -90,7 +90,7 @@ class Buffers:
         self.nbytes += self.index.nbytes
 
 
-def describe(x: Tensor) -> str:
+def shape_and_place(x: Tensor) -> str:
     """For messages."""
     return f"{list(x.shape)} {x.dtype} on {x.device}"
 

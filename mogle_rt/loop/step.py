@@ -13,8 +13,8 @@ import torch
 
 from mogle_rt.linear.layer import Product
 from mogle_rt.linear.views import first_columns, flat
-from mogle_rt.loop.buffers import Buffers, StepInputs, describe, tensors_of
-from mogle_rt.loop.sublayers import DoubleAttention, DoubleMlp, LastSingle, Norm, Single, Sublayer
+from mogle_rt.loop.buffers import Buffers, StepInputs, shape_and_place, tensors_of
+from mogle_rt.loop.sublayers import DoubleAttention, DoubleMlp, LastSingle, NormArguments, Single, Sublayer
 from mogle_rt.model.layout import Layout
 from mogle_rt.model.mixture import MixtureOfExperts
 from mogle_rt.model.transformer import Transformer
@@ -48,7 +48,7 @@ class Step:
             self.links.append(kind(single, mod, b, inputs.rope, layout, ops))
         scale, shift = self.modulation.out
         normed = first_columns(b.normed, layout.image, transformer.config.width)
-        last = Norm(b.image, scale, shift, (layout.image,), normed)
+        last = NormArguments(b.image, scale, shift, (layout.image,), normed)
         self.first_norm = ops.norm_modulate(*self.links[0].norm)
         norms = [link.norm for link in self.links[1:]] + [last]
         self.joints = [link.joined(norm) for link, norm in zip(self.links, norms, strict=True)]
@@ -65,7 +65,9 @@ class Step:
         pairs = list(zip(tensors_of(self.inputs), tensors_of(inputs), strict=True))
         for mine, other in pairs:
             if (mine.shape, mine.dtype, mine.device) != (other.shape, other.dtype, other.device):
-                raise ValueError(f"step inputs must be {describe(mine)} as in the first run, got {describe(other)}")
+                raise ValueError(
+                    f"step inputs must be {shape_and_place(mine)} as in the first run, got {shape_and_place(other)}"
+                )
         for mine, other in pairs:
             if mine is not other:
                 mine.copy_(other)

@@ -16,7 +16,7 @@ from mogle_rt.model.transformer import DoubleBlock, SingleBlock
 from mogle_rt.ops.contract import Ops, Prepared
 
 
-class Norm(NamedTuple):
+class NormArguments(NamedTuple):
     """Arguments of `ops.norm_modulate`."""
 
     x: Tensor
@@ -28,7 +28,7 @@ class Norm(NamedTuple):
     lora_from: int = 0
 
 
-class Addition(NamedTuple):
+class AdditionArguments(NamedTuple):
     """Arguments of `ops.residual`."""
 
     x: Tensor
@@ -43,15 +43,15 @@ class Addition(NamedTuple):
 class Sublayer(ABC):
     """A link of the chain: `run` reads the output of ``norm`` and writes ``addition.y``."""
 
-    norm: Norm
-    addition: Addition
+    norm: NormArguments
+    addition: AdditionArguments
     ops: Ops
 
     @abstractmethod
     def run(self) -> None:
         """From the norm's output to the addition's input."""
 
-    def joined(self, following: Norm) -> Prepared:
+    def joined(self, following: NormArguments) -> Prepared:
         """Adds the result to the residual stream; then the norm of the next link, in the same pass where rows agree."""
         a, n = self.addition, following
         if a.x is n.x and a.bounds == n.bounds:
@@ -92,8 +92,8 @@ class DoubleAttention(Sublayer):
         text, rest = layout.text_stream, layout.streams_after_text
         normed = first_columns(b.normed, layout.total, block.qkv.in_columns)
         y = first_columns(b.y, layout.total, block.out.out_columns)
-        self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, *block.qkv.before_it(layout.streams))
-        self.addition = Addition(b.x, y, mod[2], bounds, *block.out.after_it(layout.streams))
+        self.norm = NormArguments(b.x, mod[1], mod[0], bounds, normed, *block.qkv.before_it(layout.streams))
+        self.addition = AdditionArguments(b.x, y, mod[2], bounds, *block.out.after_it(layout.streams))
         self.normed_text, self.normed_rest = flat(normed[:T, :, :D]), flat(normed[T:])
         self.context_qkv = Product(block.context_qkv, b.qkv[:T], text)
         self.project_qkv = Product(block.qkv, b.qkv[T:], rest)
@@ -135,8 +135,8 @@ class DoubleMlp(Sublayer):
         text, rest = layout.text_stream, layout.streams_after_text
         normed = first_columns(b.normed, layout.total, D)
         y = first_columns(b.y, layout.total, block.ff_out.out_columns)
-        self.norm = Norm(b.x, mod[4], mod[3], bounds, normed)
-        self.addition = Addition(b.x, y, mod[5], bounds, *block.ff_out.after_it(layout.streams), b.clips)
+        self.norm = NormArguments(b.x, mod[4], mod[3], bounds, normed)
+        self.addition = AdditionArguments(b.x, y, mod[5], bounds, *block.ff_out.after_it(layout.streams), b.clips)
         self.normed_text, self.normed_rest = flat(normed[:T]), flat(normed[T:])
         self.context_in = Product(block.context_ff_in, b.hidden[:T], text, gelu_scratch=b.scratch[:T], stays=False)
         self.ff_in = Product(block.ff_in, b.hidden[T:], rest, gelu_scratch=b.scratch[T:], stays=False)
@@ -193,8 +193,8 @@ class Single(Sublayer):
         bounds, streams = layout.single_bounds, layout.streams
         normed = first_columns(b.normed, layout.total, block.qkv_mlp.in_columns)
         y = first_columns(b.y, layout.total, block.out.out_columns)
-        self.norm = Norm(b.x, mod[1], mod[0], bounds, normed, *block.qkv_mlp.before_it(streams))
-        self.addition = Addition(b.x, y, mod[2], bounds, *block.out.after_it(streams), b.clips)
+        self.norm = NormArguments(b.x, mod[1], mod[0], bounds, normed, *block.qkv_mlp.before_it(streams))
+        self.addition = AdditionArguments(b.x, y, mod[2], bounds, *block.out.after_it(streams), b.clips)
         self.normed = flat(normed)
         self.project_qkv = Product(block.qkv_mlp, b.qkv, streams, columns=block.columns.qkv)
         qkv = heads(flat(b.qkv), b.x.shape[1], 3, block.norm_qk.shape[-1])
@@ -221,9 +221,9 @@ class LastSingle(Sublayer):
         image, image_stream = layout.image_rows, layout.image_stream
         normed = first_columns(b.normed, layout.total, block.qkv_mlp.in_columns)
         y = first_columns(b.y, layout.image, block.out.out_columns)
-        self.norm = Norm(b.x, mod[1], mod[0], layout.single_bounds, normed, *block.qkv_mlp.before_it(streams))
+        self.norm = NormArguments(b.x, mod[1], mod[0], layout.single_bounds, normed, *block.qkv_mlp.before_it(streams))
         gate, up = mod[2][:1], block.out.after_it(image_stream)
-        self.addition = Addition(b.image, y, gate, (layout.image,), *up, b.clips)
+        self.addition = AdditionArguments(b.image, y, gate, (layout.image,), *up, b.clips)
         self.normed, self.normed_image = flat(normed), flat(normed[image])
         kv = first_columns(b.qkv, layout.total, 2 * D)
         q = b.qkv.view(-1)[kv.numel() :][: b.image.numel()].view(b.image.shape)

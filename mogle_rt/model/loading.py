@@ -11,7 +11,8 @@ from mogle_rt.bundle import schema
 from mogle_rt.bundle.schema import EXPERT_NAMES, Stacked
 from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import NUM_EXPERTS
-from mogle_rt.linear.branches import RIDING_RANK_STEP, LowRankBranch
+from mogle_rt.kernels.inputs import padded_rank
+from mogle_rt.linear.branches import LowRankBranch
 from mogle_rt.linear.contract import Place, StoredLayer, WeightFormat
 from mogle_rt.linear.formats import format_named
 from mogle_rt.linear.layer import Linear
@@ -30,7 +31,7 @@ from mogle_rt.model.transformer import (
 
 @dataclass(frozen=True)
 class LazyWeights:
-    """Single tensors of a bundle, read when they are asked for; see `mogle_rt.model.modulation.Weights`."""
+    """Single tensors of a bundle, read when they are asked for; see `mogle_rt.model.modulation.WeightReader`."""
 
     source: TensorSource
     device: torch.device
@@ -119,7 +120,7 @@ def load_transformer(
         if leaf in AS_WIDE_AS:
             beside = plans[f"{block}.{AS_WIDE_AS[leaf]}"]
             if beside.rides(fused=fused):
-                plan = replace(plan, padding=beside.rank + -beside.rank % RIDING_RANK_STEP)
+                plan = replace(plan, padding=padded_rank(beside.rank))
         plans[name] = plan
 
     # The largest first: while a weight is laid out it may be there twice, which counts most at the end.

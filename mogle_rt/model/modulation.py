@@ -19,7 +19,7 @@ from mogle_rt.bundle.schema import SINUSOID_DIM
 from mogle_rt.config import TransformerConfig
 
 
-class Weights(Protocol):
+class WeightReader(Protocol):
     """Tensors by their full bundle names, on the device and in the dtype of the run."""
 
     def __call__(self, name: str) -> Tensor: ...
@@ -83,7 +83,7 @@ class ModulationTables:
                 torch.index_select(table, 0, step, out=rows[None])
 
 
-def _mlp(x: Tensor, name: str, weights: Weights) -> Tensor:
+def _mlp(x: Tensor, name: str, weights: WeightReader) -> Tensor:
     x = F.linear(x, weights(f"{name}.linear_1.weight"), weights(f"{name}.linear_1.bias"))
     y = F.linear(F.silu(x), weights(f"{name}.linear_2.weight"), weights(f"{name}.linear_2.bias"))
     for layer in ("linear_1", "linear_2"):
@@ -95,7 +95,7 @@ def _sinusoid(t: Tensor, dtype: torch.dtype) -> Tensor:
     return get_timestep_embedding(t, SINUSOID_DIM, flip_sin_to_cos=True, downscale_freq_shift=0).to(dtype)
 
 
-def time_embedding(timesteps: Tensor, guidance: Tensor | None, pooled: Tensor, weights: Weights) -> Tensor:
+def time_embedding(timesteps: Tensor, guidance: Tensor | None, pooled: Tensor, weights: WeightReader) -> Tensor:
     """temb = MLP(t) + MLP(guidance) + MLP(pooled).
 
     Args:
@@ -117,7 +117,7 @@ def modulation_tables(
     config: TransformerConfig,
     temb: Tensor,
     condition_temb: Tensor | None,
-    weights: Weights,
+    weights: WeightReader,
     *,
     latent_lora: bool = False,
     capacity: int | None = None,

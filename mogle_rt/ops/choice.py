@@ -14,7 +14,7 @@ from mogle_rt.errors import ConfigError
 from mogle_rt.kernels.chips import TARGETS, compiled_for
 from mogle_rt.ops.contract import Ops
 
-VARIABLE = "MOGLE_RT_KERNELS"
+KERNELS_VARIABLE = "MOGLE_RT_KERNELS"
 CHOICES = ("triton", "torch")
 
 
@@ -31,8 +31,8 @@ def choice(kernels: str | None, device: torch.device) -> str:
     Raises:
         ConfigError: the choice is unknown, or Triton's kernels can't be had on this device.
     """
-    name = kernels or os.environ.get(VARIABLE) or None
-    source = "kernels" if kernels else VARIABLE
+    name = kernels or os.environ.get(KERNELS_VARIABLE) or None
+    source = "kernels" if kernels else KERNELS_VARIABLE
     if name is not None and name not in CHOICES:
         raise ConfigError(f"{source} must be one of {', '.join(map(repr, CHOICES))}, got {name!r}")
     if name == "torch" or (name is None and device.type not in ("cuda", "meta")):
@@ -82,7 +82,7 @@ def choose(kernels: str | None, device: torch.device) -> Ops:
 
     if device.type not in ("cuda", "meta") and not (device.type == "cpu" and triton_ops.interpreted()):
         raise ConfigError(
-            f"{'kernels' if kernels else VARIABLE}='triton' can't run on {device}: Triton's kernels need a GPU (or, for "
+            f"{'kernels' if kernels else KERNELS_VARIABLE}='triton' can't run on {device}: Triton's kernels need a GPU (or, for "
             "tests, TRITON_INTERPRET=1); use 'torch'"
         )
     return cast(Ops, triton_ops)

@@ -25,7 +25,7 @@ from mogle_rt.kernels import qk_norm_rope as rope_kernels
 from mogle_rt.kernels import region_expert_mix as fused_kernels
 from mogle_rt.kernels import region_experts as expert_kernels
 from mogle_rt.kernels import residual_norm_modulate as residual_kernels
-from mogle_rt.kernels.common import LARGEST_ROW, Cost
+from mogle_rt.kernels.common import LARGEST_ROW, KernelCost
 from mogle_rt.kernels.common import interpreted as interpreted
 from mogle_rt.kernels.gate import LARGEST_WIDTH
 from mogle_rt.kernels.inputs import Experts, Gate
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mogle_rt.ops.contract import Prepared
 
 RIDING = True
-_COSTS: dict[str, Callable[..., Cost]] = {}
+_COSTS: dict[str, Callable[..., KernelCost]] = {}
 _INPUTS = (Gate, Experts)  # what operators take flat, since a schema knows tensors and numbers alone
 
 
@@ -95,7 +95,7 @@ def check_model(transformer: TransformerConfig, mogle: MogleConfig) -> None:
             )
 
 
-def declared(operator: str, args: Sequence[Any]) -> Cost:
+def declared(operator: str, args: Sequence[Any]) -> KernelCost:
     """What the operator "mogle_rt::…" takes at least with these arguments of its schema."""
     return _COSTS[operator](*args)
 
@@ -221,7 +221,7 @@ def cheaper_mixture(gate: Gate, experts: Experts, steps: int) -> str:
     N, B, C = out.shape
     bank = out.new_empty(()).expand(N, B, experts.index.shape[1], C)  # the costs ask for its size alone
 
-    def taken(cost: Cost) -> float:
+    def taken(cost: KernelCost) -> float:
         return cost.moved + cost.flops / FLOPS_A_BYTE[out.dtype]
 
     once = taken(expert_kernels.region_experts_cost(experts, bank))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mogle_rt.kernels.common import Cost
+from mogle_rt.kernels.common import KernelCost
 from mogle_rt.kernels.gate_mix import (
     gate_mix,
     gate_mix_cost,
@@ -120,7 +120,7 @@ class Case:
     name: str
     run: Callable[..., None]
     reference: Callable[..., None]
-    cost: Callable[..., Cost]
+    cost: Callable[..., KernelCost]
     outputs: tuple[str, ...]
     make: Callable[..., Arguments]
     small: tuple[dict[str, Any], ...]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mogle_rt.linear.branches import RIDING_RANK_STEP, LowRankBranch, Streams
+from mogle_rt.kernels.inputs import RANK_STEP, padded_rank
+from mogle_rt.linear.branches import LowRankBranch, Streams
 from mogle_rt.linear.contract import Place, WeightFormat
 from mogle_rt.linear.layer import Product
 from mogle_rt.linear.packed import MOST_PACKED_RANK, PackedWeight
@@ -61,7 +62,7 @@ def test_branch_rides_in_the_input(streams: str, rank: int, fused: bool, weight_
     layer = random.load(weight_format, Place.AFTER_NORM, parts, fused=fused)
     rides = fused or (weight_format is PackedWeight and rank <= MOST_PACKED_RANK)
     assert (layer.before is not None) == rides
-    assert layer.in_columns == 12 + (rank + -rank % RIDING_RANK_STEP if rides else 0)
+    assert layer.in_columns == 12 + (padded_rank(rank) if rides else 0)
     assert len(layer.branches) == 2 - rides
     x = torch.randn(18, 12, generator=torch.Generator().manual_seed(1))
     exact = random.exact(x, STREAMS, 2).float()
@@ -77,7 +78,7 @@ def test_branch_rides_in_the_output(streams: str, weight_format: type[WeightForm
     random = RandomLayer(37, 24, ((4, streams), (3, APART)))
     layer = random.load(weight_format, Place.BEFORE_RESIDUAL, fused=True)
     assert layer.after is not None
-    assert layer.out_columns == 24 + RIDING_RANK_STEP
+    assert layer.out_columns == 24 + RANK_STEP
     x = torch.randn(9, 37, generator=torch.Generator().manual_seed(1))
     y, _ = run(layer, x, STREAMS, 1)
     assert_close(y, random.exact(x, STREAMS, 1).float(), rms=TOLERANCE)

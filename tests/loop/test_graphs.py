@@ -30,7 +30,7 @@ from mogle_rt.loop.schedule import make_schedule
 from mogle_rt.loop.step import Step
 from mogle_rt.model.mixture import MixtureOfExperts
 from mogle_rt.model.modulation import ModulationTables, modulation_tables
-from mogle_rt.ops.choice import VARIABLE, choice, choose
+from mogle_rt.ops.choice import KERNELS_VARIABLE, choice, choose
 from tests.conftest import CASES, GoldenCase, assert_close, needs_triton
 from tests.test_golden import TOLERANCE, Bundles
 
@@ -456,14 +456,14 @@ def test_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         module: object = choose(kernels, torch.device(device))
         return vars(module)["__name__"].removeprefix("mogle_rt.ops.")
 
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
     names = [chosen(None, device) for device in ("cpu", "mps", "cuda", "meta")]
     assert names == ["torch_ops", "torch_ops", "triton_ops", "triton_ops"]
     assert chosen("torch", "cuda") == "torch_ops"
-    monkeypatch.setenv(VARIABLE, "torch")
+    monkeypatch.setenv(KERNELS_VARIABLE, "torch")
     assert chosen(None, "cuda") == "torch_ops"
     assert chosen("triton", "cuda") == "triton_ops"
-    monkeypatch.setenv(VARIABLE, "fast")
+    monkeypatch.setenv(KERNELS_VARIABLE, "fast")
     with pytest.raises(ConfigError, match="MOGLE_RT_KERNELS must be one of 'triton', 'torch', got 'fast'"):
         choose(None, CPU)
     monkeypatch.setattr(triton_ops, "interpreted", lambda: False)
@@ -482,7 +482,7 @@ def test_triton_is_for_gpus_that_its_kernels_were_compiled_for(
     capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Others take PyTorch's operations, and say so once; to ask for Triton there is an error."""
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {capability[0]}")
