@@ -81,8 +81,9 @@ def choose(kernels: str | None, device: torch.device) -> Ops:
     from mogle_rt.ops import triton_ops
 
     if device.type not in ("cuda", "meta") and not (device.type == "cpu" and triton_ops.interpreted()):
+        source = "kernels" if kernels else KERNELS_VARIABLE
         raise ConfigError(
-            f"{'kernels' if kernels else KERNELS_VARIABLE}='triton' can't run on {device}: Triton's kernels need a GPU (or, for "
-            "tests, TRITON_INTERPRET=1); use 'torch'"
+            f"{source}='triton' can't run on {device}: Triton's kernels need a GPU (or, for tests, TRITON_INTERPRET=1); "
+            "use 'torch'"
         )
     return cast(Ops, triton_ops)
