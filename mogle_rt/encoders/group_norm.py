@@ -2,7 +2,7 @@
 
 oneDNN's convolutions work that way. Given PyTorch's own layout they rearrange what they read and write: up to a tenth of
 the VAE's time from 256 px a side on. But PyTorch's group norm adds up such activations one pixel after the other, and
-where most pixels are equal, as a region's are, nothing may be left of float32's digits. `GroupNorm` keeps them:
+where most pixels are equal, as a region's are, nothing may be left of float32's digits. `GroupNorm` keeps nearly all:
 its error is about twice that with PyTorch's own layout.
 """
 

@@ -155,7 +155,7 @@ def from_planes(
 
 
 def resize(labels: Labels, height: int, width: int) -> Labels:
-    """Nearest neighbour (pixel centres)."""
+    """Labels uint8 [H, W] -> uint8 [height, width], by nearest neighbour of the pixel centres."""
     if labels.shape == (height, width):
         return labels
     rows = (np.arange(height) * 2 + 1) * labels.shape[0] // (2 * height)
