@@ -90,7 +90,7 @@ class ModelConfig(Options):
     """The reference's switches: how condition and image see each other, and what the LoRA acts on.
 
     Attributes:
-        union_cond_attn: everything attends to everything (the released setting); else the condition and the rest
+        union_cond_attn: everything attends to everything (the released setting); otherwise the condition and the rest
             do not see each other.
         add_cond_attn: the condition's gated attention output is added to the image stream of double blocks too.
         latent_lora: the branch LoRA acts on image rows too, in single blocks also on text rows.
@@ -261,4 +261,4 @@ class SchedulerConfig(Options):
             raise ConfigError("scheduler options stochastic_sampling and shift_terminal are not supported by this loop")
 
 
-MAX_TEXT_TOKENS = 512  # T5's, FLUX's most
+MAX_TEXT_TOKENS = 512  # the most T5 tokens that FLUX takes

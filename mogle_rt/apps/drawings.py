@@ -39,7 +39,7 @@ def plan(
     existing: Existing,
     suffix: str | None = None,
 ) -> list[Drawing]:
-    """Every image, checked before any work is done.
+    """List every image to make, and check the whole list before any work is done.
 
     Args:
         masks: None where an image has none.
@@ -255,7 +255,7 @@ class _Naming:
 
 
 def _check_writable(path: Path) -> None:
-    """A file's folder can be made or written into: said before any work is done."""
+    """A file's folder must exist or be creatable, and be writable. This is checked before any work is done."""
     folder = path.parent
     while not folder.exists():
         folder = folder.parent

@@ -127,7 +127,7 @@ def generate(
 ) -> None:
     """Draw faces from masks and prompts."""
     start = time.perf_counter()
-    # First everything that can be said without waiting for the libraries: a mistake is told at once.
+    # Check all that needs no large library first, so that a mistake is reported at once.
     from mogle_rt.apps.drawings import batches, find_masks, plan, say_how_many_have_prompts
     from mogle_rt.arguments import check_options
     from mogle_rt.bundle.shipped import bundle_path

@@ -175,7 +175,7 @@ class Bundle(TensorSource):
         return out
 
     def release(self, names: Sequence[str]) -> None:
-        """These tensors needn't stay in memory; used again, they are read again."""
+        """Let the system drop these tensors from memory. They are read from the file again when they are used."""
         for name in names:
             self._file.release(self.tensors[name])
 

@@ -87,7 +87,7 @@ def replace_together(folder: Path, last: str) -> Iterator[Path]:
     except OutputError as error:
         raise OutputError(str(error).replace(str(new), str(folder))) from None
     finally:
-        if settled:  # otherwise the old files lie there still
+        if settled:  # otherwise the old files are still in it
             shutil.rmtree(new, ignore_errors=True)
 
 

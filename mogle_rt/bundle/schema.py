@@ -1,4 +1,4 @@
-"""What tensors a bundle holds, and how the runtime's stacked layers are made of them. Tables, no logic worth the name.
+"""What tensors a bundle holds, and how the runtime's stacked layers are made of them. Mostly tables.
 
 Shapes are written in symbols: D model width, d head size, J text width, P pooled width, C latent channels of a token
 (64), L the gate's channels, H the experts' hidden size, G the gate's hidden size; a leading digit multiplies.
@@ -118,7 +118,7 @@ def _numbers(name: str, config: TransformerConfig) -> Iterator[str]:
 def _blocks(config: TransformerConfig, table: dict[str, tuple[str, str]]) -> Iterator[tuple[str, Shape]]:
     """Tensors of a table of block layers, block by block: all weights of a block, then all its biases.
 
-    Weights that the runtime stacks (q, k, v, proj_mlp) so lie side by side in the file, and one view serves for all.
+    Weights that the runtime stacks (q, k, v, proj_mlp) therefore lie side by side in the file, and one view covers them.
     """
     dims = _dims(config)
     count = config.num_single_layers if next(iter(table)).startswith("single") else config.num_layers

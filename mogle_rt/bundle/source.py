@@ -57,7 +57,7 @@ class TensorSource(ABC):
 
     @abstractmethod
     def release(self, names: Sequence[str]) -> None:
-        """These tensors need not stay in memory; used again, they are read again."""
+        """Let the source drop these tensors from memory. They are read again when they are used."""
 
     def part(self, part: str, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
         """All tensors of a part, by their names in it."""

@@ -86,7 +86,7 @@ def convert(
         logger.warning("%s holds no text encoders: prompts for this bundle must come as embeddings", flux_dir)
     try:
         existing = output.exists()
-    except OSError:  # a name too long: told when it is written to
+    except OSError:  # the name is too long; writing reports it
         existing = False
     if existing:
         own = {lora_file, mogle_file, *(p for t in tensors.values() for p in t.paths), *flux_dir.glob("*/*")}

@@ -18,7 +18,7 @@ def read_mogle(path: Path) -> tuple[dict[str, SourceTensor], MogleConfig]:
     """Experts and gate, from the released pickle (never executed: weights_only) or from safetensors.
 
     Returns:
-        The tensors and the configuration that their presence and shapes tell.
+        The tensors and the configuration that follows from which tensors exist and from their shapes.
 
     Raises:
         CheckpointError: unreadable, would run code, or without any experts or gate.

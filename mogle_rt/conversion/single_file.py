@@ -111,7 +111,7 @@ def _unscaled(tensors: Mapping[str, SourceTensor], path: Path) -> dict[str, Sour
 
 
 def _config_of(tensors: Mapping[str, SourceTensor], path: Path) -> TransformerConfig:
-    """The configuration that the shapes of a file with FLUX's names tell."""
+    """The configuration that follows from the shapes in a file with FLUX's names."""
 
     def size(name: str, axis: int) -> int:
         if name not in tensors or len(tensors[name].shape) <= axis:

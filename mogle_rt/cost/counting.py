@@ -48,7 +48,7 @@ class Count:
         return self.read + self.written
 
     def __add__(self, other: Count) -> Count:
-        """One after the other."""
+        """The cost of running one after the other; the peak is the larger one."""
         return Count(
             launches=self.launches + other.launches,
             flops=self.flops + other.flops,
@@ -58,7 +58,7 @@ class Count:
         )
 
     def __mul__(self, times: int) -> Count:
-        """Again and again."""
+        """The cost of running this ``times`` times; the peak stays the same."""
         return Count(
             launches=self.launches * times,
             flops=self.flops * times,

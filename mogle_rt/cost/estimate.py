@@ -82,7 +82,7 @@ def estimate(job: Job) -> Estimate:
         bundle = WeightlessBundle(job.config, job.ranks)
         engine = TorchEngine(bundle, meta, dtype, job.model, kernels=job.kernels)
         of_vae = vae_dtype(job.config.vae, dtype)
-        vae = nn.Module.to(autoencoder(job.config.vae), of_vae).eval()  # diffusers' own `to` talks
+        vae = nn.Module.to(autoencoder(job.config.vae), of_vae).eval()  # diffusers' own `to` prints messages
         parameters = bundle.parameters() | {"vae": sum(p.numel() for p in vae.parameters())}
         resident, weights = counter.live, sum(parameters.values()) * dtype.itemsize
         weights += parameters["vae"] * (of_vae.itemsize - dtype.itemsize)

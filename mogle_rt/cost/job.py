@@ -124,7 +124,7 @@ class WeightlessBundle(TensorSource):
         return torch.empty(sum(s[0] for s in shapes), *shapes[0][1:], device=device, dtype=dtype)
 
     def release(self, names: Sequence[str]) -> None:
-        """Nothing is held."""
+        """Does nothing, because no tensor is held in memory."""
 
     def parameters(self) -> dict[str, int]:
         """Parameters by part; ``modulation`` is what the loop doesn't need: AdaLN's layers and what feeds them."""

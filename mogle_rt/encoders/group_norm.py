@@ -2,8 +2,8 @@
 
 oneDNN's convolutions work that way. Given PyTorch's own layout they rearrange what they read and write: up to a tenth of
 the VAE's time from 256 px a side on. But PyTorch's group norm adds up such activations one pixel after the other, and
-where most pixels are equal, as a region's are, nothing may be left of float32's digits. `GroupNorm` loses none to speak
-of: its error is about twice that with PyTorch's own layout.
+where most pixels are equal, as a region's are, nothing may be left of float32's digits. `GroupNorm` keeps nearly all:
+its error is about twice that with PyTorch's own layout.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def arranged(x: Tensor, pixels: int) -> Tensor:
 
 
 def exact_norms(vae: nn.Module) -> None:
-    """Put `GroupNorm` in place of PyTorch's, with the same weights."""
+    """Replace every group norm of PyTorch in ``vae`` by `GroupNorm`, in place, with the same weights."""
     for module in list(vae.modules()):
         for name, norm in module.named_children():
             if type(norm) is nn.GroupNorm:

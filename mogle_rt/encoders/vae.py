@@ -87,7 +87,7 @@ def load_autoencoder(vae: Any, tensors: Mapping[str, torch.Tensor], where: str) 
                 value = tensors[f"{prefix}.{name}"]
                 module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
         if isinstance(module, torch.nn.SiLU):
-            module.inplace = True  # it follows a norm, whose output nothing else reads: a large tensor less
+            module.inplace = True  # nothing else reads the norm's output, so this saves a large tensor
     exact_norms(vae)
     return vae.eval()
 

@@ -155,7 +155,7 @@ def from_planes(
 
 
 def resize(labels: Labels, height: int, width: int) -> Labels:
-    """Nearest neighbour (pixel centres)."""
+    """Labels uint8 [H, W] -> uint8 [height, width], by nearest neighbour of the pixel centres."""
     if labels.shape == (height, width):
         return labels
     rows = (np.arange(height) * 2 + 1) * labels.shape[0] // (2 * height)
@@ -200,7 +200,7 @@ def _from_path(mask: str | os.PathLike[str], table: Labels) -> Labels:
 
 
 def _is_tensor(value: object) -> TypeGuard[Tensor]:
-    """Whether it is a torch tensor. This room does without torch: the command line reads masks before it loads that."""
+    """Whether it is a torch tensor. Torch isn't imported here: the command line reads masks first."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
@@ -233,7 +233,7 @@ def _from_image(image: Image.Image, table: Labels, what: str) -> Labels:
     if image.mode in ("P", "PA"):
         palette = np.asarray(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3)
         indices = np.asarray(image if image.mode == "P" else image.getchannel("P" if "P" in image.getbands() else 0))
-        if hidden is not None and not hidden.all():  # what is not seen takes no part
+        if hidden is not None and not hidden.all():  # hidden pixels must not decide which palette is recognised
             indices = np.where(hidden, indices[~hidden][0], indices)
         numbers, classes = from_palette(indices, palette, what)
     elif image.mode in NUMBER_MODES:

@@ -47,7 +47,7 @@ ABOVE = {
 }
 FEATURES = ("nose", "l_eye", "r_eye", "l_brow", "r_brow", "mouth", "u_lip", "l_lip")
 """Parts that lie within the rectangle around the skin and are smaller than it."""
-FEWEST_RELATIONS = 12  # with fewer, chance decides
+FEWEST_RELATIONS = 12  # fewer relations could all hold by chance
 GOOD_FIT, POOR_FIT = 0.9, 0.78
 SAMPLE = 256  # rows and columns that are looked at, at most
 
@@ -93,7 +93,7 @@ def warn_of_another_order(numbers: Labels, table: Labels, what: str, *, coloured
     """
     places = _places(numbers)
     own, relations = _fit(places, table)
-    turned = (_fit(_places(np.rot90(numbers, k)), table)[0] for k in (1, 2, 3))  # a face that lies or hangs is one, too
+    turned = (_fit(_places(np.rot90(numbers, k)), table)[0] for k in (1, 2, 3))  # a rotated face is a face, too
     if own > POOR_FIT or len(places) < 4 or max(turned) >= GOOD_FIT:
         return
     fits = {}

@@ -7,7 +7,7 @@ import numpy as np
 from mogle_rt.errors import MaskError
 from mogle_rt.masks.classes import Labels
 
-FEWEST_STEPS = 12  # in a mask with fewer, chance decides
+FEWEST_STEPS = 12  # fewer steps than this can occur by chance
 STEPS_PER_EDGE = 0.2
 """Of the borders of a smoothed mask, a third and more are steps on the way from one region to another; in masks with sharp
 borders, even small ones, the parts that happen to lie so are a few in a hundred."""
