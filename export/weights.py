@@ -119,7 +119,8 @@ def place_weights(bundle: Bundle, folder: Path, new: Path, mode: Mode, dtype: to
     size = sum(bundle.tensors[n].numel for n in exported_names(bundle)) * dtype.itemsize
     if size > EMBED_LIMIT:
         raise InputError(
-            f"weights of {size / 1e9:.1f} GB can't be embedded, because an ONNX file can't be larger than 2 GB; link or copy them"
+            f"weights of {size / 1e9:.1f} GB can't be embedded, because an ONNX file can't be larger than 2 GB; "
+            "link or copy them"
         )
     return Weights(bundle.tensors, None, bundle, dtype, "")
 
