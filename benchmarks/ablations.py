@@ -1,9 +1,10 @@
-"""The paper's ablations: on trained weights, as bundles with a part taken away, and on weights trained without it.
+"""The paper's ablations, of two kinds: a part is taken away from trained weights, or weights are trained without it.
 
     python -m benchmarks.ablations --retrained build/demo --report build/demo/QUALITY.json
 
-adds the latter to what `benchmarks.quality` measured: bundles full.safetensors and scalar_gate.safetensors of a folder,
-trained equally long from the same weights, with the gate as it is and with one weight an image and expert.
+This command measures the second kind and adds it to the report of `benchmarks.quality`. The folder must hold two bundles
+that were trained equally long from the same weights: full.safetensors with the ordinary gate, and scalar_gate.safetensors
+with a gate that has one weight for each image and expert.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mogle_rt.bundle.bundle import Bundle
 
 
 def ablated(bundle: str) -> dict[str, Pipeline]:
-    """Pipelines by what they lack."""
+    """A pipeline for each part that is taken away, by the name of the ablation."""
     result = {
         "regions black (global expert sees the mask)": Pipeline(bundle, "cpu", "fp32"),
         "scalar gate": Pipeline(bundle, "cpu", "fp32", model_config={"weight_is_scale": True}),
@@ -47,7 +48,7 @@ def ablated(bundle: str) -> dict[str, Pipeline]:
 
 
 def retrained(folder: Path, cases: Cases) -> dict[str, object]:
-    """Measures of both retrained bundles, by name."""
+    """The measures of both retrained bundles, by name."""
     judge = Judge(cases.images)
     result: dict[str, object] = {}
     for name, file, scalar in (("gate", "full", False), ("scalar gate", "scalar_gate", True)):

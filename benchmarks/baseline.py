@@ -1,14 +1,14 @@
-"""Face-MoGLE computed the reference's way, long because the whole model is read beside the reference, in one file.
+"""Face-MoGLE computed the reference's way, long because one file is easier to compare with the reference.
 
-It stands on diffusers' and peft's own modules, and is what the engine is timed against.
+The engine is timed against it. It consists of diffusers' and peft's own modules.
 
-Nothing here is clever, on purpose. It follows the public reference (arXiv 2509.00428, its code of September 2025) in
-what it computes and in how: every step runs the twenty experts, embeds the text, builds RoPE and projects all
-modulations again; text, image and condition pass through each linear in calls of their own; peft's LoRA layers are
-scaled to zero for the streams they must not touch, and still multiplied out; every attention switch, and
-condition_scale, is a dense (T+2N)^2 mask built anew in each block. One image at a time.
+It is deliberately simple. It follows the public reference (arXiv 2509.00428, its code of September 2025) both in what it
+computes and in how. Every step runs the twenty experts, embeds the text, builds the RoPE tables and projects all
+modulations again. Text, image and condition go through each linear layer in separate calls. Where peft's LoRA must not act
+on a stream, it is scaled to zero but still computed. Every attention switch, and condition_scale, is a dense (T+2N)^2 mask
+that is built anew in each block. It makes one image at a time.
 
-At FLUX.1-dev's size, counted on the meta device, it launches, reads, writes and multiplies what the reference does.
+At FLUX.1-dev's size it was counted on the meta device: it launches, reads, writes and multiplies as much as the reference.
 
 Shapes: H, W pixels; N = (H/16)(W/16) image tokens; T text tokens; D = heads * d the model's width; E = 20 experts.
 """
@@ -52,7 +52,7 @@ class Switches:
 
 
 class Placement(TypedDict, total=False):
-    """How strongly and where the condition enters; what is left out does nothing."""
+    """How strongly and where the condition acts. What is left out has its default, which changes nothing."""
 
     condition_scale: float
     position_delta: tuple[int, int]
@@ -63,7 +63,7 @@ class Placement(TypedDict, total=False):
 
 
 class Expert(nn.Module):
-    """64 -> 32 -> 64 with a ReLU between."""
+    """A small MLP of 64 -> 32 -> 64 channels with a ReLU between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Expert(nn.Module):
 
 
 class Gate(nn.Module):
-    """The experts' softmax weights for every token, from mask, noise and timestep."""
+    """Gives the experts' softmax weights for every token, from the mask, the noise and the timestep."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Gate(nn.Module):
 
 
 class MoGLE(nn.Module):
-    """Mixture of one global and 19 local experts; its state dict has the names of the released file."""
+    """The mixture of one global and 19 local experts. The names in its state dict are those of the released file."""
 
     def __init__(self, switches: Switches) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Shared:
 
 @contextmanager
 def lora_on(active: bool, *layers: nn.Module) -> Iterator[None]:
-    """Inside, the adapters of `layers` count only if `active`; otherwise their scale is zero, not their cost."""
+    """Inside, the LoRA of `layers` acts only if `active`. Otherwise its scale is zero, but it costs the same."""
     tuners = [] if active else [layer for layer in layers if isinstance(layer, BaseTunerLayer)]
     before = [dict(tuner.scaling) for tuner in tuners]
     try:
@@ -143,9 +143,9 @@ def lora_on(active: bool, *layers: nn.Module) -> Iterator[None]:
 
 
 def attention_mask(q: Tensor, n: int, shared: Shared) -> Tensor | None:
-    """(S, S) for the queries (B, heads, S, d), the last `n` of them the condition's; None where all see all."""
+    """The mask (S, S) for queries (B, heads, S, d), whose last `n` are the condition's; None if all tokens see all."""
     size, switches = (q.shape[2], q.shape[2]), shared.switches
-    if shared.condition_scale != 1:  # before the switches, which the reference then forgets
+    if shared.condition_scale != 1:  # comes before the switches, which the reference then ignores
         mask = torch.zeros(size, dtype=q.dtype, device=q.device)
         mask[-n:, :-n] = mask[:-n, -n:] = math.log(shared.condition_scale)
         return mask
@@ -159,10 +159,10 @@ def attention_mask(q: Tensor, n: int, shared: Shared) -> Tensor | None:
 
 
 def joint_attention(attn: Any, hidden: Tensor, text: Tensor | None, cond: Tensor, shared: Shared) -> Tensor:
-    """Text, image and condition attend to one another, before any output projection: (1, T+2N, D) in this order.
+    """Attention among text, image and condition, without the output projection: (1, T+2N, D) in this order.
 
-    In a double block `hidden` (1, N, D) is the image and `text` (1, T, D) comes beside it; in a single block `hidden`
-    (1, T+N, D) is both. `cond` is (1, N, D).
+    In a double block, `hidden` (1, N, D) is the image, and `text` (1, T, D) is given separately. In a single block,
+    `hidden` (1, T+N, D) is text and image. `cond` is (1, N, D).
     """
 
     def heads(x: Tensor) -> Tensor:  # (1, S, D) -> (1, heads, S, d)
@@ -189,7 +189,7 @@ def joint_attention(attn: Any, hidden: Tensor, text: Tensor | None, cond: Tensor
 def double_block(
     block: Any, hidden: Tensor, text: Tensor, cond: Tensor, shared: Shared
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Image (1, N, D), text (1, T, D) and condition (1, N, D) in; the same three out."""
+    """Image (1, N, D), text (1, T, D) and condition (1, N, D) -> the same three."""
     attn, latent_lora = block.attn, shared.switches.latent_lora
     with lora_on(latent_lora, block.norm1.linear):
         x, x_gate, x_mlp_shift, x_mlp_scale, x_mlp_gate = block.norm1(hidden, emb=shared.temb)
@@ -221,7 +221,7 @@ def double_block(
 
 
 def single_block(block: Any, hidden: Tensor, cond: Tensor, shared: Shared) -> tuple[Tensor, Tensor]:
-    """Text and image as one sequence (1, T+N, D) and condition (1, N, D) in; the same two out."""
+    """Text and image as one sequence (1, T+N, D), and condition (1, N, D) -> the same two."""
     latent_lora = shared.switches.latent_lora
     with lora_on(latent_lora, block.norm.linear, block.proj_mlp):
         x, x_gate = block.norm(hidden, emb=shared.temb)
@@ -238,7 +238,7 @@ def single_block(block: Any, hidden: Tensor, cond: Tensor, shared: Shared) -> tu
 
 
 def clip_half(x: Tensor) -> Tensor:
-    """float16 alone can overflow here; the reference clips it."""
+    """Clip float16 values as the reference does, because no other dtype can overflow here."""
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
@@ -246,7 +246,7 @@ def clip_half(x: Tensor) -> Tensor:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, (h/2)(w/2), 4C): 2x2 cells as tokens, channel slowest."""
+    """(B, C, h, w) -> (B, (h/2)(w/2), 4C): each cell of 2x2 becomes a token, in which the channel varies slowest."""
     b, c, h, w = latents.shape
     cells = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return cells.reshape(b, (h // 2) * (w // 2), 4 * c)
@@ -259,9 +259,9 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return cells.reshape(b, c // 4, height // 8, width // 8)
 
 
-@lru_cache(maxsize=16)  # the reference makes them once an image, so they are no part of a step
+@lru_cache(maxsize=16)  # the reference makes them once per image, so they are not part of a step
 def token_ids(height: int, width: int, delta: tuple[int, int], scale: float, text: int, device: torch.device) -> Tensor:
-    """(text + N, 3): rows of zeros for the text, then 0, row and column of each token, moved and scaled."""
+    """Position ids (text + N, 3): zeros for the text, then for each token 0, its row and its column, moved and scaled."""
     ids = torch.zeros(height // 16, width // 16, 3)
     ids[..., 1] = torch.arange(height // 16)[:, None] + delta[0]
     ids[..., 2] = torch.arange(width // 16)[None, :] + delta[1]
@@ -273,8 +273,8 @@ def token_ids(height: int, width: int, delta: tuple[int, int], scale: float, tex
 def schedule(steps: int, n: int) -> tuple[Tensor, Tensor]:
     """Timesteps (steps,) in 0...1000 and sigmas (steps + 1,) for `n` image tokens, float32.
 
-    Not diffusers' scheduler of today: it rounds to float32 before the shift, 0.31 after it, and the gate sees a
-    timestep's last bit.
+    This is not the scheduler of today's diffusers, which rounds to float32 before the shift. Release 0.31 rounds after it,
+    and the gate's result depends on the last bit of a timestep.
     """
     slope = (1.15 - 0.5) / (4096 - 256)
     shift = math.exp(n * slope + (0.5 - slope * 256))
@@ -287,12 +287,12 @@ def schedule(steps: int, n: int) -> tuple[Tensor, Tensor]:
 
 
 class Baseline:
-    """Face-MoGLE as the reference runs it: batch 1, no autograd."""
+    """Face-MoGLE as the reference runs it, with a batch of 1 and without autograd."""
 
     def __init__(
         self, transformer: FluxTransformer2DModel, mogle: MoGLE, vae: AutoencoderKL | None, switches: Switches
     ) -> None:
-        # diffusers 0.31 normalises q and k with this module, an operation at a time; later versions use torch's.
+        # diffusers 0.31 normalises q and k with this module, which takes several operations; later releases use PyTorch's.
         for attn in [module for name, module in transformer.named_modules() if name.endswith(".attn")]:
             for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
                 if (norm := getattr(attn, name, None)) is not None:
@@ -314,7 +314,7 @@ class Baseline:
         dtype: torch.dtype = torch.float32,
         **switches: bool,
     ) -> Self:
-        """Load the three checkpoints as the reference's users hold them; `switches` are the fields of `Switches`."""
+        """Load the three checkpoints in the form in which the reference reads them. `switches` are fields of `Switches`."""
         chosen = Switches(**switches)
         transformer = FluxTransformer2DModel.from_pretrained(flux_dir, subfolder="transformer", torch_dtype=dtype)
         lora = Path(lora_file)
@@ -334,9 +334,9 @@ class Baseline:
         rank: int = 4,
         **switches: bool,
     ) -> Self:
-        """Random float32 weights at any width, LoRA's B included; the configs are those of diffusers' classes."""
+        """Random float32 weights of any width, including the LoRA's B. The configs are those of diffusers' classes."""
         chosen = Switches(**switches)
-        with torch.device("meta"):  # diffusers' own initialisation takes longer than what is to be timed
+        with torch.device("meta"):  # on the meta device, as diffusers' own initialisation takes very long
             transformer = FluxTransformer2DModel.from_config(transformer_config)
             vae = None if vae_config is None else AutoencoderKL.from_config(vae_config)
             mogle = MoGLE(chosen)
@@ -352,7 +352,7 @@ class Baseline:
         return cls(transformer, mogle, vae, chosen)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move or cast all modules, in place."""
+        """Move or cast all modules in place."""
         for module in (self.transformer, self.mogle, self.vae):
             if module is not None:
                 module.to(device=device, dtype=dtype)
@@ -362,7 +362,7 @@ class Baseline:
     def encode_mask(self, labels: Tensor, *, at_once: int = 1) -> Tensor:
         """Labels (H, W) uint8 -> packed latents (1, E, N, 64) of the 20 pictures, `at_once` of them in one VAE call.
 
-        The posterior's mean, where the reference draws from it: a benchmark has to repeat itself.
+        The reference draws a sample of the posterior. This takes its mean, because a benchmark must be repeatable.
         """
         palette = torch.tensor(list(PALETTE), device=labels.device).view(EXPERTS - 1, 3)
         whole = palette[labels.long()].permute(2, 0, 1).float() / 255
@@ -374,7 +374,7 @@ class Baseline:
 
     @torch.no_grad()
     def condition(self, mask_latents: Tensor, latents: Tensor, t: Tensor) -> Tensor:
-        """Experts and gate of one step: (1, E, N, 64), (1, N, 64), t (1,) in 0...1000 -> (1, N, 64)."""
+        """The experts and the gate of a step: (1, E, N, 64), (1, N, 64), t (1,) in 0...1000 -> (1, N, 64)."""
         return self.mogle(mask_latents, latents, t)
 
     @torch.no_grad()
@@ -399,7 +399,7 @@ class Baseline:
             hidden = model.x_embedder(latents)
         cond = model.x_embedder(cond)
 
-        # Divided by the pipeline, multiplied by the model: it costs the last bit, and the result shows it.
+        # The pipeline divides and the model multiplies again. This changes the last bit, and with it the result.
         time = (t.to(hidden.dtype) / 1000) * 1000
         guide = (torch.tensor([guidance], device=time.device).to(time) * 1000,) if model.config.guidance_embeds else ()
         temb = model.time_text_embed(time, *guide, pooled)
@@ -433,7 +433,7 @@ class Baseline:
     ) -> Tensor:
         """Step `k` of a `schedule`, from latents to latents (1, N, 64).
 
-        `trace`, if given, is told what the step saw and made: `t.K`, `latents.K`, `cond.K` and `noise_pred.K`.
+        If `trace` is given, inputs and results of the step are put into it: `t.K`, `latents.K`, `cond.K`, `noise_pred.K`.
         """
         t = timesteps[k].expand(1)
         cond = self.condition(mask_latents, latents, t)
@@ -461,7 +461,7 @@ class Baseline:
         width: int,
         **placement: Unpack[Placement],
     ) -> dict[str, Tensor]:
-        """A whole image from `mask`, labels (H, W) uint8 or mask latents (1, E, N, 64), and noise (1, N, 64).
+        """A whole image from `mask`, which is labels (H, W) uint8 or mask latents (1, E, N, 64), and noise (1, N, 64).
 
         Returns the trace of every step, `mask_latents`, `final_latents` and, if there is a VAE, `image`.
         """
@@ -480,12 +480,13 @@ class Baseline:
 
 @torch.no_grad()
 def randomise(module: nn.Module, pool: Tensor) -> None:
-    """Fill with `pool`'s numbers in [-1, 1), over and over: a third of the time of drawing them all.
+    """Fill the weights with the numbers of `pool`, which are in [-1, 1), again and again.
 
-    Weights of about unit gain, scales near one, a LoRA that matters: outputs stay finite at any depth. The pool's odd
-    length keeps a weight's rows from repeating.
+    That takes a third of the time of drawing all numbers. The pool has an odd length, so the rows of a weight don't repeat.
+    Weights have a gain of about one and scales are near one, so outputs stay finite at any depth. The LoRA is large enough
+    to matter.
     """
-    start = 0  # not zero again for each weight: q, k and v must differ
+    start = 0  # goes on from weight to weight, because q, k and v must differ
     for name, weight in module.named_parameters():
         flat, done = weight.view(-1), 0
         while done < len(flat):

@@ -1,8 +1,8 @@
-"""How good a bundle's faces are, measured over held-out renders, with the model's ablations beside it.
+"""Measures how good the faces of a bundle are on held-out renders, and compares them with ablations of the model.
 
     python -m benchmarks.quality --renders build/demo/held_out.npz --bundle demo --report benchmarks/QUALITY.json
 
-Renders come from `examples.demo_checkpoint.render`; `benchmarks.quality_measures` says what is measured.
+The renders are made by `examples.demo_checkpoint.render`. `benchmarks.quality_measures` has the measures.
 """
 
 from __future__ import annotations
@@ -31,16 +31,20 @@ from benchmarks.quality_measures import (
 from mogle_rt import Pipeline
 from mogle_rt.masks import colorize
 
-SHOWN = 12  # cases in the picture
+SHOWN = 12  # how many cases the picture shows
 
 
 def picture(rows: list[Bytes]) -> Image.Image:
-    """Rows of pictures, one under the other."""
+    """Join rows of pictures, one row below the other."""
     return Image.fromarray(np.concatenate([np.concatenate(list(row), 1) for row in rows]))
 
 
 def measure(bundle: str, cases: Cases, sizes: argparse.Namespace) -> tuple[dict[str, Any], list[Bytes]]:
-    """All runs, by name, and rows of example pictures. What is printed comes as it is done."""
+    """Measure all runs, and print each result as soon as it is known.
+
+    Returns:
+        The measures by the name of the run, and rows of example pictures.
+    """
     pipe = Pipeline(bundle, device="cpu", dtype="fp32")
     pipe.set_progress_bar_config(disable=True)
     judge = Judge(cases.images)
@@ -90,9 +94,11 @@ def main() -> None:
     parser.add_argument("--renders", type=Path, default=Path("build/demo/held_out.npz"))
     parser.add_argument("--bundle", default="demo")
     parser.add_argument("--report", type=Path, default=Path("benchmarks/QUALITY.json"))
-    parser.add_argument("--count", type=int, default=200, help="cases of the main figure")
-    parser.add_argument("--some", type=int, default=100, help="cases of other step counts and of mask or prompt only")
-    parser.add_argument("--few", type=int, default=50, help="cases of edits and ablations")
+    parser.add_argument("--count", type=int, default=200, help="number of cases for the main figures")
+    parser.add_argument(
+        "--some", type=int, default=100, help="number of cases for other step counts, and for mask or prompt only"
+    )
+    parser.add_argument("--few", type=int, default=50, help="number of cases for edits and ablations")
     args = parser.parse_args()
     report, rows = measure(args.bundle, load_cases(args.renders), args)
     args.report.write_text(json.dumps(report, indent=1) + "\n")

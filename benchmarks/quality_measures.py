@@ -1,7 +1,7 @@
-"""Measures of faces: shapes against the mask, colours against the prompt, likeness to held-out renders.
+"""Measures of faces: do shapes fit the mask, do colours fit the prompt, and are the faces like held-out renders?
 
-The segmentation network and the table of colours that judge were made from other renders than those that are judged
-(`examples.demo_checkpoint.train_segmenter`).
+The segmentation network and the table of colours, which are the judges, were made from other renders than those that are
+judged (`examples.demo_checkpoint.train_segmenter`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mogle_rt.encoders.mask_planes import MaskPlanes
 
 COLOUR_TABLE = Path(__file__).with_name("colours.npz")
 REGIONS = {"background": (0,), "hair": (13,), "clothes": (18,), "skin": (1, 2), "lips": (11, 12), "hat": (14,)}
-LEAST_PIXELS = {"lips": 12}  # of a region, for its colour to count; others: 40
+LEAST_PIXELS = {"lips": 12}  # that a region must have for its colour to be judged; others need 40
 NEIGHBOURS = 15
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float64]
@@ -34,7 +34,7 @@ Floats = NDArray[np.float64]
 
 @dataclass
 class Cases:
-    """Held-out pictures: images [n, S, S, 3], labels [n, S, S], a prompt each, and what the prompt names."""
+    """Held-out renders: images [n, S, S, 3], labels [n, S, S], a prompt for each, and the colours that it names."""
 
     images: Bytes
     labels: Bytes
@@ -49,7 +49,7 @@ class Cases:
 
 
 def load_cases(path: Path, seed: int = 0) -> Cases:
-    """Renders with prompts that name nearly all there is to name."""
+    """Load renders, with prompts that name nearly all attributes."""
     from examples.demo_checkpoint.attributes import Attributes, describe
 
     rng = np.random.default_rng(seed)
@@ -65,7 +65,7 @@ def to_tensor(images: Bytes) -> Tensor:
 
 
 def iou(found: Bytes, wanted: Bytes) -> dict[int, float]:
-    """Intersection over union of each class that is wanted anywhere, over all pictures together."""
+    """Intersection over union of each class that occurs in ``wanted``, over all pictures together."""
     result = {}
     for c in range(NUM_CLASSES):
         if (wanted == c).any():
@@ -74,13 +74,13 @@ def iou(found: Bytes, wanted: Bytes) -> dict[int, float]:
 
 
 def region_colour(image: Bytes, labels: Bytes, attribute: str) -> Floats | None:
-    """Mean colour [3] of an attribute's region; None where there is too little of it."""
+    """The mean colour [3] of an attribute's region; None if the region is too small."""
     region = np.isin(labels, REGIONS[attribute])
     return image[region].mean(0) if region.sum() >= LEAST_PIXELS.get(attribute, 40) else None
 
 
 class ColourJudge:
-    """Names the colour of a region by its nearest neighbours among renders."""
+    """Names the colour of a region after its nearest neighbours among renders."""
 
     def __init__(self) -> None:
         with np.load(COLOUR_TABLE) as table:
@@ -93,7 +93,7 @@ class ColourJudge:
         return str(found[counts.argmax()])
 
     def right(self, images: Bytes, labels: Bytes, named: Sequence[dict[str, str]]) -> dict[str, tuple[int, int]]:
-        """By attribute: how many of the colours that prompts name are there, and how many were looked at."""
+        """For each attribute, how many colours are those that the prompts name, and how many were judged."""
         result = {}
         for attribute in REGIONS:
             hits = []
@@ -108,14 +108,14 @@ class ColourJudge:
 
 
 def frechet(a: Floats, b: Floats) -> float:
-    """Fréchet distance between two sets of features [n, F]."""
+    """The Fréchet distance between two sets of features [n, F]."""
     covariances = [np.cov(x, rowvar=False) + 1e-6 * np.eye(x.shape[1]) for x in (a, b)]
     root = np.real(sqrtm(covariances[0] @ covariances[1]))
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root))
 
 
 def face_like(labels: Bytes) -> bool:
-    """Skin, both eyes (or glasses), nose and mouth, each where it belongs: eyes over the nose over the mouth."""
+    """Whether there are skin, eyes (or glasses), nose and mouth, with the eyes above the nose and that above the mouth."""
 
     def height(*classes: int) -> float | None:
         rows = np.nonzero(np.isin(labels, classes))[0]
@@ -129,27 +129,27 @@ def face_like(labels: Bytes) -> bool:
 
 
 def psnr_outside(a: Bytes, b: Bytes, region: NDArray[np.bool_]) -> float:
-    """PSNR of two pictures where the region is not, dB."""
+    """The PSNR between two pictures outside of a region, in dB."""
     error = ((a[~region].astype(float) - b[~region]) / 255) ** 2
     return float(-10 * np.log10(error.mean() + 1e-12))
 
 
 def grow(region: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
-    """A region and all within so many pixels of it, by city blocks."""
+    """A region and everything within this distance of it, in steps to the side, up or down."""
     from scipy.ndimage import binary_dilation
 
     return np.asarray(binary_dilation(region, iterations=pixels))
 
 
 def more_hair(labels: Bytes, pixels: int = 9) -> Bytes:
-    """The mask with hair grown into the background."""
+    """The mask with hair that has grown into the background."""
     edited = labels.copy()
     edited[grow(labels == 13, pixels) & (labels == 0)] = 13
     return edited
 
 
 class Judge:
-    """Everything that is measured of a set of pictures."""
+    """Measures a set of pictures."""
 
     def __init__(self, reference: Bytes) -> None:
         self.segmenter: Segmenter = load_segmenter()
@@ -165,7 +165,7 @@ class Judge:
         return self.segmenter.labels(to_tensor(images)).numpy().astype(np.uint8)
 
     def __call__(self, images: Bytes, cases: Cases, *, masked: bool = True, prompted: bool = True) -> dict[str, Any]:
-        """Measures. Without a mask, regions are those that the segmentation network finds."""
+        """All measures. Without a mask, the regions are those that the segmentation network finds."""
         found = self.labels(images)
         by_class = iou(found, cases.labels)
         result: dict[str, Any] = {
@@ -192,7 +192,7 @@ def draw(
     seed: int = 0,
     labels: Bytes | None = None,
 ) -> tuple[Bytes, float]:
-    """Images uint8 [n, S, S, 3] of all cases, image i with seed ``seed + i``, and seconds an image."""
+    """Draw all cases, case i with the seed ``seed + i``: images uint8 [n, S, S, 3], and the seconds that one image takes."""
     masks = cases.labels if labels is None else labels
     images, start = [], time.perf_counter()
     for i in range(0, len(cases), batch):
@@ -210,12 +210,12 @@ def draw(
 
 
 def without_regions(pipe: Pipeline) -> Callable[..., MaskPlanes]:
-    """A conditioner whose 19 region planes are all black: the local experts see nothing."""
+    """A conditioner whose 19 region planes are all black, so that the local experts see nothing."""
     original = pipe.conditioner
 
     def conditioner(labels: Any, **options: Any) -> MaskPlanes:
         masks = original(labels, **options)
-        black = original([np.full_like(labels[0], 1)]).seen_by(1)  # all skin: the background's plane is black
+        black = original([np.full_like(labels[0], 1)]).seen_by(1)  # if all is skin, the background's plane is black
         index = np.full_like(masks.index, masks.batch)
         index[:, 0] = np.arange(masks.batch)
         return MaskPlanes(torch.cat([masks.seen_by(0), black]), index)
@@ -224,14 +224,14 @@ def without_regions(pipe: Pipeline) -> Callable[..., MaskPlanes]:
 
 
 def diversity(pipe: Pipeline, cases: Cases, steps: int, seeds: int = 4, **options: Any) -> float:
-    """RMS difference of pixels (0 to 255) between images of one mask and prompt with different seeds."""
+    """The RMS difference of pixels (0 to 255) between images of the same mask and prompt with different seeds."""
     sets = np.stack([draw(pipe, cases, steps, seed=1000 * (k + 1), **options)[0] for k in range(seeds)]).astype(float)
     pairs = [(i, j) for i in range(seeds) for j in range(i)]
     return float(np.mean([np.sqrt(((sets[i] - sets[j]) ** 2).mean()) for i, j in pairs]))
 
 
 def reconstruct(pipe: Pipeline, images: Bytes) -> Bytes:
-    """Through the VAE and back: what its error alone costs."""
+    """Encode and decode pictures with the VAE, which shows the error that it makes alone."""
     with torch.no_grad():
         parts = [pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample for x in to_tensor(images).split(4)]
     made = (torch.cat(parts).clamp(-1, 1) + 1) * 127.5

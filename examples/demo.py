@@ -23,9 +23,9 @@ from mogle_rt.bundle.shipped import Example, examples
 from mogle_rt.masks import colorize, to_labels
 
 SEED = 3
-TILE, GAP, TEXT = 192, 8, 140  # pixels: a picture as shown, between pictures, for a prompt
-FONT, LETTERS = 15, 24  # a prompt's size in pixels, and how many letters a line has
-COLUMNS = 5  # examples in a row, so that prompts can be read where a page is narrower than the picture
+TILE, GAP, TEXT = 192, 8, 140  # pixels: side of a picture, gap between pictures, room for a prompt
+FONT, LETTERS = 15, 24  # the prompts' font size in pixels, and the most letters in a line
+COLUMNS = 5  # examples in a row; prompts stay readable on pages that are narrower than the picture
 HAIR, BACKGROUND = 13, 0
 EDITED = "short"  # the example whose hair is changed
 Labels = NDArray[np.uint8]

@@ -1,4 +1,7 @@
-"""``python -m mogle_rt.export ckpt.safetensors``: graphs and engines that other runtimes and languages can run."""
+"""``mogle-rt export ckpt.safetensors`` writes graphs and engines that other runtimes and languages can run.
+
+``python -m mogle_rt.export`` is the same command.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ app = typer.Typer(
     context_settings=HELP_OPTIONS,
 )
 console = Console(stderr=True, highlight=False, emoji=False)
-TABLE_WIDTH = 160  # columns, also where there is no terminal
+TABLE_WIDTH = 160  # columns, the same with and without a terminal
 FORMATS = ("onnx", "tensorrt", "tensorrt-rtx")
 
 
@@ -35,13 +38,13 @@ def main(
     checkpoint: Annotated[Path | None, typer.Argument(help="A bundle.")] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="Folder; default: the bundle's own, where every loader finds it."),
+        typer.Option("-o", "--output", help="Folder; default: the bundle's own, where every loader finds the weights."),
     ] = None,
     formats: Annotated[
         str, typer.Option("--format", help="onnx, tensorrt, tensorrt-rtx; several with commas.")
     ] = "onnx",
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as stored. CPUs need fp32.")] = None,
-    opset: Annotated[int, typer.Option(help="ONNX opset; from 23 with fused attention.")] = 23,
+    opset: Annotated[int, typer.Option(help="ONNX opset; fused attention needs 23 or newer.")] = 23,
     weights: Annotated[
         str,
         typer.Option(help="link: point into the bundle; copy: beside the graphs, in --dtype; embed: in the graphs."),
@@ -59,13 +62,13 @@ def main(
         typer.Option(help="TensorRT-RTX: compute capabilities to build for, e.g. 89,120; default: this GPU's."),
     ] = None,
     condition_scale: Annotated[
-        bool, typer.Option("--condition-scale", help="TensorRT: an engine for condition_scale other than 1 too.")
+        bool, typer.Option("--condition-scale", help="TensorRT: also build an engine for other values than 1.")
     ] = False,
     weight_streaming: Annotated[
-        bool, typer.Option("--weight-streaming", help="TensorRT: weights may stay in the host's memory.")
+        bool, typer.Option("--weight-streaming", help="TensorRT: allow weights to stay in the host's memory.")
     ] = False,
     refit: Annotated[
-        bool, typer.Option("--refit", help="TensorRT: weights may be exchanged later; needs a GPU.")
+        bool, typer.Option("--refit", help="TensorRT: allow weights to be exchanged later; needs a GPU.")
     ] = False,
     model_config: Annotated[str | None, typer.Option(help="The reference's switches as JSON.")] = None,
     verify: Annotated[bool, typer.Option(help="Run random inputs through the graphs and the torch engine.")] = True,
@@ -73,7 +76,7 @@ def main(
         Path | None, typer.Option(help="Verify the export in this folder again, weights included.")
     ] = None,
 ) -> None:
-    """Export a bundle to ONNX and TensorRT, its weights by reference."""
+    """Export a bundle to ONNX and TensorRT, without copying its weights."""
     chosen = [name.strip() for name in formats.split(",")]
     for name in chosen:
         if name not in FORMATS:
@@ -101,7 +104,7 @@ def main(
         largest=tensorrt.Size.parse(largest),
     )
     graphs = ("step", "step_scaled") if condition_scale else ("step",)
-    engines = [  # told before anything is written: a missing package, an unknown target
+    engines = [  # a missing package or an unknown target is an error before anything is written
         (PACKAGES[name], one, graph)
         for name in chosen
         if name != "onnx"
@@ -159,7 +162,7 @@ def main(
 
 
 def _verify(bundle: Bundle, folder: Path, manifest: Manifest) -> Manifest:
-    """Compare, enter the result into the manifest, tell it."""
+    """Compare the export with the torch engine, write the result into the manifest, and print it."""
     from mogle_rt.export.verify import summary
     from mogle_rt.export.verify import verify as run
 
@@ -171,7 +174,7 @@ def _verify(bundle: Bundle, folder: Path, manifest: Manifest) -> Manifest:
 
 
 def _report(results: list[Comparison]) -> None:
-    """The errors as a table; a failure as an error."""
+    """Print the errors as a table, and raise an error if a comparison failed."""
     from mogle_rt.export.verify import require
 
     table = Table(
@@ -190,7 +193,7 @@ def _say(what: str) -> None:
 
 
 def _require_onnx() -> None:
-    """onnx and onnxruntime are an extra."""
+    """Raise an error if onnx or onnxruntime, which are an extra of the package, can't be imported."""
     from mogle_rt.engines.onnxruntime_import import import_onnxruntime
 
     for package, load in (("onnx", lambda: __import__("onnx")), ("onnxruntime", import_onnxruntime)):

@@ -1,4 +1,4 @@
-"""Some blocks of a model, as a model of their own: what verification runs of a model too large for memory."""
+"""Some blocks of a model as a model of their own, for the verification of models that are too large for memory."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from mogle_rt.bundle.source import TensorSource
 
 
 class SelectedBlocks(TensorSource):
-    """A source's tensors with only some of its blocks, which are numbered anew.
+    """The tensors of a source with only some of its blocks, which get new numbers.
 
     Args:
         source: all blocks.
-        double, single: numbers of the blocks that are kept, in the order that they get.
+        double, single: the numbers of the blocks that are kept, in their new order.
     """
 
     def __init__(self, source: TensorSource, *, double: Sequence[int], single: Sequence[int]) -> None:
         transformer = replace(source.config.transformer, num_layers=len(double), num_single_layers=len(single))
         chosen = {"transformer_blocks": double, "single_transformer_blocks": single}
         self._source = source
-        self._stored: dict[str, str] = {}  # our names -> the source's
+        self._stored: dict[str, str] = {}  # names here -> names in the source
         for stored in source.tensors:
             owner, _, rest = stored.partition(".")
             stack, _, inside = rest.partition(".")

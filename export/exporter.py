@@ -1,4 +1,4 @@
-"""`export`: a bundle's graphs, their weights by reference, and the manifest."""
+"""`export` writes the graphs of a bundle and the manifest. By default the graphs point to the bundle's own weights."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ class ExportOptions:
     """What to export.
 
     Attributes:
-        dtype: of the graphs' inputs, outputs and arithmetic.
-        opset: of the graphs, `OLDEST_OPSET` to `NEWEST_OPSET`, in bfloat16 from `BFLOAT16_OPSET`; from 23 they use the
-            fused operators.
+        dtype: of the inputs, the outputs and the arithmetic of the graphs.
+        opset: of the graphs, from `OLDEST_OPSET` to `NEWEST_OPSET`; bfloat16 needs at least `BFLOAT16_OPSET`. From 23 on
+            the graphs use the fused operators.
         weights: see `mogle_rt.export.weights.place_weights`.
         model: the reference's switches, built into the graphs.
 
     Raises:
-        InputError: the opset or the way of weights is unknown, or the opset too old for the dtype.
+        InputError: the opset or the mode of weights is unknown, or the opset is too old for the dtype.
     """
 
     dtype: torch.dtype
@@ -86,7 +86,7 @@ class ExportOptions:
 def build_graph(
     name: str, config: BundleConfig, weights: Weights, options: ExportOptions, *, fused_attention: bool = True
 ) -> onnx.ModelProto:
-    """One of `GRAPHS`, in memory.
+    """Build one of `GRAPHS` in memory.
 
     Args:
         fused_attention: see `GraphBuilder`.
@@ -103,19 +103,19 @@ def build_graph(
 
 
 def bundle_dtype(bundle: Bundle) -> torch.dtype:
-    """What the transformer is stored in."""
+    """The dtype in which the transformer is stored."""
     return bundle.tensors["transformer.x_embedder.weight"].dtype
 
 
 def export_folder(bundle: Bundle, output: str | Path | None) -> Path:
-    """The folder asked for; by default the bundle's own, the one place that every loader takes.
+    """The folder that was asked for; by default the bundle's own, where every loader can read the weights.
 
     Raises:
-        OutputError: it is a file, or holds the export of another bundle; or none was named for the package's own bundle.
+        OutputError: it is a file, it holds the export of another bundle, or no folder was named for the demo bundle.
     """
     if output is None and bundle.path.resolve() == demo.BUNDLE.resolve():
         raise OutputError(f"{bundle.path}: lies in the package; name a folder with -o")
-    # Beside the name that was given: where a link points to is not ours to write to, such as a hub's cache.
+    # A bundle may be given as a symbolic link, for example into a hub's cache. We write beside the link, never there.
     folder = bundle.path.absolute().parent if output is None else Path(output)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file, not a folder")
@@ -126,7 +126,7 @@ def export_folder(bundle: Bundle, output: str | Path | None) -> Path:
 
 
 def previous_export(folder: Path) -> Manifest | None:
-    """The export that a folder holds.
+    """The manifest of the export that a folder holds, or None.
 
     Raises:
         OutputError: its manifest can't be read.
@@ -140,18 +140,19 @@ def previous_export(folder: Path) -> Manifest | None:
 def export_onnx(
     bundle: Bundle, folder: Path, options: ExportOptions, progress: Callable[[str], None] | None = None
 ) -> Manifest:
-    """Write graphs and manifest. Reads headers only: seconds and little memory at any size, unless weights are copied.
+    """Write the graphs and the manifest.
 
-    Engines of an earlier export stay in the manifest if their graph is the same as before.
+    Unless weights are copied, only headers are read, so it takes seconds and little memory for any model. Engines of an
+    earlier export stay in the manifest if their graph is the same as before.
 
     Args:
-        folder: made if it isn't there. Files of an earlier export are replaced, others never.
+        folder: is made if it doesn't exist. Files of an earlier export are replaced, others never.
         progress: called with each file's name before it is made.
 
     Raises:
-        OutputError: the folder can't be written to, or the bundle can't be linked into it; or a file of a graph's name
-            is there that no export has made.
-        InputError: the weights are too many to embed.
+        OutputError: the folder can't be written to, the bundle can't be linked into it, or it holds a file of a graph's
+            name that no export has made.
+        InputError: the weights are too large to embed.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,10 +192,10 @@ def export_onnx(
 
 
 def check_replaced(folder: Path, weights: Mode, previous: Manifest | None) -> None:
-    """What an export is about to write is new, or of an earlier export.
+    """Check that an export replaces no files but those of an earlier export.
 
     Raises:
-        OutputError: names the first file that is neither.
+        OutputError: it would replace another file, which the message names.
     """
     own: set[str] = set()
     if previous is not None:
@@ -203,13 +204,13 @@ def check_replaced(folder: Path, weights: Mode, previous: Manifest | None) -> No
             own.add(str(previous.weights.file))
     for name in (*(f"{graph}.onnx" for graph in GRAPHS), *([COPY_NAME] if weights == "copy" else [])):
         if name not in own and (folder / name).exists():
-            raise OutputError(f"{folder / name}: is there already and not of an export; choose another folder with -o")
+            raise OutputError(f"{folder / name}: exists already, but not from an export; choose another folder with -o")
 
 
 def kept_engines(
     folder: Path, previous: Manifest | None, graphs: Mapping[str, GraphSpec], bundle_sha256: str
 ) -> tuple[EngineSpec, ...]:
-    """Engines of an earlier export that are there and were built from these very graphs and weights."""
+    """Engines of an earlier export that still exist and were built from exactly these graphs and weights."""
     kept = []
     for engine in () if previous is None else previous.engines:
         try:
@@ -222,7 +223,7 @@ def kept_engines(
 
 
 def write_graph(model: onnx.ModelProto, path: Path) -> GraphSpec:
-    """Write a graph; its description for the manifest."""
+    """Write a graph to a file, and return its description for the manifest."""
     data = model.SerializeToString()
     with atomic_write(path) as file:
         file.write(data)
@@ -245,7 +246,7 @@ def tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
 
 
 def describe_weights(folders: Sequence[Path], weights: Weights, mode: str) -> WeightsSpec:
-    """The weights' file as the manifest describes it, in the first of the folders where it is."""
+    """Describe the file of weights for the manifest. It is looked for in the folders in their order."""
     if weights.location is None:
         return WeightsSpec(mode=mode)
     path = next(folder / weights.location for folder in folders if (folder / weights.location).exists())
@@ -259,7 +260,7 @@ def describe_weights(folders: Sequence[Path], weights: Weights, mode: str) -> We
 
 
 def _json_config(config: BundleConfig) -> dict[str, Any]:
-    """Transformer, mixture, scheduler and VAE."""
+    """The configurations of transformer, mixture, scheduler and VAE."""
     raw = replace(config, text_encoder=None, text_encoder_2=None).to_dict()
     return {name: value for name, value in raw.items() if value is not None}
 
@@ -292,13 +293,13 @@ def export(
 
     Args:
         checkpoint: a bundle.
-        output: a folder; by default the bundle's own.
-        dtype: bf16, fp16 or fp32; by default the stored one.
+        output: the folder to write to; by default the bundle's own.
+        dtype: bf16, fp16 or fp32; by default the one that the bundle is stored in.
         opset, weights, model_config: see `ExportOptions`.
         progress: see `export_onnx`.
 
     Returns:
-        The folder.
+        The folder with the export.
 
     Raises:
         MogleError: see `ExportOptions`, `export_folder`, `export_onnx` and `Bundle`.

@@ -1,8 +1,9 @@
-"""Building ONNX graphs by hand: nodes, constants, weights by reference, and the layers that all graphs are made of.
+"""Builds ONNX graphs node by node: nodes, constants, references to weights, and the layers that all graphs consist of.
 
-Only operators of the standard domain are used. Where the opset has fused ones (Attention, RMSNormalization,
-RotaryEmbedding from 23, Gelu from 20) they are taken, otherwise their plain parts.
-Symbols of shapes: B images, N image tokens, T text tokens, L rows of a sequence, D width, H heads, d head size.
+Only operators of the standard domain are used. Fused operators are used where the opset has them (Gelu from 20;
+Attention, RMSNormalization and RotaryEmbedding from 23); in older opsets they are composed of plain operators.
+
+Symbols in shapes: B images, N image tokens, T text tokens, L rows of a sequence, D width, H heads, d head size.
 """
 
 from __future__ import annotations
@@ -31,23 +32,23 @@ ONNX_TYPES = {
     torch.uint8: TensorProto.UINT8,
 }
 OLDEST_OPSET, NEWEST_OPSET, DEFAULT_OPSET = 18, min(25, onnx.defs.onnx_opset_version()), 23
-BFLOAT16_OPSET = 22  # from there on every operator used here takes bfloat16
+BFLOAT16_OPSET = 22  # the oldest in which all operators that are used here take bfloat16
 NORM_EPS = 1e-6  # of LayerNorm and RMSNorm
 FP16_LARGEST = 65504.0
-LARGEST_FUSED_HEAD = 256  # runtimes' attention kernels end there; the VAE's one head is wider
+LARGEST_FUSED_HEAD = 256  # the widest heads of runtimes' attention kernels; the VAE's only head is wider
 
 Shape = Sequence[int | str]
 
 
 class GraphBuilder:
-    """A graph under construction. Values are known by their names.
+    """A graph under construction. Methods take and return the names of values.
 
     Args:
-        name: the graph's.
-        dtype: what it computes in; weights stored otherwise are cast.
+        name: of the graph.
+        dtype: the dtype in which the graph computes; weights of other dtypes are cast.
         opset: see the module.
-        weights: where weights lie.
-        fused_attention: take the Attention operator if the opset has it (TensorRT refuses it in float32).
+        weights: where the weights are.
+        fused_attention: use the Attention operator if the opset has it. TensorRT refuses it in float32.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class GraphBuilder:
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Nodes made inside are named after ``name``: what a runtime refuses is then found in the model."""
+        """Put ``name`` before the names of nodes made inside, so that a node that a runtime refuses can be found."""
         self._scopes.append(name)
         try:
             yield
@@ -83,7 +84,7 @@ class GraphBuilder:
         return name if count == 0 else f"{name}_{count}"
 
     def input(self, name: str, shape: Shape, dtype: torch.dtype | None = None) -> str:
-        """Declare an input. Texts in the shape are dynamic axes."""
+        """Declare an input. Strings in the shape name dynamic axes."""
         self.inputs.append(helper.make_tensor_value_info(name, ONNX_TYPES[dtype or self.dtype], list(shape)))
         return name
 
@@ -104,7 +105,7 @@ class GraphBuilder:
         return self.nodes_of(op, inputs, 1, **attributes)[0]
 
     def const(self, value: object, dtype: torch.dtype | None = None) -> str:
-        """A small constant inside the graph; ints are int64, floats the graph's dtype unless said otherwise."""
+        """A small constant inside the graph. By default integers are int64, and floats have the graph's dtype."""
         array = np.asarray(value)
         if dtype is None:
             dtype = torch.int64 if array.dtype.kind == "i" else self.dtype
@@ -116,7 +117,7 @@ class GraphBuilder:
         return name
 
     def weight(self, name: str) -> str:
-        """A tensor of the bundle, by its full name there, in the graph's dtype."""
+        """A tensor of the bundle in the graph's dtype, by its full name in the bundle."""
         if name not in self.initializers:
             self.initializers[name] = self.weights.initializer(name)
         if self.initializers[name].data_type == ONNX_TYPES[self.dtype]:
@@ -128,7 +129,7 @@ class GraphBuilder:
         return self._casts[name]
 
     def model(self) -> onnx.ModelProto:
-        """The finished model, without what no output needs."""
+        """The finished model, without nodes and weights that no output needs."""
         needed = {o.name for o in self.outputs}
         kept: list[onnx.NodeProto] = []
         for node in reversed(self.nodes):
@@ -149,18 +150,18 @@ class GraphBuilder:
     # Shapes
 
     def size(self, x: str, axis: int) -> str:
-        """Size of an axis: int64 [1]."""
+        """The size of an axis, int64 [1]."""
         return self.node("Shape", x, start=axis, end=axis + 1)
 
     def ints(self, *parts: str | int) -> str:
-        """int64 vector of numbers and of values of shape [1]; the same parts give the same value."""
+        """An int64 vector that is joined from numbers and values of shape [1]. Equal parts give the same value."""
         if parts not in self._ints:
             values = (p if isinstance(p, str) else self.const([p]) for p in parts)
             self._ints[parts] = self.node("Concat", *values, axis=0)
         return self._ints[parts]
 
     def reshape(self, x: str, shape: Sequence[int] | str) -> str:
-        """Reshape; 0 keeps an axis, -1 is what remains."""
+        """Reshape; 0 keeps the size of an axis, and -1 stands for what remains."""
         return self.node("Reshape", x, shape if isinstance(shape, str) else self.const(list(shape)))
 
     def rows(self, x: str, start: str | int, end: str | int, axis: int = 1) -> str:
@@ -169,25 +170,25 @@ class GraphBuilder:
         return self.node("Slice", x, *bounds, self.const([axis]))
 
     def concat(self, parts: Sequence[str], axis: int) -> str:
-        """Concatenation; of one part, the part itself."""
+        """Concatenate; a single part is returned as it is."""
         return parts[0] if len(parts) == 1 else self.node("Concat", *parts, axis=axis)
 
     # Arithmetic
 
     def cast(self, x: str, dtype: torch.dtype) -> str:
-        """In another dtype."""
+        """Convert to another dtype."""
         return self.node("Cast", x, to=ONNX_TYPES[dtype])
 
     def to_float32(self, x: str) -> str:
-        """A value of the graph's dtype in float32."""
+        """Convert a value of the graph's dtype to float32."""
         return x if self.dtype == torch.float32 else self.cast(x, torch.float32)
 
     def from_float32(self, x: str) -> str:
-        """The way back."""
+        """Convert a float32 value to the graph's dtype."""
         return x if self.dtype == torch.float32 else self.cast(x, self.dtype)
 
     def but_bfloat16(self, op: str, x: str, *inputs: str, **attributes: Any) -> str:
-        """A node whose operator onnxruntime has in every dtype but bfloat16: of that, it is done in float32."""
+        """A node whose operator onnxruntime lacks in bfloat16 only; in a bfloat16 graph it is computed in float32."""
         if self.dtype != torch.bfloat16:
             return self.node(op, x, *inputs, **attributes)
         return self.from_float32(self.node(op, self.to_float32(x), *inputs, **attributes))
@@ -213,7 +214,7 @@ class GraphBuilder:
         return self.mul(self.mul(x, self.const(0.5)), self.add(self.node("Tanh", inner), self.const(1.0)))
 
     def clip(self, x: str) -> str:
-        """float16 rows are kept finite, as in the reference."""
+        """Clip float16 values to the finite range, as the reference does."""
         if self.dtype != torch.float16:
             return x
         return self.node("Clip", x, self.const(-FP16_LARGEST), self.const(FP16_LARGEST))
@@ -221,11 +222,11 @@ class GraphBuilder:
     # Layers
 
     def gemm(self, x: str, weight: str, bias: str | None = None) -> str:
-        """x Wᵀ + b of rows. x: [rows, in], weight: [out, in] as stored; bias: [out], or [rows, out] to add to."""
+        """x Wᵀ + b for rows x [rows, in] and a stored weight [out, in]. The bias is [out], or [rows, out] for a sum."""
         return self.node("Gemm", x, weight, *([] if bias is None else [bias]), transB=1)
 
     def linear(self, x: str, layer: str, *, lora: str | None = None, bias: bool = True) -> str:
-        """A layer of the bundle on rows: x Wᵀ + b, and + x Aᵀ Bᵀ where ``lora`` names its branch."""
+        """Apply a layer of the bundle to rows: x Wᵀ + b, and + x Aᵀ Bᵀ if ``lora`` names the layer's branch."""
         y = self.gemm(x, self.weight(f"{layer}.weight"), self.weight(f"{layer}.bias") if bias else None)
         if lora is None:
             return y
@@ -256,7 +257,7 @@ class GraphBuilder:
         return self.mul(self.from_float32(self.node("Div", precise, root)), weight)
 
     def rope(self, x: str, tables: tuple[str, str], heads: int, head_size: int) -> str:
-        """Rotate neighbouring channel pairs, in float32. x: [B, L, H * d], tables: cosines and sines [B, L, d / 2]."""
+        """Rotate pairs of neighbouring channels in float32. x: [B, L, H * d]; tables: cosines and sines [B, L, d / 2]."""
         x = self.to_float32(x)
         if self.fused:
             return self.from_float32(self.node("RotaryEmbedding", x, *tables, interleaved=1, num_heads=heads))
@@ -272,7 +273,7 @@ class GraphBuilder:
         return self.from_float32(self.reshape(joined, (0, 0, heads * head_size)))
 
     def attention(self, q: str, k: str, v: str, heads: int, head_size: int, bias: str | None = None) -> str:
-        """softmax(q kᵀ / √d + bias) v. q, k, v: [B, L, H * d]; bias, float32: broadcasts against [B, H, Lq, Lk]."""
+        """softmax(q kᵀ / √d + bias) v. q, k, v: [B, L, H * d]; bias: float32, broadcast to [B, H, Lq, Lk]."""
         if self.fused_attention and bias is None and head_size <= LARGEST_FUSED_HEAD:
             return self.node("Attention", q, k, v, q_num_heads=heads, kv_num_heads=heads)
         q, k, v = (self.reshape(x, (0, 0, heads, head_size)) for x in (q, k, v))

@@ -1,4 +1,4 @@
-"""What no step changes, as graphs: modulation tables, text, gate times, RoPE tables; and the experts' outputs."""
+"""The graphs of all that no step changes: modulation tables, text, gate times, RoPE tables, and the experts' outputs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ SINUSOID_PERIOD = 10_000
 
 
 def modulation_row_names(config: TransformerConfig) -> list[str]:
-    """Rows of the modulation table: image and text rows of double blocks, rest of single blocks, the last norm.
+    """The names of the modulation table's rows.
 
-    Of a double block: shift, scale, gate of attention, then of the MLP; of a single block: shift, scale, gate.
-    Scales have their 1 added already.
+    First come the image rows of all double blocks, then their text rows, then the rows that text and image share in single
+    blocks, and then those of the last norm. A double block has shift, scale and gate of attention, then shift, scale and
+    gate of the MLP. A single block has shift, scale and gate. Scales already contain the 1 that is added to them.
     """
     return [
         *(f"double.{i}.{j}" for i in range(config.num_layers) for j in range(6)),
@@ -33,7 +34,7 @@ def modulation_row_names(config: TransformerConfig) -> list[str]:
 
 
 def condition_row_names(config: TransformerConfig) -> list[str]:
-    """Rows of the condition's table."""
+    """The names of the rows of the condition's modulation table, in the same order."""
     return [
         *(f"double.{i}.{j}" for i in range(config.num_layers) for j in range(6)),
         *(f"single.{i}.{j}" for i in range(config.num_single_layers) for j in range(3)),
@@ -41,7 +42,7 @@ def condition_row_names(config: TransformerConfig) -> list[str]:
 
 
 def build_experts(g: GraphBuilder, config: BundleConfig) -> onnx.ModelProto:
-    """Outputs of the experts, and the gate's constant input, from the latents of a mask's 20 pictures."""
+    """The graph that makes the experts' outputs and the gate's constant input from the latents of a mask's 20 pictures."""
     C = config.transformer.in_channels
     masks = g.input("mask_latents", ("batch", NUM_EXPERTS, "tokens", C))
     parts = g.nodes_of("Split", [masks], NUM_EXPERTS, axis=1, num_outputs=NUM_EXPERTS)  # [B, 1, N, C] each
@@ -66,7 +67,7 @@ def build_experts(g: GraphBuilder, config: BundleConfig) -> onnx.ModelProto:
 
 
 class PrepareGraph:
-    """Builds the graph that makes the step's other inputs.
+    """Builds the graph that makes all other inputs of the step.
 
     Args:
         builder: an empty graph.
@@ -78,7 +79,7 @@ class PrepareGraph:
         self.g, self.config, self.t, self.model = builder, config, config.transformer, model
 
     def build(self) -> onnx.ModelProto:
-        """The whole graph, see `mogle_rt.engines.manifest` for its inputs and outputs."""
+        """Build the whole graph. `mogle_rt.engines.manifest` describes its inputs and outputs."""
         g, t = self.g, self.t
         D = t.width
         prompt = g.input("prompt_embeds", ("batch", "text_tokens", t.joint_attention_dim))
@@ -107,7 +108,7 @@ class PrepareGraph:
         return g.model()
 
     def _sinusoid(self, times: str, channels: int) -> str:
-        """[S] float32 -> [S, channels] in the graph's dtype, cosines first."""
+        """Sinusoids of times: float32 [S] -> [S, channels] in the graph's dtype, with the cosines first."""
         g, half = self.g, channels // 2
         exponent = -math.log(SINUSOID_PERIOD) * torch.arange(half, dtype=torch.float32) / half
         angles = g.mul(g.node("Unsqueeze", times, g.const([1])), g.const(exponent.exp().numpy(), torch.float32))
@@ -118,7 +119,7 @@ class PrepareGraph:
         return self.g.linear(self.g.silu(self.g.linear(x, f"{layer}.linear_1")), f"{layer}.linear_2")
 
     def _modulation(self, times: str, guidance: str | None, pooled: str) -> None:
-        """Tables of all steps [S, B, R, D], and the condition's, of timestep 0 [B, R, D]."""
+        """The table of all steps [S, B, R, D], and that of the condition [B, R, D], whose timestep is always 0."""
         g, t, D = self.g, self.t, self.t.width
         constant = self._mlp(pooled, "text_embedder")  # [B, D]
         if guidance is not None:
@@ -162,7 +163,7 @@ class PrepareGraph:
             g.output(table, "condition_modulation", ("batch", len(condition_names), D))
 
     def _rope(self, text_tokens: str) -> None:
-        """Cosines and sines of the joint sequence, float32 [T + 2 N, d / 2]; angles in float64, as the reference's."""
+        """Cosines and sines of the joint sequence, float32 [T + 2 N, d / 2]. Angles are float64, as in the reference."""
         g, double = self.g, torch.float64
         grid = g.nodes_of("Split", ["grid"], 2, axis=0, num_outputs=2)
         columns = grid[1]
@@ -188,7 +189,7 @@ class PrepareGraph:
             precise = g.node("Unsqueeze", g.cast(ids, double), g.const([1]))
             angles.append(g.mul(precise, g.const(frequencies, double)))
         joined = g.concat(angles, axis=1)
-        # onnxruntime has sines of float64, and cosines only since 1.29: cos(a) = sin(a + π / 2).
+        # onnxruntime had no cosine of float64 before 1.29, but it had the sine: cos(a) = sin(a + π / 2).
         quarter = g.add(joined, g.const(np.array(math.pi / 2), double))
         for name, angle in (("rope_cos", quarter), ("rope_sin", joined)):
             table = g.cast(g.node("Sin", angle), torch.float32)

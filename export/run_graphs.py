@@ -1,4 +1,7 @@
-"""What runs exported graphs for verification: onnxruntime on the files or on graphs built again, ONNX's evaluator."""
+"""Ways to run exported graphs for verification.
+
+onnxruntime runs the files, or graphs that are built again; ONNX's reference evaluator runs what is small enough.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ Run: TypeAlias = Callable[[str, Mapping[str, Tensor]], dict[str, Tensor]]  # gra
 
 
 def run_files(folder: Path, manifest: Manifest) -> Run:
-    """The exported files themselves."""
+    """Run the exported files themselves."""
     sessions: dict[str, Session] = {}
 
     def run(graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -37,7 +40,7 @@ def run_files(folder: Path, manifest: Manifest) -> Run:
 
 
 def run_built(source: TensorSource, folder: Path, manifest: Manifest) -> Run:
-    """The same graphs, of some of the blocks or in float32, built in memory over the weights in the folder."""
+    """Run the same graphs in float32, built again in memory for all or some blocks, with the weights in the folder."""
     onnxruntime = import_onnxruntime()
     options = options_of(manifest, torch.float32)
     weights = Weights(source.tensors, manifest.weights.file, source, torch.float32, "")
@@ -55,7 +58,7 @@ def run_built(source: TensorSource, folder: Path, manifest: Manifest) -> Run:
 
 
 def evaluate(source: TensorSource, manifest: Manifest, dtype: torch.dtype) -> Run:
-    """ONNX's reference evaluator, on the same graphs with the placed weights inside."""
+    """Run the same graphs in ONNX's reference evaluator, with the exported weights embedded in them."""
     from onnx.reference import ReferenceEvaluator
 
     options = options_of(manifest, dtype)
@@ -78,7 +81,7 @@ def evaluate(source: TensorSource, manifest: Manifest, dtype: torch.dtype) -> Ru
 
 
 def options_of(manifest: Manifest, dtype: torch.dtype) -> ExportOptions:
-    """Those of the export, in this dtype."""
+    """The options of the export, but with this dtype."""
     return ExportOptions(dtype=dtype, opset=manifest.opset, model=ModelConfig.from_mapping(manifest.model_config))
 
 

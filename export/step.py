@@ -1,7 +1,7 @@
-"""The step as a graph: gate and mixture, then FLUX with a condition branch (REFERENCE: the transformer).
+"""The graph of a step: gate and mixture, and then FLUX with a condition branch.
 
-Text, image and condition are streams of their own, each one block of rows; they meet in attention. The branch LoRA is
-two small products that are added to its stream's own, so the base weights stay as they are in the bundle.
+Text, image and condition are separate streams, each a block of rows, and meet in attention only. The branch LoRA is two
+small products whose result is added to that of the base weight, so the base weights stay as they are in the bundle.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Stream:
 
     Attributes:
         x: [B, rows, D].
-        count: rows, int64 [1].
-        lora: the branch LoRA acts on it.
+        count: the number of rows, int64 [1].
+        lora: whether the branch LoRA acts on these rows.
     """
 
     x: str
@@ -36,7 +36,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Projected:
-    """Query, key and value of a stream, [B, rows, D] each; query and key are normed."""
+    """Query, key and value of a stream, [B, rows, D] each. Query and key are normalised already."""
 
     q: str
     k: str
@@ -44,13 +44,13 @@ class Projected:
 
 
 class StepGraph:
-    """Builds the step.
+    """Builds the graph of a step.
 
     Args:
         builder: an empty graph.
         config: the bundle's shapes.
         model: the reference's switches.
-        scaled: attention takes ``log_condition_scale`` as an input.
+        scaled: whether attention uses ``log_condition_scale``, which is then an input.
     """
 
     def __init__(self, builder: GraphBuilder, config: BundleConfig, model: ModelConfig, *, scaled: bool) -> None:
@@ -60,7 +60,7 @@ class StepGraph:
         self.visibility = Visibility.SCALED if scaled else Visibility.of(model, 1.0)
 
     def build(self) -> onnx.ModelProto:
-        """The whole graph, see `mogle_rt.engines.manifest` for its inputs and outputs."""
+        """Build the whole graph. `mogle_rt.engines.manifest` describes its inputs and outputs."""
         g, t, C, D = self.g, self.t, self.t.in_channels, self.t.width
         latents = g.input("latents", ("batch", "tokens", C))
         step = g.input("step", (1,), torch.int64)
@@ -118,7 +118,7 @@ class StepGraph:
         return g.model()
 
     def _rows(self, names: Sequence[str], table: str) -> dict[str, str]:
-        """[B, R, D] -> each of its rows, [B, 1, D]."""
+        """Split a table [B, R, D] into its rows, [B, 1, D] each, by name."""
         if not names:
             return {}
         return dict(
@@ -126,7 +126,7 @@ class StepGraph:
         )
 
     def _condition(self, latents: str, step: str) -> str:
-        """Condition tokens of the step: [B, N, C]."""
+        """The condition tokens of the step, [B, N, C]."""
         g, C = self.g, self.t.in_channels
         if not self.config.mogle.has_gating:
             return g.node("Squeeze", "bank", g.const([2]))
@@ -142,7 +142,10 @@ class StepGraph:
         return g.node("Squeeze", g.node("MatMul", weights, "bank"), g.const([2]))
 
     def _biases(self) -> None:
-        """What is added to the scores of the rest's and of the condition's queries: float32 [L], by key."""
+        """Make the biases of the scores, float32 [L], one number for each key.
+
+        One bias is for queries of text and image (the rest), the other for queries of the condition.
+        """
         g = self.g
         scale, zero = "log_condition_scale", g.const([0.0], torch.float32)
 
@@ -155,25 +158,25 @@ class StepGraph:
     # Layers
 
     def _linear(self, stream: Stream, x: str, width: int, layer: str, lora: bool | None = None) -> str:
-        """A layer on a stream's rows: [B, rows, width] -> [B, rows, out]."""
+        """Apply a layer to the rows of a stream: [B, rows, width] -> [B, rows, out]."""
         flat = self.g.reshape(x, (-1, width))
         return self._linears(stream, flat, [layer], lora)[0]
 
     def _linears(self, stream: Stream, flat: str, layers: Sequence[str], lora: bool | None = None) -> list[str]:
-        """Several layers on the same rows [B * rows, in]."""
+        """Apply several layers to the same rows [B * rows, in]."""
         g, with_lora = self.g, stream.lora if lora is None else lora
         results = []
         for layer in layers:
             with g.scope(layer.rpartition("blocks.")[2].partition(".")[2] or layer):
                 branch = f"lora.{layer}" if with_lora else None
                 y = g.linear(flat, f"transformer.{layer}", lora=branch)
-                # The width as a number: TensorRT wants to know it.
+                # The width must be a number, because TensorRT needs to know it when it builds.
                 shape = g.ints(self.batch, stream.count, g.weights.tensors[f"transformer.{layer}.weight"].shape[0])
                 results.append(g.reshape(y, shape))
         return results
 
     def _norm_heads(self, x: str, weight: str) -> str:
-        """RMSNorm of every head: [B, rows, D] -> the same."""
+        """RMSNorm of every head: [B, rows, D] -> [B, rows, D]."""
         g = self.g
         heads = g.reshape(x, (0, 0, self.heads, self.head_size))
         return g.reshape(g.rms_norm(heads, g.weight(f"transformer.{weight}.weight")), (0, 0, self.t.width))
@@ -184,15 +187,16 @@ class StepGraph:
         return Projected(self._norm_heads(q, norms[0]), self._norm_heads(k, norms[1]), v)
 
     def _rotate(self, x: str, start: str | int = 0, end: str | None = None) -> str:
-        """RoPE of rows start to end of the joint sequence; by default all."""
+        """Apply RoPE to x, which holds rows start to end of the joint sequence; by default all of them."""
         tables = self.rope if end is None else [self.g.rows(t, start, end) for t in self.rope]
         return self.g.rope(x, (tables[0], tables[1]), self.heads, self.head_size)
 
     def _attend(self, q: str, k: str, v: str, *, image_only: bool = False) -> tuple[str, str | None]:
-        """Joint attention of rotated q, k, v in the order [text, image, condition], group by group.
+        """Joint attention of rotated q, k, v in the order [text, image, condition], computed group by group.
 
-        Returns the attention of the rest's queries and of the condition's; for ``image_only``, q holds image rows alone.
-        Where one product serves both groups, its rows come undivided and the second is None.
+        The result is the attention of the queries of text and image (the rest), and that of the condition's queries. If
+        all tokens see each other, one call computes both; then the first result has all rows and the second is None.
+        With ``image_only``, q holds image rows only, and the second result is None as well.
         """
         g, H, d = self.g, self.heads, self.head_size
         if self.visibility is Visibility.JOINT:
@@ -215,7 +219,7 @@ class StepGraph:
 
     def _double(self, i: int, streams: dict[str, Stream]) -> dict[str, Stream]:
         g, D, block = self.g, self.t.width, f"transformer_blocks.{i}"
-        names = list(streams)  # text, image, condition: the order of the joint sequence
+        names = list(streams)  # text, image, condition, which is the order of the joint sequence
         mods = {
             "text": self._modulation(self.rows, f"context.{i}", 6),
             "image": self._modulation(self.rows, f"double.{i}", 6),
@@ -268,7 +272,7 @@ class StepGraph:
         return [rows[f"{name}.{j}"] for j in range(count)]
 
     def _singles(self, streams: dict[str, Stream]) -> str:
-        """All single blocks: image rows [B, N, D]. Text and image are one stream here."""
+        """All single blocks. Text and image are one stream in them. Returns the image rows [B, N, D]."""
         g = self.g
         with g.scope("join"):
             rest = Stream(
@@ -311,7 +315,7 @@ class StepGraph:
         return results[0], results[1]
 
     def _last_single(self, i: int, rest: Stream, condition: Stream) -> str:
-        """The last block: every row's key and value, but query, MLP and output of image rows only: [B, N, D]."""
+        """The last block, image rows [B, N, D]. It needs keys and values of all rows, but the rest of image rows only."""
         g, D, block = self.g, self.t.width, f"single_transformer_blocks.{i}"
         mods = [self._modulation(rows, f"single.{i}", 3) for rows in (self.rows, self.condition_rows)]
         keys, values, normed_rest = [], [], ""

@@ -1,7 +1,7 @@
-"""Building TensorRT and TensorRT-RTX engines of the step. TensorRT-RTX does so without a GPU, for a named one.
+"""Builds TensorRT and TensorRT-RTX engines of the step.
 
-Networks are strongly typed: the precision of every layer is the graph's. Both packages have one API, see
-`mogle_rt.engines.tensorrt_engine.Package`; only TensorRT-RTX can build for GPUs that aren't there.
+Networks are strongly typed, so every layer has the precision that it has in the graph. Both packages have the same API, see
+`mogle_rt.engines.tensorrt_engine.Package`. Only TensorRT-RTX can build for GPUs that are not in the machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RefusedNodesError(ConfigError):
     """TensorRT can't take nodes of the graph.
 
     Attributes:
-        nodes: each refused node's name, operator and the reason.
+        nodes: of each refused node the name, the operator and the reason.
     """
 
     def __init__(self, package: str, nodes: Sequence[tuple[str, str, str]]) -> None:
@@ -46,7 +46,7 @@ class RefusedNodesError(ConfigError):
 
 @dataclass(frozen=True)
 class Size:
-    """An image size in pixels and a batch."""
+    """An image size in pixels, and a batch size."""
 
     width: int
     height: int
@@ -54,10 +54,10 @@ class Size:
 
     @classmethod
     def parse(cls, text: str) -> Size:
-        """WIDTHxHEIGHT or WIDTHxHEIGHTxBATCH.
+        """Read WIDTHxHEIGHT or WIDTHxHEIGHTxBATCH.
 
         Raises:
-            InputError: not of this form, or no multiples of 16.
+            InputError: the text has another form, or width or height is no multiple of 16.
         """
         match = SIZE.fullmatch(text.strip())
         if match is None:
@@ -69,19 +69,19 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Image tokens N."""
+        """The number of image tokens N."""
         return self.width // PATCH * (self.height // PATCH)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """The sizes that an engine takes: smallest, usual (made fastest) and largest.
+    """The sizes that an engine takes: the smallest, the usual (for which it is made fastest) and the largest.
 
     Attributes:
-        text_tokens, steps: the same for the prompt's tokens and the schedule.
+        text_tokens, steps: smallest, usual and largest number of the prompt's tokens and of steps.
 
     Raises:
-        InputError: not in ascending order.
+        InputError: sizes are not in ascending order.
     """
 
     smallest: Size = Size(256, 256)
@@ -101,7 +101,7 @@ class Profile:
                 raise InputError(f"{name} must be three ascending positive numbers, got {getattr(self, name)}")
 
     def axes(self, which: int) -> dict[str, int]:
-        """Dynamic axes of the smallest (0), usual (1) or largest (2) run."""
+        """The sizes of the dynamic axes in the smallest (0), usual (1) or largest (2) run."""
         size, text = (self.smallest, self.usual, self.largest)[which], self.text_tokens[which]
         return {
             "batch": size.batch,
@@ -113,11 +113,11 @@ class Profile:
 
 
 def parse_targets(text: str | None, package: Package) -> list[str]:
-    """Names of TensorRT's compute capabilities, e.g. ["SM89"], from "89", "8.9", "sm_89", or several with commas.
+    """Read compute capabilities such as "89", "8.9" or "sm_89", several with commas, as TensorRT's names ("SM89").
 
     Raises:
-        InputError: unknown, or not one that the package builds for.
-        DeviceError: none was named and there is no GPU here.
+        InputError: the package doesn't build for such a compute capability.
+        DeviceError: none was named, and there is no GPU here.
     """
     trt = package.load()
     local = None
@@ -159,24 +159,24 @@ def build_engine(
     refit: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Manifest:
-    """Build an engine of an exported step, and enter it into the manifest.
+    """Build an engine of an exported step, and add it to the manifest.
 
     Args:
         bundle: see `step_model`.
         folder, manifest: the export.
         graph: "step", or "step_scaled" for runs with a condition_scale.
-        profile: sizes that it takes.
+        profile: the sizes that the engine takes.
         target: one of `parse_targets`.
-        weight_streaming: weights may stay in the host's memory where the GPU's is too small.
-        refit: weights may be exchanged later; such an engine needs a GPU to be built.
-        progress: called with a phase of the build, the steps done and how many there are.
+        weight_streaming: allow weights to stay in the host's memory if the GPU's memory is too small.
+        refit: allow weights to be exchanged later. Building such an engine needs a GPU.
+        progress: is called with a phase of the build, the number of its finished steps, and that of all its steps.
 
     Returns:
-        The manifest, as it is now in the folder.
+        The new manifest, which is also written to the folder.
 
     Raises:
-        RefusedNodesError: names every node that TensorRT doesn't take.
-        ConfigError: TensorRT can't build it.
+        RefusedNodesError: TensorRT refuses nodes of the graph; the error names all of them.
+        ConfigError: TensorRT can't build the engine.
         DeviceError: the package is missing, or ``refit`` without a GPU.
     """
     model = step_model(bundle, manifest, graph)
@@ -218,10 +218,10 @@ def build_engine(
 
 
 def step_model(bundle: TensorSource, manifest: Manifest, graph: str) -> onnx.ModelProto:
-    """The step as TensorRT takes it: it refuses Attention in float32, whose plain parts it takes.
+    """The step in a form that TensorRT accepts: in float32 it refuses Attention, but accepts the operators it consists of.
 
     Args:
-        bundle: the one that the export's weights are in: of copied weights, the copy.
+        bundle: the file with the export's weights; if they were copied, the copy.
     """
     dtype = manifest_dtype(manifest)
     options = ExportOptions(dtype=dtype, opset=manifest.opset, model=ModelConfig.from_mapping(manifest.model_config))
@@ -240,11 +240,11 @@ def build_plan(
     refit: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Any:
-    """A plan of any graph, in memory.
+    """Build the plan of any graph in memory.
 
     Args:
-        folder: where the graph's weights are.
-        shapes: input -> smallest, usual and largest shape.
+        folder: the folder with the graph's weights.
+        shapes: the smallest, usual and largest shape of each input.
         target: one of `parse_targets`.
 
     Raises:
@@ -275,7 +275,7 @@ def build_plan(
     for name, (low, usual, high) in shapes.items():
         profile.set_shape(name, tuple(low), tuple(usual), tuple(high))
     config.add_optimization_profile(profile)
-    # In TensorRT-RTX it is deprecated.
+    # The timing cache is deprecated in TensorRT-RTX.
     timings = folder / f"timing.{package.name}.cache" if package.name == "tensorrt" else None
     if timings is not None:
         cache = config.create_timing_cache(timings.read_bytes() if timings.exists() else b"")
@@ -293,7 +293,7 @@ def build_plan(
 def _refused(
     trt: Any, parser: Any, logger: Any, model: onnx.ModelProto, raw: bytes, path: str
 ) -> list[tuple[str, str, str]]:
-    """Every refused node: name, operator, reason. Parsing stops at the first, so the others are asked for."""
+    """Name, operator and reason of every refused node. The parser stops at the first, so it is asked about the rest."""
     refused: dict[str, tuple[str, str, str]] = {}
     for i in range(parser.num_errors):
         error = parser.get_error(i)
@@ -312,7 +312,7 @@ def _refused(
 
 
 def _logger(trt: Any) -> Any:
-    """Keeps the errors, prints nothing."""
+    """A logger that keeps the errors and prints nothing."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -327,7 +327,7 @@ def _logger(trt: Any) -> Any:
 
 
 def _monitor(trt: Any, progress: Callable[[str, int, int], None]) -> Any:
-    """Passes on the phases of a build."""
+    """A monitor that passes the phases of a build on to ``progress``."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""FLUX's VAE as graphs: pictures to packed latents, packed latents to images (diffusers' AutoencoderKL)."""
+"""FLUX's VAE (diffusers' AutoencoderKL) as two graphs: pictures to packed latents, and packed latents to images."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ NORM_EPS = 1e-6
 
 
 class VaeGraph:
-    """Builds encoder or decoder.
+    """Builds the encoder or the decoder.
 
     Args:
         builder: an empty graph.
-        config: the bundle's; its VAE must be of plain residual blocks, as FLUX's is.
+        config: of the bundle. Its VAE must consist of plain residual blocks, as FLUX's does.
 
     Raises:
-        CheckpointError: the VAE has blocks, activations or settings that this doesn't know.
+        CheckpointError: the VAE has blocks or activations that can't be exported.
     """
 
     def __init__(self, builder: GraphBuilder, config: BundleConfig) -> None:
@@ -43,7 +43,7 @@ class VaeGraph:
         return self.vae.get(name, default)
 
     def build_encoder(self) -> onnx.ModelProto:
-        """Pictures -> the mean of their posterior, scaled and packed, see `mogle_rt.engines.manifest`."""
+        """Pictures -> the mean of their posterior, scaled and packed, as `mogle_rt.engines.manifest` describes."""
         g, C = self.g, self.latent_channels
         pictures = g.input("pictures", ("pictures", "height", "width", 3), torch.uint8)
         x = g.node("Transpose", g.cast(pictures, g.dtype), perm=[0, 3, 1, 2])
@@ -67,7 +67,7 @@ class VaeGraph:
         return g.model()
 
     def build_decoder(self) -> onnx.ModelProto:
-        """Packed latents -> images in [0, 1], see `mogle_rt.engines.manifest`."""
+        """Packed latents -> images in [0, 1], as `mogle_rt.engines.manifest` describes."""
         g, C = self.g, self.latent_channels
         latents = g.input("latents", ("batch", "tokens", 4 * C))
         rows, columns = g.nodes_of("Split", [g.input("grid", (2,), torch.int64)], 2, axis=0, num_outputs=2)
@@ -108,7 +108,7 @@ class VaeGraph:
             return self.g.node("Conv", x, *weights, pads=list(pads), strides=[stride, stride])
 
     def _norm(self, x: str, layer: str) -> str:
-        """GroupNorm: statistics of each group in float32 (InstanceNormalization of the groups), then the weights."""
+        """GroupNorm: an InstanceNormalization of the groups, so that statistics are float32, and then the weights."""
         g = self.g
         with g.scope(layer):
             groups = g.to_float32(g.reshape(x, (0, self.groups, -1)))
@@ -141,7 +141,7 @@ class VaeGraph:
         return self._resnet(x, f"{block}.resnets.1")
 
     def _attention(self, x: str, layer: str) -> str:
-        """Attention of all places to each other, one head: [B, C, H, W] -> the same."""
+        """Attention with one head, in which all places see each other: [B, C, H, W] -> [B, C, H, W]."""
         g = self.g
         width = g.weights.tensors[f"vae.{layer}.to_q.weight"].shape[0]
         with g.scope(layer):

@@ -1,8 +1,9 @@
-"""Random inputs through exported graphs and through the torch engine: are the graphs right?
+"""Checks exported graphs: random inputs go through them and through the torch engine, and the results are compared.
 
-float32 and float16 graphs run in onnxruntime; bfloat16, which its CPU kernels don't take, in ONNX's reference evaluator.
-What is too large for that is built once more in float32, over the same weights; and of a model that is too large for
-memory, one double and one single block are taken, each alone, at full width. The torch engine computes in float32.
+onnxruntime runs graphs in float32 and float16. Its CPU kernels don't take bfloat16, so ONNX's reference evaluator runs such
+graphs. Graphs that are too large for the evaluator are built again in float32, with the same weights. Of a model that is too
+large for memory, one double block and one single block are checked, each alone and at full width. The torch engine computes
+in float32.
 """
 
 from __future__ import annotations
@@ -34,21 +35,24 @@ from mogle_rt.export.run_graphs import CPU, Run, evaluate, options_of, run_built
 from mogle_rt.export.weights import Weights, exported_names
 from mogle_rt.loop.schedule import make_schedule
 
-# Largest relative RMS error; the largest single one, relative to the largest value, may be LARGEST times that.
+# The largest relative RMS error that is allowed. A single error, relative to the largest value, may be LARGEST times that.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-VAE_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}  # its GroupNorms are tender
+VAE_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}  # its norms amplify errors
 LARGEST = 20
 STEPS = 3
-EVALUATED = 5_000_000  # parameters up to which the reference evaluator is quick enough
-WHOLE = 500_000_000  # parameters up to which the whole model is run
+EVALUATED = 5_000_000  # the most parameters for which the reference evaluator is fast enough
+WHOLE = 500_000_000  # the most parameters for which the whole model is run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One comparison, and whether the error is what the dtype explains.
+    """One comparison, and whether rounding in the dtype explains its error.
 
     Attributes:
-        what: graph and sizes. by: what ran the graph. rms, largest: relative errors. tolerance: of the RMS error.
+        what: the graph and its sizes.
+        by: what ran the graph.
+        rms, largest: relative errors.
+        tolerance: the largest RMS error that is allowed.
     """
 
     what: str
@@ -59,13 +63,13 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        """NaN passes nothing."""
+        """Whether both errors are small enough. With NaN a comparison fails."""
         return self.rms <= self.tolerance and self.largest <= LARGEST * self.tolerance
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a random run: images, rows and columns of tokens, text tokens."""
+    """The sizes of a random run: number of images, rows and columns of tokens, text tokens; and condition_scale."""
 
     batch: int
     grid: tuple[int, int]
@@ -79,7 +83,7 @@ class Case:
         return f"{size}, batch {self.batch}, {self.text} text tokens{scaled}"
 
     def conditions(self, bundle: TensorSource) -> Conditions:
-        """Random ones, the same each time."""
+        """Random conditions, the same in every run."""
         t, g = bundle.config.transformer, torch.Generator().manual_seed(7)
         tokens = math.prod(self.grid)
         return Conditions.from_mask_latents(
@@ -94,7 +98,7 @@ class Case:
         )
 
     def latents(self, bundle: TensorSource) -> Tensor:
-        """Random noise [B, N, 64]."""
+        """Random noise [B, N, 64], the same in every run."""
         shape = self.batch, math.prod(self.grid), bundle.config.transformer.in_channels
         return torch.randn(shape, generator=torch.Generator().manual_seed(8))
 
@@ -113,12 +117,12 @@ def verify(
     """Compare an export with the torch engine.
 
     Args:
-        bundle: what was exported.
+        bundle: the bundle that was exported.
         folder, manifest: the export.
-        progress: called with each comparison's name before it is made.
+        progress: is called with the name of each comparison before it is made.
 
     Raises:
-        CheckpointError: graphs can't be run as they are, and what is run in their place is not the same.
+        CheckpointError: the graphs can't be run themselves, and those built to be run instead differ from them.
     """
     model = ModelConfig.from_mapping(manifest.model_config)
     placed = bundle if manifest.weights.file is None else Bundle(folder / manifest.weights.file)
@@ -150,14 +154,14 @@ def verify(
 def check(
     path: str | Path, checkpoint: str | Path | None, progress: Callable[[str], None] | None = None
 ) -> list[Comparison]:
-    """Verify an export again, after reading all of its files.
+    """Verify an export again, after checking the contents of all its files.
 
     Args:
         path: its folder.
-        checkpoint: the bundle; needed where the weights were embedded.
+        checkpoint: the bundle; it is needed only if the weights were embedded.
 
     Raises:
-        CheckpointError: a file is missing, moved or changed.
+        CheckpointError: a file is missing or was changed.
     """
     manifest, folder = Manifest.read(path), manifest_path(path).parent
     manifest.check_files(folder)
@@ -178,7 +182,7 @@ def check(
 
 
 def summary(results: list[Comparison]) -> tuple[Mapping[str, Any], ...]:
-    """For the manifest. JSON has no NaN or infinity: such errors become null."""
+    """The results as the manifest holds them. JSON has no NaN or infinity, so such errors become null."""
 
     def known(value: object) -> object:
         return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -187,10 +191,10 @@ def summary(results: list[Comparison]) -> tuple[Mapping[str, Any], ...]:
 
 
 def require(results: list[Comparison]) -> None:
-    """Raise if a comparison failed.
+    """Check that all comparisons passed.
 
     Raises:
-        NumericalError: names the worst.
+        NumericalError: some failed; the message names the worst.
     """
     failed = [r for r in results if not r.passed]
     if failed:
@@ -205,7 +209,7 @@ def require(results: list[Comparison]) -> None:
 
 
 def _coarsest(bundle: TensorSource, manifest: Manifest, computed: torch.dtype) -> torch.dtype:
-    """What rounds most: the arithmetic, or weights that were copied or embedded in another dtype than they had."""
+    """The dtype that rounds most: that of the arithmetic, or that to which weights were converted for the export."""
     dtype = manifest_dtype(manifest)
     rounded = manifest.weights.mode != "link" and any(
         bundle.tensors[name].dtype != dtype for name in exported_names(bundle)
@@ -219,7 +223,10 @@ def _parameters(bundle: TensorSource) -> int:
 
 
 def _parts(bundle: TensorSource) -> Iterator[tuple[str, list[int], list[int]]]:
-    """Title, double and single blocks of what is run: all; of a very large model, a block of either kind alone."""
+    """What is run: a title, and the numbers of double and single blocks.
+
+    It is the whole model or, if that is very large, one block of each kind alone.
+    """
     t = bundle.config.transformer
     if _parameters(bundle) <= WHOLE:
         yield "", list(range(t.num_layers)), list(range(t.num_single_layers))
@@ -232,7 +239,7 @@ def _parts(bundle: TensorSource) -> Iterator[tuple[str, list[int], list[int]]]:
 
 
 def _require_same_graphs(placed: Bundle, folder: Path, manifest: Manifest) -> None:
-    """Graphs that are built for verification are those in the files; by the same software, to the byte."""
+    """Check that graphs built for verification equal the files to the byte. Other software versions may write others."""
     software = manifest.software
     if (software.get("mogle_rt"), software.get("onnx")) != (__version__, onnx.__version__):
         return
@@ -248,7 +255,7 @@ def _runner(source: TensorSource, folder: Path, manifest: Manifest, *, whole: bo
     """What runs the step's graphs, its name, and the dtype in which it computes.
 
     Args:
-        source: the placed weights, or some blocks of them if not ``whole``.
+        source: the exported weights, or some blocks of them if not ``whole``.
     """
     dtype = manifest_dtype(manifest)
     if dtype == torch.bfloat16 and _parameters(source) <= EVALUATED:
@@ -269,7 +276,7 @@ def _vae_runner(placed: Bundle, folder: Path, manifest: Manifest) -> tuple[Run, 
 
 
 def _step(bundle: TensorSource, case: Case, run: Run) -> dict[str, Tensor]:
-    """Experts, preparation and a step, by the graphs."""
+    """Run the graphs of the experts, the preparation and a step."""
     c, schedule = case.conditions(bundle), make_schedule(bundle.config.scheduler, STEPS, math.prod(case.grid))
     inputs: dict[str, Tensor] = {
         "mask_latents": c.masks.stacked(),
@@ -299,7 +306,7 @@ def _torch_step(engine: TorchEngine, bundle: TensorSource, case: Case) -> dict[s
 
 
 def _compare_vae(bundle: Bundle, run: Run, by: str, tolerance: float) -> list[Comparison]:
-    """Encoder and decoder beside diffusers' module."""
+    """Compare encoder and decoder with diffusers' module."""
     vae = load_autoencoder(autoencoder(bundle.config.vae), bundle.part("vae", CPU, torch.float32), str(bundle.path))
     results = []
     g = torch.Generator().manual_seed(9)
@@ -324,14 +331,14 @@ def _compare_vae(bundle: Bundle, run: Run, by: str, tolerance: float) -> list[Co
 def _compare(
     what: str, by: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float
 ) -> Comparison:
-    """The worst of several tensors."""
+    """Compare several tensors; the result has the worst errors."""
     errors = [_errors(got[name].double(), value.double()) for name, value in expected.items()]
     rms, largest = (max(e, key=lambda v: math.inf if math.isnan(v) else v) for e in zip(*errors, strict=True))
     return Comparison(what=what, by=by, rms=rms, largest=largest, tolerance=tolerance)
 
 
 def _errors(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Relative RMS error, and the largest error relative to the largest value. Zeros that are zeros have none."""
+    """The relative RMS error, and the largest error relative to the largest value. If both are all zeros, it is 0."""
     if a.shape != b.shape:
         return math.inf, math.inf
     tiny = torch.finfo(torch.float32).tiny

@@ -1,6 +1,7 @@
-"""Weights of a graph: pointed to in the bundle, in a copy beside the graph, or written into the graph.
+"""Places the weights of graphs: graphs point into the bundle or into a copy beside them, or contain the weights.
 
-What loaders demand of external data (onnx 1.23, onnxruntime 1.31, TensorRT-RTX 1.7): a name without a folder, and
+Loaders accept external data only from a file in the graph's own folder. Which kinds of file they accept there (onnx 1.23,
+onnxruntime 1.31, TensorRT-RTX 1.7):
 
 | the file beside the graph is | onnxruntime, TensorRT | onnx.load, onnx.checker |
 |---|---|---|
@@ -8,8 +9,8 @@ What loaders demand of external data (onnx 1.23, onnxruntime 1.31, TensorRT-RTX 
 | a hard link to the bundle | yes | no, and the bundle itself no longer either |
 | a symbolic link | no | no |
 
-So graphs go beside the bundle unless another folder is asked for; there the bundle is cloned if the file system can,
-else hard-linked.
+So graphs are written beside the bundle unless another folder is asked for. In that case the bundle is cloned into this
+folder if the file system can do so, and otherwise it is hard-linked.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ Mode = Literal["link", "copy", "embed"]
 MODES = ("link", "copy", "embed")
 EXPORTED_PARTS = ("transformer", "lora", "mogle", "vae")
 COPY_NAME = "weights.safetensors"
-EMBED_LIMIT = 2_000_000_000  # bytes; a protobuf message ends at 2 GiB
+EMBED_LIMIT = 2_000_000_000  # bytes; a protobuf message can't be larger than 2 GiB
 ALIGNMENT = 4096
 CPU = torch.device("cpu")
-FICLONE = 0x40049409  # Linux's request to share a file's blocks
+FICLONE = 0x40049409  # Linux's request number for sharing a file's blocks
 
 ONNX_TYPES = {
     torch.float32: onnx.TensorProto.FLOAT,
@@ -49,14 +50,14 @@ ONNX_TYPES = {
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the weights of a graph lie.
+    """Where the weights of a graph are.
 
     Attributes:
-        tensors: every weight's dtype, shape and place in the file.
-        location: the file's name, beside the graph; None where the weights go into the graph.
-        bundle: read for embedding.
-        dtype: what embedded weights are converted to.
-        sha256: the content hash of the file.
+        tensors: the dtype, the shape and the place in the file of every weight.
+        location: the name of the file beside the graph; None if the weights go into the graph itself.
+        bundle: is read if weights are embedded.
+        dtype: embedded weights are converted to it.
+        sha256: the hash of the file's contents.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -88,7 +89,7 @@ class Weights:
 
 
 def exported_names(bundle: TensorSource) -> list[str]:
-    """Tensors of the bundle that graphs read, in the order of the file."""
+    """The names of the bundle's tensors that graphs read, in the order of the file."""
     return [name for name in bundle.tensors if name.split(".", 1)[0] in EXPORTED_PARTS]
 
 
@@ -96,14 +97,14 @@ def place_weights(bundle: Bundle, folder: Path, new: Path, mode: Mode, dtype: to
     """Put weights where graphs in ``folder`` find them.
 
     Args:
-        new: where files lie that ``folder`` gets, see `mogle_rt.bundle.files.replace_together`.
+        new: the folder of files that are moved into ``folder`` later, see `mogle_rt.bundle.files.replace_together`.
         mode: "link" points into the bundle (weights stay in the stored dtype, and graphs cast them if they compute in
             another), "copy" writes `COPY_NAME` in ``dtype``, "embed" writes them into the graphs in ``dtype``.
 
     Raises:
-        CheckpointError: values that ``dtype`` can't hold.
-        InputError: the weights are too many to embed.
-        OutputError: the folder is on another file system than the bundle and the mode is "link"; or can't be written.
+        CheckpointError: ``dtype`` can't hold some values.
+        InputError: the weights are too large to embed.
+        OutputError: the folder can't be written to, or, with "link", it is on another file system than the bundle.
     """
     if mode == "link":
         name = _linked_name(bundle, folder)
@@ -118,19 +119,20 @@ def place_weights(bundle: Bundle, folder: Path, new: Path, mode: Mode, dtype: to
     size = sum(bundle.tensors[n].numel for n in exported_names(bundle)) * dtype.itemsize
     if size > EMBED_LIMIT:
         raise InputError(
-            f"weights of {size / 1e9:.1f} GB can't be embedded: an ONNX file ends at 2 GB; link or copy them"
+            f"weights of {size / 1e9:.1f} GB can't be embedded, because an ONNX file can't be larger than 2 GB; "
+            "link or copy them"
         )
     return Weights(bundle.tensors, None, bundle, dtype, "")
 
 
 def _linked_name(bundle: Bundle, folder: Path) -> str:
-    """The bundle's name; where that is a symbolic link in the same folder, which no loader follows, another one."""
+    """The bundle's file name, or another one if that is a symbolic link in this folder, which no loader follows."""
     given = folder / bundle.path.name
     return COPY_NAME if given.is_symlink() and given.exists() and given.samefile(bundle.path) else bundle.path.name
 
 
 def _link(path: Path, folder: Path, new: Path, name: str) -> None:
-    """The bundle's file under this name beside the graphs."""
+    """Put the bundle's file beside the graphs under this name, as a clone or a hard link."""
     target = folder / name
     if target.is_symlink():
         raise OutputError(
@@ -138,7 +140,7 @@ def _link(path: Path, folder: Path, new: Path, name: str) -> None:
         )
     if target.exists():
         if not target.samefile(path) and not _same(path, target):
-            raise OutputError(f"{target}: another file of the bundle's name is there; choose another folder")
+            raise OutputError(f"{target}: is another file with the bundle's name; choose another folder")
         return
     if _clone(path, new / name):
         return
@@ -152,15 +154,15 @@ def _link(path: Path, folder: Path, new: Path, name: str) -> None:
 
 
 def _same(path: Path, target: Path) -> bool:
-    """Whether the target is a clone or copy of the bundle, by its header."""
+    """Whether the target is a clone or a copy of the bundle, judged by size and header."""
     return path.stat().st_size == target.stat().st_size and header_sha256(path) == header_sha256(target)
 
 
 def _clone(path: Path, target: Path) -> bool:
-    """Share the file's blocks, where the file system can: an ordinary file that costs nothing."""
+    """Clone the file if the file system can: the clone shares its blocks, so it costs nothing. Whether this was done."""
     try:
         import fcntl
-    except ImportError:  # not on Windows
+    except ImportError:  # Windows has no such module
         return False
     try:
         with path.open("rb") as source, target.open("xb") as copy:
@@ -172,7 +174,11 @@ def _clone(path: Path, target: Path) -> bool:
 
 
 def _copy(bundle: Bundle, target: Path, dtype: torch.dtype) -> tuple[Mapping[str, TensorInfo], str]:
-    """Write the weights that graphs read, in ``dtype``: a bundle without text encoders. Its tensors, its content hash."""
+    """Write the weights that graphs read, in ``dtype``, as a bundle without text encoders.
+
+    Returns:
+        The tensors of the copy, and the hash of its contents.
+    """
     stored = {n: bundle.tensors[n] for n in exported_names(bundle)}
     sources = {n: StoredTensor(bundle.path, info) for n, info in stored.items()}
     config = replace(bundle.config, text_encoder=None, text_encoder_2=None)

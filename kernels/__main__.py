@@ -1,10 +1,11 @@
-"""``python -m mogle_rt.kernels``: what compilers make of every kernel, on a machine with or without a GPU.
+"""``python -m mogle_rt.kernels`` shows what the compilers make of every kernel. It needs no GPU.
 
-Each kernel is launched, on paper, at FLUX.1-dev's sizes (512 x 512 pixels, one image), compiled for each GPU and read
-back: registers, spills, shared memory, stack, instructions. A second table has bytes and FLOPs: the least that the work
-takes, each byte once, and what the programs ask for altogether, counted in Triton's interpreter (`requested`; not with
-``--compile-only``). ``--json`` prints both for programs. Exits with 1 where a kernel spills or takes more shared memory
-than the GPU has.
+The launches of every kernel at FLUX.1-dev's sizes (512 x 512 pixels, one image) are recorded instead of being run. They
+are then compiled for each GPU, and the first table shows the registers, spills, shared memory, stack and instructions of
+the result. The second table compares two counts of bytes and FLOPs: the least that the work takes, with each byte moved
+once, and what all programs together ask for. The latter is counted in Triton's interpreter (`requested`), unless
+``--compile-only`` is given. ``--json`` prints both tables for other programs to read. The exit code is 1 if a kernel
+spills or takes more shared memory than the GPU has.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ H100_BYTES, H100_FLOPS = 3.35e12, 989.4e12
 
 
 def costs(dtype: str) -> list[dict[str, Any]]:
-    """Declared cost of every workload, and the least time that an H100 takes for it, µs."""
+    """The declared cost of every workload, and the least time in µs that an H100 needs for it."""
     rows = []
     for work in [*workloads(DTYPES[dtype], "meta"), *variants(DTYPES[dtype])]:
         cost = work.declared()
@@ -42,19 +43,19 @@ def costs(dtype: str) -> list[dict[str, Any]]:
 
 
 def _requested(kernels: Sequence[str], dtypes: Sequence[str]) -> subprocess.Popen[str]:
-    """The count, begun in a process of its own, since this one compiles."""
+    """Start counting in a process of its own, because this process cannot both compile and interpret kernels."""
     base = {work.name for work in workloads(torch.bfloat16, "meta")}
-    known = [kernel for kernel in kernels if kernel in base]  # of variants the work is the same, or too long to count
+    known = [kernel for kernel in kernels if kernel in base]  # the variants do the same work, or take too long to count
     command = [sys.executable, "-m", "mogle_rt.kernels.requested", "--dtype", *dtypes, "--kernel", *known]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
 
 def _with_requested(least: list[dict[str, Any]], process: subprocess.Popen[str]) -> None:
-    """Wait for the count, and put it beside the least: ``requested_read``, ``requested_written``, ``requested_flops``.
+    """Wait for the count, and add it to the rows: ``requested_read``, ``requested_written``, ``requested_flops``.
 
     Raises:
-        RuntimeError: it failed; it has said why on stderr.
+        RuntimeError: counting failed; the process has printed the reason on stderr.
     """
     output, _ = process.communicate()
     if process.returncode:
@@ -85,7 +86,7 @@ def _print(compiled: list[dict[str, Any]], least: list[dict[str, Any]]) -> None:
         )
     console.print(table)
     table = Table(
-        title="work at least, each byte once; and what all programs ask for (FLOPs: of tl.dot alone)",
+        title="the least work, with each byte moved once, and what all programs ask for (FLOPs of tl.dot only)",
         header_style="bold",
     )
     for name in ("call", "dtype"):
@@ -116,7 +117,7 @@ def _good(r: dict[str, Any]) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code."""
+    """Run the command and return its exit code."""
     names = [w.name for w in workloads(torch.bfloat16, "meta")]
     parser = argparse.ArgumentParser(prog="python -m mogle_rt.kernels", description=(__doc__ or "").split("\n\n")[0])
     others = [w.name for w in variants(torch.bfloat16)]
@@ -124,11 +125,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kernel", choices=[*names, *others], nargs="+", default=names, metavar="CALL", help=told)
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"], help="default: bf16")
     parser.add_argument("--target", choices=TARGETS, nargs="+", default=list(TARGETS), help="default: all")
-    parser.add_argument("--compile-only", action="store_true", help="don't count what programs ask for (some minutes)")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    parser.add_argument("--compile-only", action="store_true", help="skip counting what programs ask for (minutes)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     given = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 is set: in the interpreter nothing can be compiled; unset it")
+        parser.error("TRITON_INTERPRET=1 is set, and Triton's interpreter can't compile kernels; unset it")
     process = None if given.compile_only else _requested(given.kernel, given.dtype)
     try:
         compiled = [
@@ -141,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
             _with_requested(least, process)
     finally:
         if process is not None and process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # its workers, too
+            os.killpg(process.pid, signal.SIGKILL)  # the whole group, so that its workers end as well
     if given.json:
         print(json.dumps({"compiled": compiled, "least": least}))
     else:

@@ -1,6 +1,7 @@
-"""Compile recorded launches for GPUs that aren't there, and read what the compiler made: registers, spills, instructions.
+"""Compiles recorded launches for GPUs that need not be present, and reads registers, spills and instructions.
 
-The tools that come with Triton do all of it; no driver is needed. Not in the interpreter (``TRITON_INTERPRET`` unset).
+The tools that come with Triton are enough for this; no driver is needed. It doesn't work in Triton's interpreter, so
+``TRITON_INTERPRET`` must not be set.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from mogle_rt.kernels.common import Launch
 from mogle_rt.kernels.workloads import DTYPES, variants, workloads
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
-# Instructions worth knowing of: matrix products, copies into shared memory, the widest and the narrowest accesses.
+# The instructions that are counted: matrix products, copies into shared memory, the widest and the narrowest accesses.
 CUDA_INSTRUCTIONS = re.compile(
     r"\b(HMMA|HGMMA|UTCHMMA|LDGSTS|LDG|STG)\b(\.[\w.]*)?",
 )
@@ -45,12 +46,13 @@ NARROW = {"LDG.16", "STG.16"}
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What one kernel takes of one GPU.
+    """What one kernel needs on one GPU.
 
     Attributes:
-        registers: of a thread. spills: loads and stores of local memory (on AMD, registers spilled). stack, shared:
-            bytes.
-        instructions: how many of each that is worth knowing of.
+        registers: of one thread.
+        spills: loads and stores of local memory; on AMD, the number of spilled registers.
+        stack, shared: bytes.
+        instructions: how often each of the counted instructions occurs.
     """
 
     kernel: str
@@ -64,28 +66,28 @@ class Resources:
 
     @property
     def tensor_cores(self) -> str:
-        """The matrix instruction that it uses: wgmma, tcgen05, mma, mfma, or nothing."""
+        """The matrix instruction that the kernel uses: wgmma, tcgen05, mma or mfma; empty if it uses none."""
         names = {"UTCHMMA": "tcgen05", "HGMMA": "wgmma", "HMMA": "mma", "v_mfma": "mfma"}
         return next((name for sass, name in names.items() if self.instructions.get(sass)), "")
 
     @property
     def wide_loads(self) -> int:
-        """Loads of 16 bytes a thread."""
+        """How many instructions load 16 bytes per thread."""
         return sum(n for name, n in self.instructions.items() if name in WIDE_LOADS)
 
     @property
     def wide_stores(self) -> int:
-        """Stores of 16 bytes a thread."""
+        """How many instructions store 16 bytes per thread."""
         return sum(n for name, n in self.instructions.items() if name in WIDE_STORES)
 
     @property
     def narrow_accesses(self) -> int:
-        """Loads and stores of two bytes a thread, on NVIDIA's GPUs."""
+        """How many instructions load or store two bytes per thread; counted on NVIDIA GPUs only."""
         return sum(n for name, n in self.instructions.items() if name in NARROW)
 
 
 def _source(launch: Launch) -> Any:
-    """The launch's kernel, specialised as a launch on a GPU specialises it: values 1, and multiples of 16."""
+    """The launch's kernel, specialised as on a GPU: for arguments that are 1 and for multiples of 16."""
     kernel = launch.kernel
     signature, constants, attributes = {}, dict(launch.meta), {}
     values = dict(zip(kernel.arg_names, launch.args, strict=False))
@@ -95,7 +97,7 @@ def _source(launch: Launch) -> Any:
         value = values.get(name, constants.get(name))
         if isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
-            attributes[(i,)] = ALIGNED  # allocations begin at multiples of 256 bytes
+            attributes[(i,)] = ALIGNED  # allocations start at multiples of 256 bytes
         elif name in values and isinstance(value, float):
             signature[name] = "fp32"
         elif name in values and isinstance(value, int) and value != 1:
@@ -109,13 +111,13 @@ def _source(launch: Launch) -> Any:
 
 
 def compile_launch(launch: Launch, target: str) -> Resources:
-    """Compile for one of `TARGETS` and disassemble."""
+    """Compile a launch for one of `TARGETS`, and disassemble the result."""
     options = {name: launch.meta[name] for name in ("num_warps", "num_stages") if name in launch.meta}
     if target.startswith("sm_"):
         compiled = triton.compile(_source(launch), target=GPUTarget("cuda", int(target[3:]), 32), options=options)
         registers, spills, stack, instructions = _read_cuda(compiled)
     else:
-        if launch.meta.get("PRECISION") == "tf32x3":  # as `precision` has it on AMD
+        if launch.meta.get("PRECISION") == "tf32x3":  # what `precision` returns on AMD
             launch = dataclasses.replace(launch, meta=launch.meta | {"PRECISION": "ieee"})
         compiled = triton.compile(_source(launch), target=GPUTarget("hip", target, 64), options=options)
         registers, spills, stack, instructions = _read_hip(compiled)
@@ -141,7 +143,7 @@ def _compile_one(name: str, dtype: str, number: int, target: str) -> Resources:
 
 
 def _identity(launch: Launch) -> Any:
-    """What decides about a launch's code: equal for launches that are compiled into the same."""
+    """A key that is equal for launches which are compiled into the same code."""
     source = _source(launch)
     options = {name: launch.meta.get(name) for name in ("num_warps", "num_stages")}
     parts = (source.signature, source.constants, source.attrs, options)
@@ -151,15 +153,15 @@ def _identity(launch: Launch) -> Any:
 def compile_all(
     names: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]
 ) -> list[tuple[str, str, Resources]]:
-    """Workload, dtype and `Resources` of every launch of these workloads, on all cores.
+    """Compile every launch of these workloads on all cores: workload, dtype and `Resources` of each.
 
-    Launches that give the same code are compiled once.
+    Launches that give the same code are compiled only once.
     """
     return compile_jobs(list(itertools.product(names, dtypes, targets)))
 
 
 def compile_jobs(jobs: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, Resources]]:
-    """The same for chosen workloads, each with its dtype and target."""
+    """`compile_all` for chosen triples of workload, dtype and target."""
     made = {pair: _launches(*pair) for pair in dict.fromkeys((name, dtype) for name, dtype, _ in jobs)}
     asked = [
         (name, dtype, (_identity(launch), target), (name, dtype, number, target))
@@ -167,7 +169,7 @@ def compile_jobs(jobs: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, R
         for number, launch in enumerate(made[name, dtype])
     ]
     distinct = {key: job for _, _, key, job in reversed(asked)}
-    context = multiprocessing.get_context("spawn")  # a forked child would share the parent's threads' locks
+    context = multiprocessing.get_context("spawn")  # a forked child could inherit a lock that one of our threads holds
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         done = dict(zip(distinct, pool.map(_compile_one, *zip(*distinct.values(), strict=True)), strict=True))
     return [(name, dtype, done[key]) for name, dtype, key, _ in asked]
@@ -189,7 +191,7 @@ def _read_cuda(compiled: Any) -> tuple[int, int, int, dict[str, int]]:
         if opcode not in ACCESSES:
             found[opcode] += 1
             continue
-        # The width is a modifier: none for four bytes.
+        # The width of an access is a modifier; accesses of four bytes have none.
         for width in ("128", "16"):
             if re.search(rf"\.[US]?{width}\b", modifiers):
                 found[f"{opcode}.{width}"] += 1
@@ -207,5 +209,5 @@ def _read_hip(compiled: Any) -> tuple[int, int, int, dict[str, int]]:
 
 def _number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
-    assert found, f"no {pattern} in what the tool printed"
+    assert found, f"no {pattern} in the tool's output"
     return int(found[1])

@@ -1,12 +1,14 @@
 """The GPUs that the kernels are compiled for ahead of time, in the tests and by ``python -m mogle_rt.kernels``.
 
-This module needs no Triton: whether kernels may run on a GPU is asked where Triton may be missing, too.
+This module does not import Triton, because the question whether kernels may run on a GPU also comes up where Triton is
+not installed.
 """
 
 from __future__ import annotations
 
-# Shared memory that a program may have, bytes: CUDA C++ Programming Guide, table "technical specifications per compute
-# capability" (maximum per thread block, without the 1 KiB that the system keeps); CDNA 3 ISA guide for gfx942.
+# The bytes of shared memory that a program may use. Sources: the CUDA C++ Programming Guide, table "technical
+# specifications per compute capability" (maximum per thread block, less the 1 KiB that the system keeps), and the CDNA 3
+# ISA guide for gfx942.
 SHARED_LIMITS = {
     "sm_80": 166912,
     "sm_86": 101376,

@@ -1,4 +1,4 @@
-"""What the launchers share: declared cost, checks of their arguments, and where a launch goes."""
+"""What all launchers share: the type of a declared cost, checks of arguments, and launching or recording a kernel."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor
 from triton import knobs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-LARGEST_ROW = 16384  # channels that a program holds in registers
+LARGEST_ROW = 16384  # the most channels that a program holds in registers
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelCost:
-    """What a launch takes at least.
+    """The least that a call takes.
 
     Attributes:
-        read, written: bytes, each address once.
-        flops: floating point operations of its matrix products; a multiply-add is two.
-        launches: kernels.
+        read, written: bytes, with each address counted once.
+        flops: floating point operations of the matrix products; a multiply-add counts as two.
+        launches: how many kernels are launched.
     """
 
     read: int
@@ -40,7 +40,7 @@ class KernelCost:
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that was recorded in place of being done: kernel, programs, arguments, constants and options."""
+    """A launch that was recorded instead of being run: kernel, grid of programs, arguments, constants and options."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -48,16 +48,18 @@ class Launch:
     meta: dict[str, Any]
 
 
-# A context variable, so that a thread that records leaves the launches of all other threads alone.
+# A context variable, so that recording in one thread does not affect launches of other threads.
 _recorded: ContextVar[list[Launch] | None] = ContextVar("_recorded", default=None)
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Within it, launchers of this thread take tensors of any device (even meta) and tiles as on a GPU; nothing runs.
+    """Record the launches of this thread instead of running them. Tensors may be on any device, even the meta device.
+
+    Tiles are chosen as on a GPU.
 
     Yields:
-        The list to which each launch is added.
+        The list to which every launch is appended.
     """
     launches: list[Launch] = []
     token = _recorded.set(launches)
@@ -68,7 +70,7 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Launch on the device of the first argument, or note it down for `recording`."""
+    """Launch a kernel on the device of its first argument, or only record the launch inside `recording`."""
     recorded = _recorded.get()
     if recorded is not None:
         recorded.append(Launch(kernel, grid, args, meta))
@@ -78,7 +80,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` when triton was imported)."""
+    """Whether kernels run in Triton's interpreter, as they do if ``TRITON_INTERPRET=1`` was set when Triton was imported."""
     return _recorded.get() is None and bool(knobs.runtime.interpret)
 
 
@@ -88,21 +90,24 @@ def power_of_two(n: int, least: int = 1) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies fp32 values: as three TF32 products, less terms of 2^-22; on NVIDIA "ieee" would spill."""
+    """How `tl.dot` multiplies fp32 values: as three TF32 products, which lose terms of 2^-22.
+
+    On NVIDIA GPUs "ieee" would make kernels spill. AMD has no such products and takes "ieee".
+    """
     return "ieee" if dtype == torch.float32 and torch.version.hip else "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises ValueError with ``message`` where ``condition`` doesn't hold."""
+    """Raise ValueError with ``message`` unless ``condition`` holds."""
     if not condition:
         raise ValueError(message)
 
 
 def check(name: str, x: Tensor, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> None:
-    """``x`` has this shape, the device and dtype of ``like`` (or ``dtype``), and unit stride in its last dimension.
+    """Check that ``x`` has this shape, the device of ``like``, its dtype (or ``dtype``), and unit stride at the end.
 
     Raises:
-        ValueError: it hasn't.
+        ValueError: one of these does not hold.
     """
     dtype = like.dtype if dtype is None else dtype
     if tuple(x.shape) != tuple(shape):
@@ -114,10 +119,10 @@ def check(name: str, x: Tensor, shape: Sequence[int], like: Tensor, dtype: torch
 
 
 def check_rows(name: str, x: Tensor) -> int:
-    """[L, B, ...] is one run of rows l * B + b; returns the stride of a row.
+    """Check that rows l * B + b of [L, B, ...] lie at one common stride, and return this stride.
 
     Raises:
-        ValueError: positions and images don't lie at one stride.
+        ValueError: there is no common stride of positions and images.
     """
     L, B = x.shape[:2]
     if B == 1:
@@ -128,10 +133,10 @@ def check_rows(name: str, x: Tensor) -> int:
 
 
 def check_device(x: Tensor) -> None:
-    """Kernels run on GPUs, and on the CPU in the interpreter, in the dtypes they know.
+    """Check that kernels can run on this tensor: on a GPU, or on the CPU in the interpreter, in one of `DTYPES`.
 
     Raises:
-        ValueError: this tensor's device or dtype isn't one of those.
+        ValueError: the tensor has another device or dtype.
     """
     if x.dtype not in DTYPES:
         raise ValueError(f"kernels take {', '.join(map(str, DTYPES))}, got {x.dtype}")
@@ -140,7 +145,7 @@ def check_device(x: Tensor) -> None:
 
 
 def check_bounds(bounds: Sequence[int], length: int) -> tuple[int, int]:
-    """Ends of the first two of at most three row groups.
+    """The ends of the first two groups of positions, of which there are one to three.
 
     Raises:
         ValueError: the ends don't ascend to ``length``.
@@ -153,10 +158,10 @@ def check_bounds(bounds: Sequence[int], length: int) -> tuple[int, int]:
 
 
 def group_rows(bounds: Sequence[int]) -> list[slice]:
-    """Positions of each group."""
+    """The positions of each group, as slices."""
     return [slice(start, end) for start, end in zip([0, *bounds], bounds, strict=False)]
 
 
 def nbytes(*tensors: Tensor | None) -> int:
-    """Bytes of tensors' elements."""
+    """Bytes of all elements of these tensors; None counts as nothing."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -1,4 +1,4 @@
-"""The region experts, as a part of the kernels that run them: checks, device code and their twin."""
+"""The region experts, a part of several kernels: checks of arguments, device code, and the same in PyTorch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mogle_rt.kernels.inputs import Experts
 
 
 def check_experts(experts: Experts) -> None:
-    """Raises ValueError where a shape, dtype, stride or device doesn't fit.
+    """Raise ValueError if a shape, dtype, stride or device doesn't fit.
 
-    Values of the index are not checked, because reading them would wait for the GPU.
+    The values of the index are not checked, because reading them would mean waiting for the GPU.
     """
     x = experts.planes
     check_device(x)
@@ -38,7 +38,7 @@ def check_experts(experts: Experts) -> None:
 
 
 def expert_arguments(experts: Experts) -> tuple[Any, ...]:
-    """The tensors and strides that both kernels with experts take, in their order."""
+    """The tensors and strides that both kernels with experts take, in the order of their parameters."""
     return (
         experts.planes,
         experts.index,
@@ -71,7 +71,10 @@ def expert_constants(experts: Experts) -> dict[str, Any]:
 
 
 def expert_outputs_ref(experts: Experts) -> Tensor:
-    """The bank in PyTorch, fp32 (fp64 for fp64): [N, B, E, C]. The hidden layer is rounded to the dtype."""
+    """The bank [N, B, E, C], computed by PyTorch in fp32, or in fp64 if the inputs are fp64.
+
+    The hidden layer is rounded to the inputs' dtype, as in the kernel.
+    """
     dtype = experts.planes.dtype
     exact = torch.promote_types(dtype, torch.float32)
     present = (experts.index >= 0)[..., None, None]
@@ -82,10 +85,14 @@ def expert_outputs_ref(experts: Experts) -> Tensor:
 
 
 def _present(experts: Experts) -> tuple[int, int, int, int]:
-    """Distinct pictures in use, experts with one, experts without one in some image, pairs of image and expert.
+    """Counts that the index gives, for declared costs.
 
-    From the index; where it has no values (fake and meta tensors), as if each picture were one expert's in
-    every image, so that a count needs no data.
+    Fake and meta tensors have no values. For them each picture is taken to belong to one expert in every image, so that
+    a cost can be counted without data.
+
+    Returns:
+        The number of distinct pictures that are used, of experts that see a picture in some image, of experts that see
+        none in some image, and of pairs of an image and an expert that sees a picture in it.
     """
     B, E = experts.index.shape
     if experts.index.is_meta or isinstance(experts.index, FakeTensor):
@@ -97,7 +104,7 @@ def _present(experts: Experts) -> tuple[int, int, int, int]:
 
 
 def expert_read(experts: Experts) -> int:
-    """Bytes of the index, and of those pictures, weights and absent rows that are used, each read once."""
+    """Bytes of the index and of all pictures, weights and absent rows that are used, each read once."""
     N, _, C, H, _ = experts.sizes
     distinct, present, absent, _ = _present(experts)
     values = (distinct + absent) * N * C + present * (2 * H * C + H + C)
@@ -105,7 +112,7 @@ def expert_read(experts: Experts) -> int:
 
 
 def expert_flops(experts: Experts) -> int:
-    """Floating point operations of both layers, of the experts that see a picture."""
+    """Floating point operations of both layers, for experts that see a picture."""
     N, _, C, H, _ = experts.sizes
     return 4 * _present(experts)[3] * N * C * H
 
@@ -138,7 +145,7 @@ def expert_outputs(
     H_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One expert's outputs for some tokens, fp32 [ROWS, C_BLOCK]."""
+    """One expert's outputs for the tokens of a program, fp32 [ROWS, C_BLOCK]."""
     c, h = tl.arange(0, C_BLOCK), tl.arange(0, H_BLOCK)
     mask = live[:, None] & (c < C)[None, :]
     if plane >= 0:

@@ -1,4 +1,4 @@
-"""The gate over the experts, as a part of the kernels that mix them: checks, tiles, device code and its twin."""
+"""The gate over the experts, a part of several kernels: checks of arguments, tiles, device code, the same in PyTorch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch import Tensor
 from mogle_rt.kernels.common import check, check_device, interpreted, nbytes, power_of_two, precision, require
 from mogle_rt.kernels.inputs import Gate
 
-LARGEST_WIDTH = 256  # of latents and the gate's layers: a program holds them whole
+LARGEST_WIDTH = 256  # the most channels of latents and of the gate's layers, because a program holds them whole
 
-# Triton lays all products of a chain out alike, and by the first that isn't wider than tall it would put the warps
-# below each other: with 16 rows each warp would then compute all of them. No matrix is narrower, therefore.
+# The least width of a block in the gate's products. Triton distributes all products of a chain over the warps in the same
+# way. If the first product were not wider than tall, it would put the warps one below the other, and with only 16 rows
+# every warp would then compute all of them.
 WIDER_THAN_TALL = 32
 
 
 def check_gate(gate: Gate) -> None:
-    """Raises ValueError where a shape, dtype, stride or device doesn't fit."""
+    """Raise ValueError if a shape, dtype, stride or device doesn't fit."""
     x = gate.latents
     check_device(x)
     require(x.dim() == 3, f"latents must be [N, B, C], got {list(x.shape)}")
@@ -38,7 +39,7 @@ def check_gate(gate: Gate) -> None:
 
 
 def gate_arguments(gate: Gate) -> tuple[Any, ...]:
-    """The tensors, strides and count of tokens that `gate_weights` and every kernel with a gate take first."""
+    """The first arguments of every kernel with a gate: tensors, strides and the number of tokens."""
     return (
         gate.latents,
         gate.gate_input,
@@ -73,7 +74,7 @@ def gate_constants(gate: Gate) -> dict[str, Any]:
 
 
 def gate_weights_ref(gate: Gate) -> Tensor:
-    """`gate_weights` in PyTorch, fp32 (fp64 for fp64): [N, B, E]. Each layer's result is rounded to the dtype."""
+    """`gate_weights` [N, B, E] by PyTorch in fp32, or in fp64 for fp64. Results of layers are rounded to the dtype."""
     dtype = gate.latents.dtype
     exact = torch.promote_types(dtype, torch.float32)
 
@@ -98,9 +99,10 @@ def gate_flops(gate: Gate) -> int:
 
 
 def tile_rows(tokens: int, batch: int, dtype: torch.dtype) -> int:
-    """Tokens of a program: as few as a tensor-core tile has, until there are many programs for every multiprocessor.
+    """How many tokens a program computes.
 
-    fp32 keeps to them: its three products a layer would spill with more.
+    A program takes only 16 tokens, the height of a tensor-core tile, until there are many programs for each
+    multiprocessor. In fp32 it always takes 16, because the three products of each layer would spill with more.
     """
     if interpreted():
         return min(power_of_two(tokens, 16), 256)
@@ -109,7 +111,7 @@ def tile_rows(tokens: int, batch: int, dtype: torch.dtype) -> int:
 
 @triton.jit
 def load_transposed(weight_ptr, stride, inner, outer, INNER: tl.constexpr, OUTER: tl.constexpr):
-    """[out, in] in memory -> [in, out], 0 outside."""
+    """Load a weight that lies in memory as [out, in] as a block [in, out], with zeros outside of it."""
     mask = (inner < INNER)[:, None] & (outer < OUTER)[None, :]
     return tl.load(weight_ptr + (outer * stride)[None, :] + inner[:, None], mask=mask, other=0.0)
 
@@ -142,7 +144,7 @@ def gate_weights(
     E_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Softmax over the experts [ROWS, E_BLOCK] in fp32, 0 past E, and the latents [ROWS, C_BLOCK]."""
+    """The softmax over the experts, fp32 [ROWS, E_BLOCK] with zeros from E on, and the latents [ROWS, C_BLOCK]."""
     dtype = latents_ptr.dtype.element_ty
     c, g, e = tl.arange(0, C_BLOCK), tl.arange(0, G_BLOCK), tl.arange(0, E_BLOCK)
     mask = live[:, None] & (c < C)[None, :]
@@ -186,12 +188,12 @@ def mix_bank(
     E_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Sum over the experts of weight times bank: fp32 [ROWS, C_BLOCK]."""
+    """The sum of the experts' outputs in the bank, each times its weight: fp32 [ROWS, C_BLOCK]."""
     c = tl.arange(0, C_BLOCK)
     mask = live[:, None] & (c < C)[None, :]
     at = bank_ptr + (n * bank_n + image * bank_b)[:, None] + c[None, :]
     mixed = tl.zeros([ROWS, C_BLOCK], tl.float32)
-    # Unrolled: all loads are under way before the first is needed.
+    # The loop is unrolled so that all loads have started before the first result is needed.
     for number in tl.static_range(E):
         outputs = tl.load(at + number * bank_e, mask=mask, other=0.0).to(tl.float32)
         mixed += column(weights, number, E_BLOCK) * outputs
@@ -199,5 +201,5 @@ def mix_bank(
 
 
 def mix_bank_ref(weights: Tensor, bank: Tensor) -> Tensor:
-    """The same in PyTorch: [N, B, E] and [N, B, E, C] -> [N, B, C] in the weights' dtype."""
+    """`mix_bank` by PyTorch: [N, B, E] and [N, B, E, C] -> [N, B, C] in the weights' dtype."""
     return (weights[..., None] * bank.to(weights.dtype)).sum(2)

@@ -1,4 +1,4 @@
-"""Noise projection, gate, softmax and weighted sum of the experts' outputs: the condition tokens of a step."""
+"""The condition tokens of a step: noise projection, gate, softmax, and the weighted sum of the experts' outputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mogle_rt.kernels.inputs import Gate
 
 @triton.jit
 def _gate_mix_kernel(
-    latents_ptr,  # [N, B, C], and so on: see Gate
+    latents_ptr,  # [N, B, C]; this and what follows is described in Gate
     input_ptr,
     time_ptr,
     noise_ptr,
@@ -42,7 +42,7 @@ def _gate_mix_kernel(
     out_weight_stride,
     tokens,
     bank_ptr,  # [N, B, E, C], unless MEANS
-    out_ptr,  # [N, B, C]; with MEANS fp32 [programs, B, E], sums of the weights of a program's tokens
+    out_ptr,  # [N, B, C]; with MEANS fp32 [programs, B, E], each program's sum of its tokens' weights
     bank_n,
     bank_b,
     bank_e,
@@ -98,7 +98,7 @@ def _mean_mix_kernel(
     ROWS: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """Every program adds up the few sums again, in one order: the same weights everywhere and in every run."""
+    """Mix with mean weights. Every program adds up all sums in the same order, so all get the same weights."""
     image = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = n < tokens
@@ -121,7 +121,7 @@ def gate_mix(gate: Gate, bank: Tensor, out: Tensor) -> None:
     """out = sum over e of softmax(gate)_e * bank[:, :, e] (MoGLE, arXiv 2509.00428).
 
     Args:
-        gate: its inputs and weights, in fp32, fp16 or bf16.
+        gate: the gate's inputs and weights, in fp32, fp16 or bf16.
         bank: [N, B, E, C], the experts' outputs, in the gate's dtype.
         out: [N, B, C], written.
 
@@ -149,19 +149,19 @@ def gate_mix(gate: Gate, bank: Tensor, out: Tensor) -> None:
 
 
 def gate_mix_ref(gate: Gate, bank: Tensor, out: Tensor) -> None:
-    """`gate_mix` in PyTorch."""
+    """`gate_mix` by PyTorch."""
     out.copy_(mix_bank_ref(gate_weights_ref(gate), bank))
 
 
 def gate_mix_cost(gate: Gate, bank: Tensor, out: Tensor) -> KernelCost:
-    """What `gate_mix` takes at least: the bank once."""
+    """The least that `gate_mix` takes: it reads the bank once."""
     return KernelCost(
         read=gate_read(gate) + nbytes(bank), written=nbytes(out), flops=gate_flops(gate) + 2 * bank.numel()
     )
 
 
 def partial_sums(bank: Tensor) -> int:
-    """Rows of `gate_mix_mean`'s scratch buffer for a bank [N, B, E, C]."""
+    """How many rows the scratch buffer of `gate_mix_mean` must have for a bank [N, B, E, C]."""
     N, B = bank.shape[:2]
     return triton.cdiv(N, tile_rows(N, B, bank.dtype))
 
@@ -170,7 +170,7 @@ def gate_mix_mean(gate: Gate, bank: Tensor, sums: Tensor, out: Tensor) -> None:
     """`gate_mix` with the weights averaged over the tokens of each image (weight_is_scale), in two launches.
 
     Args:
-        sums: fp32 [`partial_sums` (bank), B, E], scratch, written; the other arguments as in `gate_mix`.
+        sums: fp32 [`partial_sums` (bank), B, E], a scratch buffer that is written. All others are as in `gate_mix`.
 
     Raises:
         ValueError: a shape, dtype, stride or device doesn't fit.
@@ -212,14 +212,14 @@ def gate_mix_mean(gate: Gate, bank: Tensor, sums: Tensor, out: Tensor) -> None:
 
 
 def gate_mix_mean_ref(gate: Gate, bank: Tensor, sums: Tensor, out: Tensor) -> None:
-    """`gate_mix_mean` in PyTorch: the sums of all tokens lie in the first row of ``sums``."""
+    """`gate_mix_mean` by PyTorch; the sums over all tokens are put into the first row of ``sums``."""
     weights = gate_weights_ref(gate)
     sums.zero_()[0] = weights.sum(0)
     out.copy_(mix_bank_ref(weights.mean(0, keepdim=True), bank))
 
 
 def gate_mix_mean_cost(gate: Gate, bank: Tensor, sums: Tensor, out: Tensor) -> KernelCost:
-    """What `gate_mix_mean` takes at least: bank and sums once."""
+    """The least that `gate_mix_mean` takes: it reads the bank once, and writes and reads the sums once."""
     return KernelCost(
         read=gate_read(gate) + nbytes(bank, sums),
         written=nbytes(out, sums),

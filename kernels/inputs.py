@@ -1,6 +1,6 @@
-"""What kernels are given: the gate and the region experts, each with its inputs and its weights; how wide ranks are.
+"""The objects that kernels take: the gate and the region experts, each with inputs and weights; and the rule for ranks.
 
-This module needs no Triton, because PyTorch's own operations take the same objects on machines that lack it.
+This module does not import Triton, because PyTorch's own operations take the same objects on machines without it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def padded_rank(rank: int) -> int:
 class Gate:
     """The gate over the experts: Linear(relu(Linear(latents @ noise_weight^T + gate_input + time))), then softmax.
 
-    All tensors have one dtype and lie on one device. Weights of linear layers are [out, in].
+    All tensors have the same dtype and lie on the same device. Weights of linear layers are [out, in].
     """
 
     latents: Tensor  # [N, B, C], packed noisy latents
@@ -51,7 +51,7 @@ class Experts:
     Experts whose region is absent have the index -1. They all see the same black picture, so their outputs depend on
     the size of the image alone, and all images share them: ``absent[N, E, C]``.
 
-    All tensors but the index have one dtype, and all lie on one device. Weights of linear layers are [out, in].
+    All tensors but the index have the same dtype, and all lie on the same device. Weights of linear layers are [out, in].
     """
 
     planes: Tensor  # [P, N, C], packed latents of pictures

@@ -1,9 +1,9 @@
 """Attention over [text, image, condition] with the reference's switches, in one launch and without a mask.
 
-Where everything sees everything, the library's fused attention (flash or cuDNN's, as PyTorch chooses) is the better
-choice: it has Hopper's and Blackwell's asynchronous pipelines. Its interface has no constant between groups of keys,
-which takes four calls and a merge by log-sum-exp there, and one launch here. Key blocks that no row of a program sees
-are skipped.
+If all tokens see each other, PyTorch's fused attention (flash or cuDNN's, as PyTorch chooses) is the better choice,
+because it uses the asynchronous pipelines of Hopper and Blackwell. But it cannot add a constant to the scores between two
+groups of tokens. With it, that takes four calls and a merge by log-sum-exp; this kernel does it in one launch. Blocks of
+keys that no row of a program sees are skipped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 
 @dataclass(frozen=True)
 class Tiles:
-    """Queries of a program, keys of a step, warps, steps under way at once."""
+    """The number of queries of a program, of keys of a loop step, of warps, and of loop steps that overlap."""
 
     queries: int
     keys: int
@@ -44,7 +44,10 @@ class Tiles:
 
 
 def tiles(length: int, width: int, dtype: torch.dtype) -> Tiles:
-    """128 x 64 for heads of 128: two groups of warps for wgmma, one tile for tcgen05. fp32 spills with more than 32 x 32."""
+    """Tiles of 128 x 64 for heads of 128: two groups of warps for wgmma, or one tile for tcgen05.
+
+    In fp32, tiles larger than 32 x 32 would spill.
+    """
     if interpreted():
         return Tiles(min(power_of_two(length, 16), 128), min(power_of_two(length, 16), 128), 4, 1)
     if dtype == torch.float32:
@@ -62,7 +65,7 @@ def _joint_attention_kernel(
     keys,
     condition_from,  # first position of the condition
     heads,
-    log_scale_ptr,  # [1] fp32, added to scores between the groups, with SCALED
+    log_scale_ptr,  # fp32 [1]; with SCALED, added to the scores between the groups
     q_l,
     q_b,
     q_h,
@@ -93,7 +96,7 @@ def _joint_attention_kernel(
     if VISIBILITY == SCALED:
         bias = tl.load(log_scale_ptr) * LOG2_E
 
-    # Keys that some row of this program sees.
+    # The keys that at least one row of this program sees.
     start, stop = 0, keys
     if VISIBILITY == SEPARATE:
         start = tl.where(first < condition_from, 0, condition_from)
@@ -110,7 +113,7 @@ def _joint_attention_kernel(
         key = block + tl.arange(0, KEYS)
         key_live = key < stop
         mask = key_live[:, None] & (c < d)[None, :]
-        # Transposed by the order of its pointers: [d, keys].
+        # The order of the pointers transposes the block: [d, keys].
         k_at = (key.to(tl.int64) * k_l + image * k_b + head * k_h)[None, :] + c[:, None]
         k = tl.load(k_ptr + k_at, mask=key_live[None, :] & (c < d)[:, None], other=0.0)
         scores = tl.dot(q, k, input_precision=PRECISION) * SCALE
@@ -125,7 +128,7 @@ def _joint_attention_kernel(
                 seen = seen & ((row_in_condition == key_in_condition) | key_in_condition)
         scores = tl.where(seen, scores, float("-inf"))
         now_largest = tl.maximum(largest, tl.max(scores, axis=1))
-        # A row that has seen nothing so far has -inf: any finite value keeps its zeros from becoming NaN.
+        # The largest score of a row that has seen no key yet is -inf. Any finite value in its place avoids NaN.
         finite = tl.where(now_largest == float("-inf"), 0.0, now_largest)
         weights = tl.exp2(scores - finite[:, None])
         before = tl.exp2(largest - finite)
@@ -135,7 +138,7 @@ def _joint_attention_kernel(
         out = tl.dot(weights.to(v.dtype), v, acc=out * before[:, None], input_precision=PRECISION)
         largest = now_largest
 
-    out = out / tl.where(total == 0.0, 1.0, total)[:, None]  # 0: rows past the last
+    out = out / tl.where(total == 0.0, 1.0, total)[:, None]  # rows after the last one have a total of 0
     out_at = (row.to(tl.int64) * out_l + image * out_b)[:, None] + head * d + c[None, :]
     tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=q_mask)
 
@@ -143,18 +146,18 @@ def _joint_attention_kernel(
 def joint_attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, condition_from: int, visibility: str, log_scale: Tensor
 ) -> None:
-    """softmax(q k^T / sqrt(d) + bias) v, bias and exclusion known from positions (arXiv 2205.14135, algorithm 1).
+    """softmax(q k^T / sqrt(d) + bias) v, where positions decide on the bias and who sees whom (arXiv 2205.14135).
 
     Args:
         q: [Lq, B, H, d], the first Lq rows of the sequence or all of it; fp32, fp16 or bf16.
-        k, v: [L, B, H, d] of q's dtype. All three with any strides of the first three dimensions.
+        k, v: [L, B, H, d] of q's dtype. The first three dimensions of q, k and v may have any strides.
         out: [Lq, B, >= H * d]; its first H * d columns are written.
-        condition_from: first position of the condition, 0 … L (L: there is none).
+        condition_from: first position of the condition, 0 … L; L means that there is none.
         visibility: "joint" (everything sees everything), "separate" (the condition and the rest don't see each
             other), "independent" (the rest sees the condition, the condition only itself) or "scaled"
             (``log_scale`` is added to the scores between the condition and the rest).
-        log_scale: fp32 [1] on the GPU, read where "scaled" is asked for. It is no constant of the launch: a captured
-            graph serves all its values.
+        log_scale: fp32 [1] on the GPU, read only for "scaled". It is read from memory so that a captured graph serves
+            all values.
 
     Raises:
         ValueError: a shape, dtype, stride or device doesn't fit, the visibility is unknown, or rows would see nothing.
@@ -208,7 +211,7 @@ def joint_attention(
 def joint_attention_ref(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, condition_from: int, visibility: str, log_scale: Tensor
 ) -> None:
-    """`joint_attention` in PyTorch, with the dense bias, in fp32 (fp64 for fp64); weights round as the kernel's do."""
+    """`joint_attention` by PyTorch with a dense bias, in fp32 (fp64 for fp64). Weights are rounded as in the kernel."""
     exact = torch.promote_types(q.dtype, torch.float32)
     queries, _, H, d = q.shape
     keys = k.shape[0]
@@ -230,7 +233,7 @@ def joint_attention_ref(
 def joint_attention_cost(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, condition_from: int, visibility: str, log_scale: Tensor
 ) -> KernelCost:
-    """q, k, v and the output once; both products over the pairs that see each other."""
+    """The least that `joint_attention` takes: q, k, v and the output once, and products over pairs that see each other."""
     queries, B, H, d = q.shape
     keys = k.shape[0]
     rest, condition = min(condition_from, queries), max(queries - condition_from, 0)

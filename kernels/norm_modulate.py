@@ -1,4 +1,4 @@
-"""LayerNorm, modulation by row group, and the low-rank down-projection of the last rows as extra columns."""
+"""LayerNorm, the modulation of each group of rows, and the low-rank down-projection of the last rows in extra columns."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def norm_modulate(
     end and 0 for the others, so that a weight [W | B] does a linear layer and its LoRA in one product.
 
     Args:
-        x: [L, B, D], fp32, fp16 or bf16; rows at one stride, channels at stride 1.
-        scale: [G, B, D], its 1 added; shift: [G, B, D]; both of x's dtype.
-        bounds: ends of the G = 1 … 3 groups of positions, ascending to L.
+        x: [L, B, D], fp32, fp16 or bf16; rows have one common stride, channels have stride 1.
+        scale: [G, B, D], with the 1 already added; shift: [G, B, D]; both of x's dtype.
+        bounds: the ends of the G = 1 … 3 groups of positions, in ascending order; the last is L.
         out: [L, B, D + R], written.
         lora_down: [D, R], or None (R = 0).
         lora_from: first position with a branch, 0 … L.
@@ -48,7 +48,7 @@ def norm_modulate_ref(
     lora_down: Tensor | None,
     lora_from: int,
 ) -> None:
-    """`norm_modulate` in PyTorch."""
+    """`norm_modulate` by PyTorch."""
     stream_rows.reference(x, bounds, None, Norm(scale, shift, out, lora_down, lora_from))
 
 
@@ -61,5 +61,5 @@ def norm_modulate_cost(
     lora_down: Tensor | None,
     lora_from: int,
 ) -> KernelCost:
-    """What `norm_modulate` takes at least."""
+    """The least that `norm_modulate` takes."""
     return stream_rows.cost(x, bounds, None, Norm(scale, shift, out, lora_down, lora_from))

@@ -1,4 +1,4 @@
-"""RMSNorm of q and k, then rotary embedding, in place in the joint projection buffer."""
+"""RMSNorm of q and k and then their rotary embedding, in place in the buffer of the joint projection."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LARGEST_HEAD = 512
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows of a program, heads of one of its loop steps, warps."""
+    """The number of rows of a program, of heads of one of its loop steps, and of warps."""
 
     rows: int
     heads: int
@@ -37,7 +37,7 @@ class Tiles:
 
 
 def tiles(rows: int, heads: int, width: int) -> Tiles:
-    """One row a program, so that its cosines are read once; a step of 1024 values is one vector load a thread."""
+    """One row per program, so that its cosines are read once. A step of 1024 values is one vector load per thread."""
     if interpreted():
         return Tiles(min(power_of_two(rows), 256), power_of_two(heads), 4)
     return Tiles(1, max(1, min(power_of_two(heads), 1024 // power_of_two(width))), 4)
@@ -45,13 +45,13 @@ def tiles(rows: int, heads: int, width: int) -> Tiles:
 
 @triton.jit
 def _qk_norm_rope_kernel(
-    x_ptr,  # [rows, P, H, d], parts 0 to W - 1 changed
+    x_ptr,  # [rows, P, H, d]; parts 0 to W - 1 are changed
     weight_ptr,  # [G, W, d]
-    rope_ptr,  # [L, d] fp32: d / 2 cosines, d / 2 sines
+    rope_ptr,  # fp32 [L, d]: d / 2 cosines, then d / 2 sines
     rows,
     batch,
     end0,  # first position of the second group
-    end1,  # and of the third
+    end1,  # first position of the third group
     x_stride,
     part_stride,
     head_stride,
@@ -99,14 +99,14 @@ def _qk_norm_rope_kernel(
 def qk_norm_rope(x: Tensor, norm_weight: Tensor, bounds: Sequence[int], rope: Tensor) -> None:
     """RMSNorm (eps 1e-6) over d of the first W parts, then rotation of channel pairs (2i, 2i + 1), in place.
 
-    The remaining parts (v) are neither read nor moved: attention reads them where they lie. Rotary embedding: RoFormer,
-    arXiv 2104.09864, equation 34.
+    The remaining parts (v) are neither read nor moved, because attention reads them where they lie. The rotary
+    embedding is that of RoFormer, arXiv 2104.09864, equation 34.
 
     Args:
-        x: [L, B, P, H, d], d even; fp32, fp16 or bf16; rows at one stride, d at stride 1.
+        x: [L, B, P, H, d], d even; fp32, fp16 or bf16; rows have one common stride, the last dimension has stride 1.
         norm_weight: [G, W, d], W <= P, of x's dtype.
-        bounds: ends of the G = 1 … 3 groups of positions, ascending to L.
-        rope: [L, d] fp32, d / 2 cosines, then d / 2 sines.
+        bounds: the ends of the G = 1 … 3 groups of positions, in ascending order; the last is L.
+        rope: fp32 [L, d], in each row d / 2 cosines and then d / 2 sines.
 
     Raises:
         ValueError: a shape, dtype, stride or device doesn't fit.
@@ -153,7 +153,7 @@ def qk_norm_rope(x: Tensor, norm_weight: Tensor, bounds: Sequence[int], rope: Te
 
 
 def qk_norm_rope_ref(x: Tensor, norm_weight: Tensor, bounds: Sequence[int], rope: Tensor) -> None:
-    """`qk_norm_rope` in PyTorch, in fp32 (fp64 for fp64), rounded once."""
+    """`qk_norm_rope` by PyTorch in fp32 (fp64 for fp64), rounded once at the end."""
     exact = torch.promote_types(x.dtype, torch.float32)
     W, d = norm_weight.shape[1:]
     cos, sin = rope.to(exact)[:, None, None, None].chunk(2, dim=-1)  # [L, 1, 1, 1, d / 2]
@@ -167,7 +167,7 @@ def qk_norm_rope_ref(x: Tensor, norm_weight: Tensor, bounds: Sequence[int], rope
 
 
 def qk_norm_rope_cost(x: Tensor, norm_weight: Tensor, bounds: Sequence[int], rope: Tensor) -> KernelCost:
-    """q and k read and written, weights of groups that have rows, the table."""
+    """The least that `qk_norm_rope` takes: q and k are read and written; the table and the used weights are read once."""
     L, B, _, H, d = x.shape
     W = norm_weight.shape[1]
     moved = L * B * W * H * d * x.element_size()

@@ -1,11 +1,14 @@
-"""The whole mixture in one launch: experts of the present regions, gate, softmax and weighted sum.
+"""The whole mixture in one launch: the experts of the present regions, the gate, the softmax and the weighted sum.
 
-Nothing is written but the condition tokens, and nothing is kept between steps but the pictures' latents. Against
-`region_experts` once and `gate_mix` every step, a step computes the present experts again, and reads each distinct
-picture and absent row once where the bank has one block for every expert and image. Counted for 512 x 512 pixels in
-bf16 with 11 pictures a mask: one image 3.1 MB and 114 MFLOP a step against 3.0 MB and 22 MFLOP, so `gate_mix` serves;
-four masks 8.6 MB against 12.1, four images of one mask 4.3 MB against 12.1, so this kernel serves batches.
-In fp32 its FLOPs weigh more, and it serves large batches of one mask alone. The runtime chooses so for every run.
+It writes only the condition tokens, and between steps it keeps only the latents of the pictures. The other way is to run
+`region_experts` once and `gate_mix` in every step. Compared with that, this kernel computes the present experts again in
+every step, but it reads each distinct picture and each absent row once, while the bank holds a block for every expert and
+image.
+
+These are the counts for a step at 512 x 512 pixels in bf16 with 11 pictures a mask. One image takes 3.1 MB and 114 MFLOP
+here, and 3.0 MB and 22 MFLOP with `gate_mix`, which is then better. Four masks take 8.6 MB here and 12.1 MB with the bank;
+four images of one mask take 4.3 MB and 12.1 MB. So this kernel is better for batches. In fp32 its FLOPs weigh more, and
+it is better only for large batches of one mask. The runtime makes this choice for every run.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from mogle_rt.kernels.inputs import Experts, Gate
 
 @triton.jit
 def _region_expert_mix_kernel(
-    latents_ptr,  # [N, B, C], and so on: see Gate
+    latents_ptr,  # [N, B, C]; this and what follows is described in Gate
     input_ptr,
     time_ptr,
     noise_ptr,
@@ -56,7 +59,7 @@ def _region_expert_mix_kernel(
     gate_in_stride,
     gate_out_stride,
     tokens,
-    planes_ptr,  # [P, N, C], and so on: see Experts
+    planes_ptr,  # [P, N, C]; this and what follows is described in Experts
     index_ptr,
     absent_ptr,
     in_ptr,
@@ -88,7 +91,7 @@ def _region_expert_mix_kernel(
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Images vary fastest: programs side by side share rows of `absent`.
+    # The image varies fastest, so that neighbouring programs share rows of `absent`.
     image = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = n < tokens
@@ -144,12 +147,12 @@ def region_expert_mix(gate: Gate, experts: Experts, out: Tensor) -> None:
 
 
 def region_expert_mix_ref(gate: Gate, experts: Experts, out: Tensor) -> None:
-    """`region_expert_mix` in PyTorch."""
+    """`region_expert_mix` by PyTorch."""
     out.copy_(mix_bank_ref(gate_weights_ref(gate), expert_outputs_ref(experts)))
 
 
 def region_expert_mix_cost(gate: Gate, experts: Experts, out: Tensor) -> KernelCost:
-    """What `region_expert_mix` takes at least, by what the index says (so not for captured code)."""
+    """The least that `region_expert_mix` takes. It reads the index, so it can't be called while a graph is captured."""
     N, B, C, _, E = gate.sizes
     return KernelCost(
         read=gate_read(gate) + expert_read(experts),

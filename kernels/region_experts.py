@@ -1,4 +1,4 @@
-"""All region experts of all images in one launch, once an image: the bank that every step mixes."""
+"""All region experts of all images in one launch. It runs once before the loop and makes the bank that each step mixes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from mogle_rt.kernels.inputs import Experts
 
 
 def tile_rows(tokens: int) -> int:
-    """Tokens of a program: 64 is the height of Hopper's matrix instruction; 20 experts make programs enough."""
+    """How many tokens a program computes: 64, the height of Hopper's matrix instruction. 20 experts give enough programs."""
     return min(power_of_two(tokens, 16), 1024 if interpreted() else 64)
 
 
 @triton.jit
 def _region_experts_kernel(
-    planes_ptr,  # [P, N, C], and so on: see Experts
+    planes_ptr,  # [P, N, C]; this and what follows is described in Experts
     index_ptr,
     absent_ptr,
     in_ptr,
@@ -57,7 +57,7 @@ def _region_experts_kernel(
     ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Experts vary fastest: programs side by side write side by side.
+    # The expert varies fastest, so that neighbouring programs write to neighbouring memory.
     expert = (tl.program_id(0) % E).to(tl.int64)
     image = tl.program_id(1).to(tl.int64)
     n = (tl.program_id(0) // E).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -76,12 +76,12 @@ def _region_experts_kernel(
 def region_experts(experts: Experts, bank: Tensor) -> None:
     """bank[:, b, e] = expert e of planes[index[b, e]], or absent[:, e] where the index is -1.
 
-    An expert is Linear(relu(Linear(x))) (MoGLE, arXiv 2509.00428). ``absent`` is made by the same kernel: the black
-    picture as the one plane, an index of zeros [1, E], and ``bank[:, 0]`` of it.
+    An expert is Linear(relu(Linear(x))) (MoGLE, arXiv 2509.00428). The same kernel also makes ``absent``: it is
+    ``bank[:, 0]`` of a call whose only plane is the black picture and whose index is all zeros, [1, E].
 
     Args:
-        experts: inputs and weights, in fp32, fp16 or bf16. Rows of ``absent`` are read only where an index is -1; the
-            index itself is not checked, because that would take a copy to the host.
+        experts: inputs and weights, in fp32, fp16 or bf16. Rows of ``absent`` are read only where an index is -1. The
+            index itself is not checked, because that would need a copy to the host.
         bank: [N, B, E, C], written.
 
     Raises:
@@ -106,10 +106,10 @@ def region_experts(experts: Experts, bank: Tensor) -> None:
 
 
 def region_experts_ref(experts: Experts, bank: Tensor) -> None:
-    """`region_experts` in PyTorch."""
+    """`region_experts` by PyTorch."""
     bank.copy_(expert_outputs_ref(experts))
 
 
 def region_experts_cost(experts: Experts, bank: Tensor) -> KernelCost:
-    """What `region_experts` takes at least, by what the index says (so not for captured code)."""
+    """The least that `region_experts` takes. It reads the index, so it can't be called while a graph is captured."""
     return KernelCost(read=expert_read(experts), written=nbytes(bank), flops=expert_flops(experts))

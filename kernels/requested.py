@@ -1,9 +1,9 @@
-"""``python -m mogle_rt.kernels.requested``: what the programs of a call ask for altogether, beside the least.
+"""``python -m mogle_rt.kernels.requested`` counts what all programs of a call ask for together, and prints it as JSON.
 
-Every program of a launch, with the tiles of a GPU, runs in Triton's interpreter, and each access and product is counted
-as it happens: bytes that several programs read count so many times (on a GPU most of them come from its caches), and
-products of `tl.dot` count whole, with the padding of their tiles; what a kernel multiplies without it doesn't count.
-Prints JSON; set ``TRITON_INTERPRET=1``.
+Every program of a launch runs in Triton's interpreter with the tiles of a GPU, and each access and each product is counted
+when it happens. Bytes that several programs read are counted several times, although on a GPU most of them come from its
+caches. Products of `tl.dot` are counted with the padding of their tiles; other multiplications are not counted.
+``TRITON_INTERPRET=1`` must be set.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _installing = threading.Lock()
 
 @dataclasses.dataclass
 class Requested:
-    """Bytes and floating point operations that all programs asked for."""
+    """The bytes and floating point operations that all programs together asked for."""
 
     read: int = 0
     written: int = 0
@@ -45,25 +45,25 @@ class Requested:
 
 
 class Watcher(Protocol):
-    """Who is told of what kernels do in the interpreter, each time before it is done."""
+    """An object whose methods are called before each access and each product of an interpreted kernel."""
 
     def access(self, kind: Access, ptrs: Any, mask: Any) -> None:
-        """A load or a store: its pointers and its mask."""
+        """Called before a load or a store, with its pointers and its mask."""
 
     def dot(self, a: Any, b: Any) -> None:
-        """A product of two matrices."""
+        """Called before a product of two matrices."""
 
 
-# Watchers of this thread: others are not told of its kernels.
+# The watchers of this thread. Watchers of other threads are not called for its kernels.
 _watchers: ContextVar[tuple[Watcher, ...]] = ContextVar("_watchers", default=())
 
 
 @functools.cache
 def _watch_interpreter() -> None:
-    """Have the interpreter tell the watchers, from now on, for the whole process.
+    """Make the interpreter of the whole process call the watchers from now on.
 
-    Its methods are replaced once and stay replaced: were they put back, a thread that ends its watch would end that of
-    another, too. Without a watcher, they do what they did before.
+    Its methods are replaced once and stay replaced. If they were put back, a thread that stops watching would also stop
+    the watchers of other threads. Where there is no watcher, they do what they did before.
     """
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     dot = InterpreterBuilder.create_dot
@@ -89,7 +89,7 @@ def _watch_interpreter() -> None:
 
 @contextlib.contextmanager
 def watched(watcher: Watcher) -> Iterator[None]:
-    """Within it, ``watcher`` is told of every load, store and product of kernels that this thread interprets."""
+    """Call ``watcher`` for every load, store and product of the kernels that this thread interprets inside the context."""
     with _installing:
         _watch_interpreter()
     token = _watchers.set((*_watchers.get(), watcher))
@@ -100,12 +100,12 @@ def watched(watcher: Watcher) -> Iterator[None]:
 
 
 def element_bytes(ptrs: Any) -> int:
-    """Bytes of one element that these pointers point to."""
+    """The size in bytes of the elements that these pointers point to."""
     return int(ptrs.get_element_ty().primitive_bitwidth) // 8
 
 
 class _Counter:
-    """A watcher that adds up what it is told."""
+    """A watcher that adds up all accesses and products."""
 
     def __init__(self) -> None:
         self.total = Requested()
@@ -120,41 +120,41 @@ class _Counter:
 
 @contextlib.contextmanager
 def counted() -> Iterator[Requested]:
-    """What kernels ask for that this thread interprets within it."""
+    """Count what the kernels ask for that this thread interprets inside the context."""
     counter = _Counter()
     with watched(counter):
         yield counter.total
 
 
 def requested(work: Workload) -> Requested:
-    """By the launches of a call, tiles as on a GPU.
+    """Count what the launches of a call ask for, with the tiles of a GPU.
 
     Raises:
-        RuntimeError: kernels aren't interpreted here.
+        RuntimeError: kernels are not interpreted in this process.
     """
     if not knobs.runtime.interpret:
         raise RuntimeError("programs are counted in Triton's interpreter: set TRITON_INTERPRET=1")
     launches = work.launches()
-    with counted() as total, np.errstate(all="ignore"):  # bfloat16 values are wrong in the interpreter; sizes aren't
+    with counted() as total, np.errstate(all="ignore"):  # values may be wrong for bfloat16, counts aren't
         for launch in launches:
             launch.kernel[launch.grid](*launch.args, **launch.meta)
     return total
 
 
 def _row(name: str, dtype: str) -> dict[str, Any]:
-    with recording():  # scratch, too, is of the size that a GPU's tiles need
+    with recording():  # so that scratch buffers also have the size that a GPU's tiles need
         work = next(work for work in workloads(DTYPES[dtype], "cpu") if work.name == name)
     return {"workload": name, "dtype": dtype, **dataclasses.asdict(requested(work))}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m mogle_rt.kernels.requested")
     parser.add_argument("--kernel", nargs="*", required=True, metavar="CALL", help="as in python -m mogle_rt.kernels")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"], help="default: bf16")
     given = parser.parse_args(arguments)
     jobs = list(itertools.product(given.kernel, given.dtype))
-    context = multiprocessing.get_context("spawn")  # a forked child would share the parent's threads' locks
+    context = multiprocessing.get_context("spawn")  # a forked child could inherit a lock that one of our threads holds
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         rows = list(pool.map(_row, [name for name, _ in jobs], [dtype for _, dtype in jobs]))
     print(json.dumps(rows))

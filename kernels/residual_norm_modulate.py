@@ -1,4 +1,4 @@
-"""Gated residual with its low-rank up-projection, then the next norm, in one pass over the stream."""
+"""The gated residual with its low-rank up-projection and then the next norm, in one pass over the residual stream."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ def residual_norm_modulate(
 ) -> None:
     """x += gate * (y + low @ lora_up) in place, then `norm_modulate` of the new x.
 
-    A linear layer whose weight has Q more output rows (its A) gives [y, low]; its LoRA is finished here, for positions
-    ``lora_up_from`` to the end. x is rounded to its dtype before the norm, so that the result is the unfused one's.
+    A linear layer whose weight has Q more output rows (the LoRA's A) gives [y, low]. This kernel completes the LoRA for
+    positions ``lora_up_from`` to the end. x is rounded to its dtype before the norm, so that the result equals that of
+    separate operations.
 
     Args:
-        x: [L, B, D], fp32, fp16 or bf16; rows at one stride, channels at stride 1.
+        x: [L, B, D], fp32, fp16 or bf16; rows have one common stride, channels have stride 1.
         y: [L, B, D + Q].
-        gate: [G, B, D]; scale: [G, B, D], its 1 added; shift: [G, B, D]; all of x's dtype.
-        bounds: ends of the G = 1 … 3 groups of positions, ascending to L.
+        gate: [G, B, D]; scale: [G, B, D], with the 1 already added; shift: [G, B, D]; all of x's dtype.
+        bounds: the ends of the G = 1 … 3 groups of positions, in ascending order; the last is L.
         out: [L, B, D + R], written.
-        lora_down: [D, R], or None (R = 0); lora_from: first position with it, 0 … L.
-        lora_up: [Q, D], or None (Q = 0); lora_up_from: first position with it, 0 … L.
-        clip: clamp the new x to ±65504 (fp16).
+        lora_down: [D, R], or None (R = 0); lora_from: the first position that it acts on, 0 … L.
+        lora_up: [Q, D], or None (Q = 0); lora_up_from: the first position that it acts on, 0 … L.
+        clip: whether to clamp the new x to ±65504, the largest values of fp16.
 
     Raises:
         ValueError: a shape, dtype, stride or device doesn't fit.
@@ -61,7 +62,7 @@ def residual_norm_modulate_ref(
     lora_up_from: int,
     clip: bool,
 ) -> None:
-    """`residual_norm_modulate` in PyTorch."""
+    """`residual_norm_modulate` by PyTorch."""
     update = Residual(y, gate, lora_up, lora_up_from, clip)
     stream_rows.reference(x, bounds, update, Norm(scale, shift, out, lora_down, lora_from))
 
@@ -80,7 +81,7 @@ def residual_norm_modulate_cost(
     lora_up_from: int,
     clip: bool,
 ) -> KernelCost:
-    """What `residual_norm_modulate` takes at least."""
+    """The least that `residual_norm_modulate` takes."""
     update = Residual(y, gate, lora_up, lora_up_from, clip)
     return stream_rows.cost(x, bounds, update, Norm(scale, shift, out, lora_down, lora_from))
 
@@ -111,7 +112,7 @@ def residual_ref(
     lora_up_from: int,
     clip: bool,
 ) -> None:
-    """`residual` in PyTorch."""
+    """`residual` by PyTorch."""
     stream_rows.reference(x, bounds, Residual(y, gate, lora_up, lora_up_from, clip), None)
 
 
@@ -124,5 +125,5 @@ def residual_cost(
     lora_up_from: int,
     clip: bool,
 ) -> KernelCost:
-    """What `residual` takes at least."""
+    """The least that `residual` takes."""
     return stream_rows.cost(x, bounds, Residual(y, gate, lora_up, lora_up_from, clip), None)

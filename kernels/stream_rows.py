@@ -1,7 +1,7 @@
-"""Rows of the residual stream: gated residual, norm, modulation and both low-rank branches in one kernel.
+"""One kernel over the rows of the residual stream: gated residual, norm, modulation and both low-rank branches.
 
-`norm_modulate`, `residual_norm_modulate` and `residual` are launches of it. The kernel itself is in
-`mogle_rt.kernels.stream_rows_kernel`; here are its tiles, its launcher, its twin in PyTorch and its cost.
+`norm_modulate`, `residual_norm_modulate` and `residual` launch this kernel. The kernel itself is in
+`mogle_rt.kernels.stream_rows_kernel`; this module has its tiles, its launcher, the same in PyTorch, and its cost.
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ from mogle_rt.kernels.stream_rows_kernel import EPS, stream_rows_kernel
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows of a program without and with a low-rank branch, channels of one loop step there, warps."""
+    """Sizes of a program.
+
+    Attributes:
+        rows: how many rows a program takes without a low-rank branch.
+        low_rows, channels: with a branch, how many rows it takes, and how many channels one of its loop steps.
+        warps: of each program.
+    """
 
     rows: int
     low_rows: int
@@ -43,19 +49,19 @@ class Tiles:
 
 
 def tiles(width: int, rows: int, dtype: torch.dtype) -> Tiles:
-    """One row of 3072 channels is 24 values a thread. The interpreter wants few, large programs."""
+    """A row of 3072 channels is 24 values per thread. The interpreter is fastest with few large programs."""
     if interpreted():
         tall = min(power_of_two(rows), 256)
         return Tiles(tall, tall, power_of_two(width), 4)
-    # Sixteen rows are the height of a tensor-core tile. Wider steps, or a third one under way, take the registers and
-    # shared memory of whole-row programs, of which a multiprocessor needs four to be kept busy.
+    # Sixteen rows are the height of a tensor-core tile. Wider loop steps, or a third step that overlaps, would take
+    # registers and shared memory from the whole-row programs, and a multiprocessor needs four of those to stay busy.
     channels = min(power_of_two(width, 16), 64 if dtype == torch.float32 else 128)
     return Tiles(1, 16, channels, 8 if width > 2048 else 4)
 
 
 @dataclass(frozen=True)
 class Residual:
-    """x += gate * (y[..., :D] + y[..., D:] @ lora_up), the last term for positions >= lora_up_from."""
+    """x += gate * (y[..., :D] + y[..., D:] @ lora_up); the last term is added for positions >= lora_up_from only."""
 
     y: Tensor  # [L, B, D + Q]
     gate: Tensor  # [G, B, D]
@@ -66,7 +72,10 @@ class Residual:
 
 @dataclass(frozen=True)
 class Norm:
-    """out = [LayerNorm(x) * scale + shift, that @ lora_down], the last columns 0 for positions < lora_from."""
+    """out = [normed, normed @ lora_down] with normed = LayerNorm(x) * scale + shift.
+
+    For positions < lora_from the last columns are 0.
+    """
 
     scale: Tensor  # [G, B, D]
     shift: Tensor
@@ -76,7 +85,7 @@ class Norm:
 
 
 def stream(x: Tensor, bounds: Sequence[int], residual: Residual | None, norm: Norm | None) -> None:
-    """Check the arguments and launch the kernel, once.
+    """Check the arguments and launch the kernel once.
 
     Raises:
         ValueError: a shape, dtype, stride or device doesn't fit.
@@ -90,7 +99,7 @@ def stream(x: Tensor, bounds: Sequence[int], residual: Residual | None, norm: No
     G, rows = len(bounds), L * B
     Q = R = 0
     down_from = up_from = rows
-    y = gate = up = scale = shift = out = down = x  # stand-ins: pointers that the kernel doesn't follow
+    y = gate = up = scale = shift = out = down = x  # placeholders, which the kernel doesn't access
     if residual is not None:
         y, gate = residual.y, residual.gate
         if residual.lora_up is not None:
@@ -162,7 +171,7 @@ def _row(position: int, length: int, batch: int) -> int:
 
 
 def reference(x: Tensor, bounds: Sequence[int], residual: Residual | None, norm: Norm | None) -> None:
-    """The same in PyTorch, in fp32 (fp64 for fp64), each result rounded once."""
+    """`stream` by PyTorch in fp32 (fp64 for fp64), with each result rounded once."""
     exact = torch.promote_types(x.dtype, torch.float32)
     D = x.shape[-1]
     if residual is not None:
@@ -185,7 +194,11 @@ def reference(x: Tensor, bounds: Sequence[int], residual: Residual | None, norm:
 
 
 def cost(x: Tensor, bounds: Sequence[int], residual: Residual | None, norm: Norm | None) -> KernelCost:
-    """Every row once; of the tables, groups that have rows; of the branches, the matrices and the rows' columns."""
+    """The least that `stream` takes.
+
+    Every row is moved once, of the tables those groups that have rows, and of the branches their matrices and their
+    columns of the rows that they act on.
+    """
     L, B, D = x.shape
     size = x.element_size()
     table = sum(rows.start < rows.stop for rows in group_rows(bounds)) * B * D * size

@@ -1,7 +1,8 @@
-"""Device code over rows of the residual stream, see `mogle_rt.kernels.stream_rows`.
+"""The device code over rows of the residual stream, which `mogle_rt.kernels.stream_rows` launches.
 
-A row is r = position * B + image. Most programs hold a whole row in registers. Rows with a low-rank branch are taken
-sixteen at a time, so that its two thin matrices are read once for all of them and multiplied on tensor cores.
+The number of a row is r = position * B + image. Most programs hold a whole row in registers. Rows with a low-rank branch
+are taken sixteen at a time, so that the two thin matrices of the branch are read once for all sixteen and multiplied on
+tensor cores.
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ EPS = tl.constexpr(1e-6)
 
 @triton.jit
 def _group(r, batch, end0, end1):
-    """Group and image of rows."""
+    """The group and the image that each row belongs to."""
     position = r // batch
     return (position >= end0).to(tl.int64) + (position >= end1).to(tl.int64), (r % batch).to(tl.int64)
 
 
 @triton.jit
 def _modulation(table, group, image, stride_g, stride_b, cols, mask):
-    """Values of a [G, B, D] table for rows and channels, fp32."""
+    """The fp32 values of a [G, B, D] table for these rows and channels."""
     at = (group * stride_g + image * stride_b)[:, None] + cols[None, :]
     return tl.load(table + at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _updated(x, y, gate, x_ptr, at, mask, CLIP: tl.constexpr):
-    """x + gate * y, rounded and written to x; what was written, in fp32."""
+    """Round x + gate * y, write it to x, and return what was written in fp32."""
     x += gate * y
     if CLIP:
         x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
@@ -77,7 +78,7 @@ def _low_rank_rows(
     CLIP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Rows r below ``rows``, some with a low-rank branch, in steps of CHANNELS."""
+    """Compute those of the rows r that are below ``rows``, some with a low-rank branch, in steps of CHANNELS channels."""
     dtype = x_ptr.dtype.element_ty
     live = r < rows
     group, image = _group(r, batch, end0, end1)
@@ -86,7 +87,7 @@ def _low_rank_rows(
     if Q > 0:
         low_mask = (live & (r >= up_from))[:, None] & (q < Q)[None, :]
         low_y = tl.load(y_ptr + (r64 * y_stride)[:, None] + D + q[None, :], mask=low_mask, other=0.0)
-    # Mean and variance of chunks joined one by one (Chan, Golub & LeVeque 1979): exact for any mean.
+    # Means and variances of chunks are merged one by one (Chan, Golub & LeVeque 1979), which is accurate for any mean.
     mean = tl.zeros([ROWS], tl.float32)
     squares = tl.zeros([ROWS], tl.float32)
     for start in range(0, D, CHANNELS):
@@ -112,7 +113,7 @@ def _low_rank_rows(
             squares += tl.sum(centred * centred, axis=1) + delta * delta * (start * count / seen)
     if NORM:
         if RESIDUAL:
-            tl.debug_barrier()  # x is read again, maybe by other threads than wrote it
+            tl.debug_barrier()  # x is read again, possibly by other threads than those that wrote it
         scale_by = tl.rsqrt(squares / D + EPS)
         k = tl.arange(0, R_BLOCK)
         low = tl.zeros([ROWS, R_BLOCK], tl.float32)
@@ -165,7 +166,7 @@ def _whole_rows(
     NORM: tl.constexpr,
     CLIP: tl.constexpr,
 ):
-    """Rows r below ``rows`` without a low-rank branch, held in registers."""
+    """Compute those of the rows r that are below ``rows``. They have no low-rank branch and are held in registers."""
     dtype = x_ptr.dtype.element_ty
     live = r < rows
     group, image = _group(r, batch, end0, end1)
@@ -206,11 +207,11 @@ def stream_rows_kernel(
     rows,
     batch,
     end0,  # first position of the second group
-    end1,  # and of the third
+    end1,  # first position of the third group
     low_from,  # first row that any low-rank branch acts on
-    down_from,  # first row of `down`
-    up_from,  # first row of `up`
-    low_programs,  # programs of rows low_from to the end
+    down_from,  # first row that `down` acts on
+    up_from,  # first row that `up` acts on
+    low_programs,  # how many programs compute rows low_from to the end
     x_stride,
     y_stride,
     out_stride,
@@ -236,9 +237,9 @@ def stream_rows_kernel(
     CLIP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gated residual (RESIDUAL) and modulated norm (NORM) of the rows of one program."""
+    """The gated residual (if RESIDUAL) and the modulated norm (if NORM) of the rows of one program."""
     pid = tl.program_id(0)
-    # Rows with a branch first: their programs are the longest.
+    # Rows with a branch come first, because their programs take longest.
     if pid < low_programs:
         _low_rank_rows(
             x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, out_ptr, down_ptr, up_ptr,

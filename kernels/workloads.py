@@ -1,4 +1,4 @@
-"""Arguments of every kernel at the sizes of FLUX.1-dev: 512 x 512 pixels, 512 text tokens, one image."""
+"""The arguments of every kernel at FLUX.1-dev's sizes, for 512 x 512 pixels, 512 text tokens and one image."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ TEXT, IMAGE = 512, 1024
 HEADS, HEAD = 24, 128
 WIDTH = HEADS * HEAD
 LATENT, GATE, EXPERT, EXPERTS = 64, 64, 32, 20
-PRESENT = 11  # pictures: the mask's own and ten regions, as in a portrait
-BATCH = 32  # images that make so many programs that tiles are larger
-RANK = 4  # of a LoRA; q, k, v and proj_mlp have one each, side by side
+PRESENT = 11  # pictures that a portrait's mask has: its own and ten regions
+BATCH = 32  # so many images that larger tiles are chosen
+RANK = 4  # of a LoRA; those of q, k, v and proj_mlp lie side by side
 
 
 def tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """All tensors among a call's arguments by name, those of the gate and the experts as "gate.latents" and so on."""
+    """All tensors among a call's arguments, by name. Those of the gate and the experts have names like "gate.latents"."""
     found: dict[str, Tensor] = {}
     for name, value in arguments.items():
         if isinstance(value, Gate | Experts):
@@ -58,7 +58,7 @@ def tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Workload:
-    """A kernel with its twin, its declared cost and the arguments of one call."""
+    """A kernel, the same in PyTorch, its declared cost, and the arguments of one call."""
 
     name: str
     run: Callable[..., None]
@@ -67,18 +67,18 @@ class Workload:
     arguments: dict[str, Any]
 
     def declared(self) -> KernelCost:
-        """What the call takes at least."""
+        """The least that the call takes."""
         return self.cost(**self.arguments)
 
     def launches(self) -> list[Launch]:
-        """The call's launches, recorded."""
+        """Record the launches of the call."""
         with recording() as launches:
             self.run(**self.arguments)
         return launches
 
 
 class New:
-    """Tensors of one dtype and device: on the meta device without contents, else of random values."""
+    """Makes tensors of one dtype on one device, with random values; on the meta device without contents."""
 
     def __init__(self, dtype: torch.dtype, device: str) -> None:
         self.dtype, self.device = dtype, device
@@ -90,7 +90,7 @@ class New:
 
 
 def new_gate(new: New, batch: int) -> Gate:
-    """What every kernel with a gate is given."""
+    """The gate that every kernel with a gate takes."""
     return Gate(
         latents=new(IMAGE, batch, LATENT),
         gate_input=new(IMAGE, batch, LATENT),
@@ -104,7 +104,7 @@ def new_gate(new: New, batch: int) -> Gate:
 
 
 def new_experts(new: New, batch: int) -> Experts:
-    """What both kernels with experts are given; every image's mask has pictures of its own."""
+    """The experts that both kernels with experts take. The mask of each image has its own pictures."""
     index = torch.full((batch, EXPERTS), -1, dtype=torch.int32, device=new.device)
     pictures = torch.arange(batch * PRESENT, dtype=torch.int32, device=new.device)
     index[:, :PRESENT] = pictures.view(batch, PRESENT)
@@ -136,7 +136,7 @@ def mixtures(new: New, batch: int) -> list[Workload]:
 
 
 def streams(new: New, rank: int, clip: bool) -> list[Workload]:
-    """All kernels over rows of the residual stream; with rank 0 without a branch."""
+    """All kernels over rows of the residual stream. With rank 0 they have no low-rank branch."""
     L, B, D = TEXT + 2 * IMAGE, 1, WIDTH
     bounds = [TEXT + IMAGE, L]
     R, Q = padded_rank(4 * rank), padded_rank(rank)
@@ -167,7 +167,7 @@ def streams(new: New, rank: int, clip: bool) -> list[Workload]:
 
 
 def attention(new: New, visibility: str) -> Workload:
-    """Of one of the switches."""
+    """Attention with one of the switches."""
     L, B = TEXT + 2 * IMAGE, 1
     q, k, v = new(L, B, 3, HEADS, HEAD).unbind(2)
     arguments = {"q": q, "k": k, "v": v, "out": new(L, B, WIDTH), "condition_from": TEXT + IMAGE}
@@ -176,7 +176,7 @@ def attention(new: New, visibility: str) -> Workload:
 
 
 def workloads(dtype: torch.dtype, device: str) -> list[Workload]:
-    """One of every kernel; on the meta device without contents, else with random values."""
+    """One workload for every kernel, with random values; on the meta device without contents."""
     new, L = New(dtype, device), TEXT + 2 * IMAGE
     qk = {
         "x": new(L, 1, 3, HEADS, HEAD),
@@ -189,7 +189,7 @@ def workloads(dtype: torch.dtype, device: str) -> list[Workload]:
 
 
 def variants(dtype: torch.dtype) -> list[Workload]:
-    """On the meta device, calls whose launches are compiled otherwise than those of `workloads`."""
+    """Calls on the meta device whose launches are compiled into other code than those of `workloads`."""
     new = New(dtype, "meta")
     found = {
         f"batch{BATCH}": [w for w in mixtures(new, BATCH) if w.name != "region_experts"],  # its tiles are the same

@@ -434,7 +434,7 @@ def test_failed_export_leaves_no_link(tiny_bundle: Path, tmp_path: Path, monkeyp
 
 def test_large_weights_cant_be_embedded(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mogle_rt.export.weights.EMBED_LIMIT", 1000)
-    with pytest.raises(InputError, match="can't be embedded: an ONNX file ends at 2 GB"):
+    with pytest.raises(InputError, match="can't be embedded, because an ONNX file can't be larger than 2 GB"):
         export(tiny_bundle, tmp_path, weights="embed")
 
 

@@ -167,7 +167,7 @@ def test_folder_of_another_bundle_of_that_name(exported: Path, tmp_path: Path) -
     (exported / "away").mkdir()
     (exported / "away" / "tiny.safetensors").write_bytes(b"something else")
     done = run(exported / "tiny.safetensors", "-o", exported / "away")
-    assert_one_line(done, "another file of the bundle's name is there")
+    assert_one_line(done, "is another file with the bundle's name")
 
 
 def test_other_file_system(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +185,7 @@ def test_copy_onto_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
     """Whether it has that name from the start, or is the copy that an export has made."""
     bundle = tmp_path / "weights.safetensors"
     shutil.copy(tiny_bundle, bundle)
-    assert_one_line(run(bundle, "--weights", "copy"), "weights.safetensors: is there already and not of an export")
+    assert_one_line(run(bundle, "--weights", "copy"), "weights.safetensors: exists already, but not from an export")
     assert run(bundle, "--weights", "copy", "--no-verify", "-o", tmp_path / "out").code == 0
     copied = tmp_path / "out" / "weights.safetensors"
     assert_one_line(run(copied, "--weights", "copy"), "is the bundle itself; choose another folder")
@@ -209,7 +209,7 @@ def test_files_of_others_are_kept(name: str, tiny_bundle: Path, tmp_path: Path) 
     """What an export has written, the next replaces; what someone else has, none."""
     (tmp_path / name).write_text("precious")
     done = run(tiny_bundle, "-o", tmp_path, "--weights", "copy", "--no-verify")
-    assert_one_line(done, f"{name}: is there already and not of an export; choose another folder with -o")
+    assert_one_line(done, f"{name}: exists already, but not from an export; choose another folder with -o")
     assert [p.name for p in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "precious"
     (tmp_path / name).unlink()
