@@ -1330,7 +1330,7 @@ def test_an_interrupted_convert(
 
 
 def test_a_convert_that_is_told_to_stop(tmp_path: Path) -> None:
-    """The real program, terminated midway through 24 GB of zeros. An interrupt is the test above."""
+    """The real program, terminated midway through 4 GB of zeros. An interrupt is the test above."""
     files, output = write_sparse_checkpoint(tmp_path / "sources"), tmp_path / "ckpt.safetensors"
     output.write_text("an older bundle")
     with unchanged(tmp_path):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,13 +87,21 @@ def draw_mask(path: Path, *, seed: int = 0) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
+@contextmanager
+def one_thread() -> Iterator[None]:
     """Tiny models gain nothing from more, and wait for each other on a busy machine."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture
@@ -531,6 +540,11 @@ def test_quiet_without_a_terminal(tiny_bundle: Path, mask: Path, tmp_path: Path)
     assert result.code == 0
     assert result.out == f"{output}\n"
     assert re.fullmatch(r"1 image in .* \(seed 1\): load .* s\n", result.err)
+    # The total is the wall time from the first check to the last file, of which loading is a part.
+    total, parts = result.err.split(" s (seed 1): ")
+    stages = {name: float(value) for name, value, _ in (part.split() for part in parts.strip().split(", "))}
+    assert float(total.removeprefix("1 image in ")) >= sum(stages.values()) - 0.05
+    assert stages["load"] > 0.5  # the libraries are a part of it
     in_process = tmp_path / "in_process.png"
     run("generate", tiny_bundle, "-m", mask, "-p", "a face", "-o", in_process, "--seed", "1", *QUICK)
     assert in_process.read_bytes() == output.read_bytes()

@@ -50,7 +50,7 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_a_stage_counts_what_ran_in_its_time(sleep: int, passed: int, tmp_path: Path) -> None:
     tests = tmp_path / "test_some.py"
     tests.write_text(TESTS.replace("SLEEP", str(sleep)))
-    for seconds in (10, 60):  # the second where this machine is too busy to start pytest in the first
+    for seconds in (5, 60):  # the second where this machine is too busy to start pytest in the first
         stage = run_stage("some", (str(tests),), seconds)
         if stage.counts["failed"] and (sleep or not stage.note):
             break

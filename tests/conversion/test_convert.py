@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -531,7 +532,9 @@ def test_verification_reports_every_byte(tiny_bundle: Path) -> None:
     assert sum(counts) == sum(t.nbytes for t in load_file(tiny_bundle).values())
 
 
-# FLUX.1-dev's own size
+# FLUX.1-dev's own widths
+
+FULL_WIDTH = dataclasses.replace(FLUX_DEV, num_layers=3, num_single_layers=6)
 
 
 def write_sparse(path: Path, shapes: Shapes) -> None:
@@ -549,11 +552,11 @@ def write_sparse(path: Path, shapes: Shapes) -> None:
 
 
 def write_sparse_checkpoint(folder: Path) -> Files:
-    """FLUX.1-dev's transformer and a LoRA for it at full size, as files that take hardly any room; a tiny VAE."""
+    """A transformer of `FULL_WIDTH` and a LoRA for it, as files that take hardly any room; a tiny VAE."""
     files = write_checkpoint(folder)
     transformer = files.flux / "transformer"
     weights_of(transformer).unlink()
-    shapes = schema.transformer_tensors(FLUX_DEV)
+    shapes = schema.transformer_tensors(FULL_WIDTH)
     weight_map: dict[str, str] = {}
     for i in range(3):
         name = f"diffusion_pytorch_model-{i + 1:05}-of-00003.safetensors"
@@ -561,8 +564,8 @@ def write_sparse_checkpoint(folder: Path) -> Files:
         write_sparse(transformer / name, part)
         weight_map |= dict.fromkeys(part, name)
     (transformer / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (transformer / "config.json").write_text(json.dumps(FLUX_DEV.to_dict()))
-    write_sparse(files.lora, schema.lora_tensors(FLUX_DEV, dict.fromkeys(schema.lora_modules(FLUX_DEV), 4)))
+    (transformer / "config.json").write_text(json.dumps(FULL_WIDTH.to_dict()))
+    write_sparse(files.lora, schema.lora_tensors(FULL_WIDTH, dict.fromkeys(schema.lora_modules(FULL_WIDTH), 4)))
     return files
 
 
@@ -583,11 +586,18 @@ print(json.dumps({"seconds": time.perf_counter() - start, "bytes": memory("VmHWM
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads its memory from /proc")
-def test_full_size_in_little_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_large_checkpoint_in_little_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Memory depends on the largest tensor, which is FLUX.1-dev's, and not on how many blocks there are.
+
+    All 57 blocks took 50 s, since every byte of 24 GB is read, checked and hashed; these take a fifth of that, and
+    are still several times the memory that is allowed. That the layout has all of FLUX.1-dev's parameters is counted
+    from the shapes.
+    """
+    assert sum(map(math.prod, schema.transformer_tensors(FLUX_DEV).values())) == 11_901_408_320
     files, output = write_sparse_checkpoint(tmp_path / "sources"), tmp_path / "flux_dev.safetensors"
     # One real weight, so that reading, checking and writing values is part of what is measured.
     real = torch.randn(12288, 3072).bfloat16()
-    name = "transformer_blocks.9.ff.net.0.proj.weight"
+    name = "transformer_blocks.2.ff.net.0.proj.weight"
     with safe_open(shard_of(files, name), "pt") as f:
         assert f.get_slice(name).get_shape() == list(real.shape)
     write_at(shard_of(files, name), name, real)
@@ -600,14 +610,15 @@ def test_full_size_in_little_memory(tmp_path: Path, capsys: pytest.CaptureFixtur
     used = json.loads(done.stdout)
     with capsys.disabled():
         print(
-            f"\nFLUX.1-dev: {output.stat().st_size / 1e9:.1f} GB in {used['seconds']:.0f} s, {used['bytes'] / 1e6:.0f} MB"
+            f"\nconverted {output.stat().st_size / 1e9:.1f} GB in {used['seconds']:.0f} s, {used['bytes'] / 1e6:.0f} MB"
         )
-    assert used["bytes"] < 2e9
-    assert output.stat().st_size > 23.8e9
+    assert used["bytes"] < 0.5e9
+    assert output.stat().st_size > 3.5e9
     assert output.stat().st_blocks * 512 < real.nbytes + 64e6
     bundle = Bundle(output)
-    assert bundle.config.transformer == FLUX_DEV
-    assert sum(i.numel for n, i in bundle.tensors.items() if n.startswith("transformer.")) == 11_901_408_320
+    assert bundle.config.transformer == FULL_WIDTH
+    written = sum(i.numel for n, i in bundle.tensors.items() if n.startswith("transformer."))
+    assert written == sum(map(math.prod, schema.transformer_tensors(FULL_WIDTH).values()))
     assert torch.equal(bundle.tensor(f"transformer.{name}"), real)
 
 

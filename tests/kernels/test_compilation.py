@@ -5,20 +5,19 @@ Compiled once for all tests here, in a process of its own, since this one may in
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mogle_rt.kernels.__main__ import costs
+from mogle_rt.kernels.__main__ import costs, main
 from mogle_rt.kernels.chips import SHARED_LIMITS, TARGETS, compiled_for
 from mogle_rt.kernels.workloads import DTYPES, workloads
+from tests.conftest import make_once
 from tests.kernels.compiled import GENERATIONS, OF_ONE_GENERATION, SAME_CODE
 
 # Kernels without a matrix product, and where a product's tile is as large as the newer instructions need: 64 rows for
@@ -37,26 +36,20 @@ Compiled = list[dict[str, Any]]
 ROOT = Path(__file__).parents[2]
 
 
-def python(arguments: Sequence[str], interpret: bool = False) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret)), "COLUMNS": "200"}
-    command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
-
-
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+def compiled(shared_folder: Path) -> Compiled:
     """One table for all tests, also where workers run them in processes of their own."""
-    folder = tmp_path_factory.getbasetemp()
-    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    table = shared / "compiled.json"
-    with (shared / "compiled.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not table.exists():
-            done = python(["tests.kernels.compiled"])
-            assert done.returncode == 0, done.stderr
-            table.write_text(done.stdout)
+    table = make_once(shared_folder / "compiled.json", compile_all)
     found: Compiled = json.loads(table.read_text())
     return found
+
+
+def compile_all(table: Path) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "tests.kernels.compiled"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    table.write_text(done.stdout)
 
 
 def label(r: dict[str, Any]) -> str:
@@ -137,27 +130,11 @@ def test_table_has_every_call() -> None:
     assert least["region_expert_mix"]["flops"] > 4 * least["gate_mix"]["flops"]
 
 
-@pytest.mark.slow
-def test_interpreting_and_compiling_exclude_each_other() -> None:
-    done = python(["mogle_rt.kernels"], interpret=True)
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET=1 is set" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_table_for_people() -> None:
-    done = python(["mogle_rt.kernels", "--kernel", "qk_norm_rope", "--target", "sm_90", "--compile-only"])
-    assert done.returncode == 0, done.stderr
-    for word in (
-        "registers",
-        "spills",
-        "shared",
-        "stack",
-        "16-byte loads + stores",
-        "2-byte",
-        "MB read",
-        "qk_norm_rope",
-    ):
-        assert word in done.stdout
+def test_interpreting_and_compiling_exclude_each_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    assert "TRITON_INTERPRET=1 is set" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from mogle_rt import Pipeline
 from mogle_rt.torch_api.settings import settled
+from tests.torch_api.precision_flags import flags
 
 SIZE = 64
 
@@ -123,33 +123,6 @@ print(images.numpy().tobytes().hex())
     assert done.stdout.strip() == expected["a woman"].numpy().tobytes().hex()
 
 
-BACKENDS: Any = torch.backends
-FLAGS: dict[str, Callable[[], Any]] = {
-    "products": torch.get_float32_matmul_precision,
-    "cuda.matmul.allow_tf32": lambda: BACKENDS.cuda.matmul.allow_tf32,
-    "cudnn.allow_tf32": lambda: BACKENDS.cudnn.allow_tf32,
-    "all": lambda: BACKENDS.fp32_precision,
-    "cuda.matmul": lambda: BACKENDS.cuda.matmul.fp32_precision,
-    "cudnn": lambda: BACKENDS.cudnn.fp32_precision,
-    "cudnn.conv": lambda: BACKENDS.cudnn.conv.fp32_precision,
-    "cudnn.rnn": lambda: BACKENDS.cudnn.rnn.fp32_precision,
-    "mkldnn": lambda: BACKENDS.mkldnn.fp32_precision,
-    "mkldnn.matmul": lambda: BACKENDS.mkldnn.matmul.fp32_precision,
-    "mkldnn.conv": lambda: BACKENDS.mkldnn.conv.fp32_precision,
-}
-
-
-def flags() -> dict[str, Any]:
-    """Every flag of float32's precision; what can't be read counts as "mixed"."""
-    found = {}
-    for name, read in FLAGS.items():
-        try:
-            found[name] = read()
-        except RuntimeError:  # of older and newer flags that disagree
-            found[name] = "mixed"
-    return found
-
-
 # Statements that people write; each is run after those above it, in a process of its own.
 STATEMENTS = [
     "pass",
@@ -166,22 +139,9 @@ STATEMENTS = [
 
 def test_precision_is_float32_within_and_the_callers_afterwards() -> None:
     """Whichever of PyTorch's two sets of flags was used before, or both."""
-    code = "import torch\nfrom tests.torch_api.test_settings import check_flags\n"
+    code = "import torch\nfrom tests.torch_api.precision_flags import check_flags\n"
     code += "\n".join(f"{statement}\ncheck_flags()" for statement in STATEMENTS)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
-
-
-def check_flags() -> None:
-    names = ("cuda.matmul", "cudnn.conv", "mkldnn.matmul", "mkldnn.conv")
-    before = flags()
-    for allowed in (False, True):
-        with contextlib.suppress(KeyError), settled(allow_tf32=allowed):
-            now = flags()
-            assert [now[n] for n in names] == ["tf32" if allowed else "ieee"] * 2 + ["ieee"] * 2, now
-            with settled(allow_tf32=not allowed):  # the outermost decides
-                assert flags() == now
-            raise KeyError
-        assert flags() == before
 
 
 def test_one_thread_that_wants_float32_has_it() -> None:
