@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,23 +22,19 @@ from mogle_rt.arguments import (
     prompt_list,
 )
 from mogle_rt.bundle.bundle import Bundle
+from mogle_rt.calls.callbacks import StepCallback, called_back
+from mogle_rt.calls.decoding import Decoder
+from mogle_rt.calls.prompts import PromptEncoder
+from mogle_rt.calls.results import OutputType, PipelineOutput, RunReport
+from mogle_rt.calls.stages import Stages, progress_bar
+from mogle_rt.calls.turns import Turns, one_at_a_time
 from mogle_rt.config import PATCH, VAE_SCALE, ModelConfig
 from mogle_rt.encoders.cache import TensorCache
 from mogle_rt.encoders.conditioning import Conditioner, MaskPosterior
-from mogle_rt.encoders.group_norm import arranged
 from mogle_rt.encoders.mask_planes import MaskPlanes
-from mogle_rt.encoders.text import TextEncoders
-from mogle_rt.encoders.vae import (
-    DECODE_PIXELS,
-    autoencoder,
-    load_autoencoder,
-    pack_latents,
-    unpack_latents,
-    vae_dtype,
-)
+from mogle_rt.encoders.vae import autoencoder, load_autoencoder, pack_latents, vae_dtype
 from mogle_rt.engines.choice import EngineName, engine_dtype, make_engine
 from mogle_rt.engines.contract import Conditions, Engine
-from mogle_rt.errors import InputError, NumericalError
 from mogle_rt.loop.denoise import denoise
 from mogle_rt.loop.progress import Progress
 from mogle_rt.loop.schedule import Schedule, make_schedule
@@ -58,55 +45,7 @@ from mogle_rt.masks.sizes import default_size, warn_of_distortion
 from mogle_rt.memory.devices import choose_device, choose_dtype
 from mogle_rt.torch_api.settings import settled
 
-OutputType = Literal["pil", "np", "pt", "latent"]
-StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Any]], Mapping[str, Any] | None]
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
 CACHE_BYTES = 256 << 20
-
-
-@dataclass
-class PipelineOutput(BaseOutput):  # type: ignore[misc]
-    """``images``: a list of PIL images, or an array [B, H, W, 3] or tensor [B, 3, H, W] in [0, 1], or packed latents."""
-
-    images: list[Image.Image] | NDArray[np.float32] | Tensor
-
-
-@dataclass
-class RunReport:
-    """What the last call did.
-
-    ``execution``: how steps were run, "cuda graph" or "eager: …" with the reason. ``weights``: the formats in which the
-    steps' weights were held, which round differently, such as "packed 1.2 GB, plain 0.1 GB". ``seconds``: wall-clock
-    time by stage (text, mask, prepare, denoise, decode).
-    """
-
-    batch_size: int = 0
-    steps: int = 0
-    interrupted: bool = False
-    execution: str = ""
-    weights: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-def _one_at_a_time(call: Callable[Concatenate[Pipeline, P], R]) -> Callable[Concatenate[Pipeline, P], R]:
-    """Calls from several threads wait for each other: a call's state is in the engine's buffers."""
-
-    @functools.wraps(call)
-    def alone(self: Pipeline, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self._lock:
-            if self._running:  # the same thread: others wait
-                raise InputError("a pipeline can't be called from within its own call; make another Pipeline for that")
-            self._running = True
-            try:
-                with settled(allow_tf32=self._allow_tf32):
-                    return call(self, *args, **kwargs)
-            finally:
-                self._running = False
-
-    return alone
 
 
 class Pipeline:
@@ -177,11 +116,11 @@ class Pipeline:
         self.conditioning_cache = TensorCache(cache_bytes)
         self.prompt_cache = TensorCache(cache_bytes)
         self.conditioner = Conditioner(self.vae, self.conditioning_cache)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=VAE_SCALE * 2)
+        self.prompt_encoder = PromptEncoder(self.bundle, self.device, self.dtype, self.prompt_cache)
+        self.decoder = Decoder(self.vae)
         self.last_run = RunReport()
-        self._text_encoders: TextEncoders | None = None
-        self._interrupt = self._running = False
-        self._lock = threading.RLock()
+        self._interrupt = False
+        self._turns = Turns()
         self._allow_tf32 = allow_tf32
         self._progress_bar_config: dict[str, Any] = {}
 
@@ -201,7 +140,7 @@ class Pipeline:
         """
         self._progress_bar_config = options
 
-    @_one_at_a_time
+    @one_at_a_time
     @torch.no_grad()
     def __call__(
         self,
@@ -308,14 +247,14 @@ class Pipeline:
 
         schedule = make_schedule(self.bundle.config.scheduler, num_inference_steps, grid[0] * grid[1])
         noise = self._noise(latents, batch, height, width, generator if generators is None else generators)
-        with self._progress_bar(num_inference_steps) as bar:
-            with self._stage("text", bar):
-                prompt_embeds, pooled_prompt_embeds = self._embed(
-                    prompts, prompt_embeds, pooled_prompt_embeds, max_sequence_length
-                )
-            with self._stage("mask", bar):
+        with progress_bar(num_inference_steps, self._progress_bar_config) as bar:
+            stage = Stages(bar, self.device, report.seconds, described="desc" in self._progress_bar_config)
+            with stage("text"):
+                if prompt_embeds is None or pooled_prompt_embeds is None:
+                    prompt_embeds, pooled_prompt_embeds = self.prompt_encoder(prompts, max_sequence_length)
+            with stage("mask"):
                 masks = self._encode_masks(labels, batch, mask_posterior, generator, generators)
-            with self._stage("prepare", bar):
+            with stage("prepare"):
                 self.engine.prepare(
                     Conditions(
                         masks=masks,
@@ -329,31 +268,15 @@ class Pipeline:
                     ),
                     schedule,
                 )
-            with self._stage("denoise", bar):
+            with stage("denoise"):
                 packed = self._denoise(noise, schedule, callback_on_step_end, bar)
             report.interrupted, report.execution = self._interrupt, self.engine.execution
             report.weights = self.engine.weight_formats
             images = packed
             if output_type != "latent":
-                with self._stage("decode", bar):
-                    images = self._decode(packed, height, width, output_type)
+                with stage("decode"):
+                    images = self.decoder(packed, height, width, output_type)
         return PipelineOutput(images=images) if return_dict else (images,)  # type: ignore[return-value]
-
-    def _embed(
-        self, prompts: list[str], embeds: Tensor | None, pooled: Tensor | None, max_sequence_length: int
-    ) -> tuple[Tensor, Tensor]:
-        if embeds is not None and pooled is not None:
-            return embeds, pooled
-        known = {p: found for p in prompts if (found := self.prompt_cache.get((p, max_sequence_length))) is not None}
-        new = [p for p in dict.fromkeys(prompts) if p not in known]
-        if new:
-            if self._text_encoders is None:
-                self._text_encoders = TextEncoders(self.bundle, self.device, self.dtype)
-            for prompt, *made in zip(new, *self._text_encoders.encode(new, max_sequence_length), strict=True):
-                known[prompt] = tuple(t.clone() for t in made)
-                self.prompt_cache.put((prompt, max_sequence_length), known[prompt])
-        sequences, vectors = zip(*(known[p] for p in prompts), strict=True)
-        return torch.stack(sequences), torch.stack(vectors)
 
     def _encode_masks(
         self,
@@ -380,21 +303,12 @@ class Pipeline:
         noise = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
         return pack_latents(noise).to(self.dtype)
 
-    @contextmanager
-    def _progress_bar(self, steps: int) -> Iterator[tqdm[NoReturn]]:
-        with tqdm(**{"total": steps, "disable": None} | self._progress_bar_config) as bar:
-            try:
-                yield bar
-            except BaseException:
-                bar.leave = False  # an error's message says more
-                raise
-
     def _denoise(self, noise: Tensor, schedule: Schedule, callback: StepCallback | None, bar: tqdm[NoReturn]) -> Tensor:
         bar.unpause()  # its rate is that of the steps
 
         def on_step(k: int, latents: Tensor) -> Tensor:
             assert callback is not None
-            return self._called_back(callback, k, schedule, latents)
+            return called_back(callback, self, k, schedule.timesteps[k], latents)
 
         return denoise(
             self.engine,
@@ -404,42 +318,6 @@ class Pipeline:
             lambda: self._interrupt,
             None if bar.disable else Progress(self.device, bar.update),
         )
-
-    def _called_back(self, callback: StepCallback, k: int, schedule: Schedule, latents: Tensor) -> Tensor:
-        """The latents that the callback wants: others, or those it was given, which it may have edited."""
-        returned = callback(self, k, schedule.timesteps[k], {"latents": latents})
-        if returned is None:
-            return latents
-        if not isinstance(returned, Mapping):
-            kind = type(returned).__name__
-            raise InputError(f"callback_on_step_end must return a dict or None, got {kind}")
-        following = returned.get("latents", latents)
-        check_tensor("latents from callback_on_step_end", following, tuple(latents.shape))
-        return following.to(latents)
-
-    def _decode(self, packed: Tensor, height: int, width: int, output_type: OutputType) -> Any:
-        packed = packed.to(self.vae.dtype)
-        z = unpack_latents(packed, height, width) / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        z = arranged(z, height * width)
-        # A CPU is faster with one image, whose activations stay in its caches.
-        chunk = 1 if self.device.type == "cpu" else max(1, DECODE_PIXELS // (height * width))
-        image = torch.cat([self.vae.decode(part).sample.contiguous() for part in z.split(chunk)])
-        if not bool(torch.isfinite(image).all()):
-            raise NumericalError(
-                f"the decoded image holds NaN or infinity: the VAE doesn't decode it in {self.vae.dtype}"
-            )
-        return self.image_processor.postprocess(image, output_type=output_type)
-
-    @contextmanager
-    def _stage(self, name: str, bar: tqdm[NoReturn]) -> Iterator[None]:
-        """Show a stage and time it into the report; the GPU is waited for, so that its time counts where it was spent."""
-        if "desc" not in self._progress_bar_config:
-            bar.set_description(name)
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.last_run.seconds[name] = time.perf_counter() - start
 
 
 def _expand(x: Tensor, batch: int) -> Tensor:
