@@ -20,14 +20,18 @@ from mogle_rt.arguments import (
     common_count,
     generator_list,
     prompt_list,
+    refuse_prompt_as_mask,
+    seeded_generators,
 )
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.calls.callbacks import StepCallback, called_back
 from mogle_rt.calls.decoding import Decoder
-from mogle_rt.calls.prompts import PromptEncoder
+from mogle_rt.calls.habits import DiffusersHabits
+from mogle_rt.calls.other_options import check_other_options
+from mogle_rt.calls.prompts import PromptEncoder, repeated
 from mogle_rt.calls.results import OutputType, PipelineOutput, RunReport
 from mogle_rt.calls.stages import Stages, progress_bar
-from mogle_rt.calls.turns import Turns, one_at_a_time
+from mogle_rt.calls.turns import one_at_a_time
 from mogle_rt.config import PATCH, VAE_SCALE, ModelConfig
 from mogle_rt.encoders.cache import TensorCache
 from mogle_rt.encoders.conditioning import Conditioner, MaskPosterior
@@ -48,8 +52,9 @@ from mogle_rt.torch_api.settings import settled
 CACHE_BYTES = 256 << 20
 
 
-class Pipeline:
-    """Face-MoGLE from a bundle. Threads may share one: their calls are made one after the other.
+class Pipeline(DiffusersHabits):
+    """Face-MoGLE from a bundle. Threads may share one: their calls are made one after the other. Other processes may not:
+    a pipeline that is pickled, copied or sent to a spawned process opens its bundle anew.
 
     Args:
         checkpoint: a bundle, see ``mogle-rt convert``; or ``demo``, the small one in the package (128 x 128 pixels).
@@ -95,50 +100,50 @@ class Pipeline:
         cache_bytes: int = CACHE_BYTES,
         allow_tf32: bool = False,
     ) -> None:
-        self.model_config = ModelConfig.of(model_config)
-        self.device = choose_device(device)
-        self.dtype = choose_dtype(engine_dtype(engine, engine_path, checkpoint, dtype), self.device)
+        super().__init__(allow_tf32=allow_tf32)
+        self._options = {
+            "checkpoint": checkpoint,
+            "device": device,
+            "dtype": dtype,
+            "model_config": ModelConfig.of(model_config),
+            "kernels": kernels,
+            "cuda_graphs": cuda_graphs,
+            "mixture": mixture,
+            "engine": engine,
+            "engine_path": engine_path,
+            "cache_bytes": cache_bytes,
+            "allow_tf32": allow_tf32,
+        }
+        self._open()
+        self.last_run = RunReport()
+
+    def _open(self) -> None:
+        for held in ("engine", "vae", "conditioner", "decoder", "prompt_encoder"):
+            vars(self).pop(held, None)  # what was loaded before goes first: the new one needs its memory
+        o, checkpoint = self._options, self._options["checkpoint"]
+        self.model_config: ModelConfig = o["model_config"]
+        self.device = choose_device(o["device"])
+        self.dtype = choose_dtype(engine_dtype(o["engine"], o["engine_path"], checkpoint, o["dtype"]), self.device)
         self.bundle = Bundle(checkpoint)
         vae_config = self.bundle.config.vae
         weights = self.bundle.part("vae", self.device, vae_dtype(vae_config, self.dtype))
         self.vae = load_autoencoder(autoencoder(vae_config), weights, f"{checkpoint} (vae)")
         self.engine: Engine = make_engine(
-            engine,
-            engine_path,
+            o["engine"],
+            o["engine_path"],
             self.bundle,
             self.device,
             self.dtype,
             self.model_config,
-            kernels=kernels,
-            cuda_graphs=cuda_graphs,
-            mixture=mixture,
+            kernels=o["kernels"],
+            cuda_graphs=o["cuda_graphs"],
+            mixture=o["mixture"],
         )
-        self.conditioning_cache = TensorCache(cache_bytes)
-        self.prompt_cache = TensorCache(cache_bytes)
+        self.conditioning_cache = TensorCache(o["cache_bytes"])
+        self.prompt_cache = TensorCache(o["cache_bytes"])
         self.conditioner = Conditioner(self.vae, self.conditioning_cache)
         self.prompt_encoder = PromptEncoder(self.bundle, self.device, self.dtype, self.prompt_cache)
         self.decoder = Decoder(self.vae)
-        self.last_run = RunReport()
-        self._interrupt = False
-        self._turns = Turns()
-        self._allow_tf32 = allow_tf32
-        self._progress_bar_config: dict[str, Any] = {}
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether the running call is to stop after its current step. A callback may set it."""
-        return self._interrupt
-
-    @interrupt.setter
-    def interrupt(self, value: bool) -> None:
-        self._interrupt = value
-
-    def set_progress_bar_config(self, **options: Any) -> None:
-        """Options for the tqdm bar, e.g. ``disable=True``. By default it shows on a terminal only.
-
-        It counts denoising steps; its description, unless ``desc`` gives one, is what a call does at the moment.
-        """
-        self._progress_bar_config = options
 
     @one_at_a_time
     @torch.no_grad()
@@ -165,7 +170,9 @@ class Pipeline:
         mask_posterior: MaskPosterior = "mean",
         return_dict: bool = True,
         *,
+        seed: int | Sequence[int] | None = None,
         mask_order: Order = "celebamask",
+        **others: Any,
     ) -> PipelineOutput:
         """Draw faces. Each image of a batch is the one it would be alone, up to rounding.
 
@@ -195,8 +202,11 @@ class Pipeline:
             mask_posterior: "mean" of the VAE's posterior, or "sample" to draw from it with the generator, as the
                 reference does.
             return_dict: False gives the tuple ``(images,)`` in place of a `PipelineOutput`, as in diffusers.
+            seed: in place of generators: image i of the batch is drawn as its only image would be with ``seed + i``, or
+                with ``seed[i]``. A seed is the same noise on every device.
             mask_order: what the numbers of a label map mean, see `mogle_rt.masks.to_labels`: "celebamask", "bisenet",
                 "farl", or the names of the classes.
+            others: arguments of diffusers' `FluxPipeline` that have no use here: an error says why, unless they say "none".
 
         Raises:
             InputError: an argument is out of range, counts or shapes don't match, or a callback calls the pipeline.
@@ -204,6 +214,7 @@ class Pipeline:
             CheckpointError: a prompt was given, and the bundle has no text encoders.
             NumericalError: the result is not finite.
         """
+        check_other_options(others, prompt)
         size = self.bundle.default_size
         fit_to_mask = height is None and width is None and latents is None
         height, width = size if height is None else height, size if width is None else width
@@ -230,6 +241,7 @@ class Pipeline:
         guidance_scale, condition_scale = float(guidance_scale), float(condition_scale)
         rows, columns = map(float, position_delta)
         self._interrupt = False
+        refuse_prompt_as_mask(mask)
         labels = [] if mask is None else to_label_batch(mask, order=mask_order)
         if labels and fit_to_mask:
             height, width = default_size(labels, size)
@@ -242,8 +254,10 @@ class Pipeline:
             check_embeddings(prompt_embeds, pooled_prompt_embeds, t.joint_attention_dim, t.pooled_projection_dim)
         pairs = common_count(len(labels), len(prompts) if prompt_embeds is None else prompt_embeds.shape[0])
         batch = pairs * num_images_per_prompt
-        generators = generator_list(generator, batch)
+        generator = generator if seed is None else seeded_generators(seed, generator, batch)
+        generators = generator_list(generator, batch, self.device)
         report = self.last_run = RunReport(batch_size=batch, steps=num_inference_steps)
+        self._num_timesteps, self._guidance_scale = num_inference_steps, guidance_scale
 
         schedule = make_schedule(self.bundle.config.scheduler, num_inference_steps, grid[0] * grid[1])
         noise = self._noise(latents, batch, height, width, generator if generators is None else generators)
@@ -258,8 +272,8 @@ class Pipeline:
                 self.engine.prepare(
                     Conditions(
                         masks=masks,
-                        prompt_embeds=_expand(prompt_embeds, batch),
-                        pooled_prompt_embeds=_expand(pooled_prompt_embeds, batch),
+                        prompt_embeds=repeated(prompt_embeds, batch),
+                        pooled_prompt_embeds=repeated(pooled_prompt_embeds, batch),
                         guidance_scale=guidance_scale,
                         grid=grid,
                         condition_scale=condition_scale,
@@ -318,8 +332,3 @@ class Pipeline:
             lambda: self._interrupt,
             None if bar.disable else Progress(self.device, bar.update),
         )
-
-
-def _expand(x: Tensor, batch: int) -> Tensor:
-    """Repeat each of n rows batch / n times, so that images of one prompt are neighbours."""
-    return x if x.shape[0] == batch else x.repeat_interleave(batch // x.shape[0], dim=0)

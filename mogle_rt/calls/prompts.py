@@ -17,6 +17,9 @@ class PromptEncoder:
         bundle: where the text encoders are read from.
         device, dtype: where and in what to compute.
         cache: the embeddings of prompts, by prompt and number of T5 tokens.
+
+    Attributes:
+        offload: whether the text encoders go after each new prompt, so that their memory is free while images are drawn.
     """
 
     def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype, cache: TensorCache) -> None:
@@ -42,3 +45,8 @@ class PromptEncoder:
                 self.encoders = None
         sequences, vectors = zip(*(known[p] for p in prompts), strict=True)
         return torch.stack(sequences), torch.stack(vectors)
+
+
+def repeated(x: Tensor, batch: int) -> Tensor:
+    """Repeat each of n rows batch / n times, so that images of one prompt are neighbours."""
+    return x if x.shape[0] == batch else x.repeat_interleave(batch // x.shape[0], dim=0)
