@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mogle_rt.config import MAX_TEXT_TOKENS, PATCH
-from mogle_rt.errors import InputError, NumericalError
+from mogle_rt.errors import InputError, MaskError, NumericalError
 
 if TYPE_CHECKING:  # imported where it is needed: the command line checks its options before it waits for torch
     import torch
@@ -32,11 +33,11 @@ def _is_number(value: object) -> bool:
 
 def check_options(
     *,
-    num_inference_steps: int,
-    guidance_scale: float,
-    height: int,
-    width: int,
-    condition_scale: float,
+    num_inference_steps: int = 1,
+    guidance_scale: float = 1.0,
+    height: int = PATCH,
+    width: int = PATCH,
+    condition_scale: float = 1.0,
     num_images_per_prompt: int = 1,
     position_delta: tuple[int, int] = (0, 0),
     position_scale: float = 1.0,
@@ -77,7 +78,13 @@ def check_options(
         raise InputError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")
     if callback is not None and not callable(callback):
         raise InputError(f"callback_on_step_end must be a function, got {callback!r}")
-    if not isinstance(callback_inputs, Sequence) or list(callback_inputs) != ["latents"]:
+    named = list(callback_inputs) if isinstance(callback_inputs, Sequence) else None
+    if named == ["prompt_embeds"] or named == ["latents", "prompt_embeds"]:
+        raise InputError(
+            "callback_on_step_end_tensor_inputs can be ['latents'] only: what a prompt says is computed once, before the "
+            "first step, so that a callback can't change prompt_embeds"
+        )
+    if named != ["latents"]:
         raise InputError(f"callback_on_step_end_tensor_inputs can be ['latents'] only, got {callback_inputs!r}")
     if mask_posterior not in ("mean", "sample"):
         raise InputError(f"mask_posterior must be 'mean' or 'sample', got {mask_posterior!r}")
@@ -123,17 +130,74 @@ def common_count(masks: int, prompts: int) -> int:
     return max(masks, prompts)
 
 
-def generator_list(generator: Generators, batch: int) -> list[torch.Generator] | None:
-    """One generator for each image, or None where one or none serves all.
+def refuse_prompt_as_mask(mask: object) -> None:
+    """Somebody who knows diffusers' pipelines may give the prompt first.
 
     Raises:
-        InputError: another number of generators, or something else.
+        MaskError: ``mask`` is a text of several words, or a list with one, that is no path.
+    """
+    for one in mask if isinstance(mask, (list, tuple)) else [mask]:
+        if isinstance(one, str) and len(one.split()) > 1 and not os.path.splitext(one.strip(" ."))[1]:
+            try:
+                found = os.path.lexists(os.path.expanduser(one))
+            except ValueError:  # a null character in it
+                found = False
+            if not found:
+                raise MaskError(
+                    f"{one[:60]!r} is no file and reads like a prompt: masks come first, so write pipe(mask, prompt), or "
+                    "pipe(prompt=...) for a prompt alone"
+                )
+
+
+def seeded_generators(seed: int | Sequence[int], generator: Generators, batch: int) -> list[torch.Generator]:
+    """Generators of seeds, on the CPU: one for each image.
+
+    Args:
+        seed: the first image's, and the following images have the following numbers; or one for each image.
+        generator: None; a call takes seeds or generators.
+        batch: how many images.
+
+    Raises:
+        InputError: a seed is no whole number from 0 to 2**63 - 1, there are too many or few, or generators are given too.
     """
     import torch
 
+    if generator is not None:
+        raise InputError("give a seed or a generator, not both")
+    several = isinstance(seed, Sequence) and not isinstance(seed, str)
+    seeds = list(seed) if isinstance(seed, Sequence) and several else [seed]
+    for one in seeds:
+        if not isinstance(one, Integral) or isinstance(one, bool) or not 0 <= one < 2**63 - batch:
+            raise InputError(
+                f"seed must be a whole number from 0 to {2**63 - batch - 1}, or a list of them, got {one!r}"
+            )
+    numbers = [int(one) for one in seeds if isinstance(one, Integral)]
+    if not several:
+        numbers = [numbers[0] + i for i in range(batch)]
+    if len(numbers) != batch:
+        raise InputError(f"seed must be one number or a list of {batch} (one an image), got {len(numbers)}")
+    return [torch.Generator("cpu").manual_seed(number) for number in numbers]
+
+
+def generator_list(generator: Generators, batch: int, device: torch.device) -> list[torch.Generator] | None:
+    """One generator for each image, or None where one or none serves all.
+
+    Raises:
+        InputError: another number of generators, something else, or one of a device that the noise can't be drawn for. A
+            generator of the CPU serves every device.
+    """
+    import torch
+
+    every = [generator] if isinstance(generator, torch.Generator) else generator
+    generators = list(every) if isinstance(every, Sequence) else []
+    for g in generators:
+        if isinstance(g, torch.Generator) and g.device.type not in ("cpu", device.type):
+            raise InputError(
+                f"generator is on {g.device} and the pipeline on {device}: give a generator of the CPU, which draws the "
+                "same noise for every device, or a seed"
+            )
     if generator is None or isinstance(generator, torch.Generator):
         return None
-    generators = list(generator) if isinstance(generator, Sequence) else []
     if len(generators) != batch or not all(isinstance(g, torch.Generator) for g in generators):
         raise InputError(
             f"generator must be one torch.Generator or a list of {batch} (one an image), got {generator!r}"

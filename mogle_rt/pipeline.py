@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,25 +20,25 @@ from mogle_rt.arguments import (
     common_count,
     generator_list,
     prompt_list,
+    refuse_prompt_as_mask,
+    seeded_generators,
 )
 from mogle_rt.bundle.bundle import Bundle
+from mogle_rt.calls.callbacks import StepCallback, called_back
+from mogle_rt.calls.decoding import Decoder
+from mogle_rt.calls.habits import DiffusersHabits
+from mogle_rt.calls.other_options import check_other_options
+from mogle_rt.calls.prompts import PromptEncoder, repeated
+from mogle_rt.calls.results import OutputType, PipelineOutput, RunReport
+from mogle_rt.calls.stages import Stages, progress_bar
+from mogle_rt.calls.turns import one_at_a_time
 from mogle_rt.config import PATCH, VAE_SCALE, ModelConfig
 from mogle_rt.encoders.cache import TensorCache
 from mogle_rt.encoders.conditioning import Conditioner, MaskPosterior
-from mogle_rt.encoders.group_norm import arranged
 from mogle_rt.encoders.mask_planes import MaskPlanes
-from mogle_rt.encoders.text import TextEncoders
-from mogle_rt.encoders.vae import (
-    DECODE_PIXELS,
-    autoencoder,
-    load_autoencoder,
-    pack_latents,
-    unpack_latents,
-    vae_dtype,
-)
+from mogle_rt.encoders.vae import autoencoder, load_autoencoder, pack_latents, vae_dtype
 from mogle_rt.engines.choice import EngineName, engine_dtype, make_engine
 from mogle_rt.engines.contract import Conditions, Engine
-from mogle_rt.errors import InputError, NumericalError
 from mogle_rt.loop.denoise import denoise
 from mogle_rt.loop.progress import Progress
 from mogle_rt.loop.schedule import Schedule, make_schedule
@@ -58,59 +49,12 @@ from mogle_rt.masks.sizes import default_size, warn_of_distortion
 from mogle_rt.memory.devices import choose_device, choose_dtype
 from mogle_rt.torch_api.settings import settled
 
-OutputType = Literal["pil", "np", "pt", "latent"]
-StepCallback = Callable[["Pipeline", int, Tensor, dict[str, Any]], Mapping[str, Any] | None]
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
 CACHE_BYTES = 256 << 20
 
 
-@dataclass
-class PipelineOutput(BaseOutput):  # type: ignore[misc]
-    """``images``: a list of PIL images, or an array [B, H, W, 3] or tensor [B, 3, H, W] in [0, 1], or packed latents."""
-
-    images: list[Image.Image] | NDArray[np.float32] | Tensor
-
-
-@dataclass
-class RunReport:
-    """What the last call did.
-
-    ``execution``: how steps were run, "cuda graph" or "eager: …" with the reason. ``weights``: the formats in which the
-    steps' weights were held, which round differently, such as "packed 1.2 GB, plain 0.1 GB". ``seconds``: wall-clock
-    time by stage (text, mask, prepare, denoise, decode).
-    """
-
-    batch_size: int = 0
-    steps: int = 0
-    interrupted: bool = False
-    execution: str = ""
-    weights: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-def _one_at_a_time(call: Callable[Concatenate[Pipeline, P], R]) -> Callable[Concatenate[Pipeline, P], R]:
-    """Calls from several threads wait for each other: a call's state is in the engine's buffers."""
-
-    @functools.wraps(call)
-    def alone(self: Pipeline, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self._lock:
-            if self._running:  # the same thread: others wait
-                raise InputError("a pipeline can't be called from within its own call; make another Pipeline for that")
-            self._running = True
-            try:
-                with settled(allow_tf32=self._allow_tf32):
-                    return call(self, *args, **kwargs)
-            finally:
-                self._running = False
-
-    return alone
-
-
-class Pipeline:
-    """Face-MoGLE from a bundle. Threads may share one: their calls are made one after the other.
+class Pipeline(DiffusersHabits):
+    """Face-MoGLE from a bundle. Threads may share one: their calls are made one after the other. Other processes may not:
+    a pipeline that is pickled, copied or sent to a spawned process opens its bundle anew.
 
     Args:
         checkpoint: a bundle, see ``mogle-rt convert``; or ``demo``, the small one in the package (128 x 128 pixels).
@@ -156,52 +100,52 @@ class Pipeline:
         cache_bytes: int = CACHE_BYTES,
         allow_tf32: bool = False,
     ) -> None:
-        self.model_config = ModelConfig.of(model_config)
-        self.device = choose_device(device)
-        self.dtype = choose_dtype(engine_dtype(engine, engine_path, checkpoint, dtype), self.device)
+        super().__init__(allow_tf32=allow_tf32)
+        self._options = {
+            "checkpoint": checkpoint,
+            "device": device,
+            "dtype": dtype,
+            "model_config": ModelConfig.of(model_config),
+            "kernels": kernels,
+            "cuda_graphs": cuda_graphs,
+            "mixture": mixture,
+            "engine": engine,
+            "engine_path": engine_path,
+            "cache_bytes": cache_bytes,
+            "allow_tf32": allow_tf32,
+        }
+        self._open()
+        self.last_run = RunReport()
+
+    def _open(self) -> None:
+        for held in ("engine", "vae", "conditioner", "decoder", "prompt_encoder"):
+            vars(self).pop(held, None)  # what was loaded before goes first: the new one needs its memory
+        o, checkpoint = self._options, self._options["checkpoint"]
+        self.model_config: ModelConfig = o["model_config"]
+        self.device = choose_device(o["device"])
+        self.dtype = choose_dtype(engine_dtype(o["engine"], o["engine_path"], checkpoint, o["dtype"]), self.device)
         self.bundle = Bundle(checkpoint)
         vae_config = self.bundle.config.vae
         weights = self.bundle.part("vae", self.device, vae_dtype(vae_config, self.dtype))
         self.vae = load_autoencoder(autoencoder(vae_config), weights, f"{checkpoint} (vae)")
         self.engine: Engine = make_engine(
-            engine,
-            engine_path,
+            o["engine"],
+            o["engine_path"],
             self.bundle,
             self.device,
             self.dtype,
             self.model_config,
-            kernels=kernels,
-            cuda_graphs=cuda_graphs,
-            mixture=mixture,
+            kernels=o["kernels"],
+            cuda_graphs=o["cuda_graphs"],
+            mixture=o["mixture"],
         )
-        self.conditioning_cache = TensorCache(cache_bytes)
-        self.prompt_cache = TensorCache(cache_bytes)
+        self.conditioning_cache = TensorCache(o["cache_bytes"])
+        self.prompt_cache = TensorCache(o["cache_bytes"])
         self.conditioner = Conditioner(self.vae, self.conditioning_cache)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=VAE_SCALE * 2)
-        self.last_run = RunReport()
-        self._text_encoders: TextEncoders | None = None
-        self._interrupt = self._running = False
-        self._lock = threading.RLock()
-        self._allow_tf32 = allow_tf32
-        self._progress_bar_config: dict[str, Any] = {}
+        self.prompt_encoder = PromptEncoder(self.bundle, self.device, self.dtype, self.prompt_cache)
+        self.decoder = Decoder(self.vae)
 
-    @property
-    def interrupt(self) -> bool:
-        """Whether the running call is to stop after its current step. A callback may set it."""
-        return self._interrupt
-
-    @interrupt.setter
-    def interrupt(self, value: bool) -> None:
-        self._interrupt = value
-
-    def set_progress_bar_config(self, **options: Any) -> None:
-        """Options for the tqdm bar, e.g. ``disable=True``. By default it shows on a terminal only.
-
-        It counts denoising steps; its description, unless ``desc`` gives one, is what a call does at the moment.
-        """
-        self._progress_bar_config = options
-
-    @_one_at_a_time
+    @one_at_a_time
     @torch.no_grad()
     def __call__(
         self,
@@ -226,7 +170,9 @@ class Pipeline:
         mask_posterior: MaskPosterior = "mean",
         return_dict: bool = True,
         *,
+        seed: int | Sequence[int] | None = None,
         mask_order: Order = "celebamask",
+        **others: Any,
     ) -> PipelineOutput:
         """Draw faces. Each image of a batch is the one it would be alone, up to rounding.
 
@@ -256,8 +202,11 @@ class Pipeline:
             mask_posterior: "mean" of the VAE's posterior, or "sample" to draw from it with the generator, as the
                 reference does.
             return_dict: False gives the tuple ``(images,)`` in place of a `PipelineOutput`, as in diffusers.
+            seed: in place of generators: image i of the batch is drawn as its only image would be with ``seed + i``, or
+                with ``seed[i]``. A seed is the same noise on every device.
             mask_order: what the numbers of a label map mean, see `mogle_rt.masks.to_labels`: "celebamask", "bisenet",
                 "farl", or the names of the classes.
+            others: arguments of diffusers' `FluxPipeline` that have no use here: an error says why, unless they say "none".
 
         Raises:
             InputError: an argument is out of range, counts or shapes don't match, or a callback calls the pipeline.
@@ -265,6 +214,7 @@ class Pipeline:
             CheckpointError: a prompt was given, and the bundle has no text encoders.
             NumericalError: the result is not finite.
         """
+        check_other_options(others, prompt)
         size = self.bundle.default_size
         fit_to_mask = height is None and width is None and latents is None
         height, width = size if height is None else height, size if width is None else width
@@ -291,6 +241,7 @@ class Pipeline:
         guidance_scale, condition_scale = float(guidance_scale), float(condition_scale)
         rows, columns = map(float, position_delta)
         self._interrupt = False
+        refuse_prompt_as_mask(mask)
         labels = [] if mask is None else to_label_batch(mask, order=mask_order)
         if labels and fit_to_mask:
             height, width = default_size(labels, size)
@@ -303,24 +254,26 @@ class Pipeline:
             check_embeddings(prompt_embeds, pooled_prompt_embeds, t.joint_attention_dim, t.pooled_projection_dim)
         pairs = common_count(len(labels), len(prompts) if prompt_embeds is None else prompt_embeds.shape[0])
         batch = pairs * num_images_per_prompt
-        generators = generator_list(generator, batch)
+        generator = generator if seed is None else seeded_generators(seed, generator, batch)
+        generators = generator_list(generator, batch, self.device)
         report = self.last_run = RunReport(batch_size=batch, steps=num_inference_steps)
+        self._num_timesteps, self._guidance_scale = num_inference_steps, guidance_scale
 
         schedule = make_schedule(self.bundle.config.scheduler, num_inference_steps, grid[0] * grid[1])
         noise = self._noise(latents, batch, height, width, generator if generators is None else generators)
-        with self._progress_bar(num_inference_steps) as bar:
-            with self._stage("text", bar):
-                prompt_embeds, pooled_prompt_embeds = self._embed(
-                    prompts, prompt_embeds, pooled_prompt_embeds, max_sequence_length
-                )
-            with self._stage("mask", bar):
+        with progress_bar(num_inference_steps, self._progress_bar_config) as bar:
+            stage = Stages(bar, self.device, report.seconds, described="desc" in self._progress_bar_config)
+            with stage("text"):
+                if prompt_embeds is None or pooled_prompt_embeds is None:
+                    prompt_embeds, pooled_prompt_embeds = self.prompt_encoder(prompts, max_sequence_length)
+            with stage("mask"):
                 masks = self._encode_masks(labels, batch, mask_posterior, generator, generators)
-            with self._stage("prepare", bar):
+            with stage("prepare"):
                 self.engine.prepare(
                     Conditions(
                         masks=masks,
-                        prompt_embeds=_expand(prompt_embeds, batch),
-                        pooled_prompt_embeds=_expand(pooled_prompt_embeds, batch),
+                        prompt_embeds=repeated(prompt_embeds, batch),
+                        pooled_prompt_embeds=repeated(pooled_prompt_embeds, batch),
                         guidance_scale=guidance_scale,
                         grid=grid,
                         condition_scale=condition_scale,
@@ -329,31 +282,15 @@ class Pipeline:
                     ),
                     schedule,
                 )
-            with self._stage("denoise", bar):
+            with stage("denoise"):
                 packed = self._denoise(noise, schedule, callback_on_step_end, bar)
             report.interrupted, report.execution = self._interrupt, self.engine.execution
             report.weights = self.engine.weight_formats
             images = packed
             if output_type != "latent":
-                with self._stage("decode", bar):
-                    images = self._decode(packed, height, width, output_type)
+                with stage("decode"):
+                    images = self.decoder(packed, height, width, output_type)
         return PipelineOutput(images=images) if return_dict else (images,)  # type: ignore[return-value]
-
-    def _embed(
-        self, prompts: list[str], embeds: Tensor | None, pooled: Tensor | None, max_sequence_length: int
-    ) -> tuple[Tensor, Tensor]:
-        if embeds is not None and pooled is not None:
-            return embeds, pooled
-        known = {p: found for p in prompts if (found := self.prompt_cache.get((p, max_sequence_length))) is not None}
-        new = [p for p in dict.fromkeys(prompts) if p not in known]
-        if new:
-            if self._text_encoders is None:
-                self._text_encoders = TextEncoders(self.bundle, self.device, self.dtype)
-            for prompt, *made in zip(new, *self._text_encoders.encode(new, max_sequence_length), strict=True):
-                known[prompt] = tuple(t.clone() for t in made)
-                self.prompt_cache.put((prompt, max_sequence_length), known[prompt])
-        sequences, vectors = zip(*(known[p] for p in prompts), strict=True)
-        return torch.stack(sequences), torch.stack(vectors)
 
     def _encode_masks(
         self,
@@ -380,21 +317,12 @@ class Pipeline:
         noise = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
         return pack_latents(noise).to(self.dtype)
 
-    @contextmanager
-    def _progress_bar(self, steps: int) -> Iterator[tqdm[NoReturn]]:
-        with tqdm(**{"total": steps, "disable": None} | self._progress_bar_config) as bar:
-            try:
-                yield bar
-            except BaseException:
-                bar.leave = False  # an error's message says more
-                raise
-
     def _denoise(self, noise: Tensor, schedule: Schedule, callback: StepCallback | None, bar: tqdm[NoReturn]) -> Tensor:
         bar.unpause()  # its rate is that of the steps
 
         def on_step(k: int, latents: Tensor) -> Tensor:
             assert callback is not None
-            return self._called_back(callback, k, schedule, latents)
+            return called_back(callback, self, k, schedule.timesteps[k], latents)
 
         return denoise(
             self.engine,
@@ -404,44 +332,3 @@ class Pipeline:
             lambda: self._interrupt,
             None if bar.disable else Progress(self.device, bar.update),
         )
-
-    def _called_back(self, callback: StepCallback, k: int, schedule: Schedule, latents: Tensor) -> Tensor:
-        """The latents that the callback wants: others, or those it was given, which it may have edited."""
-        returned = callback(self, k, schedule.timesteps[k], {"latents": latents})
-        if returned is None:
-            return latents
-        if not isinstance(returned, Mapping):
-            kind = type(returned).__name__
-            raise InputError(f"callback_on_step_end must return a dict or None, got {kind}")
-        following = returned.get("latents", latents)
-        check_tensor("latents from callback_on_step_end", following, tuple(latents.shape))
-        return following.to(latents)
-
-    def _decode(self, packed: Tensor, height: int, width: int, output_type: OutputType) -> Any:
-        packed = packed.to(self.vae.dtype)
-        z = unpack_latents(packed, height, width) / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        z = arranged(z, height * width)
-        # A CPU is faster with one image, whose activations stay in its caches.
-        chunk = 1 if self.device.type == "cpu" else max(1, DECODE_PIXELS // (height * width))
-        image = torch.cat([self.vae.decode(part).sample.contiguous() for part in z.split(chunk)])
-        if not bool(torch.isfinite(image).all()):
-            raise NumericalError(
-                f"the decoded image holds NaN or infinity: the VAE doesn't decode it in {self.vae.dtype}"
-            )
-        return self.image_processor.postprocess(image, output_type=output_type)
-
-    @contextmanager
-    def _stage(self, name: str, bar: tqdm[NoReturn]) -> Iterator[None]:
-        """Show a stage and time it into the report; the GPU is waited for, so that its time counts where it was spent."""
-        if "desc" not in self._progress_bar_config:
-            bar.set_description(name)
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.last_run.seconds[name] = time.perf_counter() - start
-
-
-def _expand(x: Tensor, batch: int) -> Tensor:
-    """Repeat each of n rows batch / n times, so that images of one prompt are neighbours."""
-    return x if x.shape[0] == batch else x.repeat_interleave(batch // x.shape[0], dim=0)

@@ -33,6 +33,7 @@ ROOMS = [
     "engines",
     "cost",
     "arguments",
+    "calls",
     "pipeline",
     "apps",
     "__main__",

@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from mogle_rt import CheckpointError, InputError, Pipeline
+from mogle_rt.calls.results import OutputType
 from mogle_rt.encoders.conditioning import Conditioner
 from mogle_rt.encoders.mask_planes import MaskPlanes
 from mogle_rt.encoders.vae import pack_latents, unpack_latents
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.loop.schedule import Schedule
 from mogle_rt.masks import Labels, resize
-from mogle_rt.pipeline import OutputType
 from tests.checkpoints import Files
 from tests.conftest import assert_close, relative_rms
 
@@ -333,8 +333,8 @@ def test_prompts_are_encoded_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatc
     pipe.prompt_cache.clear()
     first = run(pipe, None, ["a hat", "a beard", "a hat"], generator=[seeded(0)] * 3)
     assert len(pipe.prompt_cache) == 2
-    assert pipe._text_encoders is not None
-    monkeypatch.setattr(pipe._text_encoders, "encode", None)  # would fail if it were called
+    assert pipe.prompt_encoder.encoders is not None
+    monkeypatch.setattr(pipe.prompt_encoder.encoders, "encode", None)  # would fail if it were called
     assert_close(run(pipe, None, "a hat", generator=seeded(0)), first[:1], rms=1e-5)
 
 

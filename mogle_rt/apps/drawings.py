@@ -38,6 +38,7 @@ def plan(
     output: Path,
     existing: Existing,
     suffix: str | None = None,
+    caption: int = 1,
 ) -> list[Drawing]:
     """List every image to make, and check the whole list before any work is done.
 
@@ -49,11 +50,13 @@ def plan(
         output: a file, a folder, or a pattern with `FIELDS` in braces.
         existing: what happens where a file is there already; "skip" leaves out what an interrupted job has drawn.
         suffix: "png" or "jpg" for names that ``output`` leaves open; None takes "png".
+        caption: which of several captions of a mask to take, from 1.
 
     Raises:
-        InputError: prompts that are no text, or too many or few. OutputError: a file is there or can't be written.
+        InputError: prompts that are no text, or too many or few; or a mask has fewer captions.
+        OutputError: a file is there or can't be written.
     """
-    drawings = list(_drawings(masks, _prompts(prompts, masks), num_images, seed, output, suffix))
+    drawings = list(_drawings(masks, _prompts(prompts, masks, caption), num_images, seed, output, suffix))
     for path in {drawing.path.parent: drawing.path for drawing in reversed(drawings)}.values():
         _check_writable(path)
     if existing == "replace":
@@ -125,10 +128,17 @@ def say_how_many_have_prompts(drawings: list[Drawing]) -> None:
         )
 
 
-def _prompts(given: list[str] | None, masks: list[Path | None]) -> list[str]:
-    """One for each mask."""
+def _prompts(given: list[str] | None, masks: list[Path | None], caption: int) -> list[str]:
+    """One for each mask. A line says which caption is taken, where masks have several."""
     if given is None:
-        return [_prompt_of(mask) if mask else "" for mask in masks]
+        every = [_captions_of(mask) if mask else [] for mask in masks]
+        several = [captions for captions in every if len(captions) > 1]
+        if several:
+            most = max(map(len, several))
+            console.print(
+                f"of up to {most} captions of a mask, number {caption} is its prompt; --caption N takes another"
+            )
+        return [_chosen(captions, caption, mask) for captions, mask in zip(every, masks, strict=True)]
     for prompt in given:
         if any("\ud800" <= c <= "\udfff" for c in prompt):  # how Python keeps bytes that are no text
             raise InputError(f"--prompt must be UTF-8 text, got {prompt!r}")
@@ -137,18 +147,28 @@ def _prompts(given: list[str] | None, masks: list[Path | None]) -> list[str]:
     return given * len(masks) if len(given) == 1 else given
 
 
-def _prompt_of(mask: Path) -> str:
-    """The text that belongs to a mask: of a file beside it, else as MM-CelebA-HQ keeps it, else nothing.
+def _chosen(captions: list[str], number: int, mask: Path | None) -> str:
+    if not captions:
+        return ""
+    if not 1 <= number <= len(captions):
+        has = "1 caption" if len(captions) == 1 else f"{len(captions)} captions"
+        raise InputError(f"--caption {number}: {mask} has {has}; give a number from 1 to {len(captions)}")
+    return captions[number - 1]
+
+
+def _captions_of(mask: Path) -> list[str]:
+    """The texts that belong to a mask: in a file beside it, else as MM-CelebA-HQ keeps them, else none.
 
     That data set has masks in ``mask/N.png`` and ten captions of each face, one a line in ``text/N.txt`` or as a list
-    in ``text.json`` under the name of the photograph, ``N.jpg``. The first caption is taken.
+    in ``text.json`` under the name of the photograph, ``N.jpg``. Each line of a text file is a caption of its own.
     """
-    beside = _text_of(mask.with_suffix(".txt"))
-    if beside:
-        return beside
     folder = mask.resolve().parent.parent
-    captions = _text_of(folder / "text" / f"{mask.stem}.txt").splitlines() or _captions(folder / "text.json", mask.stem)
-    return captions[0].strip() if captions else ""
+    found = (
+        _text_of(mask.with_suffix(".txt")).splitlines()
+        or _text_of(folder / "text" / f"{mask.stem}.txt").splitlines()
+        or _captions(folder / "text.json", mask.stem)
+    )
+    return [line.strip() for line in found if line.strip()]
 
 
 def _text_of(path: Path) -> str:

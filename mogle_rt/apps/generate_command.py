@@ -51,6 +51,13 @@ def generate(
             rich_help_panel=FACE,
         ),
     ] = None,
+    caption: Annotated[
+        int,
+        typer.Option(
+            help="Which line to take, from 1, where a mask's text has several, as MM-CelebA-HQ's ten captions.",
+            rich_help_panel=FACE,
+        ),
+    ] = 1,
     num_images: Annotated[
         int, typer.Option("--num-images", "-n", help="Images for each mask.", rich_help_panel=FACE)
     ] = 1,
@@ -142,10 +149,14 @@ def generate(
     most = 2**63 - len(masks) * num_images - 1
     if not 0 <= seed <= most:
         raise InputError(f"--seed must be from 0 to {most}, got {seed}")
+    if caption < 1:
+        raise InputError(f"--caption must be 1 or more, got {caption}")
+    if prompt is not None and caption != 1:
+        raise InputError("--caption chooses among the texts of masks; leave it out where --prompt is given")
     if overwrite and skip_existing:
         raise InputError("--overwrite and --skip-existing exclude each other")
     existing: Existing = "replace" if overwrite else "skip" if skip_existing else "refuse"
-    jobs = plan(masks, prompt, num_images, seed, output, existing, suffix)
+    jobs = plan(masks, prompt, num_images, seed, output, existing, suffix, caption)
     if not jobs:
         console.print("nothing to draw: all images are there already")
         return

@@ -108,6 +108,10 @@ class Bundle(TensorSource):
         self._check_tensors()
         self._file = MappedFile(self.path)
 
+    def __reduce__(self) -> tuple[type[Bundle], tuple[Path]]:
+        """Pickled, copied or sent to another process, a bundle is its path: the file is opened anew."""
+        return type(self), (self.path.absolute(),)
+
     @property
     def has_text_encoders(self) -> bool:
         """Whether prompts can be given as text."""

@@ -58,6 +58,31 @@ def test_captions_that_are_none(content: str, message: str, tmp_path: Path) -> N
         plan([mask], None, 1, 0, tmp_path / "out", "refuse")
 
 
+def test_one_of_ten_captions_is_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a file beside the mask: ten lines are ten captions of one face, not one long prompt."""
+    for name, text in (("a", "\n".join(f" caption {i} \n" for i in range(1, 11))), ("b", "only one\n"), ("c", None)):
+        (tmp_path / f"{name}.png").write_bytes(b"")
+        if text:
+            (tmp_path / f"{name}.txt").write_text(text)
+
+    def prompts(names: str, caption: int) -> tuple[list[str], str]:
+        out = io.StringIO()
+        monkeypatch.setattr(drawings, "console", Console(file=out, width=1000))
+        masks: list[Path | None] = [tmp_path / f"{name}.png" for name in names]
+        planned = plan(masks, None, 1, 0, tmp_path / "out", "refuse", caption=caption)
+        return [drawing.prompt for drawing in planned], out.getvalue()
+
+    texts, said = prompts("aabc", 1)
+    assert texts == ["caption 1", "caption 1", "only one", ""]
+    assert said == "of up to 10 captions of a mask, number 1 is its prompt; --caption N takes another\n"
+    assert prompts("ac", 10)[0] == ["caption 10", ""]
+    assert prompts("b", 1) == (["only one"], "")
+    with pytest.raises(InputError, match=r"--caption 11: .*a\.png has 10 captions; give a number from 1 to 10"):
+        prompts("a", 11)
+    with pytest.raises(InputError, match=r"b\.png has 1 caption;"):
+        prompts("ab", 2)
+
+
 def test_masks_without_prompts_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def told(prompts: list[str]) -> str:
         out = io.StringIO()

@@ -1,0 +1,48 @@
+"""Packed latents -> images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
+
+from mogle_rt.calls.results import OutputType
+from mogle_rt.config import VAE_SCALE
+from mogle_rt.encoders.group_norm import arranged
+from mogle_rt.encoders.vae import DECODE_PIXELS, unpack_latents
+from mogle_rt.errors import NumericalError
+
+
+class Decoder:
+    """The VAE's decoder and diffusers' conversion to images.
+
+    Args:
+        vae: diffusers' AutoencoderKL.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+        self.image_processor = VaeImageProcessor(vae_scale_factor=VAE_SCALE * 2)
+
+    def __call__(self, packed: Tensor, height: int, width: int, output_type: OutputType) -> Any:
+        """Decode packed latents [B, N, 64] of images with height x width pixels.
+
+        Returns:
+            What `PipelineOutput` holds for this ``output_type``.
+
+        Raises:
+            NumericalError: the image holds NaN or infinity.
+        """
+        packed = packed.to(self.vae.dtype)
+        z = unpack_latents(packed, height, width) / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        z = arranged(z, height * width)
+        # A CPU is faster with one image, whose activations stay in its caches.
+        chunk = 1 if packed.device.type == "cpu" else max(1, DECODE_PIXELS // (height * width))
+        image = torch.cat([self.vae.decode(part).sample.contiguous() for part in z.split(chunk)])
+        if not bool(torch.isfinite(image).all()):
+            raise NumericalError(
+                f"the decoded image holds NaN or infinity: the VAE doesn't decode it in {self.vae.dtype}"
+            )
+        return self.image_processor.postprocess(image, output_type=output_type)

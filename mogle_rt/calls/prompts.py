@@ -1,0 +1,52 @@
+"""Prompts -> embeddings, each of which is computed once and kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mogle_rt.bundle.bundle import Bundle
+from mogle_rt.encoders.cache import TensorCache
+from mogle_rt.encoders.text import TextEncoders
+
+
+class PromptEncoder:
+    """CLIP and T5 of a bundle, loaded when the first prompt that is not in the cache comes.
+
+    Args:
+        bundle: where the text encoders are read from.
+        device, dtype: where and in what to compute.
+        cache: the embeddings of prompts, by prompt and number of T5 tokens.
+
+    Attributes:
+        offload: whether the text encoders go after each new prompt, so that their memory is free while images are drawn.
+    """
+
+    def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype, cache: TensorCache) -> None:
+        self.bundle, self.device, self.dtype, self.cache = bundle, device, dtype, cache
+        self.encoders: TextEncoders | None = None
+        self.offload = False
+
+    def __call__(self, prompts: list[str], tokens: int) -> tuple[Tensor, Tensor]:
+        """Embeddings of B prompts: T5's [B, tokens, J] and CLIP's [B, P].
+
+        Raises:
+            CheckpointError: the bundle holds no text encoders.
+        """
+        known = {p: found for p in prompts if (found := self.cache.get((p, tokens))) is not None}
+        new = [p for p in dict.fromkeys(prompts) if p not in known]
+        if new:
+            if self.encoders is None:
+                self.encoders = TextEncoders(self.bundle, self.device, self.dtype)
+            for prompt, *made in zip(new, *self.encoders.encode(new, tokens), strict=True):
+                known[prompt] = tuple(t.clone() for t in made)
+                self.cache.put((prompt, tokens), known[prompt])
+            if self.offload:
+                self.encoders = None
+        sequences, vectors = zip(*(known[p] for p in prompts), strict=True)
+        return torch.stack(sequences), torch.stack(vectors)
+
+
+def repeated(x: Tensor, batch: int) -> Tensor:
+    """Repeat each of n rows batch / n times, so that images of one prompt are neighbours."""
+    return x if x.shape[0] == batch else x.repeat_interleave(batch // x.shape[0], dim=0)

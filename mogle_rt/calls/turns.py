@@ -1,0 +1,68 @@
+"""Who may call a pipeline: one thread at a time, and only in the process that made it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Concatenate, ParamSpec, TypeVar
+
+from mogle_rt.errors import InputError
+from mogle_rt.torch_api.settings import settled
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class TakesTurns:
+    """A base class whose methods, marked with `one_at_a_time`, wait for each other.
+
+    Args:
+        allow_tf32: see `mogle_rt.torch_api.settings.settled`.
+    """
+
+    def __init__(self, *, allow_tf32: bool) -> None:
+        self._lock = threading.RLock()
+        self._running = False
+        self._process = os.getpid()
+        self._allow_tf32 = allow_tf32
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Wait until no other thread is inside.
+
+        Raises:
+            InputError: a call from within a call; or this process is a fork of the one that made the object. A fork has
+                its memory, but not the threads that compute for it: the call would wait forever for threads that don't
+                exist, or fail deep inside CUDA.
+        """
+        if os.getpid() != self._process:
+            raise InputError(
+                f"this pipeline belongs to process {self._process} and can't be used in its fork {os.getpid()}; start "
+                "processes with multiprocessing's method 'spawn', which opens the pipeline anew in each of them"
+            )
+        with self._lock:
+            if self._running:  # the same thread: others wait
+                raise InputError("a pipeline can't be called from within its own call; make another Pipeline for that")
+            self._running = True
+            try:
+                with settled(allow_tf32=self._allow_tf32):
+                    yield
+            finally:
+                self._running = False
+
+
+C = TypeVar("C", bound=TakesTurns)
+
+
+def one_at_a_time(call: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C, P], R]:
+    """Calls from several threads wait for each other: a call's state is in the engine's buffers."""
+
+    @functools.wraps(call)
+    def alone(self: C, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._turn():
+            return call(self, *args, **kwargs)
+
+    return alone
