@@ -40,6 +40,7 @@ DTYPES = {
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100 << 20  # the safetensors package refuses larger ones too
+MOST_DIMENSIONS = 64  # of a tensor, as in numpy; a convolution's weight has four
 CHUNK = 8 << 20  # bytes held at once while a tensor streams through
 
 
@@ -69,6 +70,10 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> Tenso
         raise CheckpointError(f"{path}: tensor {name!r} has dtype {code!r}, which is not one of {', '.join(DTYPES)}")
     if not all(isinstance(v, int) and 0 <= v < 2**63 for v in (*shape, begin, end)):
         raise CheckpointError(f"{path}: damaged header: the entry of tensor {name!r} is malformed")
+    if len(shape) > MOST_DIMENSIONS:
+        raise CheckpointError(
+            f"{path}: damaged header: tensor {name!r} has {len(shape)} dimensions, at most {MOST_DIMENSIONS} are read"
+        )
     info = TensorInfo(DTYPES[code], shape, data_start + begin, data_start + end)
     if end - begin != info.numel * info.dtype.itemsize:
         raise CheckpointError(

@@ -126,12 +126,13 @@ def _parsed(values: Mapping[str, Any], where: str) -> AdapterSettings:
 def _pattern(text: str) -> str:
     if len(text) > LONGEST_PATTERN:
         raise ValueError(f"a pattern of {len(text)} characters")
-    return re.compile(text).pattern
+    re.compile(text)  # by itself: parentheses that close ours are refused
+    return re.compile(rf"(.*\.)?({text})$").pattern
 
 
 def _matched(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
     """The value of the first pattern that names a layer, as peft matches them."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if re.match(pattern, name):
             return value
     return otherwise

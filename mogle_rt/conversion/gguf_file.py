@@ -80,6 +80,7 @@ def read_gguf(path: Path) -> dict[str, SourceTensor]:
     except (ValueError, KeyError, IndexError, OverflowError, MemoryError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{path}: not a GGUF file, damaged or cut short: {reason}") from None
+    _check_places(reader, path)
     tensors: dict[str, SourceTensor] = {}
     for tensor in reader.tensors:
         shape = tuple(int(n) for n in reversed(tensor.shape))
@@ -90,3 +91,16 @@ def read_gguf(path: Path) -> dict[str, SourceTensor]:
             raise CheckpointError(f"{path}: tensor {tensor.name!r} of shape {list(shape)} has {len(data)} rows")
         tensors[tensor.name] = BlockTensor(path, data, kind, shape, dtype)
     return tensors
+
+
+def _check_places(reader: Any, path: Path) -> None:
+    """Every tensor lies behind the header and has its bytes for itself.
+
+    Raises:
+        CheckpointError: a tensor lies in the header or in another tensor.
+    """
+    end, before = reader.data_offset, "the header"
+    for tensor in sorted((t for t in reader.tensors if t.n_bytes), key=lambda t: t.data_offset):
+        if tensor.data_offset < end:
+            raise CheckpointError(f"{path}: damaged GGUF header: tensor {tensor.name!r} overlaps {before}")
+        end, before = tensor.data_offset + tensor.n_bytes, f"tensor {tensor.name!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,7 +95,10 @@ def _unscaled(tensors: Mapping[str, SourceTensor], path: Path) -> dict[str, Sour
         if ending is None:
             result[name] = tensor
         elif tensor.shape in ((), (1,)):
-            scales[f"{name.removesuffix(ending)}.weight"] = float(tensor.load().item())
+            scale = float(tensor.load().item())
+            if not 0 < scale < math.inf:
+                raise CheckpointError(f"{path}: {name!r} is {scale:g}; a weight's scale must be positive and finite")
+            scales[f"{name.removesuffix(ending)}.weight"] = scale
         else:
             raise CheckpointError(
                 f"{path}: {name!r} has shape {list(tensor.shape)}; one scale for a whole weight is all that is read"
@@ -156,6 +160,8 @@ def _renamed(tensors: Mapping[str, SourceTensor], config: TransformerConfig, pat
             tensor = left.pop(f"{name}.{kind}", None)
             if tensor is None:
                 continue
+            if not tensor.shape:
+                raise CheckpointError(f"{path}: tensor '{name}.{kind}' is a single number, expected one for each row")
             if rows.swapped:
                 tensor = swapped_halves(tensor)
             sizes = [size * config.width for size in rows.sizes] if len(rows.layers) > 1 else [tensor.shape[0]]

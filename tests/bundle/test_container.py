@@ -163,6 +163,16 @@ def test_headers_of_any_json_are_refused_or_fit_the_file(header: object, tmp_pat
         assert load(f.read()).keys() == infos.keys()  # the safetensors package agrees that it is a file of the format
 
 
+def test_a_tensor_of_very_many_dimensions_is_refused_at_once(tmp_path: Path) -> None:
+    """The product of so many sizes would take minutes to compute, and the message would be megabytes long."""
+    entry = {"dtype": "F32", "shape": [2**62] * 200_000, "data_offsets": [0, 4]}
+    raw = json.dumps({"x": entry}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(4))
+    with pytest.raises(CheckpointError, match="'x' has 200000 dimensions") as caught:
+        read_header(tmp_path / "x.safetensors")
+    assert len(str(caught.value)) < 500
+
+
 def test_chunks_are_small_and_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "CHUNK", 64)
     tensor = torch.arange(1000, dtype=torch.int16)

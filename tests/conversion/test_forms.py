@@ -7,6 +7,7 @@ converter takes apart, the test has put together.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -272,6 +273,12 @@ def test_t5_s_embedding_under_either_name(tiny_files: Files, tiny_bundle: Path, 
 
 # Other models and damaged files
 
+
+def in_eight_bits(tensors: Tensors, scale: str) -> Tensors:
+    weight = tensors["img_in.weight"].to(torch.float8_e4m3fn)
+    return {"img_in.weight": weight, "img_in.scale_weight": torch.tensor(float(scale))}
+
+
 BAD: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "fill": (lambda t: t.update({"img_in.weight": torch.ones(32, 384)}), "unexpected|FLUX.1-Fill|shape"),
     "nf4": (
@@ -293,6 +300,20 @@ BAD: dict[str, tuple[Callable[[Tensors], object], str]] = {
     ),
     "scale_of_nothing": (lambda t: t.update({"double_blocks.9.x.scale_weight": torch.ones(())}), "no such weight"),
     "scale_of_floats": (lambda t: t.update({"img_in.scale_weight": torch.ones(())}), "not in eight bits"),
+    **{
+        f"scale_{scale}": (
+            lambda t, scale=scale: t.update(in_eight_bits(t, scale)),
+            rf"'img_in\.scale_weight' is {scale}",
+        )
+        for scale in ("0", "-1", "inf", "nan")
+    },
+    **{
+        f"single_number_{name}": (
+            lambda t, name=name: t.update({name: torch.ones(())}),
+            rf"'{re.escape(name)}' is a single number",
+        )
+        for name in ("img_in.weight", "double_blocks.0.img_attn.qkv.bias", "final_layer.adaLN_modulation.1.weight")
+    },
     "scales_by_row": (lambda t: t.update({"img_in.weight_scale": torch.ones(32)}), "one scale for a whole weight"),
 }
 
@@ -352,6 +373,31 @@ def test_damaged_gguf(damage: str, stored: Tensors, tmp_path: Path) -> None:
         data[24:] = bytes(i * 37 % 256 for i in range(len(data) - 24))
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="GGUF") as caught:
+        read_transformer(path, TINY)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_gguf_tensors_that_overlap(number: int, tmp_path: Path) -> None:
+    """An offset that leads into the neighbour: its bytes would be taken for the tensor's own."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "flux.gguf"
+    writer = gguf.GGUFWriter(path, "flux")
+    names = ["double_blocks.0.x", "double_blocks.0.y"]
+    for name in names:
+        writer.add_tensor(name, np.ones((4, 8), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    data = bytearray(path.read_bytes())
+    assert data.count(names[number].encode()) == 1
+    # Behind a name: the number of dimensions (4 bytes), 2 sizes of 8, the type (4), the offset (8).
+    place = data.index(names[number].encode()) + len(names[number]) + 4 + 2 * 8 + 4
+    assert int.from_bytes(data[place : place + 8], "little") == 128 * number
+    data[place : place + 8] = (32 + 64 * (1 - number)).to_bytes(8, "little")
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="overlaps tensor") as caught:
         read_transformer(path, TINY)
     assert "\n" not in str(caught.value)
 
@@ -513,6 +559,8 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str,
     "kind": ({"peft_type": "LOKR"}, None, {}, "peft_type is 'LOKR'"),
     "damaged": ({"lora_alpha": "much"}, None, {}, "damaged"),
     "pattern": ({"lora_alpha": 8, "alpha_pattern": {"(": 2}}, None, {}, "damaged"),
+    "flags": ({"lora_alpha": 8, "alpha_pattern": {"(?i)x": 2}}, None, {}, "damaged: global flags"),
+    "parentheses": ({"lora_alpha": 8, "alpha_pattern": {"x)|(y": 2}}, None, {}, "damaged: unbalanced"),
 }
 
 
