@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from mogle_rt.adapters import LoraMethods
 from mogle_rt.arguments import (
     Generators,
     check_embeddings,
@@ -109,7 +110,7 @@ def _one_at_a_time(call: Callable[Concatenate[Pipeline, P], R]) -> Callable[Conc
     return alone
 
 
-class Pipeline:
+class Pipeline(LoraMethods):
     """Face-MoGLE from a bundle. Threads may share one: their calls are made one after the other.
 
     Args:

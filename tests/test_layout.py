@@ -33,6 +33,7 @@ ROOMS = [
     "engines",
     "cost",
     "arguments",
+    "adapters",
     "pipeline",
     "apps",
     "__main__",
