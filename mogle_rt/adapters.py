@@ -75,8 +75,10 @@ class LoraMethods:
             InputError: see `mogle_rt.model.styles.Styles.activate`.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if adapter_weights is None or not isinstance(adapter_weights, Sequence):
-            adapter_weights = [1.0 if adapter_weights is None else adapter_weights] * len(names)
+        if adapter_weights is None:
+            adapter_weights = 1.0
+        if not isinstance(adapter_weights, Sequence) or isinstance(adapter_weights, str):
+            adapter_weights = [adapter_weights] * len(names)
         with self._styles() as styles:
             styles.activate(names, adapter_weights)
 

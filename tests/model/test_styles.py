@@ -174,7 +174,7 @@ def test_with_a_condition_equals_the_baseline(
     baseline = Baseline.from_files(tiny_files.flux, tiny_files.lora, tiny_files.mogle, **switches)  # type: ignore[arg-type]
     path = write_style(tmp_path / "style.safetensors", 1, 6)
     add_style(baseline.transformer, read_adapter(path, TINY))
-    engine = engine_of(bundle, {path: 1.0}, **switches)
+    engine = engine_of(bundle, {path: 1.0}, **switches)  # type: ignore[arg-type]
     asked = conditions(condition_scale=condition_scale)
     schedule = make_schedule(bundle.config.scheduler, STEPS, TOKENS)
     engine.prepare(asked, schedule)
