@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from torch import Tensor
@@ -97,6 +99,32 @@ def test_folders_and_scales(pipe: Pipeline, styles: list[Path], tmp_path: Path) 
     pipe.unload_lora_weights()
     pipe.load_lora_weights(tmp_path, "a.safetensors", weight=2.0)
     assert torch.equal(draw(pipe), expected)
+
+
+def test_from_the_hub(pipe: Pipeline, styles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers' file by default; peft's is fetched with the settings that hold its scale."""
+    repository, cache = tmp_path / "repository", tmp_path / "cache"
+    for folder in (repository, cache):
+        folder.mkdir()
+    (repository / "pytorch_lora_weights.safetensors").write_bytes(styles[0].read_bytes())
+    (repository / "adapter_model.safetensors").write_bytes(styles[0].read_bytes())
+    (repository / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "peft_type": "LORA"}))
+
+    def download(name: str, file: str) -> str:
+        assert name == "someone/style"
+        shutil.copyfile(repository / file, cache / file)
+        return str(cache / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    for file, weight in ((None, 1.0), ("adapter_model.safetensors", 2.0)):
+        pipe.load_lora_weights(styles[0], weight=weight)
+        expected = draw(pipe)
+        pipe.unload_lora_weights()
+        pipe.load_lora_weights("someone/style", file)
+        assert torch.equal(draw(pipe), expected)
+        pipe.unload_lora_weights()
+        for found in cache.iterdir():
+            found.unlink()
 
 
 MISTAKES: list[tuple[Callable[[Pipeline, Path], None], type[Exception], str]] = [

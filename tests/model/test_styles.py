@@ -260,6 +260,21 @@ def test_another_capacity_has_a_step_of_its_own(bundle: Bundle, tmp_path: Path) 
     assert relative_rms(both, run(engine_of(bundle, {small: 0.8}))) > 1e-3
 
 
+def test_steps_of_other_shapes_share_the_branches(bundle: Bundle, tmp_path: Path) -> None:
+    """They are weights: kept once, and filled with what is active whichever step comes next."""
+    paths = [write_style(tmp_path / f"{name}.safetensors", seed, 4) for seed, name in enumerate("ab")]
+    engine = engine_of(bundle, {path: 1.0 for path in paths})
+    engine._runners.limit = 1 << 30  # as on a GPU
+    seen = []
+    for path, batch in ((paths[0], 1), (paths[1], 2), (paths[0], 1)):
+        engine.styles.activate([path.stem], [1.0])
+        assert torch.equal(run(engine, conditions(batch)), run(engine_of(bundle, {path: 1.0}), conditions(batch)))
+        seen.append((engine.prepared, engine.prepared.transformer))
+    assert seen[0][0] is seen[2][0]
+    assert seen[0][0] is not seen[1][0]
+    assert seen[0][1] is seen[1][1]
+
+
 @pytest.mark.parametrize("part", ["norm_out.linear", "context_embedder", "time_text_embed.text_embedder.linear_1"])
 def test_layers_that_are_used_once_a_run(part: str, bundle: Bundle, tmp_path: Path) -> None:
     """A style of these alone shares the step of no style; tables that belong to another style are made anew."""
