@@ -165,9 +165,9 @@ def seeded_generators(seed: int | Sequence[int], generator: Generators, batch: i
     if generator is not None:
         raise InputError("give a seed or a generator, not both")
     several = isinstance(seed, Sequence) and not isinstance(seed, str)
-    seeds = list(seed) if isinstance(seed, Sequence) and several else [seed]
+    seeds: list[Any] = list(seed) if isinstance(seed, Sequence) and several else [seed]
     for one in seeds:
-        if not isinstance(one, Integral) or isinstance(one, bool) or not 0 <= one < 2**63 - batch:
+        if not isinstance(one, Integral) or isinstance(one, bool) or not 0 <= int(one) < 2**63 - batch:
             raise InputError(
                 f"seed must be a whole number from 0 to {2**63 - batch - 1}, or a list of them, got {one!r}"
             )

@@ -31,6 +31,7 @@ from mogle_rt.calls.other_options import check_other_options
 from mogle_rt.calls.prompts import PromptEncoder, repeated
 from mogle_rt.calls.results import OutputType, PipelineOutput, RunReport
 from mogle_rt.calls.stages import Stages, progress_bar
+from mogle_rt.calls.styles import LoraMethods
 from mogle_rt.calls.turns import one_at_a_time
 from mogle_rt.config import PATCH, VAE_SCALE, ModelConfig
 from mogle_rt.encoders.cache import TensorCache
@@ -52,7 +53,7 @@ from mogle_rt.torch_api.settings import settled
 CACHE_BYTES = 256 << 20
 
 
-class Pipeline(DiffusersHabits):
+class Pipeline(DiffusersHabits, LoraMethods):
     """Face-MoGLE from a bundle. Threads may share one: their calls are made one after the other. Other processes may not:
     a pipeline that is pickled, copied or sent to a spawned process opens its bundle anew.
 

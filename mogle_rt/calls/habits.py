@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -105,7 +105,8 @@ class DiffusersHabits(TakesTurns):
             if options.setdefault("dtype", torch_dtype) not in (None, torch_dtype):
                 raise ConfigError(f"torch_dtype is {torch_dtype} and dtype is {options['dtype']}: give one of them")
             options["dtype"] = torch_dtype
-        return cls(find_bundle(pretrained_model_name_or_path), **options)
+        pipeline: Any = cls  # the class that is made is `Pipeline`, which takes these
+        return cast(Self, pipeline(find_bundle(pretrained_model_name_or_path), **options))
 
     @one_at_a_time
     def to(self, *targets: str | int | torch.device | torch.dtype, **named: Any) -> Self:

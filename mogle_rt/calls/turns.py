@@ -7,13 +7,10 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from mogle_rt.errors import InputError
 from mogle_rt.torch_api.settings import settled
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class TakesTurns:
@@ -54,15 +51,15 @@ class TakesTurns:
                 self._running = False
 
 
-C = TypeVar("C", bound=TakesTurns)
+Method = TypeVar("Method", bound=Callable[..., Any])  # of a class that takes turns
 
 
-def one_at_a_time(call: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C, P], R]:
+def one_at_a_time(call: Method) -> Method:
     """Calls from several threads wait for each other: a call's state is in the engine's buffers."""
 
     @functools.wraps(call)
-    def alone(self: C, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def alone(self: TakesTurns, /, *args: Any, **kwargs: Any) -> Any:
         with self._turn():
             return call(self, *args, **kwargs)
 
-    return alone
+    return cast(Method, alone)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mogle_rt.conversion.folders import read_json
+from mogle_rt.conversion.hub import PEFT_SETTINGS, PEFT_WEIGHTS
 from mogle_rt.errors import CheckpointError
 
-CONFIG_NAME = "adapter_config.json"
-FILE_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+FILE_NAMES = (PEFT_WEIGHTS, "pytorch_lora_weights.safetensors")
 LONGEST_PATTERN = 500  # characters of a regular expression that names layers
 
 
@@ -91,7 +91,7 @@ def adapter_settings(file: Path, metadata: Mapping[str, str]) -> AdapterSettings
         except (ValueError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{where} is damaged: {error}") from None
         found.append(_parsed(values, where))
-    beside = file.parent / CONFIG_NAME
+    beside = file.parent / PEFT_SETTINGS
     if beside.is_file() and file.name in FILE_NAMES:
         found.append(_parsed(read_json(beside), str(beside)))
     if len(found) == 2 and _said(found[0]) != _said(found[1]):

@@ -13,6 +13,7 @@ RELEASED_MOGLE = "XavierJiezou/face-mogle-models/global_local_mask_moe.pt"
 
 FLUX_FOLDERS = ("transformer", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".sft", ".gguf")
+PEFT_WEIGHTS, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(/[\w./-]+)?")
 
 
@@ -67,9 +68,15 @@ def _download(repository: str, file: str | None, spec: str) -> Path:
         RepositoryNotFoundError,
     )
 
+    files = [] if file is None else [file]
+    if (
+        file is not None and Path(file).name == PEFT_WEIGHTS
+    ):  # its scale is in another file, and both go into one folder
+        files.append(file.removesuffix(PEFT_WEIGHTS) + PEFT_SETTINGS)
     try:
-        if file is not None:
-            return Path(hf_hub_download(repository, file))
+        if files:
+            weights, *_ = [Path(hf_hub_download(repository, name)) for name in files]
+            return weights
         patterns = [f"{folder}/*" for folder in FLUX_FOLDERS]
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except GatedRepoError:
@@ -83,7 +90,7 @@ def _download(repository: str, file: str | None, spec: str) -> Path:
             f"{spec}: not a local path, and the hub can't be reached; download it elsewhere and pass its path"
         ) from None
     except EntryNotFoundError:
-        raise DownloadError(f"{spec}: the repository has no file {file!r}") from None
+        raise DownloadError(f"{spec}: the repository has no file {' with '.join(map(repr, files))}") from None
     except HFValidationError:
         raise CheckpointError(f"{spec}: no such file or folder, nor a hub id like {RELEASED_FLUX}") from None
     except (HfHubHTTPError, OSError, ValueError) as error:

@@ -21,6 +21,7 @@ from mogle_rt.model.loading import LazyWeights, load_context_embedder, load_mogl
 from mogle_rt.model.mixture import Bank, Fused
 from mogle_rt.model.modulation import ModulationTables, modulation_tables, time_embedding
 from mogle_rt.model.positions import condition_ids, rope_table, token_ids
+from mogle_rt.model.styles import Styles
 from mogle_rt.model.transformer import Transformer
 from mogle_rt.ops.attention import Visibility, log_scale_of
 from mogle_rt.ops.choice import choose
@@ -49,6 +50,9 @@ class TorchEngine:
     Raises:
         ConfigError: the kernels can't be had or don't take so wide a model, the mixture can't be fused, or there is no
             such weight format.
+
+    Attributes:
+        styles: LoRAs on top of the model. What is changed there counts from the next `prepare` on.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class TorchEngine:
         self.ops.check_model(bundle.config.transformer, bundle.config.mogle)
         self.device, self.dtype, self.model = device, dtype, model
         self.config = bundle.config.transformer
+        self.styles = Styles(self.config)
         self.weights = LazyWeights(bundle, device, dtype)
         self._format = choose_format(weights, bundle, device, dtype)
         self._transformer: Transformer | None = None
@@ -122,7 +127,7 @@ class TorchEngine:
             visibility=Visibility.of(self.model, c.condition_scale),
             add_cond_attn=self.model.add_cond_attn,
         )
-        shapes = {kind: (batch, capacity, layout, kind) for kind in (Bank, Fused)}
+        shapes = {kind: (batch, capacity, layout, kind, self.styles.shape) for kind in (Bank, Fused)}
         self._runner = None  # where its shapes are not kept, its buffers go before new ones come
         inputs = with_room(
             lambda: self._inputs(c, schedule, capacity, shapes),
@@ -131,8 +136,9 @@ class TorchEngine:
         self._runner = self._runners.get(
             shapes[type(inputs.mixture)],
             inputs,
-            lambda: Step(self.transformer, self.mogle, inputs, layout, self.ops),
+            lambda: Step(self.styles.beside(self.transformer), self.mogle, inputs, layout, self.ops),
         )
+        self.styles.fill(self._runner.step.transformer)
         self._position = Position(len(schedule))
 
     def _inputs(
@@ -154,11 +160,14 @@ class TorchEngine:
             of_steps(schedule.model_timesteps.to(self.device), NO_TIMESTEP),
             torch.tensor(c.guidance_scale * 1000.0, dtype=torch.float32, device=self.device),
             pooled.expand(batch, -1).clone(),  # a later run is copied over it: not the caller's own
+            torch.tensor(self.styles.version, device=self.device),
         )
+        sequence = prompt_embeds.expand(batch, -1, -1).transpose(0, 1)
+        text, more = self.context_embedder(sequence), self.styles.change("context_embedder", sequence)
         inputs = StepInputs(
             mixture=mixture,
             time_table=None if time_table is None else of_steps(time_table),
-            text=self.context_embedder(prompt_embeds.expand(batch, -1, -1).transpose(0, 1)),
+            text=text if more is None else text + more,
             modulation=self._modulation(made_from, len(schedule), self._runners.find(shapes[type(mixture)])),
             modulation_of=made_from,
             rope=self.ops.rope_buffer(rope_table(joint_ids.to(self.device), self.config.axes_dims_rope)),
@@ -168,18 +177,28 @@ class TorchEngine:
         self.weights.release("transformer.context_embedder.weight")  # no step needs it
         return inputs
 
-    def _modulation(self, made_from: tuple[Tensor, Tensor, Tensor], steps: int, last: Step | None) -> ModulationTables:
+    def _modulation(
+        self, made_from: tuple[Tensor, Tensor, Tensor, Tensor], steps: int, last: Step | None
+    ) -> ModulationTables:
         """The run's tables; those of the last run of its shapes, if made from the same: their weights are a quarter of
         the model's, and not kept."""
         if last is not None and all(map(torch.equal, made_from, last.inputs.modulation_of)):
             return last.inputs.modulation
-        (every, guidance, pooled), capacity = made_from, len(made_from[0])
-        timesteps = every[:steps]
+        (every, guidance, pooled, _), capacity = made_from, len(made_from[0])
         taken = guidance.expand(len(pooled)) if self.config.guidance_embeds else None
         # One more timestep than the loop has: 0, the condition's, which is constant.
-        temb = time_embedding(F.pad(timesteps, (0, 1)), taken, pooled, self.weights)
+        timesteps = F.pad(every[:steps], (0, 1))
+        temb = plain = time_embedding(timesteps, taken, pooled, self.weights)
+        if self.styles.acts_within("time_text_embed."):  # on the steps' alone: the condition keeps the plain one
+            temb = time_embedding(timesteps, taken, pooled, self.weights, self.styles.change)
         return modulation_tables(
-            self.config, temb[:-1], temb[-1], self.weights, latent_lora=self.model.latent_lora, capacity=capacity
+            self.config,
+            temb[:-1],
+            plain[-1],
+            self.weights,
+            latent_lora=self.model.latent_lora,
+            capacity=capacity,
+            change=self.styles.change,
         )
 
     @settled()

@@ -24,7 +24,8 @@ class StepInputs:
         time_table: [S, 64], the gate's time embeddings; None without a gate.
         text: [T, B, D], prompt embeddings after ``context_embedder``.
         modulation: AdaLN modulations of all steps.
-        modulation_of: what they were made from: the model's timesteps [S], 1000 guidance_scale [], pooled prompts [B, P].
+        modulation_of: what they were made from: the model's timesteps [S], 1000 guidance_scale [], pooled prompts [B, P],
+            and the version of the styles [], see `mogle_rt.model.styles.Styles`.
         rope: rotary table of the joint sequence [text, image, condition], [L, …] as `Ops.rope_buffer` makes it.
         sigma_steps: [S] float32, the next noise level minus this one, of every step.
         log_scale: float32 [1], log(condition_scale), see `AttentionPlan`.
@@ -37,7 +38,7 @@ class StepInputs:
     time_table: Tensor | None
     text: Tensor
     modulation: ModulationTables
-    modulation_of: tuple[Tensor, Tensor, Tensor]
+    modulation_of: tuple[Tensor, Tensor, Tensor, Tensor]
     rope: Tensor
     sigma_steps: Tensor
     log_scale: Tensor

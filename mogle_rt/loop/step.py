@@ -34,7 +34,7 @@ class Step:
     def __init__(
         self, transformer: Transformer, mogle: MixtureOfExperts, inputs: StepInputs, layout: Layout, ops: Ops
     ) -> None:
-        self.mogle, self.inputs, self.ops = mogle, inputs, ops
+        self.transformer, self.mogle, self.inputs, self.ops = transformer, mogle, inputs, ops
         self.buffers = b = Buffers(transformer, layout, inputs.text.shape[1], inputs.log_scale)
         self.modulation = inputs.modulation.buffers()
         self.time = None if inputs.time_table is None else inputs.time_table[:1].clone()

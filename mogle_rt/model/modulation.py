@@ -7,6 +7,7 @@ to timestep 0 and are constant.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +27,14 @@ class WeightReader(Protocol):
 
     def release(self, name: str) -> None:
         """It needn't stay in memory."""
+
+
+# What styles add to the output of a layer, see `mogle_rt.model.styles.Styles.change`.
+Change = Callable[[str, Tensor], Tensor | None]
+
+
+def no_change(layer: str, x: Tensor) -> None:
+    """There are no styles."""
 
 
 @dataclass(frozen=True)
@@ -83,34 +92,44 @@ class ModulationTables:
                 torch.index_select(table, 0, step, out=rows[None])
 
 
-def _mlp(x: Tensor, name: str, weights: WeightReader) -> Tensor:
-    x = F.linear(x, weights(f"{name}.linear_1.weight"), weights(f"{name}.linear_1.bias"))
-    y = F.linear(F.silu(x), weights(f"{name}.linear_2.weight"), weights(f"{name}.linear_2.bias"))
-    for layer in ("linear_1", "linear_2"):
-        weights.release(f"{name}.{layer}.weight")
-    return y
+def _mlp(x: Tensor, name: str, weights: WeightReader, change: Change) -> Tensor:
+    def linear(layer: str, x: Tensor) -> Tensor:
+        stored = f"transformer.{name}.{layer}"
+        y = F.linear(x, weights(f"{stored}.weight"), weights(f"{stored}.bias"))
+        weights.release(f"{stored}.weight")
+        more = change(f"{name}.{layer}", x)
+        return y if more is None else y + more
+
+    return linear("linear_2", F.silu(linear("linear_1", x)))
 
 
 def _sinusoid(t: Tensor, dtype: torch.dtype) -> Tensor:
     return get_timestep_embedding(t, SINUSOID_DIM, flip_sin_to_cos=True, downscale_freq_shift=0).to(dtype)
 
 
-def time_embedding(timesteps: Tensor, guidance: Tensor | None, pooled: Tensor, weights: WeightReader) -> Tensor:
+def time_embedding(
+    timesteps: Tensor,
+    guidance: Tensor | None,
+    pooled: Tensor,
+    weights: WeightReader,
+    change: Change = no_change,
+) -> Tensor:
     """temb = MLP(t) + MLP(guidance) + MLP(pooled).
 
     Args:
         timesteps: [S], in the transformer's scale 0…1000.
         guidance: [B], guidance_scale times 1000, or None for models without it.
         pooled: [B, P], CLIP's pooled prompt embeddings.
+        change: what styles add to the layers' outputs.
 
     Returns:
         [S, B, D] in ``pooled``'s dtype.
     """
-    prefix = "transformer.time_text_embed"
-    constant = _mlp(pooled, f"{prefix}.text_embedder", weights)
+    prefix = "time_text_embed"
+    constant = _mlp(pooled, f"{prefix}.text_embedder", weights, change)
     if guidance is not None:
-        constant = constant + _mlp(_sinusoid(guidance, pooled.dtype), f"{prefix}.guidance_embedder", weights)
-    return _mlp(_sinusoid(timesteps, pooled.dtype), f"{prefix}.timestep_embedder", weights)[:, None] + constant
+        constant = constant + _mlp(_sinusoid(guidance, pooled.dtype), f"{prefix}.guidance_embedder", weights, change)
+    return _mlp(_sinusoid(timesteps, pooled.dtype), f"{prefix}.timestep_embedder", weights, change)[:, None] + constant
 
 
 def modulation_tables(
@@ -121,6 +140,7 @@ def modulation_tables(
     *,
     latent_lora: bool = False,
     capacity: int | None = None,
+    change: Change = no_change,
 ) -> ModulationTables:
     """Every modulation of a run, layer by layer.
 
@@ -130,6 +150,7 @@ def modulation_tables(
         weights: reads a tensor of the bundle; it is let go after its layer.
         latent_lora: the branch LoRA acts on the image's (and in single blocks the text's) modulation too.
         capacity: for how many steps the tables have room, at least S; the further rows hold nothing. None: S.
+        change: what styles add to the layers' outputs, in the steps' rows; the condition's stay as they are.
     """
     steps, batch, width = temb.shape
     capacity = steps if capacity is None else capacity
@@ -153,6 +174,8 @@ def modulation_tables(
         if lora_from < len(x):
             down, up = weights(f"lora.{name}.lora_A.weight"), weights(f"lora.{name}.lora_B.weight")
             y[lora_from:].addmm_(x[lora_from:] @ down.t(), up.t())
+        if (more := change(name, rows)) is not None:
+            y[: len(rows)] += more
         for part, out in ((y[: len(rows)], into), (y[len(rows) :], condition_into)):
             if out is not None:
                 out.copy_(part.view(*out.shape[:-3], batch, -1, width).transpose(-3, -2))

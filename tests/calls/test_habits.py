@@ -122,14 +122,14 @@ def test_to_refuses_what_cannot_be_and_leaves_all_as_it_was(pipe: Pipeline, monk
         pipe.to("cpu", non_blocking=True)
     assert pipe.engine is engine
 
-    def fails_in_half(vae: Any, *_: Any) -> None:
+    from mogle_rt.encoders.vae import load_autoencoder
+
+    def fails_in_half(*arguments: Any) -> Any:
         if pipe.dtype == torch.float16:
             raise CheckpointError("it doesn't fit")
+        return load_autoencoder(*arguments)
 
-    from mogle_rt import pipeline
-
-    load = pipeline.load_autoencoder
-    monkeypatch.setattr(pipeline, "load_autoencoder", lambda *a: fails_in_half(*a) or load(*a))
+    monkeypatch.setattr("mogle_rt.pipeline.load_autoencoder", fails_in_half)
     with pytest.raises(CheckpointError, match="it doesn't fit"):
         pipe.to(torch.float16)
     assert torch.equal(run(pipe), expected)

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -302,14 +303,14 @@ BAD: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "scale_of_floats": (lambda t: t.update({"img_in.scale_weight": torch.ones(())}), "not in eight bits"),
     **{
         f"scale_{scale}": (
-            lambda t, scale=scale: t.update(in_eight_bits(t, scale)),
+            partial(lambda scale, t: t.update(in_eight_bits(t, scale)), scale),
             rf"'img_in\.scale_weight' is {scale}",
         )
         for scale in ("0", "-1", "inf", "nan")
     },
     **{
         f"single_number_{name}": (
-            lambda t, name=name: t.update({name: torch.ones(())}),
+            partial(lambda name, t: t.update({name: torch.ones(())}), name),
             rf"'{re.escape(name)}' is a single number",
         )
         for name in ("img_in.weight", "double_blocks.0.img_attn.qkv.bias", "final_layer.adaLN_modulation.1.weight")

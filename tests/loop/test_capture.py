@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mogle_rt.bundle import schema
 from mogle_rt.config import FLUX_DEV, NUM_EXPERTS, ModelConfig, TransformerConfig
+from mogle_rt.conversion.lora import LowRank
 from mogle_rt.cost.counting import Count, counting
 from mogle_rt.cost.job import FLUX_BUNDLE, Job, WeightlessBundle
 from mogle_rt.engines.contract import Conditions
@@ -46,6 +47,7 @@ def full_size(
     condition_scale: float = 1.0,
     transformer: TransformerConfig = FLUX_DEV,
     mixture: str | None = None,
+    style_rank: int = 0,
 ) -> Iterator[tuple[Step, Callable[[], Count]]]:
     """A prepared step of FLUX.1-dev, 512 x 512, bf16, on fake CUDA; and what was counted since it was last asked."""
     ranks = dict.fromkeys(schema.lora_modules(transformer), 4)
@@ -59,6 +61,11 @@ def full_size(
         chosen: dict[str, Any] = {"kernels": kernels, "cuda_graphs": False, "mixture": mixture}
         engine = TorchEngine(bundle, CUDA, job.dtype, model or ModelConfig(), **chosen)
         flux = job.config.transformer
+        if style_rank:
+            shapes = schema.transformer_tensors(flux).items()
+            layers = {name.removesuffix(".weight"): shape for name, shape in shapes if len(shape) == 2}
+            style = {n: LowRank(empty(style_rank, inner), empty(out, style_rank)) for n, (out, inner) in layers.items()}
+            engine.styles.load("style", style, 0.5)
         conditions = Conditions.from_mask_latents(
             empty(batch, NUM_EXPERTS, job.tokens, 64),
             prompt_embeds=empty(batch, job.text_tokens, flux.joint_attention_dim),
@@ -95,6 +102,18 @@ def test_step_waits_for_nothing(switches: dict[str, bool], condition_scale: floa
 def test_fused_mixture_waits_for_nothing(kernels: str) -> None:
     with full_size(kernels=kernels, transformer=FEW_BLOCKS, mixture="fused") as (step, _):
         assert trace(step.condition) == trace(step.condition)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_styles_wait_for_nothing(kernels: str) -> None:
+    """Two small products for each layer that a style adapts, in memory of the same shapes in every step."""
+    with full_size(kernels=kernels, transformer=FEW_BLOCKS) as (step, _):
+        plain = trace(step.advance)
+    with full_size(kernels=kernels, transformer=FEW_BLOCKS, style_rank=16) as (step, _):
+        first = trace(step.advance)
+        assert trace(step.advance) == first
+        layers = len(list(step.transformer.layers()))
+    assert len(first) >= len(plain) + 2 * layers
 
 
 class Epilogues(TorchDispatchMode):

@@ -96,7 +96,7 @@ def test_without_condition_equals_diffusers(number: int, batch: int, tmp_path: P
         time_table=None,
         text=engine.context_embedder(text.transpose(0, 1)),
         modulation=tables,
-        modulation_of=(torch.empty(0), torch.empty(0), torch.empty(0)),
+        modulation_of=(torch.empty(0), torch.empty(0), torch.empty(0), torch.empty(0)),
         rope=engine.ops.rope_buffer(rope_table(torch.cat([torch.zeros(text_rows, 3), ids]), c.axes_dims_rope)),
         sigma_steps=torch.zeros(1),
         log_scale=torch.zeros(1),
