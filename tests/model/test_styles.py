@@ -263,7 +263,7 @@ def test_another_capacity_has_a_step_of_its_own(bundle: Bundle, tmp_path: Path) 
 def test_steps_of_other_shapes_share_the_branches(bundle: Bundle, tmp_path: Path) -> None:
     """They are weights: kept once, and filled with what is active whichever step comes next."""
     paths = [write_style(tmp_path / f"{name}.safetensors", seed, 4) for seed, name in enumerate("ab")]
-    engine = engine_of(bundle, {path: 1.0 for path in paths})
+    engine = engine_of(bundle, dict.fromkeys(paths, 1.0))
     engine._runners.limit = 1 << 30  # as on a GPU
     seen = []
     for path, batch in ((paths[0], 1), (paths[1], 2), (paths[0], 1)):
