@@ -23,7 +23,7 @@ from mogle_rt.encoders.vae import pack_latents, unpack_latents
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.loop.schedule import Schedule
 from mogle_rt.masks import Labels, resize
-from tests.checkpoints import Files
+from tests.checkpoints import TINY, Files
 from tests.conftest import assert_close, relative_rms
 
 SIZE = 64
@@ -481,3 +481,50 @@ def test_the_pipeline_calls_any_engine(pipe: Pipeline, monkeypatch: pytest.Monke
     assert len(steps) == 4
     assert isinstance(noise, Tensor)
     assert torch.equal(noise, pack_latents(torch.randn(1, 16, 8, 8, generator=seeded(0))))
+
+
+def test_an_interrupt_while_inputs_are_copied_leaves_no_mixed_tables(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next run with the first one's prompt computes its modulations anew, as a part of them was overwritten."""
+    from mogle_rt.loop import step
+
+    g = torch.Generator().manual_seed(0)
+    embeds = torch.randn(1, 4, TINY.joint_attention_dim, generator=g)
+    pooled = [torch.randn(1, TINY.pooled_projection_dim, generator=g) for _ in range(2)]
+    pipe = Pipeline(tiny_bundle, device="cpu", dtype="fp32")
+
+    def draw(which: int) -> Tensor:
+        images = pipe(
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=pooled[which],
+            num_inference_steps=2,
+            height=32,
+            width=32,
+            generator=torch.Generator().manual_seed(1),
+            output_type="latent",
+        ).images
+        assert isinstance(images, Tensor)
+        return images
+
+    expected = draw(0)
+    before = step.tensors_of
+    double = pipe.engine.prepared.inputs.modulation.double  # type: ignore[attr-defined]
+
+    class Interrupting(Tensor):
+        """Copied over the modulations, it fails behind the copy."""
+
+    def with_an_interrupt(values: object) -> list[Tensor]:
+        found = before(values)
+        return [t.as_subclass(Interrupting) if t is double else t for t in found]
+
+    def copy_then_fail(self: Tensor, other: Tensor) -> Tensor:
+        double.copy_(other)
+        raise KeyboardInterrupt
+
+    Interrupting.copy_ = copy_then_fail  # type: ignore[method-assign,assignment]
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "tensors_of", with_an_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            draw(1)
+    assert torch.equal(draw(0), expected)

@@ -68,6 +68,8 @@ class Step:
                 raise ValueError(
                     f"step inputs must be {shape_and_place(mine)} as in the first run, got {shape_and_place(other)}"
                 )
+        # Until all is copied, the tables are those of no run: an interrupt in between mustn't leave them to be reused.
+        self.inputs.modulation_of[0].fill_(torch.nan)
         for mine, other in pairs:
             if mine is not other:
                 mine.copy_(other)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -86,9 +88,17 @@ class Trace(TorchDispatchMode):
         return out
 
 
-def fake_mode() -> FakeTensorMode:
-    """Fake tensors of every device, "cuda" included."""
-    return FakeTensorMode(allow_non_fake_inputs=False)
+CARD = (9, 0)  # the compute capability of the card that a machine without one is taken to have
+real_capability = torch.cuda.get_device_capability
+
+
+@contextmanager
+def fake_mode() -> Iterator[None]:
+    """Fake tensors of every device, "cuda" included; a test may say of which capability the card is."""
+    unsaid = torch.cuda.get_device_capability is real_capability and not torch.cuda.is_available()
+    card = mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: CARD) if unsaid else nullcontext()
+    with card, FakeTensorMode(allow_non_fake_inputs=False):
+        yield
 
 
 def trace(step: Callable[[], object]) -> list[tuple[str, tuple[Any, ...]]]:
