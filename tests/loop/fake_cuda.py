@@ -96,7 +96,7 @@ real_capability = torch.cuda.get_device_capability
 def fake_mode() -> Iterator[None]:
     """Fake tensors of every device, "cuda" included; a test may say of which capability the card is."""
     unsaid = torch.cuda.get_device_capability is real_capability and not torch.cuda.is_available()
-    card = mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: CARD) if unsaid else nullcontext()
+    card = mock.patch.object(torch.cuda, "get_device_capability", return_value=CARD) if unsaid else nullcontext()
     with card, FakeTensorMode(allow_non_fake_inputs=False):
         yield
 
