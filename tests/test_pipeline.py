@@ -487,7 +487,7 @@ def test_an_interrupt_while_inputs_are_copied_leaves_no_mixed_tables(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next run with the first one's prompt computes its modulations anew, as a part of them was overwritten."""
-    from mogle_rt.loop import step
+    from mogle_rt.loop.buffers import tensors_of
 
     g = torch.Generator().manual_seed(0)
     embeds = torch.randn(1, 4, TINY.joint_attention_dim, generator=g)
@@ -508,7 +508,7 @@ def test_an_interrupt_while_inputs_are_copied_leaves_no_mixed_tables(
         return images
 
     expected = draw(0)
-    before = step.tensors_of
+    before = tensors_of
     double = pipe.engine.prepared.inputs.modulation.double  # type: ignore[attr-defined]
 
     class Interrupting(Tensor):
@@ -524,7 +524,7 @@ def test_an_interrupt_while_inputs_are_copied_leaves_no_mixed_tables(
 
     Interrupting.copy_ = copy_then_fail  # type: ignore[method-assign,assignment]
     with monkeypatch.context() as patch:
-        patch.setattr(step, "tensors_of", with_an_interrupt)
+        patch.setattr("mogle_rt.loop.step.tensors_of", with_an_interrupt)
         with pytest.raises(KeyboardInterrupt):
             draw(1)
     assert torch.equal(draw(0), expected)
