@@ -71,9 +71,9 @@ class Count:
 # These launch no kernel, although their schemas don't call them views: allocations, and views made in place.
 FREE = {aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 FREE |= {aten.resize_, aten.set_, aten.squeeze_, aten.unsqueeze_, aten.transpose_, aten.t_, aten.as_strided_}
-OVERWRITE = {aten.copy_, aten.fill_, aten.zero_, aten.normal_, aten.uniform_}  # they write without reading the old values
-SHAPED = {aten.zeros_like, aten.ones_like, aten.full_like, aten.new_zeros, aten.new_ones, aten.new_full}  # they read nothing
-GATHER = {aten.embedding, aten.index, aten.index_select, aten.gather}  # they read only the results' bytes of the first operand
+OVERWRITE = {aten.copy_, aten.fill_, aten.zero_, aten.normal_, aten.uniform_}  # the old values aren't read
+SHAPED = {aten.zeros_like, aten.ones_like, aten.full_like, aten.new_zeros, aten.new_ones, aten.new_full}  # read nothing
+GATHER = {aten.embedding, aten.index, aten.index_select, aten.gather}  # of the first operand, only what they return is read
 
 
 def _tensors(values: object) -> list[Tensor]:
@@ -149,7 +149,7 @@ class OpCounter(TorchDispatchMode):
         read = 0 if packet in SHAPED else _touched(operands) - _touched(blind)
         if packet in GATHER:
             read += _touched(results) - _touched(operands[:1])
-        # addmm_ has the formula of addmm. `out` is a buffer for the operation, but the formula takes a shape as `out_val`.
+        # addmm_ has the formula of addmm. `out` is a buffer for the operation, but a shape for the formula.
         if packet is ADDMM_GELU:
             packet = aten.addmm
         formula = flop_registry.get(packet) or flop_registry.get(getattr(aten, packet.__name__.rstrip("_"), None))

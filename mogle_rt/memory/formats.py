@@ -46,8 +46,8 @@ def choose_format(asked: str | None, source: TensorSource, device: torch.device,
 def packed_bytes(source: TensorSource, device: torch.device, dtype: torch.dtype) -> int:
     """Bytes that packing needs in addition to plain weights; 0 if none of the weights can be packed.
 
-    The system may drop the pages of a mapped file when memory is short, and read them again later, but packed weights stay.
-    Plain weights whose dtype differs from the file's are copies, and need as much memory as packed ones.
+    The system may drop the pages of a mapped file when memory is short, and read them again later, but packed weights
+    stay. Plain weights whose dtype differs from the file's are copies, and need as much memory as packed ones.
     """
     sizes, copied = [], 0
     config = source.config.transformer

@@ -210,8 +210,8 @@ def cheaper_mixture(gate: Gate, experts: Experts, steps: int) -> str:
     """Which way of mixing is cheaper by the kernels' declared costs: a "bank", or everything "fused" in each step.
 
     Each way's cost is its bytes in the whole run, plus its FLOPs as the bytes that could be moved in the same time.
-    They are added because an expert's products wait for its loads. For a single image, the distinct pictures and shared rows
-    are as many bytes as the bank, so the bank is cheaper: it saves the FLOPs. If images share rows or pictures, the
+    They are added because an expert's products wait for its loads. For a single image, the distinct pictures and shared
+    rows are as many bytes as the bank, so the bank is cheaper: it saves the FLOPs. If images share rows or pictures, the
     fused way moves fewer bytes.
 
     Args:
