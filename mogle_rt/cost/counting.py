@@ -73,7 +73,7 @@ FREE = {aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten
 FREE |= {aten.resize_, aten.set_, aten.squeeze_, aten.unsqueeze_, aten.transpose_, aten.t_, aten.as_strided_}
 OVERWRITE = {aten.copy_, aten.fill_, aten.zero_, aten.normal_, aten.uniform_}  # the old values aren't read
 SHAPED = {aten.zeros_like, aten.ones_like, aten.full_like, aten.new_zeros, aten.new_ones, aten.new_full}  # read nothing
-GATHER = {aten.embedding, aten.index, aten.index_select, aten.gather}  # of the first operand, only what they return is read
+GATHER = {aten.embedding, aten.index, aten.index_select, aten.gather}  # read only what they return of the first
 
 
 def _tensors(values: object) -> list[Tensor]:

@@ -81,7 +81,7 @@ class Job:
 
     @classmethod
     def of(cls, bundle: Bundle, **options: Any) -> Job:
-        """A job with a bundle's model. Its dtype, size and text tokens are the bundle's unless ``options`` name them."""
+        """A job with a bundle's model. Dtype, size and text tokens are the bundle's unless in ``options``."""
         text = {p: sum(bundle.tensors[f"{p}.{n}"].numel for n in bundle.names(p)) for p in FLUX_TEXT if bundle.names(p)}
         own: dict[str, Any] = {
             "dtype": bundle.tensors["transformer.x_embedder.weight"].dtype,
@@ -98,7 +98,7 @@ class Job:
 
     @property
     def pictures(self) -> int:
-        """How many of a mask's 20 pictures differ: the palette picture, a plane for each class in it, black for the others."""
+        """How many of a mask's 20 pictures differ: the palette, a plane per class in it, black for the others."""
         return min(NUM_EXPERTS, self.classes + 2)
 
 

@@ -1,7 +1,7 @@
 """How many processor threads to use for a model.
 
 The threads of one product wait for each other at its end. For a large product that costs almost nothing. For a small
-one the waiting takes longer than the arithmetic, and many times longer on a busy machine, where a thread is often delayed.
+one the waiting takes longer than the arithmetic, and much longer on a busy machine, where a thread is often delayed.
 The rule is one thread per 2^26 multiplications in the widest product of a step, but at least one and at most as many as
 PyTorch would use.
 """

@@ -211,8 +211,8 @@ def cheaper_mixture(gate: Gate, experts: Experts, steps: int) -> str:
 
     Each way's cost is its bytes in the whole run, plus its FLOPs as the bytes that could be moved in the same time.
     They are added because an expert's products wait for its loads. For a single image, the distinct pictures and shared
-    rows are as many bytes as the bank, so the bank is cheaper: it saves the FLOPs. If images share rows or pictures, the
-    fused way moves fewer bytes.
+    rows are as many bytes as the bank, so the bank is cheaper: it saves the FLOPs. If images share rows or pictures,
+    the fused way moves fewer bytes.
 
     Args:
         gate: only shapes and dtypes are looked at.

@@ -47,7 +47,7 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The flash kernel of GPUs, for 16-bit tensors. Shapes as in `cpu_attention`, but it may pad the log-sum-exp's rows."""
+    """The flash kernel of GPUs, for 16-bit tensors. Shapes as in `cpu_attention`, but log-sum-exps may be padded."""
     out, lse = aten._scaled_dot_product_flash_attention(q, k, v)[:2]
     return out, lse
 
