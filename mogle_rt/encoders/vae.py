@@ -25,7 +25,7 @@ def pack_latents(z: Tensor) -> Tensor:
 
 
 def unpack_latents(latents: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of packing, for an image of height x width: [B, N, 4 C] -> [B, C, height / 8, width / 8]."""
+    """Undo the packing, for an image of height x width pixels: [B, N, 4 C] -> [B, C, height / 8, width / 8]."""
     B, _, C4 = latents.shape
     h, w = height // VAE_SCALE // 2, width // VAE_SCALE // 2
     cells = latents.view(B, h, w, C4 // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
