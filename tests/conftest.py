@@ -179,7 +179,7 @@ def _no_grad() -> Any:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """What a test draws doesn't hang on the tests that ran before it, here or in another process."""
+    """Make what a test draws independent of the tests that ran before it, here or in another process."""
     seed = int(FUZZ_SEED or 0) % 2**32
     torch.manual_seed(seed)
     np.random.seed(seed)

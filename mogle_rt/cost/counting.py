@@ -1,4 +1,4 @@
-"""Counting what PyTorch code does, on tensors without memory: launches, FLOPs, bytes moved and bytes alive.
+"""Count what PyTorch code does, on tensors without memory: launches, FLOPs, bytes moved and bytes alive.
 
 Units: bytes, floating point operations (a multiply-add is two). An operation is one kernel launch; views and
 allocations are free; attention is one operation. Bytes read and written are those of its operands: nothing is assumed
@@ -29,11 +29,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class Count:
-    """What a stretch of code did.
+    """What a piece of code did.
 
     Attributes:
-        launches: kernels. flops: of matrix products, convolutions and attention. read, written: bytes.
-        peak: most bytes alive at once, of all that was made since counting began.
+        launches: the number of kernels. flops: those of matrix products, convolutions and attention.
+        read, written: bytes. peak: the most bytes that were alive at once, among storages made since counting began.
     """
 
     launches: int = 0
@@ -68,12 +68,12 @@ class Count:
         )
 
 
-# No kernels, though they aren't views by their schemas: allocations, and views made in place.
+# These launch no kernel, although their schemas don't call them views: allocations, and views made in place.
 FREE = {aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 FREE |= {aten.resize_, aten.set_, aten.squeeze_, aten.unsqueeze_, aten.transpose_, aten.t_, aten.as_strided_}
-OVERWRITE = {aten.copy_, aten.fill_, aten.zero_, aten.normal_, aten.uniform_}  # in place, whatever was there
+OVERWRITE = {aten.copy_, aten.fill_, aten.zero_, aten.normal_, aten.uniform_}  # the old values aren't read
 SHAPED = {aten.zeros_like, aten.ones_like, aten.full_like, aten.new_zeros, aten.new_ones, aten.new_full}  # read nothing
-GATHER = {aten.embedding, aten.index, aten.index_select, aten.gather}  # read of the first operand what they give
+GATHER = {aten.embedding, aten.index, aten.index_select, aten.gather}  # read only what they return of the first
 
 
 def _tensors(values: object) -> list[Tensor]:
@@ -81,7 +81,7 @@ def _tensors(values: object) -> list[Tensor]:
 
 
 def _touched(tensors: Sequence[Tensor]) -> int:
-    """Bytes of tensors; what an expanded view repeats counts once."""
+    """Bytes of the tensors; elements that an expanded view repeats are counted once."""
     total = 0
     for t in tensors:
         size = t.element_size()
@@ -92,10 +92,10 @@ def _touched(tensors: Sequence[Tensor]) -> int:
 
 
 class OpCounter(TorchDispatchMode):
-    """Counts what runs under it on other devices than the CPU, and follows the memory that it makes there.
+    """Counts the operations on devices other than the CPU, and follows the memory that they allocate there.
 
     Attributes:
-        live: bytes of storages that were made under this counter and are alive.
+        live: bytes of the storages that were made under this counter and are still alive.
     """
 
     def __init__(self) -> None:
@@ -103,10 +103,10 @@ class OpCounter(TorchDispatchMode):
         self.live = 0
         self._count = Count()
         self._storages: set[int] = set()
-        self._basic: set[Any] = set()  # operations that aren't made of others
+        self._basic: set[Any] = set()  # operations that can't be decomposed into others
 
     def take(self) -> Count:
-        """What was done since the last call (or the beginning); the peak starts anew from what is alive."""
+        """What was done since the last call (or since the start). The next peak starts from the bytes alive now."""
         taken, self._count = self._count, Count(peak=self.live)
         return taken
 
@@ -114,7 +114,7 @@ class OpCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":  # questions about a tensor
             return func(*args, **kwargs)
-        if func not in self._basic:  # in inference mode, operations that are made of others come here whole
+        if func not in self._basic:  # inference mode passes composite operations undivided
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -132,7 +132,7 @@ class OpCounter(TorchDispatchMode):
     def _done(
         self, func: Any, args: Any, kwargs: Any, operands: list[Tensor], results: list[Tensor], out: Any
     ) -> Count:
-        if func.namespace == "mogle_rt":  # a fused kernel, which says itself what it takes
+        if func.namespace == "mogle_rt":  # a fused kernel declares its own cost
             from mogle_rt.ops import triton_ops
 
             own = triton_ops.declared(func.overloadpacket._qualified_op_name, args)
@@ -149,7 +149,7 @@ class OpCounter(TorchDispatchMode):
         read = 0 if packet in SHAPED else _touched(operands) - _touched(blind)
         if packet in GATHER:
             read += _touched(results) - _touched(operands[:1])
-        # addmm_ has the formula of addmm; `out` is a buffer to the operation and a shape to the formula.
+        # addmm_ has the formula of addmm. `out` is a buffer for the operation, but a shape for the formula.
         if packet is ADDMM_GELU:
             packet = aten.addmm
         formula = flop_registry.get(packet) or flop_registry.get(getattr(aten, packet.__name__.rstrip("_"), None))
@@ -158,7 +158,7 @@ class OpCounter(TorchDispatchMode):
         return Count(launches=1, flops=flops, read=read, written=_touched(changed + made))
 
     def _follow(self, operands: list[Tensor], results: list[Tensor]) -> None:
-        """Notice new storages (no operand lies in them), and when they go."""
+        """Add new storages (those that hold no operand) to `live`, and subtract them when they are freed."""
         known = {storage_key(t) for t in operands}
         for tensor in results:
             storage = tensor.untyped_storage()
@@ -176,14 +176,14 @@ class OpCounter(TorchDispatchMode):
 def _fused_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
 ) -> Tensor:
-    """The one operation that a GPU runs."""
+    """Attention as the single operation that a GPU runs."""
     if attn_mask is None:
         return flash_attention(query, key, value)[0]
     return efficient_attention(query, key, value, attn_mask)[0]
 
 
 class _FusedAttention(TorchFunctionMode):
-    """PyTorch's attention stays one operation; on meta and fake tensors it would be taken apart."""
+    """Keeps PyTorch's attention as one operation; on meta and fake tensors it would be decomposed."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -194,9 +194,9 @@ class _FusedAttention(TorchFunctionMode):
 
 @contextlib.contextmanager
 def counting() -> Iterator[OpCounter]:
-    """An `OpCounter` under which attention on the meta device is what it is on a GPU.
+    """Give an `OpCounter` that counts attention on the meta device as on a GPU.
 
-    Both are modes of the calling thread: what other threads compute meanwhile is neither counted nor changed.
+    Both are modes of the calling thread: what other threads compute in the meantime is neither counted nor changed.
     """
     with torch.no_grad(), _FusedAttention(), OpCounter() as counter:
         yield counter

@@ -1,7 +1,7 @@
 """What a job costs, without weights: the engine's own code runs on the meta device, and every operation is counted.
 
-Nothing of this engine's cost is a formula: its modules are built without memory, prepared and stepped, by the code
-that makes images and on the branches that a GPU takes. The reference's way is a ledger, see `mogle_rt.cost.reference`.
+No formula is used for this engine's cost. Its modules are built without memory, prepared and stepped by the same code
+that makes images, on the branches for GPUs. The reference's cost is a ledger instead, see `mogle_rt.cost.reference`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from mogle_rt.loop.schedule import make_schedule
 
 @dataclass(frozen=True, kw_only=True)
 class JobCost:
-    """One way of doing a job, all its images together.
+    """The cost of one way of doing a job, for all its images together.
 
     Attributes:
-        encode: all pictures of the masks. prepare: what is done once a run. step: one step, with experts and gate,
+        encode: all pictures of the masks. prepare: what is done once per run. step: one step, with experts and gate,
             transformer and Euler update. decode: latents to pictures.
-        steps: how many.
-        resident: bytes of weights that stay in memory. peak: of everything, at the worst moment. Both without the text
+        steps: the number of steps.
+        resident: bytes of weights that stay in memory. peak: the most bytes in use at once. Both without the text
             encoders, which take ``text`` bytes more.
     """
 
@@ -47,16 +47,16 @@ class JobCost:
 
     @property
     def flops(self) -> int:
-        """Of the whole job, from masks and prompt embeddings to pictures."""
+        """The FLOPs of the whole job, from masks and prompt embeddings to pictures."""
         return self.encode.flops + self.prepare.flops + self.steps * self.step.flops + self.decode.flops
 
     @property
     def peak_with_text(self) -> int:
-        """Bytes, with the text encoders."""
+        """The peak in bytes, including the text encoders."""
         return self.peak + self.text
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The cost as a dictionary that can be written as JSON."""
         stages = {name: dataclasses.asdict(getattr(self, name)) for name in ("encode", "prepare", "step", "decode")}
         names = ("flops", "resident", "peak", "peak_with_text")
         return stages | {name: getattr(self, name) for name in names}
@@ -64,7 +64,7 @@ class JobCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A job's cost both ways, and its parameters by part."""
+    """A job's cost for this engine and for the reference, and the number of parameters of each part."""
 
     parameters: dict[str, int]
     engine: JobCost
@@ -88,7 +88,7 @@ def estimate(job: Job) -> Estimate:
         weights += parameters["vae"] * (of_vae.itemsize - dtype.itemsize)
 
         def count(run: Callable[[int], object], total: int, at_once: int) -> Count:
-            """Of ``total`` pictures, ``at_once`` together."""
+            """The cost of ``total`` pictures, when ``at_once`` are run together."""
             result = Count()
             for size, times in ((at_once, total // at_once), (total % at_once, 1)):
                 if size and times:

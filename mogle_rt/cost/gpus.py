@@ -1,4 +1,4 @@
-"""What cards can do at best, by their makers' datasheets, and the floors that follow for a job. Tables, no measurements."""
+"""The best that cards can do by their datasheets, and lower bounds on a job's time. Nothing here is measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Gpu:
     """One card.
 
     Attributes:
-        name: as people say it.
+        name: its common name.
         half_tflops: dense fp16 and bf16 matrix products on tensor cores with fp32 sums, TFLOP/s. Datasheets of data
             centre cards since Ampere print twice that, "with sparsity"; GeForce whitepapers print fp16 sums too.
         single_tflops: fp32 without TF32 (PyTorch's default for matrix products), TFLOP/s.
@@ -37,7 +37,7 @@ class Gpu:
         return moved / self.bandwidth / 1e6
 
     def fits(self, needed: float) -> bool:
-        """Whether ``needed`` bytes of tensors go into its memory, beside what a process takes anyway."""
+        """Whether ``needed`` bytes of tensors go into its memory, next to what each process needs anyway."""
         return needed <= (self.memory - RESERVED_GIB) * 2**30
 
 
@@ -80,10 +80,10 @@ GPUS = (
 
 
 def find_gpu(name: str) -> Gpu:
-    """The card of that name, or the only one whose name holds it; case, spaces and hyphens don't matter.
+    """The card of that name, or the only one whose name contains it; case, spaces and hyphens don't matter.
 
     Raises:
-        ConfigError: no such card, or several; the message lists the known ones.
+        ConfigError: there is no such card, or there are several; the message lists the known ones.
     """
 
     def plain(text: str) -> str:

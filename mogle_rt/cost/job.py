@@ -1,4 +1,4 @@
-"""A job whose cost is asked for, and its model without weights."""
+"""A job whose cost is to be counted, and its model without weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FLUX_TEXT = {"text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656}
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is to be counted; by default an image of FLUX.1-dev's with the released LoRA of rank 4.
+    """The job to be counted. The default is one image of FLUX.1-dev with the released LoRA of rank 4.
 
     Attributes:
         config, ranks: see `Bundle`. text: parameters of the text encoders that the bundle holds.
@@ -81,7 +81,7 @@ class Job:
 
     @classmethod
     def of(cls, bundle: Bundle, **options: Any) -> Job:
-        """With a bundle's model; what ``options`` don't say is the bundle's own: dtype, size, text tokens."""
+        """A job with a bundle's model. Dtype, size and text tokens are the bundle's unless in ``options``."""
         text = {p: sum(bundle.tensors[f"{p}.{n}"].numel for n in bundle.names(p)) for p in FLUX_TEXT if bundle.names(p)}
         own: dict[str, Any] = {
             "dtype": bundle.tensors["transformer.x_embedder.weight"].dtype,
@@ -93,12 +93,12 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Image tokens N."""
+        """The number of image tokens, N."""
         return self.height // PATCH * (self.width // PATCH)
 
     @property
     def pictures(self) -> int:
-        """Distinct ones of a mask's 20: the palette picture, a plane for each class in it, black for the others."""
+        """How many of a mask's 20 pictures differ: the palette, a plane per class in it, black for the others."""
         return min(NUM_EXPERTS, self.classes + 2)
 
 

@@ -68,11 +68,11 @@ class _Ledger:
         self.count += Count(flops=flops)
 
     def each(self, n: int, others: int = 0) -> None:
-        """n elements to n elements, with ``others`` more to read."""
+        """An operation from n elements to n elements that reads ``others`` more."""
         self.ops((self.e * (n + others), self.e * n))
 
     def up(self, n: int) -> list[tuple[int, int]]:
-        """To float32, if it isn't."""
+        """A conversion to float32, unless it already is."""
         return [] if self.e == 4 else [(self.e * n, 4 * n)]
 
     def down(self, n: int) -> list[tuple[int, int]]:
@@ -88,7 +88,7 @@ class _Ledger:
             self.each(rows * out, rows * out)
 
     def mixture(self, config: MogleConfig, N: int) -> None:
-        """Experts and gate."""
+        """The experts and the gate."""
         L, H, G, E = config.latent_dim, config.expert_dim, config.gate_dim, NUM_EXPERTS
         if config.has_gating:
             self.sinusoid(L)
@@ -118,7 +118,7 @@ class _Ledger:
         self.ops((2 * h, 2 * h), (2 * h, 2 * h), *self.down(size))
 
     def mlp(self, inner: int, out: int) -> None:
-        """Linear, SiLU, linear, of one row."""
+        """Linear, SiLU and linear layers on one row."""
         self.linear(1, inner, out)
         self.each(out)
         self.linear(1, out, out)
@@ -158,7 +158,7 @@ class _Ledger:
         self.each(n, self.D)
 
     def gated(self, rows: int) -> None:
-        """Gate times it, onto the residual."""
+        """Multiply by the gate, and add to the residual."""
         n = rows * self.D
         self.each(n, self.D)
         self.each(n, n)

@@ -1,4 +1,4 @@
-"""A cache of tensors by content, bounded in bytes: what was used last stays."""
+"""A cache of tensors with a limit in bytes; it drops what was not used for longest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class TensorCache:
         max_bytes: how much the entries may hold together; 0 turns the cache off.
 
     Raises:
-        ConfigError: ``max_bytes`` is negative, or no whole number.
+        ConfigError: ``max_bytes`` is negative, or not a whole number.
     """
 
     def __init__(self, max_bytes: int) -> None:

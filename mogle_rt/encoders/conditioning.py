@@ -82,7 +82,7 @@ class Conditioner:
         if missing:
             parameters = self._encode([wanted[key] for key in missing])
             for key, latents in zip(missing, self._pack(parameters.chunk(2, dim=1)[0]), strict=True):
-                found[key] = latents.clone()  # alone, so that dropping it from the cache frees its memory
+                found[key] = latents.clone()  # a copy, so that dropping it from the cache frees memory
                 self.cache.put(key, (found[key],))
         return found
 
@@ -97,7 +97,7 @@ class Conditioner:
 
     def _encode(self, pictures: Sequence[tuple[Labels, int]]) -> Tensor:
         """Posterior parameters (mean, log variance) of (labels, number of the picture): [P, 32, H/8, W/8]."""
-        # A CPU is faster with one picture, whose activations stay in its caches.
+        # A CPU is faster with one picture at a time, because its activations stay in the CPU's caches.
         at_once = 1 if self.vae.device.type == "cpu" else max(1, ENCODE_PIXELS // pictures[0][0].size)
         parts = []
         for i in range(0, len(pictures), at_once):
@@ -114,7 +114,7 @@ def picture_keys(labels: Labels) -> list[PictureKey]:
     """A key for each of a mask's 20 pictures, equal for equal pictures: the mask's own, then those of the planes."""
     black: PictureKey = (labels.shape, 1, b"")
     present = np.bincount(labels.reshape(-1), minlength=NUM_CLASSES) > 0
-    # A mask of background alone is drawn all black, as the planes of absent classes are.
+    # A mask that is only background is drawn all black, like the planes of absent classes.
     keys: list[PictureKey] = [(labels.shape, 0, _digest(labels)) if PALETTE[present].any() else black]
     keys += [(labels.shape, 1, _digest(np.packbits(labels == c))) if present[c] else black for c in range(NUM_CLASSES)]
     return keys

@@ -19,7 +19,7 @@ MOST_SUMMED = 64  # pixels that are added up one after the other
 
 
 def arranged(x: Tensor, pixels: int) -> Tensor:
-    """What the VAE is given, [B, C, h, w], laid out for a picture of so many pixels."""
+    """The VAE's input [B, C, h, w], in the memory layout that suits a picture with this number of pixels."""
     last = x.device.type == "cpu" and x.dtype == torch.float32 and pixels >= LEAST_PIXELS
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -58,7 +58,7 @@ class GroupNorm(nn.GroupNorm):
         return out
 
     def _one(self, x: Tensor) -> Tensor:
-        """One image: statistics of few pixels at a time, of those the groups', and one pass that applies them."""
+        """Normalise one image: sum few pixels at a time, combine the sums per group, and apply them in one pass."""
         _, C, h, w = x.shape
         summed = math.gcd(h * w, MOST_SUMMED)
         parts = x.permute(0, 2, 3, 1).reshape(1, summed, 1, -1).permute(0, 3, 1, 2)
@@ -71,5 +71,5 @@ class GroupNorm(nn.GroupNorm):
 
 
 def _average(x: Tensor) -> Tensor:
-    """[n, G, c] -> [1, G, 1]. One dimension after the other: over both at once PyTorch adds up less exactly."""
+    """[n, G, c] -> [1, G, 1]. One dimension at a time, as PyTorch sums both at once less exactly."""
     return x.mean(0, keepdim=True).mean(2, keepdim=True)

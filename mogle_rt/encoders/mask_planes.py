@@ -1,4 +1,4 @@
-"""What the experts see of a batch of masks: each distinct encoded picture once, and who sees which."""
+"""The encoded pictures of a batch of masks: each distinct one once, and which expert sees which."""
 
 from __future__ import annotations
 
@@ -57,20 +57,20 @@ class MaskPlanes:
 
     @property
     def batch(self) -> int:
-        """Images B."""
+        """The number of images, B."""
         return len(self.index)
 
     @property
     def tokens(self) -> int:
-        """Tokens N of a picture."""
+        """The number of tokens of a picture, N."""
         return self.planes.shape[1]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> MaskPlanes:
-        """The same pictures elsewhere, or in another dtype."""
+        """The same pictures on another device or in another dtype."""
         return replace(self, planes=self.planes.to(device, dtype))
 
     def repeated(self, batch: int) -> MaskPlanes:
-        """Each of B masks for batch / B neighbouring images; no picture is copied."""
+        """Repeat each of B masks for batch / B neighbouring images, without copying a picture."""
         return replace(self, index=self.index.repeat(batch // self.batch, axis=0))
 
     def seen_by(self, expert: int) -> Tensor:
@@ -84,7 +84,7 @@ class MaskPlanes:
 
 
 def _contents(pictures: Tensor) -> list[Hashable]:
-    """A key for each of [P, …], equal for pictures that are equal bit by bit."""
+    """A key for each of the pictures [P, …], equal for pictures that are equal bit by bit."""
     if pictures.is_meta or isinstance(pictures, FakeTensor):
         return list(range(len(pictures)))
     return [picture.tobytes() for picture in pictures.contiguous().view(torch.uint8).cpu().numpy()]

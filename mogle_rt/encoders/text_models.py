@@ -1,4 +1,4 @@
-"""The parts that are other libraries': diffusers' VAE, transformers' text encoders and tokenizers, from a bundle."""
+"""Text encoders and tokenizers of the transformers library, loaded from a bundle."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def pack_latents(z: Tensor) -> Tensor:
 
 
 def unpack_latents(latents: Tensor, height: int, width: int) -> Tensor:
-    """The inverse, for an image of height x width pixels: [B, N, 4 C] -> [B, C, height / 8, width / 8]."""
+    """Undo the packing, for an image of height x width pixels: [B, N, 4 C] -> [B, C, height / 8, width / 8]."""
     B, _, C4 = latents.shape
     h, w = height // VAE_SCALE // 2, width // VAE_SCALE // 2
     cells = latents.view(B, h, w, C4 // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
@@ -43,7 +43,7 @@ def autoencoder(config: Mapping[str, Any]) -> Any:
     try:
         with torch.device("meta"), NoInitialValues():
             vae = AutoencoderKL.from_config(dict(config))
-    except Exception as error:  # diffusers raises whatever its layers do
+    except Exception as error:  # diffusers passes on any error of its layers
         raise CheckpointError(f"vae: not a valid AutoencoderKL configuration: {one_line_reason(error)}") from None
     if len(vae.config.block_out_channels) != 4:
         raise CheckpointError(f"vae: must scale by 8 (four blocks), has {len(vae.config.block_out_channels)} blocks")
@@ -74,7 +74,7 @@ def tensor_shapes(module: torch.nn.Module) -> dict[str, Shape]:
 
 
 def load_autoencoder(vae: Any, tensors: Mapping[str, torch.Tensor], where: str) -> Any:
-    """A VAE without memory gets its weights, and is ready to encode and decode.
+    """Give a VAE on the meta device its weights, so that it can encode and decode.
 
     Raises:
         CheckpointError: names or shapes don't fit; ``where`` says of what file.

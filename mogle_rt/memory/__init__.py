@@ -1,1 +1,1 @@
-"""What fits where: devices, budgets."""
+"""The choice of device, dtype, weight format and threads for a machine."""

@@ -1,7 +1,7 @@
-"""How much memory there is. What is decided by it stays decided: it asks for what a machine has, not for what is free.
+"""How much memory the machine has in total. Free memory is not used, because decisions must not vary between runs.
 
-Weight formats round differently. If the free memory of a moment chose between them, one seed would give other bytes
-whenever another program was running.
+Weight formats round differently. If the memory that is free at the moment decided between them, the same seed would
+give different bytes whenever another program was running.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memo
 
 
 def total_memory() -> int:
-    """Bytes that the machine has, or that the container may take where its limit is lower."""
+    """Bytes of memory that the machine has, or that the container may use if its limit is lower."""
     total: int = psutil.virtual_memory().total
     for path in CONTAINER_LIMITS:
         try:
             total = min(total, int(path.read_text()))
-        except (OSError, ValueError):  # there is no such container, or no limit: "max"
+        except (OSError, ValueError):  # no such container, or no limit ("max")
             continue
     return total

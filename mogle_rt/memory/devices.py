@@ -16,21 +16,21 @@ logger = logging.getLogger(__name__)
 
 
 def choose_device(device: str | int | torch.device | None) -> torch.device:
-    """The device asked for, a number N being cuda:N; by default a CUDA GPU, else Apple's, else the CPU.
+    """The requested device (a number N means cuda:N). The default is a CUDA GPU, else Apple's GPU, else the CPU.
 
     Raises:
-        DeviceError: unknown, or not on this machine.
+        DeviceError: the device is unknown, or this machine doesn't have it.
     """
     if device is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    asked = f"cuda:{device}" if type(device) is int else device  # PyTorch takes a number too, but not in every build
+    asked = f"cuda:{device}" if type(device) is int else device  # not every build of PyTorch accepts a number
     try:
         chosen = torch.device(asked)
     except (RuntimeError, TypeError):
         raise DeviceError(f"device must be cpu, cuda, cuda:N or mps, got {device!r}") from None
-    # PyTorch keeps eight bits of a number: cuda:256 would be cuda:0.
+    # PyTorch keeps only eight bits of the number, so cuda:256 would become cuda:0.
     if chosen.type not in ("cpu", "cuda", "mps") or str(chosen) != str(asked):
         raise DeviceError(f"device must be cpu, cuda, cuda:N or mps, got {device!r}")
     if chosen.type == "mps" and not torch.backends.mps.is_available():
@@ -43,10 +43,10 @@ def choose_device(device: str | int | torch.device | None) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for; by default what the device multiplies fast.
+    """The requested dtype. The default is one in which the device multiplies fast.
 
-    On CPUs that is float32 unless they have AMX: others take bfloat16 at float32's speed at best, and without any
-    support hundreds of times slower.
+    On CPUs that is float32, unless they have AMX. Other CPUs multiply bfloat16 at the speed of float32 at best, and
+    hundreds of times slower if they don't support it at all.
     """
     if dtype is not None:
         chosen = parse_dtype(dtype)
@@ -61,11 +61,11 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16 products. Only x86 processors say so; others are believed to."""
+    """Whether this CPU has instructions for bfloat16 products. Only x86 processors tell; others are assumed to."""
     return platform.machine().lower() not in ("x86_64", "amd64") or cpu_multiplies_bfloat16()
 
 
 @cache
 def _warn_of_slow_bfloat16() -> None:
-    """Once in a process."""
+    """Log the warning once per process."""
     logger.warning("this CPU has no instructions for bf16, so its products may take 100 times as long; use dtype fp32")

@@ -1,4 +1,4 @@
-"""Which format weights get when they are loaded, where none was asked for."""
+"""The choice of the format of loaded weights."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SHARE = 0.8  # packed weights may take this much of the machine's memory
 
 
 def choose_format(asked: str | None, source: TensorSource, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the format asked for; by default packed weights where they serve and fit, else plain ones.
+    """The name of the requested format. The default is packed where it is supported and fits in memory, else plain.
 
-    The choice depends on the machine, the model and the dtype alone, so that one seed gives the same bytes in every run.
-    (The length of a run doesn't count either, though packing takes as long as it saves in two to eight steps.)
+    The choice depends only on the machine, the model and the dtype, so that a seed gives the same bytes in every run.
+    (The number of steps plays no part either, though packing only pays off after two to eight steps.)
 
     Raises:
         ConfigError: there is no such format.
@@ -44,10 +44,10 @@ def choose_format(asked: str | None, source: TensorSource, device: torch.device,
 
 
 def packed_bytes(source: TensorSource, device: torch.device, dtype: torch.dtype) -> int:
-    """Memory that packing takes beyond what plain weights take; 0 if the packed format takes none of the weights.
+    """Bytes that packing needs in addition to plain weights; 0 if none of the weights can be packed.
 
-    The system may drop the pages of a mapped file when memory is short, and read them again; packed weights stay. Plain
-    weights of another dtype than the file's are copies, and take as much as packed ones.
+    The system may drop the pages of a mapped file when memory is short, and read them again later, but packed weights
+    stay. Plain weights whose dtype differs from the file's are copies, and need as much memory as packed ones.
     """
     sizes, copied = [], 0
     config = source.config.transformer
@@ -59,5 +59,5 @@ def packed_bytes(source: TensorSource, device: torch.device, dtype: torch.dtype)
         sizes.append(out * inner * dtype.itemsize)
         if source.tensors[f"{names[0]}.weight"].dtype == dtype:
             copied += sizes[-1]
-    # Each part of the largest layer may be there three times: plain, with further columns, and packed.
+    # Each part of the largest layer may exist three times at once: plain, with extra columns, and packed.
     return copied + 2 * max(sizes, default=0)

@@ -1,9 +1,9 @@
-"""How many processor threads a model is worth.
+"""How many processor threads to use for a model.
 
-The threads of one product meet at its end and wait there for the last of them. For a large product that costs nothing; for
-a small one the meeting takes longer than the arithmetic, and on a machine with other work, where one thread is often
-held up, many times longer. The rule: one thread for each 2^26 multiplications in the widest product of a step, at least one
-and at most as many as PyTorch would take.
+The threads of one product wait for each other at its end. For a large product that costs almost nothing. For a small
+one the waiting takes longer than the arithmetic, and much longer on a busy machine, where a thread is often delayed.
+The rule is one thread per 2^26 multiplications in the widest product of a step, but at least one and at most as many as
+PyTorch would use.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def worthwhile_threads(rows: int, width: int, most: int) -> int:
 
 @contextmanager
 def suitable_threads(rows: int, width: int, device: torch.device) -> Iterator[None]:
-    """Take as many threads as the model is worth, and restore their number afterwards.
+    """Use a suitable number of threads for the model, and restore the previous number afterwards.
 
     Nothing is changed on a GPU, where the environment variables OMP_NUM_THREADS or MKL_NUM_THREADS are set, or where
-    `torch.set_num_threads` was called since this module was imported: then somebody has chosen.
+    `torch.set_num_threads` was called since this module was imported, because then the user has chosen.
 
     Args:
         rows: tokens of image, condition and text of all images of a batch.
-        width: of the transformer.
+        width: the width of the transformer.
         device: where the model is.
     """
     before = torch.get_num_threads()

@@ -1,7 +1,8 @@
 """Joint attention over [text, image, condition], with the reference's switches (REFERENCE: attention variants).
 
-Every switch is constant over two groups of tokens, the condition and the rest. So a switch is a choice of groups to
-attend to, and `condition_scale` a constant between groups: no mask of the sequence's size squared is ever built.
+Each switch treats all tokens of a group alike, and there are two groups: the condition and the rest. So a switch only
+chooses which groups are attended to, and `condition_scale` only adds a constant between the groups. A mask of [L, L] is
+never needed.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from torch import Tensor
 from mogle_rt.config import ModelConfig
 from mogle_rt.torch_api.private import cpu_attention, efficient_attention, flash_attention
 
-# Queries at once, on devices without an attention kernel: memory then grows with the sequence, not with its square.
+# The number of queries handled at once on devices without an attention kernel. With a fixed number, memory grows with
+# the length of the sequence and not with its square.
 PLAIN_QUERIES = 256
-# On a CPU, plain products over whole scores take 2 to 40 % less time than PyTorch's fused attention up to so many tokens
-# (4 heads of 64 and 24 of 128; most where cores share no cache), and from 800 on as long or longer.
+# Up to this many tokens on a CPU, plain products that keep all scores take 2 to 40 % less time than PyTorch's fused
+# attention (measured with 4 heads of 64 and 24 of 128; the gain is largest where cores share no cache). From 800 tokens
+# on, they take as long or longer.
 WHOLE_SCORES = 640
 
 
 class Visibility(enum.Enum):
-    """Who sees whom."""
+    """Which group of tokens may attend to which."""
 
     JOINT = "joint"  # everything sees everything
     SEPARATE = "separate"  # the condition and the rest don't see each other
@@ -35,7 +38,7 @@ class Visibility(enum.Enum):
 
     @classmethod
     def of(cls, model: ModelConfig, condition_scale: float) -> Visibility:
-        """condition_scale other than 1 overrides the other two switches, as in the reference; 0 separates the groups."""
+        """As in the reference, a condition_scale other than 1 overrides both switches; 0 separates the groups."""
         if condition_scale not in (0, 1):
             return cls.SCALED
         if condition_scale == 0:
@@ -49,7 +52,7 @@ class Visibility(enum.Enum):
 class AttentionPlan:
     """Who sees whom, and how strongly.
 
-    The strength is read from memory each time, so that one captured graph serves every condition_scale.
+    The strength is read from memory on each run, so that one captured graph works for every condition_scale.
 
     Attributes:
         log_scale: float32 [1] on the device of q, log(condition_scale); read only where visibility is SCALED.
@@ -60,7 +63,7 @@ class AttentionPlan:
 
 
 def log_scale_of(condition_scale: float, device: torch.device) -> Tensor:
-    """`AttentionPlan.log_scale` for a condition_scale, 0 and above; 0 for scale 0, at which nothing reads it."""
+    """`AttentionPlan.log_scale` for a condition_scale >= 0. For scale 0 it is 0, since nothing reads it then."""
     return torch.tensor([math.log(condition_scale) if condition_scale > 0 else 0.0], dtype=torch.float32, device=device)
 
 
@@ -95,7 +98,7 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: 
 
 
 def scores_room(like: Tensor, heads: int, rows: int) -> Tensor | None:
-    """Memory for `attention_by_products` of sequences of so many rows: [H, L, L]. None where that isn't the faster way."""
+    """Scratch memory [H, L, L] for `attention_by_products`, with L = rows, or None where that way is not faster."""
     if like.device.type != "cpu" or like.dtype != torch.float32 or rows > WHOLE_SCORES:
         return None
     return like.new_empty(heads, rows, rows)
@@ -104,10 +107,12 @@ def scores_room(like: Tensor, heads: int, rows: int) -> Tensor | None:
 def attention_by_products(
     q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: AttentionPlan, scores: Tensor, out: Tensor
 ) -> Callable[[], Tensor]:
-    """`joint_attention` into ``out``, prepared for its tensors: scores, their softmax and their product with ``v``.
+    """Prepare `joint_attention` for these tensors; it computes the scores, their softmax and the product with ``v``.
+
+    The returned function writes its result to ``out`` and returns it.
 
     Args:
-        scores: see `scores_room`; it is overwritten.
+        scores: scratch memory from `scores_room`; it is overwritten.
         out: [Lq, B, H * d].
     """
     (rows, B, H, d), c = q.shape, condition_from
@@ -140,14 +145,15 @@ def attention_by_products(
 
 
 def _rows(out: Tensor) -> Tensor:
-    """[B, H, L, d] -> [L, B, H * d], contiguous. Kernels write [B, L, H, d] or [L, B, H, d]: often no copy is needed."""
+    """[B, H, L, d] -> [L, B, H * d], contiguous. Often without a copy: kernels write [B, L, H, d] or [L, B, H, d]."""
     return out.permute(2, 0, 1, 3).flatten(2).contiguous()
 
 
 def _merged(q: Tensor, own: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], log_scale: Tensor) -> Tensor:
-    """softmax over both groups with ``log_scale`` on the other group's scores: each alone, joined by log-sum-exp.
+    """Attention over both groups, with ``log_scale`` added to the scores of the other group.
 
-    With (o, l) each group's output and log-sum-exp, the joint softmax gives the other group the total weight
+    Each group is attended to alone, and the results are joined. With l the log-sum-exp of a group's scores, the joint
+    softmax gives the other group the total weight
     sigmoid(l_other + log_scale - l_own).
     """
     if q.shape[2] == 0:
@@ -170,14 +176,14 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _flash_takes(q: Tensor) -> bool:
-    """Whether the flash kernel runs on this tensor's GPU: 16 bits, and Ampere or newer (as the meta device is taken for)."""
+    """Whether the flash kernel runs on this tensor's GPU: 16 bits, Ampere or newer (so is the meta device)."""
     if q.dtype not in (torch.float16, torch.bfloat16):
         return False
     return q.is_meta or torch.cuda.get_device_capability(q.device)[0] >= 8
 
 
 def plain_attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in full precision where a device has no such kernel; the scores are whole, so of few queries at once."""
+    """`attention_with_lse` in full precision, without a kernel. It keeps all scores, so call it with few queries."""
     scores = (q.float() @ k.float().transpose(-1, -2)) / math.sqrt(q.shape[-1])
     lse = scores.logsumexp(-1)
     return (torch.exp(scores - lse[..., None]) @ v.float()).to(q.dtype), lse

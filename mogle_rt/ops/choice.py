@@ -1,4 +1,4 @@
-"""The one place that chooses between PyTorch's operations and the fused kernels. No silent fallback."""
+"""The one place that chooses between PyTorch's operations and the fused kernels. It never falls back silently."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def choice(kernels: str | None, device: torch.device) -> str:
     """Which of `CHOICES` is meant.
 
     Args:
-        kernels: one of them; None takes what the environment variable MOGLE_RT_KERNELS says, and without it Triton on
-            GPUs that its kernels were compiled for (and on the meta device, which stands for one), PyTorch elsewhere.
+        kernels: one of `CHOICES`. None means the value of the environment variable MOGLE_RT_KERNELS. Without that, it
+            means Triton on GPUs that its kernels were compiled for (and on the meta device, which stands for such a
+            GPU), and PyTorch elsewhere.
 
     Raises:
-        ConfigError: the choice is unknown, or Triton's kernels can't be had on this device.
+        ConfigError: the choice is unknown, or Triton's kernels can't be used on this device.
     """
     name = kernels or os.environ.get(KERNELS_VARIABLE) or None
     source = "kernels" if kernels else KERNELS_VARIABLE
@@ -47,10 +48,10 @@ def choice(kernels: str | None, device: torch.device) -> str:
 
 
 def _why_not_triton(device: torch.device) -> str | None:
-    """What keeps Triton's kernels from running on a GPU; None where nothing does."""
+    """The reason why Triton's kernels can't run on a GPU, or None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    # AMD's GPUs have other names; and where no GPU is, CUDA tensors are fake ones, which stand for any.
+    # AMD's GPUs have no such capability numbers. Without a GPU, CUDA tensors are fake and stand for those of any GPU.
     if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -69,10 +70,10 @@ def _warn_once(reason: str) -> None:
 
 
 def choose(kernels: str | None, device: torch.device) -> Ops:
-    """Operations for a device. kernels: see `choice`.
+    """The operations to use on a device. For ``kernels``, see `choice`.
 
     Raises:
-        ConfigError: the choice is unknown, or Triton can't be had here.
+        ConfigError: the choice is unknown, or Triton can't be used here.
     """
     if choice(kernels, device) == "torch":
         from mogle_rt.ops import torch_ops

@@ -1,4 +1,4 @@
-"""The operations of a step, as everything above sees them."""
+"""The interface of a step's operations, which the rest of the package uses."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mogle_rt.config import MogleConfig, TransformerConfig
 from mogle_rt.kernels.inputs import Experts, Gate
 from mogle_rt.ops.attention import AttentionPlan
 
-Prepared = Callable[[], None]  # an operation on the tensors that it was given, as often as it's called
+Prepared = Callable[[], None]  # an operation bound to its tensors; it can be called again and again
 
 
 class Ops(Protocol):
     """The operations of a step; `mogle_rt.ops.torch_ops` says what each does. Activations are sequence-major.
 
-    ``RIDING``: the blocks' LoRA rides along in further columns, see `mogle_rt.linear.layer`.
+    ``RIDING``: whether the blocks' LoRA is computed in extra columns of the same products, see `mogle_rt.linear.layer`.
     """
 
     RIDING: bool

@@ -11,16 +11,16 @@ from torch import Tensor
 GELU_A = 2 * math.sqrt(2 / math.pi)
 GELU_B = GELU_A * 0.044715
 _GELU_A = torch.tensor(GELU_A, dtype=torch.float32, device="cpu")
-IN_CACHE = 1 << 18  # elements that four passes go over together: with their scratch, 2 MiB in float32
+IN_CACHE = 1 << 18  # elements that the four passes treat at a time; with their scratch memory, 2 MiB in float32
 
 
 def gelu(x: Tensor, scratch: Tensor, out: Tensor) -> Tensor:
-    """GELU in its tanh form into ``out``, which may be x. scratch: as x; it may be overwritten."""
+    """Write GELU in its tanh form to ``out``, which may be x. scratch has the shape of x and may be overwritten."""
     if x.device.type != "cpu":
         torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
         return out
     # PyTorch's CPU kernel takes up to twice as long as these vectorised passes; the difference is in the last bits.
-    # Rows that fit into the cache go through all of them before the next.
+    # All passes treat as many rows as fit into the cache, before they go on to the next rows.
     rows = max(1, IN_CACHE // x.shape[-1])
     gate = scratch[:rows]
     for part, into in zip(x.split(rows), out.split(rows), strict=True):

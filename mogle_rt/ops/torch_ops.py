@@ -1,10 +1,10 @@
-"""The step's operations in PyTorch, into buffers that they are given. See `mogle_rt.ops.choice` for the choice.
+"""The step's operations in PyTorch, which write to given buffers. `mogle_rt.ops.choice` decides when they are used.
 
-Activations are sequence-major, [L, B, D]: positions [text, image, condition], then images of the batch. So every
-stream is one block of rows for any batch. ``bounds`` are the ascending end positions of row groups that share a
-modulation (or a norm's weight); the last is L. Modulations are [G, B, D], one row a group and image.
+Activations are sequence-major, [L, B, D]: first positions [text, image, condition], then images of the batch. So each
+stream is one block of rows, whatever the batch size. ``bounds`` are the ascending end positions of row groups that
+share a modulation (or a norm's weight); the last is L. Modulations are [G, B, D], one row per group and image.
 
-What a step does with the same tensors again and again is `Prepared`: given them once, it makes its views once.
+Operations that a step repeats on the same tensors return a `Prepared`, so that the views are made only once.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ FP16_MAX = 65504
 
 
 def check_model(transformer: TransformerConfig, mogle: MogleConfig) -> None:
-    """PyTorch's operations take a model of any shape."""
+    """Do nothing, since PyTorch's operations accept a model of any shape."""
 
 
 @functools.lru_cache(maxsize=64)
 def _sizes(bounds: tuple[int, ...]) -> list[int]:
-    """Rows of each group."""
+    """The number of rows in each group."""
     return [end - start for start, end in zip((0, *bounds), bounds, strict=False)]
 
 
 @functools.lru_cache(maxsize=8)
 def _identity(width: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """LayerNorm's weight and bias. On the CPU, PyTorch's kernel takes half the time if it is given some."""
+    """LayerNorm's weight and bias. On the CPU, PyTorch's kernel takes half the time if it is given them."""
     if device.type != "cpu":
         return None, None
     with torch.inference_mode():
@@ -59,10 +59,10 @@ def norm_modulate(
     lora_down: Tensor | None = None,
     lora_from: int = 0,
 ) -> Prepared:
-    """AdaLN: out = LayerNorm(x) * scale + shift, and the LoRA's down-projection of it in further columns.
+    """AdaLN: out = LayerNorm(x) * scale + shift, with the LoRA's down-projection of it in the columns after.
 
     Args:
-        x: [L, B, D]. scale (its 1 added), shift: [G, B, D].
+        x: [L, B, D]. scale (with the 1 already added), shift: [G, B, D].
         out: [L, B, D + R].
         lora_down: [D, R], for positions ``lora_from`` to the end; the others' columns become 0. None if R is 0.
     """
@@ -95,7 +95,7 @@ def residual(
     lora_from: int = 0,
     clip: bool = False,
 ) -> Prepared:
-    """x += gate * y in place, y with the LoRA's up-projection of its further columns.
+    """x += gate * y in place, after the LoRA's up-projection of y's last Q columns was added to y.
 
     Args:
         x: [L, B, D]. y: [L, B, D + Q]. gate: [G, B, D].
@@ -155,7 +155,7 @@ def qk_norm_rope(x: Tensor, norm_weight: Tensor, bounds: tuple[int, ...], rope: 
         rope: complex [L, 1, 1, 1, d / 2].
     """
     qk, size = x[:, :, : norm_weight.shape[1]], x.shape[-1]
-    # Spread over the heads, the weights' innermost run is long, and the product vectorised well.
+    # The weights are repeated for every head, because a product over longer contiguous rows is vectorised better.
     weights = norm_weight.unsqueeze(2).expand(-1, -1, x.shape[3], -1).contiguous()
     groups = list(zip(qk.split(_sizes(bounds)), weights.unbind(), strict=True))
     pairs = qk.unflatten(-1, (-1, 2))
@@ -181,8 +181,8 @@ def joint_attention(
     """See `mogle_rt.ops.attention.joint_attention`.
 
     Args:
-        scores: room for them, where they are to be made whole, see `mogle_rt.ops.attention.scores_room`.
-        out: [Lq, B, H * d], where the result may go: what is returned is that, or memory that a library brings.
+        scores: scratch memory if all scores are to be kept at once, see `mogle_rt.ops.attention.scores_room`.
+        out: [Lq, B, H * d], where the result may be written. The result is this tensor or one from a library.
     """
     if scores is not None:
         return attention.attention_by_products(q, k, v, condition_from, plan, scores, out)
@@ -190,10 +190,10 @@ def joint_attention(
 
 
 def region_experts(experts: Experts) -> Tensor:
-    """Linear(relu(Linear(x))) of every expert for the picture that it sees, the *bank*.
+    """The *bank*: Linear(relu(Linear(x))) of every expert, with x the picture that the expert sees.
 
     Returns:
-        [N, B, E, C]: a token's experts side by side, so that a step's weighted sum is one small product a token.
+        [N, B, E, C]: a token's experts side by side, so that a step's weighted sum is one small product per token.
     """
     N, B, C, _, E = experts.sizes
     index = experts.index
@@ -210,7 +210,7 @@ def region_expert_mix(gate: Gate, experts: Experts, out: Tensor) -> None:
 
 
 def cheaper_mixture(gate: Gate, experts: Experts, steps: int) -> str:
-    """The experts once an image, "bank": apart from the gate, they would be as many operations in every step."""
+    """Always "bank", the experts once per image: a fused mixture would repeat the experts' operations in each step."""
     return "bank"
 
 
@@ -223,7 +223,7 @@ def gate_weights(gate: Gate) -> Tensor:
 
 
 def gate_mix(gate: Gate, bank: Tensor, out: Tensor) -> None:
-    """The bank's experts, weighed by the gate. bank: [N, B, E, C]. out: [N, B, C]."""
+    """The bank's experts, weighted by the gate. bank: [N, B, E, C]. out: [N, B, C]."""
     _mix(gate_weights(gate), bank, out)
 
 

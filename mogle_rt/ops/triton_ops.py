@@ -1,7 +1,7 @@
-"""The step's operations as fused kernels, each one custom operator that torch.export, torch.compile and fake tensors know.
+"""The step's operations as fused kernels: custom operators that torch.export, torch.compile and fake tensors support.
 
-On a GPU (and in Triton's interpreter) an operator launches its kernel; on other devices it is the kernel's twin.
-What an operator takes at least in bytes and FLOPs, its kernel declares: `declared`.
+On a GPU (and in Triton's interpreter) an operator launches its kernel; on other devices it runs the kernel's twin
+in PyTorch. Each kernel declares the bytes and FLOPs that it needs at least; `declared` returns them.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 RIDING = True
 _COSTS: dict[str, Callable[..., KernelCost]] = {}
-_INPUTS = (Gate, Experts)  # what operators take flat, since a schema knows tensors and numbers alone
+_INPUTS = (Gate, Experts)  # passed to operators field by field, since a schema can't hold such classes
 
 
 def flat(args: Iterable[Any]) -> list[Any]:
-    """An operator's arguments for a kernel's: a gate and experts become their tensors, one after the other."""
+    """Turn a kernel's arguments into its operator's: a `Gate` or `Experts` is replaced by its tensors, in order."""
     return [value for arg in args for value in (vars(arg).values() if isinstance(arg, _INPUTS) else (arg,))]
 
 
@@ -52,12 +52,12 @@ def _joined(kinds: Sequence[Any], args: Iterable[Any]) -> list[Any]:
 
 
 def _schema(of: Any, name: str) -> str:
-    """Tensors of a `Gate` or of `Experts`, in a schema."""
+    """The part of a schema that lists the tensors of a `Gate` or of `Experts`."""
     return ", ".join(f"Tensor {name}_{field.name}" for field in fields(of))
 
 
 def _define(module: Any, name: str, schema: str) -> Callable[..., None]:
-    """The operator mogle_rt::``name`` of a module with ``name``, ``name``_ref and ``name``_cost; it takes what they do."""
+    """Define operator mogle_rt::``name`` from a module's ``name``, ``name``_ref and ``name``_cost, all called alike."""
     kernel, twin, cost = (getattr(module, f"{name}{suffix}") for suffix in ("", "_ref", "_cost"))
     kinds = [parameter.annotation for parameter in inspect.signature(kernel, eval_str=True).parameters.values()]
 
@@ -76,7 +76,7 @@ def _define(module: Any, name: str, schema: str) -> Callable[..., None]:
 
 
 def check_model(transformer: TransformerConfig, mogle: MogleConfig) -> None:
-    """Whether the kernels take a model of this shape: a program holds rows, heads and the gate's layers whole.
+    """Check that the kernels accept the model's sizes: a program holds whole rows, heads and layers of the gate.
 
     Raises:
         ConfigError: something is too wide.
@@ -96,7 +96,7 @@ def check_model(transformer: TransformerConfig, mogle: MogleConfig) -> None:
 
 
 def declared(operator: str, args: Sequence[Any]) -> KernelCost:
-    """What the operator "mogle_rt::…" takes at least with these arguments of its schema."""
+    """The least bytes and FLOPs that the operator "mogle_rt::…" needs for these arguments, given as in its schema."""
     return _COSTS[operator](*args)
 
 
@@ -174,8 +174,8 @@ def joint_attention(
 ) -> Callable[[], Tensor]:
     """See `mogle_rt.ops.torch_ops.joint_attention`.
 
-    The library's fused attention (flash or cuDNN's, as PyTorch chooses) where everything sees everything; else one
-    launch in place of up to four and a merge.
+    Where everything sees everything, PyTorch's fused attention is used (flash or cuDNN's, as PyTorch chooses).
+    Otherwise one launch of our kernel replaces up to four launches and a merge.
     """
     if plan.visibility is Visibility.JOINT or condition_from >= k.shape[0]:
         return partial(attention.joint_attention, q, k, v, condition_from, plan)
@@ -200,26 +200,28 @@ def region_expert_mix(gate: Gate, experts: Experts, out: Tensor) -> None:
     _region_expert_mix(*flat((gate, experts, out)))
 
 
-# FLOPs that a GPU does while it moves a byte: half of what A100's and H100's datasheets say (200 and 295 in 16 bits),
-# as tiles of 16 rows don't fill tensor cores; a sixth of that in fp32, by three TF32 products. Not measured.
+# FLOPs that a GPU computes in the time of moving one byte. In 16 bits: half of what the datasheets of A100 and H100 say
+# (200 and 295), since tiles of 16 rows don't fill tensor cores. In fp32: a sixth of that, since each product takes
+# three TF32 products. These numbers were not measured.
 FLOPS_A_BYTE = {torch.float32: 20, torch.float16: 128, torch.bfloat16: 128}
 
 
 def cheaper_mixture(gate: Gate, experts: Experts, steps: int) -> str:
-    """Which way of mixing takes less by what the kernels declare: the "bank", or all "fused" in every step.
+    """Which way of mixing is cheaper by the kernels' declared costs: a "bank", or everything "fused" in each step.
 
-    The run's bytes are compared, and its FLOPs as the bytes that could be moved meanwhile, because an expert's products
-    wait for its loads. One image's distinct pictures and shared rows are as many bytes as its bank, so the bank serves,
-    without the FLOPs; images that share rows or pictures are fewer bytes fused.
+    Each way's cost is its bytes in the whole run, plus its FLOPs as the bytes that could be moved in the same time.
+    They are added because an expert's products wait for its loads. For a single image, the distinct pictures and shared
+    rows are as many bytes as the bank, so the bank is cheaper: it saves the FLOPs. If images share rows or pictures,
+    the fused way moves fewer bytes.
 
     Args:
         gate: only shapes and dtypes are looked at.
-        experts: likewise, but for the values of the index, which has to be on the CPU.
-        steps: of the run.
+        experts: likewise, except that the values of the index are read, so the index has to be on the CPU.
+        steps: the number of steps in the run.
     """
     out = gate.latents
     N, B, C = out.shape
-    bank = out.new_empty(()).expand(N, B, experts.index.shape[1], C)  # the costs ask for its size alone
+    bank = out.new_empty(()).expand(N, B, experts.index.shape[1], C)  # the costs only use its size
 
     def taken(cost: KernelCost) -> float:
         return cost.moved + cost.flops / FLOPS_A_BYTE[out.dtype]

@@ -1,1 +1,1 @@
-"""PyTorch itself: the settings that a computation runs under, and what it offers without promising it."""
+"""PyTorch itself: the settings that a computation runs under, and the private functions that are used."""

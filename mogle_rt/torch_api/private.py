@@ -1,4 +1,4 @@
-"""What this package takes from PyTorch without PyTorch promising it: private functions, operators and classes.
+"""The private functions, operators and classes of PyTorch that this package uses.
 
 Each one that several modules need, or that a public function could replace one day, is called here and nowhere else.
 `tests/torch_api/test_private.py` calls every one, and says which modules depend on it when a release changes it.
@@ -25,7 +25,7 @@ def storage_key(x: Tensor) -> int:
 
 
 def addmm_gelu(bias: Tensor, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """GELU (tanh form) of bias + x weight, into ``out``: one product whose epilogue does the rest.
+    """GELU (tanh form) of bias + x weight, into ``out``, as one matrix product with a fused epilogue.
 
     Args:
         bias: [n]. x: [m, k]. weight: [k, n]. out: [m, n], which is returned.
@@ -47,7 +47,7 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The flash kernel of GPUs, for 16-bit tensors. Shapes as of `cpu_attention`; it may pad the log-sum-exp's rows."""
+    """The flash kernel of GPUs, for 16-bit tensors. Shapes as in `cpu_attention`, but log-sum-exps may be padded."""
     out, lse = aten._scaled_dot_product_flash_attention(q, k, v)[:2]
     return out, lse
 
