@@ -124,7 +124,7 @@ class Runner:
                 self._graph.replay()
 
     def _capture(self) -> None:
-        """Warm up, then capture; what the warm-up changed is put back. A failed capture is told, and steps run eagerly.
+        """Warm up, then capture; what the warm-up changed is put back. After a failure, warn and run eagerly.
 
         An error of the step itself, such as too little memory, is raised by the warm-up as it is.
         """
