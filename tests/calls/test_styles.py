@@ -159,7 +159,7 @@ def test_not_from_within_a_call(pipe: Pipeline, styles: list[Path]) -> None:
     def load(pipe: Pipeline, step: int, timestep: Tensor, tensors: dict[str, Any]) -> None:
         pipe.load_lora_weights(styles[0])
 
-    with pytest.raises(InputError, match="between two calls"):
+    with pytest.raises(InputError, match="can't be called from within its own call"):
         draw(pipe, callback_on_step_end=load)
     assert pipe.get_list_adapters() == {}
 
