@@ -939,9 +939,7 @@ CALLS = {
     "prompt_of_a_number": Call({"prompt": 5}, ("prompt must be a text or a list of texts, got int",)),
     "size_of_a_text": Call({"height": "128"}, ("height must be a multiple of 16, got '128'",)),
     "callback_of_a_number": Call({"callback_on_step_end": 5}, ("callback_on_step_end must be a function, got 5",)),
-    "callback_inputs": Call(
-        {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, ("can be ['latents'] only",)
-    ),
+    "callback_inputs": Call({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, ("can be ['latents'] only",)),
     "callback_of_another_shape": Call(
         {"callback_on_step_end": lambda *_: {"latents": torch.zeros(1, 3, 64)}},
         ("latents from callback_on_step_end must have shape [1, 4, 64], got [1, 3, 64]",),
