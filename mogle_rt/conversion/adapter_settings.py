@@ -113,14 +113,20 @@ def _parsed(values: Mapping[str, Any], where: str) -> AdapterSettings:
         alpha, rank = values.get("lora_alpha"), values.get("r")
         return AdapterSettings(
             alpha=None if alpha is None else float(alpha),
-            rank=None if rank is None else int(rank),
+            rank=None if rank is None else _whole(rank),
             alphas={_pattern(k): float(v) for k, v in (values.get("alpha_pattern") or {}).items()},
-            ranks={_pattern(k): int(v) for k, v in (values.get("rank_pattern") or {}).items()},
+            ranks={_pattern(k): _whole(v) for k, v in (values.get("rank_pattern") or {}).items()},
             stabilised=bool(values.get("use_rslora")),
             where=where,
         )
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, re.error) as error:
         raise CheckpointError(f"{where} is damaged: {error}") from None
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value:
+        raise ValueError(f"a rank must be a whole number, got {value!r}")
+    return int(value)
 
 
 def _pattern(text: str) -> str:

@@ -90,7 +90,7 @@ def convert(
         existing = False
     if existing:
         own = {lora_file, mogle_file, *(p for t in tensors.values() for p in t.paths), *flux_dir.glob("*/*")}
-        if any(output.samefile(source) for source in own):
+        if any(source.exists() and output.samefile(source) for source in own):
             raise OutputError(f"{output}: is one of the files to convert; choose another name for the bundle")
     write_bundle(output, tensors, config, dtype=target, progress=progress)
     return output
@@ -210,7 +210,7 @@ def _files(folder: Path) -> dict[str, SourceTensor]:
         raise CheckpointError(f"{folder}: no such folder; the text encoders need their tokenizers beside them")
     files: dict[str, SourceTensor] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix not in TOKENIZER_SUFFIXES:
+        if path.suffix not in TOKENIZER_SUFFIXES or not path.is_file():
             continue
         data = path.read_bytes()
         if data and len(data) <= TOKENIZER_FILE_LIMIT:

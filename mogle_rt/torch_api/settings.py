@@ -55,18 +55,20 @@ _found: _Precision | None = None  # the flags as they were before the first of t
 @contextlib.contextmanager
 def _precision(allow_tf32: bool) -> Iterator[None]:
     global _found
-    with _lock:
-        if _found is None:
-            _found = _Precision.read()
-        _inside[allow_tf32] += 1
-        _write(allowed=not _inside[False])
-    _thread.inside = True
+    counted = 0  # an interrupt may come before this context is counted, and must then not be counted out
     try:
+        with _lock:
+            if _found is None:
+                _found = _Precision.read()
+            _inside[allow_tf32] += 1
+            counted = 1
+            _write(allowed=not _inside[False])
+        _thread.inside = True
         yield
     finally:
         _thread.inside = False
         with _lock:
-            _inside[allow_tf32] -= 1
+            _inside[allow_tf32] -= counted
             if any(_inside.values()):
                 _write(allowed=not _inside[False])
             else:

@@ -100,6 +100,15 @@ def test_mogle_rt_reads_what_safetensors_reads(tiny_bundle: Path) -> None:
 
 
 @pytest.mark.quick
+def test_what_is_no_file_among_the_sources_is_passed_over(tiny_files: Files, tiny_bundle: Path, tmp_path: Path) -> None:
+    """A broken link, and a folder whose name is a tokenizer file's; also when a bundle is written over another one."""
+    files = copy_of(tiny_files, tmp_path / "sources")
+    (files.flux / "vae" / "broken").symlink_to(tmp_path / "nowhere")
+    (files.flux / "tokenizer" / "folder.json").mkdir()
+    for _ in range(2):
+        assert files.convert(tmp_path / "b.safetensors").read_bytes() == tiny_bundle.read_bytes()
+
+
 def test_the_same_sources_give_the_same_bytes(tiny_files: Files, tiny_bundle: Path, tmp_path: Path) -> None:
     flux, lora, mogle = map(str, (tiny_files.flux, tiny_files.lora, tiny_files.mogle))
     again = mogle_rt.convert(flux, lora, mogle, str(tmp_path / "b"))
