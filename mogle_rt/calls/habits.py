@@ -37,7 +37,7 @@ def find_bundle(name: str | Path) -> str | Path:
     """The bundle that is meant: ``demo``, a path, a folder with a bundle of the usual name in it, or a hub id.
 
     Raises:
-        CheckpointError: there is none; a folder in diffusers' layout is told how it becomes one.
+        CheckpointError: there is none. For a folder in diffusers' layout, the message says how to convert it.
     """
     if str(name) == NAME:
         return NAME

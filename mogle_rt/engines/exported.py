@@ -145,13 +145,15 @@ def _provider(device: torch.device) -> Any:
 
 @cache
 def _probe(ort: Any, device: torch.device) -> None:
-    """Where a provider's libraries or driver are missing, onnxruntime takes the CPU and only logs why.
+    """Check that onnxruntime really uses the provider that was asked for.
+
+    Where the provider's libraries or driver are missing, onnxruntime falls back to the CPU and only logs the reason.
 
     Raises:
-        DeviceError: it does so here.
+        DeviceError: onnxruntime falls back to another provider on this machine.
     """
-    # The error is told once, below. Only this logger, which is the process's, tells of libraries that aren't found: a
-    # session's own is quiet about them. So another thread's sessions are quiet as well for this moment.
+    # The error below already says what is wrong, so onnxruntime should not log it as well. Missing libraries are logged
+    # by the logger of the whole process, so for a moment the sessions of other threads log nothing either.
     ort.set_default_logger_severity(SILENT)
     try:
         session = ort.InferenceSession(PROBE, providers=[_provider(device)], enable_fallback=0)

@@ -95,7 +95,7 @@ class Loaded:
         """Name the memory of inputs and results.
 
         Raises:
-            DeviceError: TensorRT takes a shape or an address not.
+            DeviceError: TensorRT refuses the shape or the address of a tensor.
         """
         for name, value in inputs.items():
             if self.engine.get_tensor_mode(name) != self.modes.INPUT:

@@ -47,10 +47,10 @@ def denoise(
 
     Args:
         latents: [B, N, 64], noise.
-        on_step: called after each step with a copy of the latents, which is made for it alone. What it returns goes
-            on: also this copy, which it may have edited.
-        stop: asked after that; True ends the loop there.
-        progress: is told of each step, before ``on_step``.
+        on_step: called after each step with a copy of the latents, which is made for it alone. The loop goes on with the
+            latents that it returns, which may be this copy, edited.
+        stop: called after ``on_step``; the loop ends there if it returns True.
+        progress: counts each step, before ``on_step`` is called.
 
     Returns:
         [B, N, 64].

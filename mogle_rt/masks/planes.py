@@ -149,10 +149,12 @@ def from_part_files(folder: Path) -> Labels:
 
 
 def refuse_planes(array: NDArray[Any]) -> None:
-    """Three dimensions are a batch of masks. One mask in other clothes would be taken for one, and drawn as nonsense.
+    """Refuse an array of three dimensions that is one mask in planes, where a batch of masks is expected.
+
+    Read as a batch, each plane would be drawn as a mask of its own, and the images would be nonsense.
 
     Raises:
-        MaskError: it is a plane for each class, or, it seems, for each channel of a colour.
+        MaskError: the array seems to hold a plane for each class, or for each channel of a colour.
     """
     shape = list(array.shape)
     for axis in (0, 2):
