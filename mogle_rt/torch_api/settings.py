@@ -71,7 +71,7 @@ def _precision(allow_tf32: bool) -> Iterator[None]:
             _inside[allow_tf32] -= counted
             if any(_inside.values()):
                 _write(allowed=not _inside[False])
-            else:
+            elif _found is not None:
                 _found.restore()
                 _found = None
 
