@@ -1,1 +1,1 @@
-"""One call of a pipeline: what it reports, its stages, and the steps between a mask or prompt and the loop."""
+"""The parts of a pipeline's call: prompts, stages, callbacks, decoding, results, LoRAs and diffusers' methods."""

@@ -1,4 +1,4 @@
-"""What a callback after a step is given, and what it may return."""
+"""Run the user's callback after a step, and check what it returns."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ StepCallback: TypeAlias = "Callable[[Pipeline, int, Tensor, dict[str, Any]], Map
 
 
 def called_back(callback: StepCallback, pipe: Pipeline, k: int, timestep: Tensor, latents: Tensor) -> Tensor:
-    """The latents that the callback wants: others, or those it was given, which it may have edited.
+    """Call the callback and return the latents to go on with: new ones, or those it got, which it may have edited.
 
     Raises:
-        InputError: it returned something other than a dict or None, or latents of another shape.
-        NumericalError: its latents are not finite.
+        InputError: the callback returned something other than a dict or None, or latents of another shape.
+        NumericalError: the latents that it returned are not finite.
     """
     returned = callback(pipe, k, timestep, {"latents": latents})
     if returned is None:

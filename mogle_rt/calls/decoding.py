@@ -1,4 +1,4 @@
-"""Packed latents -> images."""
+"""Decode packed latents to images."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Decoder:
         self.image_processor = VaeImageProcessor(vae_scale_factor=VAE_SCALE * 2)
 
     def __call__(self, packed: Tensor, height: int, width: int, output_type: OutputType) -> Any:
-        """Decode packed latents [B, N, 64] of images with height x width pixels.
+        """Decode packed latents [B, N, 64] of images of height x width pixels.
 
         Returns:
-            What `PipelineOutput` holds for this ``output_type``.
+            The images in the form that `PipelineOutput` describes for this ``output_type``.
 
         Raises:
             NumericalError: the image holds NaN or infinity.
@@ -38,7 +38,7 @@ class Decoder:
         packed = packed.to(self.vae.dtype)
         z = unpack_latents(packed, height, width) / self.vae.config.scaling_factor + self.vae.config.shift_factor
         z = arranged(z, height * width)
-        # A CPU is faster with one image, whose activations stay in its caches.
+        # A CPU is faster with one image at a time, because the activations then stay in its caches.
         chunk = 1 if packed.device.type == "cpu" else max(1, DECODE_PIXELS // (height * width))
         image = torch.cat([self.vae.decode(part).sample.contiguous() for part in z.split(chunk)])
         if not bool(torch.isfinite(image).all()):

@@ -1,4 +1,4 @@
-"""What people who know diffusers' pipelines expect of one, by the names that they know."""
+"""The methods that users of diffusers' pipelines expect, under the same names."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from mogle_rt.memory.devices import choose_device, choose_dtype
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_FILE = "ckpt.safetensors"  # a bundle's usual name, in a folder or on the hub
+DEFAULT_FILE = "ckpt.safetensors"  # the usual file name of a bundle, in a folder or on the hub
 
-# Options of diffusers' from_pretrained that choose among a folder's files, or say how they are loaded.
+# Options of diffusers' from_pretrained that choose which of a folder's files to load, or how to load them.
 _OPTIONS_OF_FOLDERS = (
     "variant", "revision", "cache_dir", "token", "force_download", "local_files_only", "subfolder", "custom_pipeline",
     "custom_revision", "device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config",
@@ -34,10 +34,10 @@ _OPTIONS_OF_FOLDERS = (
 
 
 def find_bundle(name: str | Path) -> str | Path:
-    """The bundle that is meant: ``demo``, a path, a folder with a bundle of the usual name in it, or a hub id.
+    """Find a bundle: ``demo``, a path, a folder that holds ``ckpt.safetensors``, or a hub id.
 
     Raises:
-        CheckpointError: there is none. For a folder in diffusers' layout, the message says how to convert it.
+        CheckpointError: there is no bundle. For a folder in diffusers' layout, the message says how to convert it.
     """
     if str(name) == NAME:
         return NAME
@@ -59,7 +59,7 @@ def find_bundle(name: str | Path) -> str | Path:
 
 
 class DiffusersHabits(TakesTurns):
-    """The methods of diffusers' pipelines that don't draw. `Pipeline` sets the attributes."""
+    """The methods of diffusers' pipelines, except the call itself. `Pipeline` sets the attributes."""
 
     bundle: Bundle
     device: torch.device
@@ -74,7 +74,7 @@ class DiffusersHabits(TakesTurns):
         self._progress_bar_config: dict[str, Any] = {}
 
     def _open(self) -> None:
-        """Load everything anew, as ``_options`` says."""
+        """Load everything again, with ``_options``."""
         raise NotImplementedError
 
     @classmethod
@@ -84,16 +84,18 @@ class DiffusersHabits(TakesTurns):
         torch_dtype: str | torch.dtype | None = None,
         **options: Any,
     ) -> Self:
-        """A pipeline by a path or a hub id.
+        """Make a pipeline from a path or a hub id.
 
         Args:
-            pretrained_model_name_or_path: a bundle, ``demo``, a folder that holds ``ckpt.safetensors``, or a hub id,
-                ``owner/name`` (its ``ckpt.safetensors``) or ``owner/name/file.safetensors``.
+            pretrained_model_name_or_path: the path of a bundle, ``demo``, a folder that holds ``ckpt.safetensors``, or
+                a hub id: ``owner/name`` (for its ``ckpt.safetensors``) or ``owner/name/file.safetensors``.
             torch_dtype: the ``dtype`` of `Pipeline`.
-            options: those of `Pipeline`. ``use_safetensors=True`` and ``low_cpu_mem_usage`` are what is always done.
+            options: the options of `Pipeline`. ``use_safetensors=True`` and ``low_cpu_mem_usage`` are accepted, but
+                change nothing: weights are always loaded in this way.
 
         Raises:
-            CheckpointError: see `find_bundle`. ConfigError: an option that belongs to diffusers' folders.
+            CheckpointError: there is no such bundle; see `find_bundle`.
+            ConfigError: an option only makes sense for a folder in diffusers' layout, or contradicts another option.
         """
         for name in _OPTIONS_OF_FOLDERS:
             if options.pop(name, None) is not None:
@@ -105,22 +107,23 @@ class DiffusersHabits(TakesTurns):
             if options.setdefault("dtype", torch_dtype) not in (None, torch_dtype):
                 raise ConfigError(f"torch_dtype is {torch_dtype} and dtype is {options['dtype']}: give one of them")
             options["dtype"] = torch_dtype
-        pipeline: Any = cls  # the class that is made is `Pipeline`, which takes these
+        pipeline: Any = cls  # at run time this is `Pipeline`, which takes these arguments
         return cast(Self, pipeline(find_bundle(pretrained_model_name_or_path), **options))
 
     @one_at_a_time
     def to(self, *targets: str | int | torch.device | torch.dtype, **named: Any) -> Self:
-        """Move the pipeline to a device, to a dtype, or both: it is loaded anew there, from its bundle.
+        """Move the pipeline to another device, dtype or both, by loading it again from its bundle.
 
-        What is kept of earlier masks and prompts is forgotten. If the new device or dtype can't be had, the pipeline is
-        loaded as it was.
+        The caches of masks and prompts are emptied. If loading fails on the new device or in the new dtype, the
+        pipeline is loaded again as it was before.
 
         Args:
-            targets: a device and a dtype, in any order; or by name, ``device=`` and ``dtype=``.
+            targets: a device, a dtype, or both in any order. Both can also be given by name: ``device=``, ``dtype=``.
 
         Raises:
-            InputError: it is neither, or LoRAs are loaded.
-            ConfigError, DeviceError: no such dtype or device, here or in this engine's export.
+            InputError: two devices or two dtypes are given, or LoRAs are loaded.
+            ConfigError, DeviceError: the dtype or device is unknown or not available here, or this engine's export
+                doesn't support it.
         """
         named.pop("silence_dtype_warnings", None)
         if unknown := set(named) - {"device", "dtype"}:
@@ -153,7 +156,7 @@ class DiffusersHabits(TakesTurns):
             raise InputError(f"a pipeline can't be {what} with its LoRAs; unload them first, and load them again there")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled, copied or sent to another process, a pipeline is its bundle's path and its options: it opens anew."""
+        """Copy or pickle only the bundle's path and the options; the copy then loads the bundle again."""
         self._refuse_loras("copied or pickled")
         return _opened, (type(self), self._options | {"checkpoint": _absolute(self._options["checkpoint"])})
 
@@ -166,17 +169,17 @@ class DiffusersHabits(TakesTurns):
 
     @property
     def num_timesteps(self) -> int:
-        """Denoising steps of the running call, or of the last one. For callbacks."""
+        """The number of denoising steps in the running call, or in the last one. Callbacks can read it."""
         return self._num_timesteps
 
     @property
     def guidance_scale(self) -> float:
-        """FLUX's guidance in the running call, or in the last one. For callbacks."""
+        """FLUX's guidance scale in the running call, or in the last one. Callbacks can read it."""
         return self._guidance_scale
 
     @property
     def interrupt(self) -> bool:
-        """Whether the running call is to stop after its current step. A callback may set it."""
+        """Whether the running call should stop after its current step. A callback may set this to True."""
         return self._interrupt
 
     @interrupt.setter
@@ -184,19 +187,19 @@ class DiffusersHabits(TakesTurns):
         self._interrupt = value
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """Options for the tqdm bar, e.g. ``disable=True``. By default it shows on a terminal only.
+        """Set options of the tqdm progress bar, e.g. ``disable=True``. By default it appears only on a terminal.
 
-        It counts denoising steps; its description, unless ``desc`` gives one, is what a call does at the moment.
+        The bar counts denoising steps. Its description is the call's current stage, unless ``desc`` is given.
         """
         self._progress_bar_config = options
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device | None = None) -> None:
-        """Let the text encoders leave the device after each new prompt; they are read again from the bundle for the next.
+        """Free the text encoders after each new prompt, and read them from the bundle again for the next one.
 
-        Of FLUX.1-dev they are a third of all bytes. Transformer and VAE stay. Images are the same.
+        They are a third of FLUX.1-dev's bytes. The transformer and the VAE stay on the device. Images don't change.
 
         Raises:
-            ConfigError: another device than the pipeline's is named.
+            ConfigError: the given device is not the pipeline's device.
         """
         chosen = gpu_id if device is None else device
         if chosen is not None:
@@ -207,37 +210,37 @@ class DiffusersHabits(TakesTurns):
             self.prompt_encoder.offload, self.prompt_encoder.encoders = True, None
 
     def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: object = None) -> None:
-        """Not to be had.
+        """Not supported.
 
         Raises:
-            ConfigError: always; it says what there is instead.
+            ConfigError: always; the message names the alternatives.
         """
         raise ConfigError(
             "enable_sequential_cpu_offload is not supported: the transformer's weights stay on the device for all steps; "
-            "enable_model_cpu_offload(), or prompt_embeds from elsewhere, free the memory of the text encoders"
+            "to free the memory of the text encoders, call enable_model_cpu_offload() or pass prompt_embeds"
         )
 
     def enable_vae_slicing(self) -> None:
-        """Nothing changes: the VAE always decodes a batch in parts of at most 1024 x 1024 pixels together."""
+        """Does nothing: the VAE always decodes a batch in parts of at most 1024 x 1024 pixels (or of one image)."""
 
     def disable_vae_slicing(self) -> None:
-        """Nothing changes, see `enable_vae_slicing`."""
+        """Does nothing, see `enable_vae_slicing`."""
 
     def enable_vae_tiling(self) -> None:
-        """Nothing changes, and a warning says so: tiles would blend at their borders and change the image."""
+        """Only logs a warning that nothing changes: tiles would be blended at their borders and change the image."""
         logger.warning(
-            "enable_vae_tiling() changes nothing: images are decoded whole, since tiles would change them at their "
-            "borders; where memory is too small, draw fewer pixels or take dtype bf16"
+            "enable_vae_tiling() changes nothing: images are decoded whole, because tiles would change them at their "
+            "borders; if memory is too small, draw smaller images or use dtype bf16"
         )
 
     def disable_vae_tiling(self) -> None:
-        """Nothing changes, see `enable_vae_tiling`."""
+        """Does nothing, see `enable_vae_tiling`."""
 
     def enable_attention_slicing(self, slice_size: object = "auto") -> None:
-        """Nothing changes: attention never holds the matrix of all scores, so that there is nothing to slice."""
+        """Does nothing: attention never holds the whole matrix of scores, so there is nothing to slice."""
 
     def enable_xformers_memory_efficient_attention(self, attention_op: object = None) -> None:
-        """Nothing changes, see `enable_attention_slicing`."""
+        """Does nothing, see `enable_attention_slicing`."""
 
     @one_at_a_time
     @torch.no_grad()
@@ -256,17 +259,18 @@ class DiffusersHabits(TakesTurns):
 
         Args:
             prompt, max_sequence_length: see `Pipeline.__call__`.
-            prompt_2: what T5 reads, where CLIP is to read something else.
-            device: as in diffusers; the results are on the pipeline's own device.
-            num_images_per_prompt: how often each is repeated.
-            prompt_embeds, pooled_prompt_embeds: given, they are only repeated.
-            lora_scale: None; no LoRA acts on the text encoders.
+            prompt_2: the text for T5, if it should read another text than CLIP.
+            device: ignored; it is here because diffusers has it. The results are on the pipeline's own device.
+            num_images_per_prompt: how often each embedding is repeated.
+            prompt_embeds, pooled_prompt_embeds: embeddings that are only repeated; prompts are then not encoded.
+            lora_scale: must be None, because no LoRA acts on the text encoders.
 
         Returns:
             prompt_embeds [B, T, J], pooled_prompt_embeds [B, P], and text_ids [T, 3], which are zeros as in FLUX.
 
         Raises:
-            InputError: an argument is out of range. CheckpointError: the bundle holds no text encoders.
+            InputError: an argument is out of range, or arguments contradict each other.
+            CheckpointError: the bundle holds no text encoders.
         """
         if lora_scale is not None:
             raise InputError("lora_scale is not supported: no LoRA acts on the text encoders")
@@ -282,7 +286,9 @@ class DiffusersHabits(TakesTurns):
             if prompt_2 is not None:
                 others = prompt_list(prompt_2, None, None)
                 if len(others) != len(texts):
-                    raise InputError(f"prompt and prompt_2 must be equally many, got {len(texts)} and {len(others)}")
+                    raise InputError(
+                        f"prompt and prompt_2 must have the same number of texts, got {len(texts)} and {len(others)}"
+                    )
                 sequence = self.prompt_encoder(others, int(tokens))[0]
         text_ids = torch.zeros(sequence.shape[1], 3, device=self.device, dtype=self.dtype)
         batch = len(sequence) * int(num_images_per_prompt)
@@ -299,9 +305,9 @@ def _is_dtype(target: object) -> bool:
 
 
 def _absolute(checkpoint: str | Path) -> str | Path:
-    """Another process may have another working folder."""
+    """Make the path absolute, because another process may have another working folder."""
     return NAME if str(checkpoint) == NAME else Path(checkpoint).absolute()
 
 
 def _opened(cls: type[DiffusersHabits], options: dict[str, Any]) -> DiffusersHabits:
-    return cls(**options)  # of a subclass of Pipeline
+    return cls(**options)  # the options of `Pipeline` or of a subclass

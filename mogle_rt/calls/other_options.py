@@ -1,4 +1,4 @@
-"""Arguments of diffusers' `FluxPipeline` that a call here doesn't have: each is refused with the reason."""
+"""Arguments of diffusers' `FluxPipeline` that are not supported here. Each is refused with the reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REASONS = {
     "negative_ip_adapter_image_embeds": _IP_ADAPTER,
     "joint_attention_kwargs": "attention takes no further arguments here; condition_scale is the strength of the mask",
 }
-"""Why there is no such argument. ``prompt_2`` is not among them: it may say the same as ``prompt``."""
+"""Why each argument is not supported. ``prompt_2`` is missing here, because it is allowed if it equals ``prompt``."""
 
 _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
     "true_cfg_scale": (None, 1, 1.0),
@@ -38,22 +38,22 @@ _WITHOUT_EFFECT: dict[str, tuple[object, ...]] = {
 
 
 def check_other_options(options: Mapping[str, Any], prompt: object) -> None:
-    """Refuse what a call has no use for. An argument whose value means "nothing" is let through.
+    """Refuse unsupported arguments. An argument is accepted if its value asks for nothing, such as None.
 
     Args:
-        options: the keyword arguments that a call doesn't know, by name.
-        prompt: what was given as prompt; ``prompt_2`` may be the same.
+        options: the keyword arguments that `Pipeline.__call__` doesn't have, by name.
+        prompt: the call's prompt, which ``prompt_2`` may equal.
 
     Raises:
-        InputError: an argument of `FluxPipeline` that asks for something that isn't here.
-        TypeError: no such argument there either, as for every Python function.
+        InputError: an argument of `FluxPipeline` asks for something that is not supported.
+        TypeError: `FluxPipeline` has no such argument either.
     """
     for name, value in options.items():
         if name == "prompt_2":
             if value is not None and value != prompt:
                 raise InputError(
-                    "prompt_2 must be left out or equal prompt: CLIP and T5 read the same text; encode_prompt and "
-                    "prompt_embeds serve where they must differ"
+                    "prompt_2 must be left out or equal prompt: CLIP and T5 read the same text; if they must differ, "
+                    "use encode_prompt and pass its results as prompt_embeds and pooled_prompt_embeds"
                 )
         elif name not in REASONS:
             raise TypeError(f"Pipeline.__call__() got an unexpected keyword argument {name!r}")

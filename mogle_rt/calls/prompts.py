@@ -1,4 +1,4 @@
-"""Prompts -> embeddings, each of which is computed once and kept."""
+"""Embed prompts, and cache the embeddings."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from mogle_rt.encoders.text import TextEncoders
 
 
 class PromptEncoder:
-    """CLIP and T5 of a bundle, loaded when the first prompt that is not in the cache comes.
+    """A bundle's CLIP and T5. They are loaded when a prompt is not in the cache.
 
     Args:
-        bundle: where the text encoders are read from.
-        device, dtype: where and in what to compute.
+        bundle: the bundle that holds the text encoders.
+        device, dtype: the device and the data type of the computation.
         cache: the embeddings of prompts, by prompt and number of T5 tokens.
 
     Attributes:
-        offload: whether the text encoders go after each new prompt, so that their memory is free while images are drawn.
+        offload: whether to free the text encoders after each new prompt, so that their memory is free while the
+            pipeline draws.
     """
 
     def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype, cache: TensorCache) -> None:
@@ -28,7 +29,7 @@ class PromptEncoder:
         self.offload = False
 
     def __call__(self, prompts: list[str], tokens: int) -> tuple[Tensor, Tensor]:
-        """Embeddings of B prompts: T5's [B, tokens, J] and CLIP's [B, P].
+        """Embed B prompts: return T5's embeddings [B, tokens, J] and CLIP's [B, P].
 
         Raises:
             CheckpointError: the bundle holds no text encoders.
@@ -48,5 +49,5 @@ class PromptEncoder:
 
 
 def repeated(x: Tensor, batch: int) -> Tensor:
-    """Repeat each of n rows batch / n times, so that images of one prompt are neighbours."""
+    """Repeat each of the n rows batch / n times, so that images of one prompt come one after the other."""
     return x if x.shape[0] == batch else x.repeat_interleave(batch // x.shape[0], dim=0)

@@ -1,4 +1,4 @@
-"""What a call of the pipeline returns, and what it reports about itself."""
+"""The result of a pipeline's call, and the report on how it ran."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 
 @dataclass
 class PipelineOutput(BaseOutput):  # type: ignore[misc]
-    """``images``: a list of PIL images, or an array [B, H, W, 3] or tensor [B, 3, H, W] in [0, 1], or packed latents."""
+    """The images of a call.
+
+    ``images``, by ``output_type``: "pil" is a list of PIL images, "np" an array [B, H, W, 3] in [0, 1], "pt" a tensor
+    [B, 3, H, W] in [0, 1], and "latent" a tensor of packed latents [B, N, 64].
+    """
 
     images: list[Image.Image] | NDArray[np.float32] | Tensor
 
 
 @dataclass
 class RunReport:
-    """What the last call did.
+    """A report on the last call.
 
-    ``execution``: how steps were run, "cuda graph" or "eager: …" with the reason. ``weights``: the formats in which the
-    steps' weights were held, which round differently, such as "packed 1.2 GB, plain 0.1 GB". ``seconds``: wall-clock
-    time by stage (text, mask, prepare, denoise, decode).
+    ``execution``: how steps were run, "cuda graph" or "eager: …" with the reason. ``weights``: the formats and sizes of
+    the weights that the steps used, such as "packed 1.2 GB, plain 0.1 GB"; formats differ in their rounding.
+    ``seconds``: wall-clock time of each stage (text, mask, prepare, denoise, decode).
     """
 
     batch_size: int = 0

@@ -1,4 +1,4 @@
-"""The stages of a call: shown on a progress bar, and timed."""
+"""Show the stages of a call on a progress bar, and time them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from tqdm import tqdm
 
 @contextmanager
 def progress_bar(steps: int, config: Mapping[str, Any]) -> Iterator[tqdm[NoReturn]]:
-    """A tqdm bar that counts denoising steps. Unless ``config`` says otherwise, it shows on a terminal only."""
+    """A tqdm bar that counts denoising steps. Unless ``config`` says otherwise, it appears only on a terminal."""
     with tqdm(**{"total": steps, "disable": None} | dict(config)) as bar:
         try:
             yield bar
         except BaseException:
-            bar.leave = False  # an error's message says more
+            bar.leave = False  # remove the bar: the error's message says more
             raise
 
 
 class Stages:
-    """Shows the current stage as a bar's description, and measures how long each takes.
+    """Shows the current stage as the progress bar's description, and measures how long each stage takes.
 
     Args:
-        bar: what shows the stage.
-        device: where the work is done. A GPU is waited for, so that its time counts where it was spent.
-        seconds: where the wall-clock time of each stage is written.
-        described: whether the bar has a description of its own, which then stays.
+        bar: the progress bar.
+        device: the device that does the work. Each stage ends by waiting for a GPU, so that its work counts as part of
+            the stage that started it.
+        seconds: a dict that receives the wall-clock time of each stage.
+        described: whether the bar already has its own description, which is then kept.
     """
 
     def __init__(

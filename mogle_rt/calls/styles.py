@@ -1,4 +1,4 @@
-"""LoRAs as styles on a pipeline, by the names and habits of diffusers' pipelines."""
+"""A pipeline's methods for LoRAs as styles, with the names and behaviour of those of diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT_FILE = FILE_NAMES[-1]
 
 
 class LoraMethods(TakesTurns):
-    """What a pipeline does with LoRAs. They take turns with its calls, as calls do with one another."""
+    """The pipeline's LoRA methods. They wait for running calls, as calls wait for one another."""
 
     bundle: Bundle
     engine: Engine
@@ -32,23 +32,23 @@ class LoraMethods(TakesTurns):
         adapter_name: str | None = None,
         weight: float = 1.0,
     ) -> None:
-        """Load a LoRA of FLUX as a style. It acts from the next call on, beside the adapters that are active already.
+        """Load a FLUX LoRA as a style. It takes effect with the next call, in addition to the adapters already active.
 
         It acts on text and image as in plain FLUX, and never on the mask's own stream. It is not merged into the model:
-        after `unload_lora_weights`, images are the same to the bit as before.
+        after `unload_lora_weights`, images are bit for bit the same as before.
 
         Args:
-            pretrained_model_name_or_path: a safetensors file, a folder as peft and diffusers save them, or a hub id. See
-                `mogle_rt.conversion.lora.read_adapter` for the spellings that are read.
-            weight_name: the file in the folder or in the hub's repository, if it has another name than the usual one.
-            adapter_name: how to call it; "default_0", "default_1" and so on by default.
-            weight: how strongly it acts; 1 is as trained, 0 not at all.
+            pretrained_model_name_or_path: a safetensors file, a folder in the layout of peft or diffusers, or a hub id.
+                See `mogle_rt.conversion.lora.read_adapter` for the supported tensor names.
+            weight_name: the file's name in the folder or the hub's repository, if it is not the usual one.
+            adapter_name: the adapter's name; "default_0", "default_1" and so on by default.
+            weight: the adapter's strength; 1 is as trained, 0 has no effect.
 
         Raises:
-            CheckpointError: there is no such file, or it is no LoRA of a transformer of this shape.
+            CheckpointError: there is no such file, or it is not a LoRA for a transformer of this shape.
             ConfigError: the engine runs an exported graph.
-            InputError: the name is taken, the weight is no finite number, ranks add up to more than
-                `mogle_rt.model.styles.MOST_RANK`, or a callback asks for it in the middle of a call.
+            InputError: the name is taken, the weight is not a finite number, the ranks add up to more than
+                `mogle_rt.model.styles.MOST_RANK`, or a callback calls this method during a call.
         """
         with self._styles() as styles:
             path = find(pretrained_model_name_or_path, default_file=weight_name or DEFAULT_FILE)
@@ -62,11 +62,11 @@ class LoraMethods(TakesTurns):
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
     ) -> None:
-        """Let these adapters act from the next call on, and no others.
+        """Make these adapters active from the next call on, and no others.
 
         Args:
-            adapter_names: one or several; none for an empty list.
-            adapter_weights: how strongly each acts, or one number for all; 1 by default.
+            adapter_names: one name or a list of names; an empty list deactivates all adapters.
+            adapter_weights: the strength of each adapter, or one number for all; 1 by default.
 
         Raises:
             ConfigError: the engine runs an exported graph.
@@ -81,12 +81,12 @@ class LoraMethods(TakesTurns):
             styles.activate(names, adapter_weights)
 
     def unload_lora_weights(self) -> None:
-        """Forget all adapters: from the next call on, images are those of the model alone."""
+        """Remove all adapters. From the next call on, the model draws without them."""
         with self._styles() as styles:
             styles.remove(styles.names)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Forget these adapters; the others stay as they are.
+        """Remove these adapters; the others stay as they are.
 
         Raises:
             ConfigError: the engine runs an exported graph.
@@ -96,21 +96,21 @@ class LoraMethods(TakesTurns):
             styles.remove([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
 
     def get_active_adapters(self) -> list[str]:
-        """The names of the adapters that act."""
+        """The names of the active adapters."""
         return list(self.engine.styles.active) if isinstance(self.engine, TorchEngine) else []
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """The names of all loaded adapters, by the part of the model that they adapt, as in diffusers."""
+        """The names of all loaded adapters, by the part of the model that they belong to, as in diffusers."""
         names = self.engine.styles.names if isinstance(self.engine, TorchEngine) else []
         return {"transformer": names} if names else {}
 
     @contextmanager
     def _styles(self) -> Iterator[Styles]:
-        """The engine's styles, when no call is running."""
+        """Wait until no call is running, then give access to the engine's styles."""
         with self._turn():
             if not isinstance(self.engine, TorchEngine):
                 raise ConfigError(
-                    "this pipeline's engine runs an exported graph, which takes no LoRA; make the pipeline with "
-                    'engine="torch" for that'
+                    "this pipeline's engine runs an exported graph, which can't use LoRAs; to use them, make the "
+                    'pipeline with engine="torch"'
                 )
             yield self.engine.styles

@@ -1,4 +1,4 @@
-"""Who may call a pipeline: one thread at a time, and only in the process that made it."""
+"""Let only one thread at a time call a pipeline, and only in the process that made it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mogle_rt.torch_api.settings import settled
 
 
 class TakesTurns:
-    """A base class whose methods, marked with `one_at_a_time`, wait for each other.
+    """A base class whose methods wait for each other if they are marked with `one_at_a_time`.
 
     Args:
         allow_tf32: see `mogle_rt.torch_api.settings.settled`.
@@ -31,9 +31,9 @@ class TakesTurns:
         """Wait until no other thread is inside.
 
         Raises:
-            InputError: a call from within a call; or this process is a fork of the one that made the object. A fork has
-                its memory, but not the threads that compute for it: the call would wait forever for threads that don't
-                exist, or fail deep inside CUDA.
+            InputError: a call is made from within a call, or this process is a fork of the one that made the object. A
+                fork has a copy of the memory, but not the threads that compute. The call would wait forever for these
+                threads, or fail deep inside CUDA.
         """
         if os.getpid() != self._process:
             raise InputError(
@@ -41,7 +41,7 @@ class TakesTurns:
                 "processes with multiprocessing's method 'spawn', which opens the pipeline anew in each of them"
             )
         with self._lock:
-            if self._running:  # the same thread: others wait
+            if self._running:  # this can only be the same thread, because others wait for the lock
                 raise InputError("a pipeline can't be called from within its own call; make another Pipeline for that")
             self._running = True
             try:
@@ -51,11 +51,11 @@ class TakesTurns:
                 self._running = False
 
 
-Method = TypeVar("Method", bound=Callable[..., Any])  # of a class that takes turns
+Method = TypeVar("Method", bound=Callable[..., Any])  # a method of a subclass of `TakesTurns`
 
 
 def one_at_a_time(call: Method) -> Method:
-    """Calls from several threads wait for each other: a call's state is in the engine's buffers."""
+    """Make calls from several threads wait for each other, because a call keeps its state in the engine's buffers."""
 
     @functools.wraps(call)
     def alone(self: TakesTurns, /, *args: Any, **kwargs: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Pictures and prompts, made into tensors."""
+"""The encoders: they turn mask pictures and prompts into tensors."""

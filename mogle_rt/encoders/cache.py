@@ -1,4 +1,4 @@
-"""A cache of tensors with a limit in bytes; it drops what was not used for longest."""
+"""A cache of tensors with a limit in bytes. It drops the least recently used entries first."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mogle_rt.errors import ConfigError
 
 
 class TensorCache:
-    """Least recently used entries are dropped first. An entry is a tuple of tensors.
+    """A cache that drops its least recently used entries first. An entry is a tuple of tensors.
 
     Args:
-        max_bytes: how much the entries may hold together; 0 turns the cache off.
+        max_bytes: the largest total size of the entries in bytes; 0 turns the cache off.
 
     Raises:
         ConfigError: ``max_bytes`` is negative, or not a whole number.
@@ -33,7 +33,7 @@ class TensorCache:
         return len(self._entries)
 
     def get(self, key: Hashable) -> tuple[Tensor, ...] | None:
-        """The entry, or None; counted in ``hits`` and ``misses``."""
+        """Return the entry, or None if there is none. ``hits`` and ``misses`` count these two cases."""
         entry = self._entries.get(key)
         if entry is None:
             self.misses += 1
@@ -43,7 +43,7 @@ class TensorCache:
         return entry
 
     def put(self, key: Hashable, entry: tuple[Tensor, ...]) -> None:
-        """Keep an entry, unless it alone is larger than the cache."""
+        """Keep an entry, unless it is larger than the whole cache."""
         size = _nbytes(entry)
         if size > self.max_bytes:
             return

@@ -1,4 +1,4 @@
-"""Masks -> packed VAE latents of the 20 condition pictures (REFERENCE: mask -> condition tokens, steps 1 to 3)."""
+"""Encode masks as packed VAE latents of 20 condition pictures (REFERENCE: mask -> condition tokens, steps 1 to 3)."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ MaskPosterior = Literal["mean", "sample"]
 
 
 class Conditioner:
-    """Encodes masks with the VAE. Equal pictures are encoded once, in a mask, a batch and across calls.
+    """Encodes masks with the VAE. Equal pictures are encoded only once, within a mask, within a batch and across calls.
 
-    All absent classes are the same black picture, and an edit of one region changes the pictures of the regions it
-    touches only.
+    All absent classes have the same black picture. An edit of one region changes only the mask's own picture and the
+    pictures of the classes it touches.
 
     Args:
         vae: diffusers' AutoencoderKL.
-        cache: packed latents [N, 64] by the content of their picture.
+        cache: keeps packed latents [N, 64]; the key is the content of their picture.
     """
 
     def __init__(self, vae: Any, cache: TensorCache) -> None:
@@ -50,13 +50,13 @@ class Conditioner:
         """Encode masks.
 
         Args:
-            masks: B label maps, uint8 [H, W] of one size.
-            posterior: "mean" of the VAE's posterior, or "sample" to draw from it as the reference does.
-            generators: for "sample", one for each mask.
+            masks: B label maps, uint8 [H, W], all of one size.
+            posterior: "mean" uses the mean of the VAE's posterior; "sample" draws from it, as the reference does.
+            generators: for "sample", one random generator for each mask.
 
         Returns:
-            The distinct pictures in the VAE's device and dtype. With "sample", every picture of every mask is drawn by
-            itself, and so all 20 B are distinct.
+            The distinct encoded pictures, on the VAE's device and in its dtype. With "sample", every picture of every
+            mask is drawn separately, so all 20 B are distinct.
         """
         keys = [picture_keys(labels) for labels in masks]
         wanted = {
@@ -76,7 +76,7 @@ class Conditioner:
         return MaskPlanes(torch.cat(drawn), every.reshape(len(keys), NUM_EXPERTS))
 
     def _means(self, wanted: dict[PictureKey, tuple[Labels, int]]) -> dict[PictureKey, Tensor]:
-        """Packed latents of pictures, from the cache or encoded: [N, 64] each."""
+        """The packed latents of each picture, [N, 64], taken from the cache or encoded now."""
         found = {key: entry[0] for key in wanted if (entry := self.cache.get(key)) is not None}
         missing = [key for key in wanted if key not in found]
         if missing:
@@ -87,7 +87,7 @@ class Conditioner:
         return found
 
     def _draw(self, parameters: Tensor, generator: torch.Generator | None) -> Tensor:
-        """A sample of the posteriors: [20, 32, h, w] -> [20, N, 64]."""
+        """Sample from the posteriors: [20, 32, h, w] -> [20, N, 64]."""
         mean, logvar = parameters.chunk(2, dim=1)
         noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return self._pack(mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise)
@@ -96,8 +96,8 @@ class Conditioner:
         return pack_latents((z - self.vae.config.shift_factor) * self.vae.config.scaling_factor)
 
     def _encode(self, pictures: Sequence[tuple[Labels, int]]) -> Tensor:
-        """Posterior parameters (mean, log variance) of (labels, number of the picture): [P, 32, H/8, W/8]."""
-        # A CPU is faster with one picture at a time, because its activations stay in the CPU's caches.
+        """The posterior's mean and log variance, [P, 32, H/8, W/8], of pictures given as (labels, picture number)."""
+        # A CPU is faster with one picture at a time, because the activations then stay in its caches.
         at_once = 1 if self.vae.device.type == "cpu" else max(1, ENCODE_PIXELS // pictures[0][0].size)
         parts = []
         for i in range(0, len(pictures), at_once):
@@ -111,10 +111,10 @@ PictureKey: TypeAlias = tuple[tuple[int, ...], int, bytes]
 
 
 def picture_keys(labels: Labels) -> list[PictureKey]:
-    """A key for each of a mask's 20 pictures, equal for equal pictures: the mask's own, then those of the planes."""
+    """A key for each of a mask's 20 pictures: the whole mask's, then one per class. Equal pictures have equal keys."""
     black: PictureKey = (labels.shape, 1, b"")
     present = np.bincount(labels.reshape(-1), minlength=NUM_CLASSES) > 0
-    # A mask that is only background is drawn all black, like the planes of absent classes.
+    # The picture of a mask that holds only background is all black, like the picture of an absent class.
     keys: list[PictureKey] = [(labels.shape, 0, _digest(labels)) if PALETTE[present].any() else black]
     keys += [(labels.shape, 1, _digest(np.packbits(labels == c))) if present[c] else black for c in range(NUM_CLASSES)]
     return keys

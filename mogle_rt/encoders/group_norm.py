@@ -1,9 +1,9 @@
-"""The VAE on a CPU, with the channels of its activations last.
+"""An exact group norm for the VAE on a CPU, where its activations are in the channels-last layout.
 
-oneDNN's convolutions work that way. Given PyTorch's own layout they rearrange what they read and write: up to a tenth of
-the VAE's time from 256 px a side on. But PyTorch's group norm adds up such activations one pixel after the other, and
-where most pixels are equal, as a region's are, nothing may be left of float32's digits. `GroupNorm` keeps nearly all:
-its error is about twice that with PyTorch's own layout.
+oneDNN's convolutions work in this layout. If they get PyTorch's default layout, they convert their inputs and outputs,
+which takes up to a tenth of the VAE's time from 256 x 256 pixels on. But PyTorch's group norm sums channels-last
+activations one pixel after the other. Where most pixels are equal, as within a region, this can lose all of float32's
+digits. `GroupNorm` keeps nearly all of them: its error is about twice that of PyTorch's norm in the default layout.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST_PIXELS = 256 * 256  # of a picture; smaller ones take up to a fifth longer (measured on an AMD EPYC, Zen 4)
-MOST_SUMMED = 64  # pixels that are added up one after the other
+# Channels last is used for pictures of at least this many pixels. Smaller ones would take up to a fifth longer with it
+# (measured on an AMD EPYC, Zen 4).
+LEAST_PIXELS = 256 * 256
+MOST_SUMMED = 64  # the most pixels that are summed one after the other
 
 
 def arranged(x: Tensor, pixels: int) -> Tensor:
-    """The VAE's input [B, C, h, w], in the memory layout that suits a picture with this number of pixels."""
+    """Return the VAE's input [B, C, h, w] in the fastest memory layout for a picture of this many pixels."""
     last = x.device.type == "cpu" and x.dtype == torch.float32 and pixels >= LEAST_PIXELS
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -33,10 +35,10 @@ def exact_norms(vae: nn.Module) -> None:
 
 
 class GroupNorm(nn.GroupNorm):
-    """A group norm that is exact with channels last, too.
+    """A group norm that is also exact in the channels-last layout.
 
     Args:
-        norm: whose weights and settings it takes.
+        norm: the group norm whose weights and settings it takes over.
     """
 
     def __init__(self, norm: nn.GroupNorm) -> None:
@@ -44,7 +46,7 @@ class GroupNorm(nn.GroupNorm):
         self.affine, self.weight, self.bias = norm.affine, norm.weight, norm.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [B, C, h, w], or of any shape that PyTorch's takes."""
+        """Normalise x: [B, C, h, w], or any other shape that PyTorch's group norm accepts."""
         ours = x.dim() == 4 and x.device.type == "cpu" and x.dtype == torch.float32
         differentiated = torch.is_grad_enabled() and x.requires_grad
         last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -58,7 +60,7 @@ class GroupNorm(nn.GroupNorm):
         return out
 
     def _one(self, x: Tensor) -> Tensor:
-        """Normalise one image: sum few pixels at a time, combine the sums per group, and apply them in one pass."""
+        """Normalise one image: sum a few pixels at a time, combine the sums per group, and apply them in one pass."""
         _, C, h, w = x.shape
         summed = math.gcd(h * w, MOST_SUMMED)
         parts = x.permute(0, 2, 3, 1).reshape(1, summed, 1, -1).permute(0, 3, 1, 2)
@@ -71,5 +73,5 @@ class GroupNorm(nn.GroupNorm):
 
 
 def _average(x: Tensor) -> Tensor:
-    """[n, G, c] -> [1, G, 1]. One dimension at a time, as PyTorch sums both at once less exactly."""
+    """[n, G, c] -> [1, G, 1], one dimension at a time, because PyTorch is less exact when it sums both at once."""
     return x.mean(0, keepdim=True).mean(2, keepdim=True)

@@ -1,4 +1,4 @@
-"""The encoded pictures of a batch of masks: each distinct one once, and which expert sees which."""
+"""The encoded pictures of a batch of masks: each distinct picture is kept once, with an index of who sees which."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 class MaskPlanes:
     """The encoded pictures of B masks without repetitions.
 
-    Each mask has 20 pictures, one for each expert: its palette picture, then a black and white picture of each of the
-    19 classes. All classes that a mask lacks have the same black picture, and masks of one batch often share more.
+    Each mask has 20 pictures, one for each expert: the whole mask in the palette's colours, then a black and white
+    picture of each of the 19 classes. All classes that a mask lacks have the same black picture, and masks of one batch
+    often have more pictures in common.
 
     Attributes:
         planes: [P, N, 64], packed VAE latents of the distinct pictures, 1 <= P <= 20 B.
-        index: integers [B, 20] from 0 to P - 1, the plane that each expert of each image sees. It is numpy's, so that
+        index: integers [B, 20] from 0 to P - 1: the plane that each expert of each image sees. It is a NumPy array, so
             reading it never waits for a GPU.
 
     Raises:
-        ValueError: a shape doesn't fit, or the index names a plane that isn't there.
+        ValueError: a shape is wrong, or the index names a plane that doesn't exist.
     """
 
     planes: Tensor
@@ -43,11 +44,11 @@ class MaskPlanes:
 
     @classmethod
     def from_stacked(cls, mask_latents: Tensor) -> MaskPlanes:
-        """Finds the pictures that are equal bit by bit. This copies all of them to the CPU, and waits for a GPU.
+        """Find the pictures that are equal bit by bit. This copies all of them to the CPU, and waits for a GPU.
 
         Args:
-            mask_latents: [B, 20, N, 64], every expert's picture. Meta and fake tensors have no contents: there, all
-                pictures count as distinct.
+            mask_latents: [B, 20, N, 64], every expert's picture. Meta and fake tensors have no contents, so all of
+                their pictures count as distinct.
         """
         every, first = mask_latents.flatten(0, 1), dict[Hashable, int]()
         numbers = [first.setdefault(content, len(first)) for content in _contents(every)]
@@ -62,7 +63,7 @@ class MaskPlanes:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens of a picture, N."""
+        """The number of tokens in a picture, N."""
         return self.planes.shape[1]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> MaskPlanes:
@@ -70,7 +71,7 @@ class MaskPlanes:
         return replace(self, planes=self.planes.to(device, dtype))
 
     def repeated(self, batch: int) -> MaskPlanes:
-        """Repeat each of B masks for batch / B neighbouring images, without copying a picture."""
+        """Repeat each of the B masks for batch / B consecutive images, without copying a picture."""
         return replace(self, index=self.index.repeat(batch // self.batch, axis=0))
 
     def seen_by(self, expert: int) -> Tensor:
@@ -84,7 +85,7 @@ class MaskPlanes:
 
 
 def _contents(pictures: Tensor) -> list[Hashable]:
-    """A key for each of the pictures [P, …], equal for pictures that are equal bit by bit."""
+    """A key for each of the pictures [P, …]. Keys are equal where pictures are equal bit by bit."""
     if pictures.is_meta or isinstance(pictures, FakeTensor):
         return list(range(len(pictures)))
     return [picture.tobytes() for picture in pictures.contiguous().view(torch.uint8).cpu().numpy()]

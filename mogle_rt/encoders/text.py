@@ -1,4 +1,4 @@
-"""Prompts -> embeddings, as diffusers' FluxPipeline makes them: CLIP's pooled vector and T5's sequence."""
+"""Embed prompts as diffusers' FluxPipeline does: CLIP gives a pooled vector, T5 gives a sequence."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class TextEncoders:
     """CLIP and T5 with their tokenizers.
 
     Args:
-        bundle: must hold them.
-        device, dtype: where and in what to compute.
+        bundle: a bundle that holds text encoders.
+        device, dtype: the device and the data type of the computation.
 
     Raises:
-        CheckpointError: the bundle was made without text encoders, or they don't fit their configuration.
+        CheckpointError: the bundle was made without text encoders, or they don't match their configuration.
     """
 
     @settled()
@@ -49,8 +49,9 @@ class TextEncoders:
         """Embed prompts.
 
         Args:
-            prompts: B texts; what goes beyond CLIP's 77 tokens or ``max_sequence_length`` is cut off, with a warning.
-            max_sequence_length: T5 tokens, padded to.
+            prompts: B texts. Text beyond CLIP's 77 tokens, or beyond ``max_sequence_length`` T5 tokens, is cut off with
+                a warning.
+            max_sequence_length: the number of T5 tokens, T, to which every prompt is padded.
 
         Returns:
             prompt_embeds [B, T, J] and pooled_prompt_embeds [B, P].

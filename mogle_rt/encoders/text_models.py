@@ -1,4 +1,4 @@
-"""Text encoders and tokenizers of the transformers library, loaded from a bundle."""
+"""Load the text encoders and tokenizers of the transformers library from a bundle."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ _LOADING = threading.RLock()
 
 @contextlib.contextmanager
 def _loading() -> Iterator[None]:
-    """One thread at a time in transformers' loaders, without their progress bars and notes (a bundle is checked already).
+    """Let one thread at a time use transformers' loaders, and silence them, since the bundle has been checked already.
 
-    While transformers loads a model it replaces functions of PyTorch and of its own classes, and the default dtype, for
-    the whole process, and puts back what it found; two loads at once put back each other's replacements, and every
-    model that is loaded afterwards is broken. The library's verbosity is a setting of the process as well.
+    While transformers loads a model, it replaces functions of PyTorch and of its own classes, and the default dtype,
+    for the whole process. Afterwards it restores what it found. Two loads at once would restore each other's
+    replacements, and every model that is loaded later would be broken. The library's verbosity is also a setting of the
+    process.
     """
     from transformers.utils import logging
 
@@ -58,7 +59,7 @@ def _text_config(part: str, config: Mapping[str, Any]) -> Any:
 
 
 def _harmless(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what names code: transformers fetches attention and quantisation kernels from the hub."""
+    """Drop the entries that name code, because transformers fetches attention and quantisation kernels from the hub."""
     return {
         name: _harmless(value) if isinstance(value, Mapping) else value
         for name, value in config.items()
@@ -67,19 +68,20 @@ def _harmless(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_encoder_shapes(part: str, config: Mapping[str, Any], found: Mapping[str, object]) -> dict[str, Shape]:
-    """Names and shapes of a text encoder's tensors, with the spelling that ``found`` uses.
+    """The names and shapes of a text encoder's tensors, with names spelled as in ``found``.
 
-    CLIP's published files say ``text_model.X`` where newer transformers say ``X``; T5's tied embedding counts once.
+    CLIP's published files say ``text_model.X`` where newer versions of transformers say ``X``. T5's tied embedding
+    counts once.
 
     Raises:
-        CheckpointError: the configuration is not one of such an encoder.
+        CheckpointError: the configuration does not describe such an encoder.
     """
     try:
         with _loading(), torch.device("meta"), NoInitialValues():
             model = _text_classes(part)[0](_text_config(part, config))
     except CheckpointError:
         raise
-    except Exception as error:  # transformers raises whatever its checks and layers do
+    except Exception as error:  # transformers passes on any error of its checks and layers
         raise CheckpointError(f"{part}: not a valid configuration: {one_line_reason(error)}") from None
     shapes = tensor_shapes(model)
     if "shared.weight" in shapes:
@@ -90,23 +92,23 @@ def text_encoder_shapes(part: str, config: Mapping[str, Any], found: Mapping[str
 
 
 def load_text_encoder(part: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
-    """CLIP's (``text_encoder``) or T5's (``text_encoder_2``) encoder with its weights.
+    """Load CLIP's encoder (``text_encoder``) or T5's (``text_encoder_2``) with its weights.
 
     Raises:
-        CheckpointError: the configuration or the tensors don't fit.
+        CheckpointError: the configuration is not valid, or the tensors don't match it.
     """
 
     model_class, _ = _text_classes(part)
     dtype = next(iter(tensors.values())).dtype
     try:
-        # All weights come from the file, so none is drawn first: that takes time, and imports PyTorch's compiler.
+        # All weights come from the file. Drawing random ones first would take time, and import PyTorch's compiler.
         with _loading(), NoInitialValues():
             model, report = model_class.from_pretrained(
                 None, config=_text_config(part, config), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
             )
     except CheckpointError:
         raise
-    except Exception as error:  # transformers raises whatever its checks and layers do
+    except Exception as error:  # transformers passes on any error of its checks and layers
         raise CheckpointError(f"{part}: can't be made from its configuration: {one_line_reason(error)}") from None
     wrong = sorted(map(str, {*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]}))
     if wrong:
@@ -115,7 +117,7 @@ def load_text_encoder(part: str, config: Mapping[str, Any], tensors: Mapping[str
 
 
 def load_tokenizer(part: str, files: Mapping[str, bytes]) -> Any:
-    """CLIP's (``tokenizer``) or T5's (``tokenizer_2``) tokenizer from its files.
+    """Load CLIP's tokenizer (``tokenizer``) or T5's (``tokenizer_2``) from its files.
 
     Raises:
         CheckpointError: the files are not those of such a tokenizer.
@@ -128,8 +130,8 @@ def load_tokenizer(part: str, files: Mapping[str, bytes]) -> Any:
                 (Path(folder) / Path(name).name).write_bytes(data)
             with _loading():
                 tokenizer = (CLIPTokenizer if part == "tokenizer" else T5Tokenizer).from_pretrained(folder)
-        except Exception as error:  # transformers raises whatever its parsers do
+        except Exception as error:  # transformers passes on any error of its parsers
             raise CheckpointError(f"{part}: its files can't be read: {one_line_reason(error)}") from None
-    if not isinstance(tokenizer.model_max_length, (int, float)):  # transformers takes anything
+    if not isinstance(tokenizer.model_max_length, (int, float)):  # transformers accepts any value
         raise CheckpointError(f"{part}: model_max_length must be a number, got {tokenizer.model_max_length!r}")
     return tokenizer

@@ -1,4 +1,4 @@
-"""The VAE: diffusers' autoencoder of a configuration, and the packing of its latents into tokens."""
+"""The VAE: loading diffusers' autoencoder, and packing its latents into tokens."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mogle_rt.encoders.group_norm import exact_norms
 from mogle_rt.errors import CheckpointError
 from mogle_rt.torch_api.settings import NoInitialValues
 
-ENCODE_PIXELS = 512 * 512  # pixels encoded at once: bounds the VAE's activations, not the result
+ENCODE_PIXELS = 512 * 512  # the most pixels encoded at once; this limits the VAE's memory and doesn't change results
 
 
 def pack_latents(z: Tensor) -> Tensor:
-    """FLUX's 2x2 packing: [B, C, h, w] -> [B, h/2 * w/2, 4 C], channel slowest, then row and column of the cell."""
+    """FLUX's 2x2 packing: [B, C, h, w] -> [B, h/2 * w/2, 4 C], by channel, then row, then column within the cell."""
     B, C, h, w = z.shape
     return z.view(B, C, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, h // 2 * (w // 2), C * 4)
 
@@ -33,10 +33,10 @@ def unpack_latents(latents: Tensor, height: int, width: int) -> Tensor:
 
 
 def autoencoder(config: Mapping[str, Any]) -> Any:
-    """diffusers' AutoencoderKL of a configuration, without memory for its weights (meta device).
+    """Make diffusers' AutoencoderKL from a configuration, on the meta device, where its weights take no memory.
 
     Raises:
-        CheckpointError: the configuration is not one of an AutoencoderKL with 8x scale.
+        CheckpointError: the configuration does not describe an AutoencoderKL that scales by 8.
     """
     from diffusers import AutoencoderKL
 
@@ -55,10 +55,10 @@ def autoencoder(config: Mapping[str, Any]) -> Any:
 
 
 def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a VAE computes in, in a pipeline that computes in ``dtype``.
+    """The dtype in which the VAE computes when the pipeline computes in ``dtype``.
 
-    ``force_upcast`` in a VAE's configuration says that its activations are too large for float16 (diffusers takes it to
-    be true where nothing is said, and FLUX's says true); float32 is then taken in its place.
+    ``force_upcast`` in a VAE's configuration says that its activations are too large for float16, so float32 is used
+    instead. It is true by default in diffusers, and true in FLUX's configuration.
     """
     upcast = dtype == torch.float16 and config.get("force_upcast", True)
     return torch.float32 if upcast else dtype
@@ -69,19 +69,25 @@ def one_line_reason(error: Exception) -> str:
 
 
 def tensor_shapes(module: torch.nn.Module) -> dict[str, Shape]:
-    """Names and shapes of a module's tensors."""
+    """The names and shapes of a module's tensors."""
     return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
 def load_autoencoder(vae: Any, tensors: Mapping[str, torch.Tensor], where: str) -> Any:
     """Give a VAE on the meta device its weights, so that it can encode and decode.
 
+    Args:
+        vae: from `autoencoder`; it is changed in place.
+        tensors: the weights, by name.
+        where: the file that the tensors come from, for error messages.
+
     Raises:
-        CheckpointError: names or shapes don't fit; ``where`` says of what file.
+        CheckpointError: a tensor is missing or unknown, or has the wrong shape.
     """
     expected = {name: tuple(p.shape) for name, p in vae.named_parameters()}
     check_names({name: tuple(t.shape) for name, t in tensors.items()}, expected, where)
-    for prefix, module in vae.named_modules():  # in a fraction of the time of `load_state_dict`, a tenth of all loading
+    # This loop takes a fraction of the time of `load_state_dict`, which would be a tenth of all loading.
+    for prefix, module in vae.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 value = tensors[f"{prefix}.{name}"]
@@ -92,4 +98,4 @@ def load_autoencoder(vae: Any, tensors: Mapping[str, torch.Tensor], where: str) 
     return vae.eval()
 
 
-DECODE_PIXELS = 1024 * 1024  # pixels decoded at once: bounds the VAE's activations, not the result
+DECODE_PIXELS = 1024 * 1024  # the most pixels decoded at once; this limits the VAE's memory and doesn't change results

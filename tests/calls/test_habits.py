@@ -167,7 +167,7 @@ def test_offload_stays_on_after_to(tiny_bundle: Path) -> None:
 
 def test_what_is_not_needed_changes_nothing(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
     expected = run(pipe)
-    with pytest.raises(ConfigError, match=r"enable_model_cpu_offload\(\), or prompt_embeds"):
+    with pytest.raises(ConfigError, match=r"enable_model_cpu_offload\(\) or pass prompt_embeds"):
         pipe.enable_sequential_cpu_offload()
     pipe.enable_vae_slicing()
     pipe.disable_vae_slicing()
