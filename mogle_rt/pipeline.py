@@ -1,4 +1,4 @@
-"""`Pipeline`: a mask and a prompt in, a face out. The names and habits of diffusers' pipelines."""
+"""`Pipeline`: it draws faces from masks and prompts, and is used like a pipeline of diffusers."""
 
 from __future__ import annotations
 
@@ -54,35 +54,39 @@ CACHE_BYTES = 256 << 20
 
 
 class Pipeline(DiffusersHabits, LoraMethods):
-    """Face-MoGLE from a bundle. Threads may share one: their calls are made one after the other. Other processes may not:
-    a pipeline that is pickled, copied or sent to a spawned process opens its bundle anew.
+    """Runs Face-MoGLE from a bundle.
+
+    Threads may share a pipeline; their calls then wait for each other. Processes can't share one: a pipeline that is
+    pickled, copied or sent to a spawned process opens its bundle again.
 
     Args:
-        checkpoint: a bundle, see ``mogle-rt convert``; or ``demo``, the small one in the package (128 x 128 pixels).
-        device: "cpu", "cuda", "cuda:N" or N, or "mps"; None takes the best there is.
-        dtype: "fp32", "bf16", "fp16" or a torch dtype; None takes what the device multiplies fast. In "fp16" the VAE
-            computes in float32, unless its configuration says ``"force_upcast": false``.
+        checkpoint: a bundle from ``mogle-rt convert``, or ``demo``, the small one in the package (128 x 128 pixels).
+        device: "cpu", "cuda", "cuda:N" or N, or "mps"; None chooses the best available device.
+        dtype: "fp32", "bf16", "fp16" or a torch dtype; None chooses one that the device multiplies fast. In "fp16" the
+            VAE computes in float32, unless its configuration says ``"force_upcast": false``.
         model_config: the reference's switches, see `ModelConfig`; unknown names are refused.
-        kernels: "triton" or "torch", the operations of a step; None takes what the environment variable
-            MOGLE_RT_KERNELS says, and without it Triton's fused kernels on GPUs and PyTorch elsewhere. For "torch".
-        cuda_graphs: replay the loop's steps as one CUDA graph, where there is a CUDA device. For "torch".
-        mixture: where the experts run: "bank", once an image, or "fused", in every step together with the gate; None
-            takes for each call what costs less on the device. For "torch".
-        engine: what runs the steps: "torch", or, from an export, "onnxruntime", "tensorrt" or "tensorrt-rtx".
-        engine_path: the export's folder; None: the bundle's own. Its dtype is then the default.
-        cache_bytes: how much the encodings of masks, and those of prompts, may each keep from call to call; 0 keeps
-            none.
-        allow_tf32: let NVIDIA GPUs compute float32 products and convolutions of PyTorch's in TF32, which is faster and
-            rounds their operands to 11 significant bits. By default float32 means float32, whatever PyTorch's own
-            flags say. For "torch", and for the VAE and the text encoders of every engine.
+        kernels: "triton" or "torch": which operations compute a step. None follows the environment variable
+            MOGLE_RT_KERNELS; if that is not set, it chooses Triton's fused kernels on GPUs and PyTorch elsewhere. Only
+            for engine "torch".
+        cuda_graphs: whether to replay the loop's steps as one CUDA graph on a CUDA device. Only for engine "torch".
+        mixture: when the experts run: "bank" runs them once per image, "fused" runs them in every step together with
+            the gate. None chooses for each call what costs less on the device. Only for engine "torch".
+        engine: what runs the steps: "torch", or an exported graph with "onnxruntime", "tensorrt" or "tensorrt-rtx".
+        engine_path: the folder of the export; None means the bundle's own folder. With an export, the default of
+            ``dtype`` is the export's.
+        cache_bytes: the largest size of each of two caches that are kept between calls, one of encoded masks and one of
+            encoded prompts; 0 turns them off.
+        allow_tf32: let NVIDIA GPUs compute PyTorch's float32 products and convolutions in TF32, which is faster but
+            rounds the operands to 11 significant bits. By default float32 means float32, whatever PyTorch's own flags
+            say. It applies to engine "torch", and to the VAE and the text encoders with every engine.
 
     Attributes:
         conditioning_cache, prompt_cache: see `TensorCache`; ``clear()`` empties them.
-        last_run: what the last call did, see `RunReport`.
+        last_run: a report on the last call, see `RunReport`.
 
     Raises:
-        CheckpointError: the file is not a bundle, damaged, or doesn't fit its own configuration.
-        ConfigError, DeviceError: an option is unknown or can't be had here.
+        CheckpointError: the file is not a bundle, is damaged, or doesn't match its own configuration.
+        ConfigError, DeviceError: an option is unknown or not available here.
     """
 
     @settled()
@@ -120,7 +124,7 @@ class Pipeline(DiffusersHabits, LoraMethods):
 
     def _open(self) -> None:
         for held in ("engine", "vae", "conditioner", "decoder", "prompt_encoder"):
-            vars(self).pop(held, None)  # what was loaded before goes first: the new one needs its memory
+            vars(self).pop(held, None)  # free what was loaded before, because its memory is needed now
         o, checkpoint = self._options, self._options["checkpoint"]
         self.model_config: ModelConfig = o["model_config"]
         self.device = choose_device(o["device"])
@@ -175,39 +179,42 @@ class Pipeline(DiffusersHabits, LoraMethods):
         mask_order: Order = "celebamask",
         **others: Any,
     ) -> PipelineOutput:
-        """Draw faces. Each image of a batch is the one it would be alone, up to rounding.
+        """Draw faces. Each image of a batch equals the image that would be drawn alone, up to rounding.
 
         Args:
-            mask: a semantic mask or a list of them, in any form that `mogle_rt.masks` reads; None is all background
-                (text only). Resized to height x width by nearest neighbour; a warning says where that stretches it.
-            prompt: a text or a list of them; None is the empty prompt (mask only). One mask goes with several prompts
-                and one prompt with several masks.
-            num_inference_steps: denoising steps S.
-            guidance_scale: FLUX's distilled guidance; models without it ignore it.
-            height, width: pixels, multiples of 16. If both are None, the image has the mask's shape and about as many pixels
-                as the model's own square (of 512, or the VAE's own size where that is less). That square serves where
-                there is no mask, where masks differ in shape, and where ``latents`` are given. If one is None, it is the
-                square's side.
-            num_images_per_prompt: images for each pair of mask and prompt.
+            mask: a semantic mask or a list of masks, in any form that `mogle_rt.masks` reads. None means a mask of
+                background only (text only). Masks are resized to height x width by nearest neighbour; a warning is
+                logged if that distorts them.
+            prompt: a text or a list of texts; None means the empty prompt (mask only). One mask can go with several
+                prompts, and one prompt with several masks.
+            num_inference_steps: the number of denoising steps, S.
+            guidance_scale: FLUX's distilled guidance; models without it ignore this.
+            height, width: pixels, multiples of 16. If both are None, the image has the mask's aspect ratio and about as
+                many pixels as the model's default square, whose side is 512, or the VAE's own size if that is smaller.
+                The image is this square if there is no mask, if masks differ in aspect ratio, or if ``latents`` are
+                given. If only one of the two is None, it is the square's side.
+            num_images_per_prompt: the number of images for each pair of mask and prompt.
             generator: a generator for the noise, or a list with one for each image.
-            latents: packed noise [B, N, 64] in place of drawn noise, N = height / 16 * width / 16.
-            prompt_embeds, pooled_prompt_embeds: T5's [B, T, J] and CLIP's [B, P] in place of a prompt.
-            condition_scale: strength of attention between the condition and the rest; 1 is the model's own, 0 none.
-            position_delta: moves the condition by (rows, columns) of tokens.
-            position_scale: size of a condition token in image tokens.
-            max_sequence_length: T5 tokens, at most 512; None takes as many as the bundle's tokenizer says (FLUX's: 512).
-            output_type: "pil", "np" [B, H, W, 3], "pt" [B, 3, H, W], both in [0, 1], or "latent" (packed).
-            callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": …})`` after each step; may
-                return new latents in such a dict. Setting ``pipe.interrupt = True`` in it ends the loop there.
-            callback_on_step_end_tensor_inputs: as in diffusers; ``["latents"]`` is all there is.
-            mask_posterior: "mean" of the VAE's posterior, or "sample" to draw from it with the generator, as the
-                reference does.
-            return_dict: False gives the tuple ``(images,)`` in place of a `PipelineOutput`, as in diffusers.
-            seed: in place of generators: image i of the batch is drawn as its only image would be with ``seed + i``, or
-                with ``seed[i]``. A seed is the same noise on every device.
-            mask_order: what the numbers of a label map mean, see `mogle_rt.masks.to_labels`: "celebamask", "bisenet",
-                "farl", or the names of the classes.
-            others: arguments of diffusers' `FluxPipeline` that have no use here: an error says why, unless they say "none".
+            latents: packed noise [B, N, 64] to use instead of random noise, N = height / 16 * width / 16.
+            prompt_embeds, pooled_prompt_embeds: T5's embeddings [B, T, J] and CLIP's [B, P], instead of a prompt.
+            condition_scale: the strength of attention between the condition and the rest; 1 is as trained, 0 is none.
+            position_delta: shifts the condition by (rows, columns), in tokens.
+            position_scale: the size of a condition token, in image tokens.
+            max_sequence_length: the number of T5 tokens, at most 512; None takes it from the bundle's tokenizer (512
+                for FLUX).
+            output_type: "pil", "np" [B, H, W, 3] or "pt" [B, 3, H, W], both in [0, 1], or "latent" (packed latents).
+            callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": …})`` after each step. It may
+                return a dict with new latents. If it sets ``pipe.interrupt = True``, the loop ends after this step.
+            callback_on_step_end_tensor_inputs: as in diffusers, but only ``["latents"]`` is supported.
+            mask_posterior: "mean" uses the mean of the VAE's posterior; "sample" draws from it with the generator, as
+                the reference does.
+            return_dict: False returns the tuple ``(images,)`` instead of a `PipelineOutput`, as in diffusers.
+            seed: a number or a list of numbers, instead of generators. Image i of the batch is the image that a call
+                for one image draws with ``seed + i``, or with ``seed[i]``. A seed gives the same noise on every device.
+            mask_order: what the numbers of a label map mean: "celebamask", "bisenet", "farl", or the names of the
+                classes; see `mogle_rt.masks.to_labels`.
+            others: arguments of diffusers' `FluxPipeline` that are not supported here. They raise an error that says
+                why, unless their value asks for nothing, such as None.
 
         Raises:
             InputError: an argument is out of range, counts or shapes don't match, or a callback calls the pipeline.
@@ -236,7 +243,7 @@ class Pipeline(DiffusersHabits, LoraMethods):
             callback_inputs=callback_on_step_end_tensor_inputs,
             mask_posterior=mask_posterior,
         )
-        # Numbers of other kinds, as numpy's, become Python's own: what is computed mustn't depend on the kind.
+        # Convert numbers of other types, such as NumPy's, to Python's: the result mustn't depend on the type.
         height, width, num_inference_steps = int(height), int(width), int(num_inference_steps)
         num_images_per_prompt, max_sequence_length = int(num_images_per_prompt), int(max_sequence_length)
         guidance_scale, condition_scale = float(guidance_scale), float(condition_scale)
@@ -314,12 +321,12 @@ class Pipeline(DiffusersHabits, LoraMethods):
             check_tensor("latents", latents, (batch, tokens, channels))
             return latents.to(self.device, self.dtype)
         shape = (batch, channels // 4, height // VAE_SCALE, width // VAE_SCALE)
-        # Always drawn in float32: one seed is one noise in every dtype.
+        # The noise is always drawn in float32, so that a seed gives the same noise in every dtype.
         noise = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
         return pack_latents(noise).to(self.dtype)
 
     def _denoise(self, noise: Tensor, schedule: Schedule, callback: StepCallback | None, bar: tqdm[NoReturn]) -> Tensor:
-        bar.unpause()  # its rate is that of the steps
+        bar.unpause()  # restart the bar's clock, so that its rate counts only the steps
 
         def on_step(k: int, latents: Tensor) -> Tensor:
             assert callback is not None

@@ -1,1 +1,1 @@
-"""The single file that holds a model: its schema, its container, how it is written and opened."""
+"""The bundle, a single file that holds a model: its schema, its container, and how it is opened."""

@@ -1,8 +1,8 @@
-"""The bundle, ckpt.safetensors: everything that makes an image, in one file that is read lazily.
+"""The bundle, ckpt.safetensors: one file that holds everything needed to draw an image, and is read lazily.
 
-Tensors stand under ``transformer.``, ``lora.``, ``mogle.``, ``vae.``, ``text_encoder.`` and ``text_encoder_2.`` with the
-reference's own names, tokenizer files as uint8 tensors under ``tokenizer.`` and ``tokenizer_2.``; the configurations are
-JSON in the metadata. `mogle_rt.convert` writes it.
+Tensors have the reference's names with the prefix ``transformer.``, ``lora.``, ``mogle.``, ``vae.``, ``text_encoder.``
+or ``text_encoder_2.``. Tokenizer files are uint8 tensors with the prefix ``tokenizer.`` or ``tokenizer_2.``. The
+configurations are JSON in the metadata. `mogle_rt.convert` writes this file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 class BundleConfig(Options):
     """All configurations of a bundle.
 
-    ``vae``, ``text_encoder`` and ``text_encoder_2`` are diffusers' and transformers' own and are theirs to check.
+    ``vae``, ``text_encoder`` and ``text_encoder_2`` are in the form of diffusers and transformers, which check them.
     """
 
     transformer: TransformerConfig
@@ -61,10 +61,10 @@ class BundleConfig(Options):
 
     @classmethod
     def parse(cls, text: str, *, what: str) -> BundleConfig:
-        """From the JSON in a bundle's metadata.
+        """Read the configurations from the JSON in a bundle's metadata. ``what`` names the file in errors.
 
         Raises:
-            CheckpointError: not JSON, or a configuration is not valid.
+            CheckpointError: the text is not JSON, or a configuration is not valid.
         """
         try:
             raw = json.loads(text)
@@ -82,14 +82,14 @@ class BundleConfig(Options):
 
 
 class Bundle(TensorSource):
-    """An open bundle. Opening reads the header only and checks every name, shape and size in it.
+    """An open bundle. Opening it reads only the header, and checks every name, shape and size in it.
 
     Args:
-        path: of the file, or ``demo`` for the checkpoint in the package.
+        path: the file's path, or ``demo`` for the checkpoint in the package.
 
     Raises:
-        CheckpointError: see `mogle_rt.bundle.container.read_header`; or not a bundle, of a newer format, or its tensors
-            don't fit its configuration.
+        CheckpointError: the file is not a safetensors file (see `mogle_rt.bundle.container.read_header`), not a bundle,
+            or a bundle of another format version, or its tensors don't match its configuration.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -109,18 +109,18 @@ class Bundle(TensorSource):
         self._file = MappedFile(self.path)
 
     def __reduce__(self) -> tuple[type[Bundle], tuple[Path]]:
-        """Pickled, copied or sent to another process, a bundle is its path: the file is opened anew."""
+        """Copy or pickle only the path; the copy then opens the file again."""
         return type(self), (self.path.absolute(),)
 
     @property
     def has_text_encoders(self) -> bool:
-        """Whether prompts can be given as text."""
+        """Whether the bundle holds text encoders, so that prompts can be given as text."""
         configs = (self.config.text_encoder, self.config.text_encoder_2)
         return None not in configs and all(self.names(part) for part in TEXT_PARTS)
 
     @property
     def default_size(self) -> int:
-        """Pixels of an image's side where none is asked for: 512, or as many whole tokens as the VAE was made for."""
+        """The side of the default image, in pixels: 512, or the size that the VAE was made for if that is smaller."""
         size = self.config.vae.get("sample_size")
         if not isinstance(size, int) or isinstance(size, bool) or size < PATCH:
             return DEFAULT_SIZE
@@ -128,7 +128,7 @@ class Bundle(TensorSource):
 
     @property
     def default_text_tokens(self) -> int:
-        """T5 tokens where no number is asked for: what its tokenizer says, at most 512 (which FLUX's says)."""
+        """The default number of T5 tokens: the limit of T5's tokenizer (512 for FLUX), but at most 512."""
         try:
             length = json.loads(self.files("tokenizer_2")["tokenizer_config.json"])["model_max_length"]
         except (KeyError, TypeError, ValueError):
@@ -140,7 +140,7 @@ class Bundle(TensorSource):
             if full.partition(".")[0] not in PARTS:
                 raise CheckpointError(f"{self.path}: unexpected tensor {full!r}")
         blocks = self.config.transformer.num_layers + self.config.transformer.num_single_layers
-        if blocks > len(self.tensors):  # before all that they would need is listed
+        if blocks > len(self.tensors):  # checked first, because the lists below would be as long as the header claims
             raise CheckpointError(f"{self.path}: {len(self.tensors)} tensors can't make {blocks} blocks")
         check_names(self._shapes("transformer"), schema.transformer_tensors(self.config.transformer), self.path)
         check_names(self._shapes("mogle"), schema.mogle_tensors(self.config.mogle), self.path)
@@ -158,13 +158,14 @@ class Bundle(TensorSource):
         return {name: self.tensors[f"{part}.{name}"].shape for name in self.names(part)}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor by its full name: a read-only view of the file."""
+        """The tensor with this full name, as a read-only view of the file."""
         return self._file.tensor(self.tensors[name])
 
     def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """Tensors stacked along their first dimension, on ``device`` and in ``dtype``.
+        """Return tensors stacked along their first dimension, on ``device`` and in ``dtype``.
 
-        Neighbours in the file that need no conversion come as one view of it, without a copy.
+        On the CPU, tensors that lie next to each other in the file and need no conversion are one view of the file,
+        without a copy.
         """
         infos = [self.tensors[n] for n in names]
         if device.type == "cpu" and infos[0].dtype == dtype:
@@ -179,19 +180,19 @@ class Bundle(TensorSource):
         return out
 
     def release(self, names: Sequence[str]) -> None:
-        """Let the system drop these tensors from memory. They are read from the file again when they are used."""
+        """Let the operating system drop these tensors from memory. If they are used again, they are read again."""
         for name in names:
             self._file.release(self.tensors[name])
 
     def files(self, part: str) -> dict[str, bytes]:
-        """A tokenizer's files by name."""
+        """The contents of a tokenizer's files, by file name."""
         return {name: self.tensor(f"{part}.{name}").numpy().tobytes() for name in self.names(part)}
 
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
         """Read the whole file and compare it with the hash in its header.
 
         Args:
-            progress: called with the number of bytes after each chunk.
+            progress: called after each chunk with the chunk's number of bytes.
 
         Raises:
             CheckpointError: the contents were changed after conversion.
@@ -208,10 +209,10 @@ class Bundle(TensorSource):
 
 
 def hashed_entry(name: str, info: TensorInfo) -> bytes:
-    """What a bundle's hash takes in of a tensor before its bytes: a header with names exchanged has another hash."""
+    """What the bundle's hash includes of a tensor before its bytes, so that exchanged names change the hash."""
     return json.dumps([name, str(info.dtype), list(info.shape)]).encode()
 
 
 def parameter_count(tensors: Mapping[str, TensorInfo]) -> int:
-    """Number of parameters in tensors that are not files."""
+    """The number of parameters in all tensors, without those that hold tokenizer files."""
     return sum(i.numel for n, i in tensors.items() if not n.startswith("tokenizer"))

@@ -1,8 +1,8 @@
-"""The safetensors container, read without loading it: header, offsets, chunks, memory map; and atomic writing.
+"""Read safetensors files without loading them, by their header, in chunks or through a memory map; write their header.
 
-The format (an 8-byte little-endian header length, a JSON header, the tensors' bytes) is read here rather than through
-the `safetensors` package because a bundle needs what that doesn't offer: one zero-copy view over neighbouring tensors,
-reads in chunks, and a write that streams.
+The format is an 8-byte little-endian header length, a JSON header, and the tensors' bytes. This module reads it without
+the `safetensors` package, because a bundle needs three things that the package doesn't offer: one zero-copy view over
+adjacent tensors, reading in chunks, and writing tensor by tensor.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ DTYPES = {
 }
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100 << 20  # the safetensors package refuses larger ones too
-MOST_DIMENSIONS = 64  # of a tensor, as in numpy; a convolution's weight has four
-CHUNK = 8 << 20  # bytes held at once while a tensor streams through
+MOST_DIMENSIONS = 64  # the most dimensions of a tensor, as in NumPy; a convolution's weight has four
+CHUNK = 8 << 20  # bytes held in memory at once while a tensor is read in chunks
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in its file. ``begin`` and ``end`` are absolute byte offsets."""
+    """A tensor's dtype, shape and place in its file. ``begin`` and ``end`` are byte offsets from the file's start."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -83,10 +83,11 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> Tenso
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; every byte of the file is accounted for.
+    """Read the tensors' places and the metadata of a safetensors file, and check that they cover the file exactly.
 
     Raises:
-        CheckpointError: not such a file, cut short, longer than its header says, or with a damaged header.
+        CheckpointError: the file is missing, not a safetensors file, cut short or longer than its header says, or its
+            header is damaged.
     """
     try:
         size = path.stat().st_size
@@ -122,13 +123,13 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def read_chunks(path: Path, info: TensorInfo, *, once: bool = False) -> Iterator[torch.Tensor]:
-    """The tensor's elements, flat and in order, at most `CHUNK` bytes at a time. A chunk is valid until the next.
+    """Yield the tensor's elements, flat and in order, at most `CHUNK` bytes at a time. Each chunk overwrites the last.
 
     Args:
-        once: the system needn't keep the file's pages in memory: they won't be read again soon.
+        once: tell the operating system that the file's pages needn't stay in memory, as they won't be read again soon.
 
     Raises:
-        CheckpointError: the file is gone, cut short or unreadable by now.
+        CheckpointError: the file has meanwhile been removed or cut short, or can't be read.
     """
     left = info.end - info.begin
     buffer = bytearray(min(CHUNK, max(left, 1)))
@@ -148,18 +149,18 @@ def read_chunks(path: Path, info: TensorInfo, *, once: bool = False) -> Iterator
 
 
 class _Unprotected:
-    """A read-only array that numpy takes for a writable one, so that PyTorch gives no warning for its views.
+    """A read-only array that NumPy considers writable, so that PyTorch doesn't warn when it is wrapped as a tensor.
 
-    (Suppressing the warning would change the filters of the whole process, other threads' included.)
+    (Suppressing the warning would change the filters of the whole process, including those of other threads.)
     """
 
     def __init__(self, array: NDArray[np.uint8]) -> None:
-        self._array = array  # kept as long as anything lies in its memory
+        self._array = array  # keep the array alive as long as anything uses its memory
         self.__array_interface__ = array.__array_interface__ | {"data": (array.ctypes.data, False)}
 
 
 class MappedFile:
-    """A memory map of a file, from which tensors are taken as views: nothing is read until it is used."""
+    """A memory map of a file. Tensors are views of it, so nothing is read until it is used."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as f:
@@ -167,9 +168,10 @@ class MappedFile:
         self._bytes = torch.from_numpy(np.asarray(_Unprotected(np.frombuffer(self._map, dtype=np.uint8))))
 
     def view(self, infos: Sequence[TensorInfo]) -> torch.Tensor | None:
-        """One flat tensor over neighbours of one dtype, without a copy; None if they aren't neighbours.
+        """One flat tensor over adjacent tensors of one dtype, without a copy.
 
-        The memory is the file's own and must not be written to.
+        It is None if the tensors are not adjacent, differ in dtype, or are not aligned. The result is a view of the
+        file and must not be written to.
         """
         for a, b in itertools.pairwise(infos):
             if a.end != b.begin or a.dtype != b.dtype:
@@ -180,14 +182,14 @@ class MappedFile:
         return self._bytes[infos[0].begin : infos[-1].end].view(dtype)
 
     def tensor(self, info: TensorInfo) -> torch.Tensor:
-        """One tensor; a view if the file aligns it, else a copy."""
+        """One tensor: a view if it is aligned in the file, otherwise a copy."""
         flat = self.view([info])
         if flat is None:
             flat = self._bytes[info.begin : info.end].clone().view(info.dtype)
         return flat.view(info.shape)
 
     def release(self, info: TensorInfo) -> None:
-        """Tell the system that the tensor's pages needn't stay in memory (they are read anew if used again)."""
+        """Let the operating system drop the tensor's pages from memory. If they are used again, they are read again."""
         if not hasattr(self._map, "madvise"):
             return
         begin = -(-info.begin // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -197,7 +199,7 @@ class MappedFile:
 
 
 def write_header(file: BinaryIO, tensors: dict[str, TensorInfo], metadata: dict[str, str], start: int) -> None:
-    """Write a header that ends at byte ``start``, padded with spaces."""
+    """Write the header, padded with spaces so that it ends at byte ``start``."""
     entries: dict[str, object] = {"__metadata__": metadata}
     for name, info in tensors.items():
         entries[name] = {
@@ -213,7 +215,7 @@ def write_header(file: BinaryIO, tensors: dict[str, TensorInfo], metadata: dict[
 
 
 def header_room(names: Sequence[str], metadata: dict[str, str]) -> int:
-    """Bytes to leave for the header: a multiple of the page size, so that tensors start aligned."""
+    """The number of bytes to reserve for the header: a multiple of the page size, so that tensors are aligned."""
     length = 8 + len(json.dumps(metadata)) + sum(len(n) + 128 for n in names) + 256
     return -(-length // 4096) * 4096
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Write files atomically: they appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from mogle_rt.errors import MogleError, OutputError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary neighbour of ``path`` for writing; it takes the name only when the block ends well.
+    """Open a temporary file beside ``path`` for writing. It is renamed to ``path`` if the block ends without an error.
 
     Raises:
-        OutputError: the name is a folder's or a device's, the folder can't be written to, or the disk is full.
+        OutputError: ``path`` is a folder, a device or a pipe, its folder can't be written to, or the disk is full.
     """
     with _as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            mode = path.stat().st_mode  # not `exists`, which hides a name too long from Python 3.14 on
+            mode = path.stat().st_mode  # not `exists`, which hides the error of too long a name from Python 3.14 on
         except FileNotFoundError:
             mode = stat.S_IFREG
         if stat.S_ISDIR(mode):
             raise OutputError(f"{path}: is a folder; a file name is needed")
         if not stat.S_ISREG(mode):
             raise OutputError(f"{path}: is a device or pipe; only ordinary files can be replaced")
-        temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # short: a name may be as long as the system takes
+        # The temporary name is short, because the name of `path` may already be as long as the system allows.
+        temporary = path.with_name(f".{secrets.token_hex(8)}.part")
         file = temporary.open("x+b")
     try:
         with _as_output_error(path):
@@ -48,15 +49,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def replace_together(folder: Path, last: str) -> Iterator[Path]:
-    """A folder inside ``folder`` for new files, which take their names in ``folder`` when the block ends well.
+    """Yield a temporary folder for new files. They are moved into ``folder`` only if the block ends without error.
 
-    All of them do, or, whatever happens, none. ``last`` is the one that takes its name last.
+    Either all files are moved and replace those of the same names, or none is. The file named ``last`` is moved last.
 
     Raises:
-        OutputError: a name is a folder's, or ``folder`` can't be written to.
+        OutputError: a new file has the name of an existing folder, or ``folder`` can't be written to.
     """
     with _as_output_error(folder):
-        new = Path(tempfile.mkdtemp(prefix=".", suffix=".part", dir=folder))  # not in the way of one left by a kill
+        # A random name, so that a folder left behind by a killed process is not in the way.
+        new = Path(tempfile.mkdtemp(prefix=".", suffix=".part", dir=folder))
     old = new / "old"
     settled = True
     try:
@@ -87,7 +89,7 @@ def replace_together(folder: Path, last: str) -> Iterator[Path]:
     except OutputError as error:
         raise OutputError(str(error).replace(str(new), str(folder))) from None
     finally:
-        if settled:  # otherwise the old files are still in it
+        if settled:  # if not, the folder still holds old files that couldn't be moved back
             shutil.rmtree(new, ignore_errors=True)
 
 

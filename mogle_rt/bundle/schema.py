@@ -1,7 +1,9 @@
-"""What tensors a bundle holds, and how the runtime's stacked layers are made of them. Mostly tables.
+"""Which tensors a bundle holds, and which of them make up each stacked layer of the runtime. Mostly tables.
 
-Shapes are written in symbols: D model width, d head size, J text width, P pooled width, C latent channels of a token
-(64), L the gate's channels, H the experts' hidden size, G the gate's hidden size; a leading digit multiplies.
+Shapes are written in symbols: D is the model's width, M the MLP's hidden size, d the size of a head, J the width of
+text embeddings, P that of pooled ones, C the latent channels of a token (64), S the channels of a sinusoid, L the
+channels of experts and gate, H the hidden size of an expert, G that of the gate, and E the number of experts. A leading
+digit multiplies.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ Shape = tuple[int, ...]
 
 SINUSOID_DIM = 256  # channels of FLUX's timestep and guidance sinusoids
 
-# Linear layers: name -> (out, in). `{i}` is the block's number.
+# Linear layers: name -> (output size, input size). `{i}` stands for the block's number.
 EMBEDDERS = {
     "x_embedder": ("D", "C"),
     "context_embedder": ("D", "J"),
@@ -106,7 +108,7 @@ def _dims(config: TransformerConfig) -> dict[str, int]:
 
 
 def _numbers(name: str, config: TransformerConfig) -> Iterator[str]:
-    """The name itself, or the name in every block that has it."""
+    """The name itself, or, if it contains ``{i}``, the name in every block."""
     if "{i}" not in name:
         yield name
         return
@@ -116,9 +118,9 @@ def _numbers(name: str, config: TransformerConfig) -> Iterator[str]:
 
 
 def _blocks(config: TransformerConfig, table: dict[str, tuple[str, str]]) -> Iterator[tuple[str, Shape]]:
-    """Tensors of a table of block layers, block by block: all weights of a block, then all its biases.
+    """The tensors of the layers in a table, block by block: all weights of a block, then all its biases.
 
-    Weights that the runtime stacks (q, k, v, proj_mlp) therefore lie side by side in the file, and one view covers them.
+    The weights that the runtime stacks (q, k, v, proj_mlp) are therefore adjacent in the file, so one view covers them.
     """
     dims = _dims(config)
     count = config.num_single_layers if next(iter(table)).startswith("single") else config.num_layers
@@ -130,7 +132,7 @@ def _blocks(config: TransformerConfig, table: dict[str, tuple[str, str]]) -> Ite
 
 
 def transformer_tensors(config: TransformerConfig) -> dict[str, Shape]:
-    """Names (as in diffusers) and shapes of the transformer's tensors, in the order a bundle holds them."""
+    """The names (as in diffusers) and shapes of the transformer's tensors, in their order in a bundle."""
     dims = _dims(config)
     tensors: dict[str, Shape] = {}
     for name, (out, inner) in EMBEDDERS.items():
@@ -148,7 +150,7 @@ def transformer_tensors(config: TransformerConfig) -> dict[str, Shape]:
 
 
 def lora_modules(config: TransformerConfig) -> dict[str, Shape]:
-    """Every layer that the branch LoRA sits on, with its (out, in)."""
+    """Every layer that the condition branch's LoRA adapts, with its (output size, input size)."""
     dims = _dims(config)
     table = EMBEDDERS | MODULATION | DOUBLE_LINEARS | SINGLE_LINEARS
     return {
@@ -159,7 +161,7 @@ def lora_modules(config: TransformerConfig) -> dict[str, Shape]:
 
 
 def lora_tensors(config: TransformerConfig, ranks: dict[str, int]) -> dict[str, Shape]:
-    """Names and shapes of the LoRA's tensors."""
+    """The names and shapes of the LoRA's tensors. ``ranks`` gives the LoRA's rank on each layer."""
     tensors: dict[str, Shape] = {}
     for name, (out, inner) in lora_modules(config).items():
         tensors[f"{name}.lora_A.weight"] = (ranks[name], inner)
@@ -168,7 +170,7 @@ def lora_tensors(config: TransformerConfig, ranks: dict[str, int]) -> dict[str, 
 
 
 def mogle_tensors(config: MogleConfig) -> dict[str, Shape]:
-    """Names and shapes of the mixture's tensors (REFERENCE state dict of experts and gate)."""
+    """The names and shapes of the mixture's tensors, as in the reference's state dict of experts and gate."""
     dims = {"L": config.latent_dim, "H": config.expert_dim, "G": config.gate_dim, "E": NUM_EXPERTS}
     layers: dict[str, tuple[str, str]] = {}
     if config.has_expert:
@@ -185,16 +187,16 @@ def mogle_tensors(config: MogleConfig) -> dict[str, Shape]:
 
 @dataclass(frozen=True)
 class Stacked:
-    """A runtime layer and the stored layers it is made of, stacked along the output dimension."""
+    """The stored layers that make up one layer of the runtime, stacked along the output dimension."""
 
     sources: tuple[str, ...]
 
     def at(self, i: int) -> Stacked:
-        """The same with the block's number filled in."""
+        """The same layers with the block's number filled in."""
         return Stacked(tuple(s.format(i=i) for s in self.sources))
 
 
-# Runtime layer (mogle_rt.model.transformer) -> stored layers.
+# Layers of the runtime (mogle_rt.model.transformer) -> stored layers.
 DOUBLE_STACKED = {
     "qkv": Stacked(tuple(f"transformer_blocks.{{i}}.attn.to_{x}" for x in "qkv")),
     "out": Stacked(("transformer_blocks.{i}.attn.to_out.0",)),
@@ -214,7 +216,8 @@ SINGLE_STACKED = {
     ),
     "out": Stacked(("single_transformer_blocks.{i}.proj_out",)),
 }
-# RMSNorm weights of q and k, of text and of the rest, are one [2, 2, d] tensor in the runtime; [1, 2, d] in single blocks.
+# In the runtime, the RMSNorm weights of a double block are one tensor [2, 2, d]: q's and k's for text, then q's and k's
+# for the rest. In a single block they are one tensor [1, 2, d].
 DOUBLE_NORM_STACKED = {"norm_qk": Stacked(DOUBLE_NORMS[2:] + DOUBLE_NORMS[:2])}
 SINGLE_NORM_STACKED = {"norm_qk": Stacked(SINGLE_NORMS)}
 
@@ -222,7 +225,7 @@ SINGLE_NORM_STACKED = {"norm_qk": Stacked(SINGLE_NORMS)}
 def in_blocks(
     config: TransformerConfig, double: Mapping[str, Stacked], single: Mapping[str, Stacked]
 ) -> Iterator[tuple[str, Stacked]]:
-    """Layers of such tables in every block: the runtime's full name, and what is stored."""
+    """The layers of such tables in every block: the full name in the runtime, and the stored layers."""
     for stack, count, table in (
         ("blocks", config.num_layers, double),
         ("single_blocks", config.num_single_layers, single),
@@ -235,10 +238,10 @@ def in_blocks(
 def check_names(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str | Path
 ) -> None:
-    """Compare names and shapes.
+    """Check that names and shapes are those expected. ``where`` names the file in errors.
 
     Raises:
-        CheckpointError: names the first tensor that is missing, unexpected or of another shape.
+        CheckpointError: a tensor is missing, unexpected or of another shape; the message names the first.
     """
     for name, shape in expected.items():
         if name not in found:

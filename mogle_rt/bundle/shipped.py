@@ -1,4 +1,4 @@
-"""What comes with the package: a small checkpoint that draws faces, and masks and prompts to try it on."""
+"""The files that come with the package: a small checkpoint that draws faces, and example masks with prompts."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 from mogle_rt.errors import CheckpointError, InputError, OutputError
 
-NAME = "demo"  # in a checkpoint's place, everywhere
+NAME = "demo"  # every place that takes a checkpoint's path also takes this name
 DATA = Path(__file__).parents[1] / "data"
 BUNDLE = DATA / "demo.safetensors"
 EXAMPLES = DATA / "examples"
 
 
 def bundle_path(checkpoint: str | Path) -> Path:
-    """The file of a checkpoint: ``demo`` is the one in the package, all else is a path.
+    """The path of a checkpoint. ``demo`` means the checkpoint in the package; anything else is a path already.
 
     Raises:
-        CheckpointError: it is neither a text nor a path.
+        CheckpointError: ``checkpoint`` is neither a text nor a path.
     """
     if not isinstance(checkpoint, (str, os.PathLike)):
         raise CheckpointError(f"a checkpoint must be a path, or {NAME!r}, got {checkpoint!r}")
@@ -36,19 +36,19 @@ class Example:
 
 
 def examples() -> list[Example]:
-    """The examples in the package, by name."""
+    """The examples in the package, sorted by name."""
     prompts: dict[str, str] = json.loads((EXAMPLES / "prompts.json").read_text(encoding="utf-8"))
     return [Example(name, EXAMPLES / f"{name}.png", prompt) for name, prompt in sorted(prompts.items())]
 
 
 def write_examples(folder: Path) -> list[Path]:
-    """Copy the masks into a folder, each with its prompt beside it in a text file.
+    """Copy the example masks into a folder, each with its prompt beside it in a text file.
 
     Returns:
-        The files, in the order of `examples`.
+        The paths of the files, in the order of `examples`.
 
     Raises:
-        InputError: a file of that name is there already.
+        InputError: one of the files exists already.
         OutputError: the folder can't be written.
     """
     files = {}

@@ -1,4 +1,4 @@
-"""Where a model's tensors come from: a bundle, a bundle without weights, or chosen blocks of one."""
+"""The interface of what provides a model's tensors: a bundle, a bundle without weights, or some blocks of a bundle."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ LORA_DOWN = ".lora_A.weight"
 
 
 class TensorSource(ABC):
-    """A model's configurations and its tensors, which are read when they are asked for.
+    """A model's configurations and its tensors, which are read when they are requested.
 
     Args:
         config: all configurations.
-        tensors: what there is, by full names, as "transformer.proj_out.weight".
+        tensors: the available tensors, by full name, such as "transformer.proj_out.weight".
 
     Attributes:
         config, tensors: as given.
@@ -36,11 +36,11 @@ class TensorSource(ABC):
             self._names.setdefault(part, []).append(name)
 
     def names(self, part: str) -> list[str]:
-        """Names of a part's tensors, without the part's prefix."""
+        """The names of a part's tensors, without the part's prefix."""
         return self._names.get(part, [])
 
     def lora_ranks(self) -> dict[str, int]:
-        """Rank of the LoRA on each layer that has one; the layers' names are without a prefix."""
+        """The rank of the LoRA on each layer that has one. The layers' names have no prefix."""
         ranks = {}
         for name in self.names("lora"):
             if name.endswith(LORA_DOWN):
@@ -50,15 +50,15 @@ class TensorSource(ABC):
 
     @abstractmethod
     def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Tensors stacked along their first dimension, on ``device`` and in ``dtype``.
+        """Return tensors stacked along their first dimension, on ``device`` and in ``dtype``.
 
         The result may be a view of a file and must not be written to.
         """
 
     @abstractmethod
     def release(self, names: Sequence[str]) -> None:
-        """Let the source drop these tensors from memory. They are read again when they are used."""
+        """Let the source drop these tensors from memory. If they are used again, they are read again."""
 
     def part(self, part: str, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """All tensors of a part, by their names in it."""
+        """All tensors of a part, by their names without the part's prefix."""
         return {name: self.load([f"{part}.{name}"], device, dtype) for name in self.names(part)}
