@@ -1,4 +1,4 @@
-"""What a step reads and writes: inputs that no step changes, and buffers whose addresses stay."""
+"""What a step reads and writes: the inputs, which no step changes, and buffers at fixed addresses."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from mogle_rt.ops.attention import AttentionPlan, scores_room
 
 @dataclass(frozen=True, kw_only=True)
 class StepInputs:
-    """All that a step reads beside its latents; no step changes it.
+    """Everything that a step reads except its latents. No step changes it.
 
     Attributes:
-        mixture: expert outputs, or what the experts see; and the gate's constant input.
+        mixture: the experts' outputs or inputs, and the gate's constant input.
         time_table: [S, 64], the gate's time embeddings; None without a gate.
         text: [T, B, D], prompt embeddings after ``context_embedder``.
         modulation: AdaLN modulations of all steps.
-        modulation_of: what they were made from: the model's timesteps [S], 1000 guidance_scale [], pooled prompts [B, P],
-            and the version of the styles [], see `mogle_rt.model.styles.Styles`.
-        rope: rotary table of the joint sequence [text, image, condition], [L, …] as `Ops.rope_buffer` makes it.
-        sigma_steps: [S] float32, the next noise level minus this one, of every step.
+        modulation_of: what the modulations were computed from: the model's timesteps [S], 1000 guidance_scale [],
+            pooled prompts [B, P], and the version of the styles [], see `mogle_rt.model.styles.Styles`.
+        rope: [L, …], rotary table of the joint sequence [text, image, condition], as made by `Ops.rope_buffer`.
+        sigma_steps: [S] float32, for each step the next noise level minus its own.
         log_scale: float32 [1], log(condition_scale), see `AttentionPlan`.
 
-    Here S is the run's capacity for steps, see `mogle_rt.loop.schedule.step_capacity`: rows from its number of steps on
-    are never read.
+    S is the run's capacity for steps, see `mogle_rt.loop.schedule.step_capacity`. Rows beyond the actual number of
+    steps are never read.
     """
 
     mixture: Bank | Fused
@@ -45,22 +45,25 @@ class StepInputs:
 
 
 class Buffers:
-    """What the steps of a run write.
+    """The tensors that the steps of a run write to.
 
     Attributes:
-        tokens: [N + C, B, 64], latents, then condition tokens. latents, condition: its two parts.
-        x: [L, B, D], the residual stream. image: its image rows. y: [L, B, D + Q], a sublayer's output.
-        normed: [L, B, D + R], room for a sublayer's input; attention's result goes there, too, where that has been read
-            and it isn't to lie in ``beside``. qkv: [L, B, 3 D]. hidden: [L, B, 4 D], inside MLPs. scratch: as
-            hidden, in the memory of qkv: an activation is done before q, k and v come or after they are used.
-        beside: [L, B, 5 D], in the memory of hidden, attention and MLP of single blocks; None except on a CPU, see
+        tokens: [N + C, B, 64], the latents followed by the condition tokens. latents, condition: views of these parts.
+        x: [L, B, D], the residual stream. image: its image rows. y: [L, B, D + Q], the output of a sublayer.
+        normed: [L, B, D + R], the input of a sublayer. Once it has been read, attention writes its result there too,
+            unless the result belongs in ``beside``.
+        qkv: [L, B, 3 D].
+        hidden: [L, B, 4 D], the hidden layer of MLPs.
+        scratch: [L, B, 4 D], shares the memory of qkv, because GELU runs before q, k and v are written or after their
+            last use.
+        beside: [L, B, 5 D], attention and MLP of single blocks; shares the memory of hidden. None except on a CPU, see
             `SingleOut`.
-        scores: room for attention's, see `mogle_rt.ops.attention.scores_room`.
+        scores: scratch memory for attention scores, see `mogle_rt.ops.attention.scores_room`.
         velocity: [N, B, 64].
-        index: int64 [1], the step's number.
-        clips: whether x is kept in fp16's range at the end of a block, as the reference does in fp16.
-        plan: who attends to whom, and how strongly; the strength is one of the inputs.
-        nbytes: what the buffers take.
+        index: int64 [1], the number of the step.
+        clips: whether x is clipped to fp16's range at the end of a block, as the reference does in fp16.
+        plan: which tokens attend to which, and how strongly; the strength is one of the inputs.
+        nbytes: the size of all buffers in bytes.
     """
 
     def __init__(self, transformer: Transformer, layout: Layout, batch: int, log_scale: Tensor) -> None:
@@ -92,12 +95,12 @@ class Buffers:
 
 
 def shape_and_place(x: Tensor) -> str:
-    """For messages."""
+    """Describe a tensor for a message."""
     return f"{list(x.shape)} {x.dtype} on {x.device}"
 
 
 def tensors_of(values: object) -> list[Tensor]:
-    """All tensors of nested dataclasses and tuples, in order."""
+    """All tensors in nested dataclasses, tuples and lists, in order."""
     if isinstance(values, Tensor):
         return [values]
     if is_dataclass(values):

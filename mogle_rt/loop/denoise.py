@@ -1,4 +1,4 @@
-"""The schedule and the Euler loop, as functions over an engine (REFERENCE: the loop)."""
+"""The Euler loop, as a function over an engine (REFERENCE: the loop)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mogle_rt.loop.schedule import Schedule
 
 
 class Denoiser(Protocol):
-    """What can run the loop: it holds the latents between steps.
+    """Something that can run the steps of the loop. It holds the latents between steps.
 
-    ``start`` takes latents [B, N, 64] (again after a callback has changed them) and the step they belong to;
-    ``advance`` does that step and goes on to the next; ``latents`` gives them, a copy of its own.
+    ``start`` sets the latents, [B, N, 64], and the step that comes next. It is called again after a callback has
+    changed the latents. ``advance`` runs one step and moves on to the next. ``latents`` returns a copy of the latents.
     """
 
     def start(self, latents: Tensor, k: int = 0) -> None: ...
@@ -27,11 +27,11 @@ class Denoiser(Protocol):
     def latents(self) -> Tensor: ...
 
 
-OnStep = Callable[[int, Tensor], Tensor | None]  # (step, latents after it) -> latents to go on with; None: its own
+OnStep = Callable[[int, Tensor], Tensor | None]  # (step, latents after it) -> the latents to continue with, or None
 
 
 def euler(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """x + (σ' - σ) v in float32, in the latents' dtype again."""
+    """x + (σ' - σ) v, computed in float32 and returned in the dtype of the latents."""
     return torch.addcmul(latents.float(), velocity.float(), sigma_next - sigma).to(latents.dtype)
 
 
@@ -43,20 +43,20 @@ def denoise(
     stop: Callable[[], bool] = lambda: False,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Run all steps. Without ``on_step`` and ``progress`` the host only starts each step: a GPU is not waited for.
+    """Run all steps. Without ``on_step`` and ``progress`` the host only starts each step and does not wait for the GPU.
 
     Args:
         latents: [B, N, 64], noise.
-        on_step: called after each step with a copy of the latents, which is made for it alone. The loop goes on with the
-            latents that it returns, which may be this copy, edited.
-        stop: called after ``on_step``; the loop ends there if it returns True.
-        progress: counts each step, before ``on_step`` is called.
+        on_step: called after each step with a fresh copy of the latents. The loop continues with the latents that it
+            returns, which may be this copy after editing. If it returns None, the latents stay as they are.
+        stop: called after ``on_step``; the loop ends early if it returns True.
+        progress: counts each step before ``on_step`` is called.
 
     Returns:
         [B, N, 64].
 
     Raises:
-        NumericalError: the result holds NaN or infinity.
+        NumericalError: the result contains NaN or infinity.
     """
     engine.start(latents)
     for k in range(len(schedule)):

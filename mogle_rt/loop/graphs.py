@@ -1,11 +1,11 @@
-"""The loop's step, replayed: on a GPU one captured CUDA graph does every step of a run, without work on the host.
+"""CUDA graphs of a step: on a GPU one captured graph runs every step of a run, with almost no work on the host.
 
-A `Step` reads and writes the same memory each time, and its number is in that memory too. So it is captured once for
-each shape and replayed for every step of every run of that shape. Elsewhere the same step runs eagerly, under the same
-rule: inputs are copied into its buffers, and a changed address is an error.
+A `Step` reads and writes the same memory each time, and the step's number is in that memory too. So it is captured once
+for each shape and replayed for every step of every run of that shape. On other devices the same step runs eagerly under
+the same rule: inputs are copied into its buffers, and a changed address is an error.
 
-Steps of several shapes are kept, up to a bound in bytes. When memory runs out while a new one is made or captured, all
-others are given up, and it is tried once more.
+Steps of several shapes are kept, up to a limit in bytes. If memory runs out while a new one is made or captured, all
+others are dropped, and it is tried once more.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-WARM_UP = 3  # eager steps before capture: libraries set themselves up, kernels are compiled
+WARM_UP = 3  # eager steps before the capture, in which libraries initialise and kernels are compiled
 GRAPH = "cuda graph"
 
 
 def why_eager(device: torch.device, cuda_graphs: bool) -> str | None:
-    """The reason why no graph can be used, or None."""
+    """The reason why CUDA graphs can't be used, or None if they can."""
     if not cuda_graphs:
         return "cuda_graphs=False"
     return None if device.type == "cuda" else f"CUDA graphs need a CUDA device, this is {device.type}"
 
 
 def with_room(make: Callable[[], T], give_up: Callable[[], bool]) -> T:
-    """What ``make`` gives. Where memory runs out in it, others' memory is given up, and it is called once more.
+    """Return the result of ``make``. If it runs out of memory, call ``give_up`` and then ``make`` once more.
 
     Args:
-        give_up: lets go of memory; False where there was nothing to let go of.
+        give_up: frees memory that others hold; returns False if there was nothing to free.
 
     Raises:
-        torch.OutOfMemoryError: there is too little memory all the same.
+        torch.OutOfMemoryError: there is still too little memory.
     """
     try:
         return make()
     except torch.OutOfMemoryError:
         if not give_up():
             raise
-    # Out of the handler: the error is gone, and with it the half-made tensors that its traceback held.
+    # This is outside the handler, so the error is gone, and with it the tensors that its traceback kept alive.
     return make()
 
 
 class Pool:
-    """The memory that graphs share: a pool, and the one stream of all captures, to which its blocks belong.
+    """The memory pool that all graphs share, and the stream on which all of them are captured.
 
-    (The workspaces of libraries are a stream's own, too.)
+    There is one stream because the pool's blocks belong to a stream, and so do the workspaces of libraries.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -67,22 +67,22 @@ class Pool:
         self.handle: Any = torch.cuda.graph_pool_handle()
 
     def renew(self) -> None:
-        """Another one, after a failed capture: it may have taken the old one with it."""
+        """Take a new pool after a failed capture, which may have made the old one unusable."""
         self.handle = torch.cuda.graph_pool_handle()
 
 
 class Runner:
-    """Runs one step again and again.
+    """Runs one step repeatedly.
 
     Args:
-        step: what is run.
-        reason: why not in a graph; None captures one at the first `advance`.
-        pool: for graphs, which share it; None makes one.
-        give_up: lets go of other runners' memory, where there is too little for the capture; see `with_room`.
+        step: the step to run.
+        reason: why no graph is used; None means that a graph is captured at the first `advance`.
+        pool: the memory pool that graphs share; None creates one.
+        give_up: frees the memory of other runners if there is too little for the capture; see `with_room`.
 
     Attributes:
-        nbytes: bytes of the step's inputs and buffers. What a captured graph takes for results within the step is not
-            among them: it lies in the pool, where all graphs use the same memory one after the other.
+        nbytes: bytes of the step's inputs and buffers. Intermediate results of a captured graph are not included: they
+            lie in the pool, where all graphs use the same memory one after the other.
         execution: how steps are run: "cuda graph", or "eager: …" with the reason.
     """
 
@@ -96,7 +96,7 @@ class Runner:
         self.step, self.nbytes = step, step.nbytes
         self._pool, self._give_up = pool, give_up
         self.execution = GRAPH if reason is None else f"eager: {reason}"
-        self._addresses: list[int] | None = None  # at the first start
+        self._addresses: list[int] | None = None  # those at the first start
         self._graph: torch.cuda.CUDAGraph | None = None
         self._device = step.buffers.latents.device
 
@@ -104,7 +104,7 @@ class Runner:
         """Go to step k with these latents, [N, B, 64].
 
         Raises:
-            RuntimeError: a buffer was exchanged for another since the first start.
+            RuntimeError: a buffer was replaced since the first start.
         """
         addresses = self.step.addresses()
         self._addresses = self._addresses or addresses
@@ -114,7 +114,7 @@ class Runner:
         self.step.seek(k)
 
     def advance(self) -> None:
-        """One step."""
+        """Run one step."""
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
             if self.execution == GRAPH and self._graph is None:
                 self._capture()
@@ -124,9 +124,9 @@ class Runner:
                 self._graph.replay()
 
     def _capture(self) -> None:
-        """Warm up, then capture; what the warm-up changed is put back. After a failure, warn and run eagerly.
+        """Warm up, capture, and restore what the warm-up changed. If the capture fails, warn and run eagerly.
 
-        An error of the step itself, such as too little memory, is raised by the warm-up as it is.
+        Errors of the step itself, such as too little memory, are raised unchanged by the warm-up.
         """
         pool = self._pool = self._pool or Pool(self._device)
         changing = (self.step.buffers.latents, self.step.buffers.index)
@@ -140,7 +140,8 @@ class Runner:
         outer = torch.cuda.current_stream(self._device)
         pool.stream.wait_stream(outer)
         try:
-            with torch.cuda.stream(pool.stream):  # around the capture, too: one that fails leaves its stream current
+            # The capture is inside this block too, because a failed capture leaves its stream current.
+            with torch.cuda.stream(pool.stream):
                 with_room(warm_up, self._give_up)
                 self._graph = self._captured(pool)
         finally:
@@ -149,7 +150,7 @@ class Runner:
                 t.copy_(before)
 
     def _captured(self, pool: Pool) -> torch.cuda.CUDAGraph | None:
-        """The step's graph, or None where the driver or an operation of the step refuses."""
+        """The step's graph, or None if the driver or an operation of the step does not allow the capture."""
         made = self._recorded(pool)
         if isinstance(made, torch.OutOfMemoryError) and self._give_up():
             del made  # the error's traceback holds tensors
@@ -162,26 +163,26 @@ class Runner:
         return None
 
     def _recorded(self, pool: Pool) -> torch.cuda.CUDAGraph | BaseException:
-        """The step's graph, or what broke its capture."""
+        """The step's graph, or the error that broke its capture."""
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may use the GPU meanwhile.
+            # "thread_local" lets other threads use the GPU during the capture.
             with torch.cuda.graph(graph, pool.handle, pool.stream, capture_error_mode="thread_local"):
                 self.step.advance()
-        except RuntimeError as error:  # torch's and the driver's errors are such
+        except RuntimeError as error:  # PyTorch and the driver raise subclasses of it
             pool.renew()
-            return error.__context__ or error  # what broke the capture, not what its end said of it
+            return error.__context__ or error  # the first error is the cause; ending the capture raised the second
         return graph
 
 
 class Runners:
-    """Runners by shape, the most recently used ones.
+    """The most recently used runners, by shape.
 
     Args:
-        device: of the steps.
+        device: where the steps run.
         cuda_graphs: whether graphs may be used.
-        limit: bytes of inputs and buffers that all runners together may hold, see `Runner.nbytes`. The one in use is
-            kept whatever it takes; with a limit of 0 it is the only one.
+        limit: bytes of inputs and buffers that all runners together may hold, see `Runner.nbytes`. The runner in use is
+            always kept; with a limit of 0 it is the only one.
 
     Attributes:
         limit: see above.
@@ -199,20 +200,20 @@ class Runners:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all runners hold."""
+        """Bytes that all runners hold together."""
         return sum(runner.nbytes for runner in self._runners.values())
 
     def clear(self) -> None:
-        """Forget all."""
+        """Drop all runners."""
         self._runners.clear()
 
     def find(self, shapes: Hashable) -> Step | None:
-        """The step of these shapes, if there is one."""
+        """The step of these shapes, or None if there is none."""
         runner = self._runners.get(shapes)
         return None if runner is None else runner.step
 
     def give_up_others(self, needed: Collection[Hashable]) -> bool:
-        """Let go of all runners but those of the needed shapes; False where there was no other."""
+        """Drop all runners except those of the needed shapes. Returns False if there were no others."""
         others = [key for key in self._runners if key not in needed]
         for key in others:
             del self._runners[key]
@@ -221,7 +222,7 @@ class Runners:
         return bool(others)
 
     def get(self, shapes: Hashable, inputs: StepInputs, make: Callable[[], Step]) -> Runner:
-        """The runner of these shapes, with these inputs; a step is made where there is none.
+        """The runner of these shapes, loaded with these inputs; its step is made if there is none yet.
 
         Raises:
             torch.OutOfMemoryError: there is too little memory, even without the other runners.
@@ -231,7 +232,7 @@ class Runners:
             runner.step.load(inputs)
             self._runners.move_to_end(shapes)
             return runner
-        # The inputs are a part of the new runner, and there already; how much its buffers take is not known yet.
+        # The inputs will be part of the new runner and are in memory already. The size of its buffers is not known yet.
         self._shrink(self.limit - sum(t.nbytes for t in tensors_of(inputs)))
         give_up = partial(self.give_up_others, [shapes])
         runner = Runner(with_room(make, give_up), self._reason, self._pool, give_up)
@@ -240,6 +241,6 @@ class Runners:
         return runner
 
     def _shrink(self, limit: int) -> None:
-        """Let go of the least recently used runners, until the others hold no more than so many bytes."""
+        """Drop the least recently used runners until the others hold at most ``limit`` bytes."""
         while self._runners and self.nbytes > limit:
             self._runners.popitem(last=False)

@@ -1,4 +1,4 @@
-"""How many steps of a run are finished, told without waiting for the device."""
+"""Counts the finished steps of a run without waiting for the device."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Callable
 
 import torch
 
-POLL = 0.005  # seconds between looks at a GPU that is at work on the last steps
+POLL = 0.005  # seconds between two checks while a GPU works on the last steps
 
 
 class Progress:
     """Counts the steps that a device has finished.
 
-    A CPU has finished a step when the call returns. A GPU is only told what to do, and the host runs ahead of it: there
-    an event is recorded behind each step, and a step counts once its event has come. The host asks for that, and never
-    waits inside the loop.
+    On a CPU a step is finished when its call returns. On a GPU the host only queues the work and runs ahead. So an
+    event is recorded after each step, and the step counts once its event has completed. The host queries the events and
+    never waits inside the loop.
 
     Args:
-        device: of the steps.
-        tick: called with the number of steps that were finished since the last call.
+        device: where the steps run.
+        tick: called with the number of steps that have finished since the last call.
     """
 
     def __init__(self, device: torch.device, tick: Callable[[int], object]) -> None:
@@ -28,7 +28,7 @@ class Progress:
         self._under_way: deque[torch.cuda.Event] = deque()
 
     def queued(self) -> None:
-        """Another step was given to the device."""
+        """Note that another step was queued on the device."""
         if self._device.type != "cuda":
             self._tick(1)
             return
@@ -38,7 +38,7 @@ class Progress:
         self._look()
 
     def follow(self) -> None:
-        """Goes on counting until all steps are finished, when the host has nothing else to do."""
+        """Keep counting until all steps are finished; called when the host has nothing else to do."""
         while self._under_way:
             self._look()
             if self._under_way:

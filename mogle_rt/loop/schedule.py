@@ -18,8 +18,9 @@ class Schedule:
 
     Attributes:
         sigmas: [S + 1], from 1 (pure noise) down to 0.
-        timesteps: [S], the scheduler's timesteps, 1000 * sigma: what the gate sees.
-        model_timesteps: [S], what the transformer sees: the reference divides by 1000 and multiplies again.
+        timesteps: [S], the scheduler's timesteps, 1000 * sigma, which the gate gets.
+        model_timesteps: [S], the timesteps that the transformer gets. They may differ from ``timesteps`` by rounding,
+            because the reference divides them by 1000 and multiplies again.
     """
 
     sigmas: Tensor
@@ -34,11 +35,11 @@ LEAST_CAPACITY = 8
 
 
 def step_capacity(steps: int) -> int:
-    """For how many steps the tables of a run have room: 8, 16, 32, … the next that suffices.
+    """The number of steps that the tables of a run have room for: the smallest of 8, 16, 32, … that is enough.
 
-    So another number of steps is seldom another shape, and a captured graph serves it. A step's modulations of
-    FLUX.1-dev take 2.1 MB an image in 16 bits: 8 MB of unused room for 28 steps, and never more than as much again as
-    the steps themselves take, from 8 steps on.
+    Rounding up means that a run with another number of steps often has the same shape and reuses a captured graph. One
+    step's modulations of FLUX.1-dev take 2.1 MB per image in 16 bits, so 8 MB are unused for 28 steps. From 8 steps on,
+    the unused part is never larger than the used part.
     """
     capacity = LEAST_CAPACITY
     while capacity < steps:
@@ -47,19 +48,19 @@ def step_capacity(steps: int) -> int:
 
 
 def with_further_rows(rows: Tensor, capacity: int, filler: float = 0.0) -> Tensor:
-    """The rows of a run's steps, [S, …], with further ones up to the capacity, which no step reads."""
+    """The rows of a run's steps, [S, …], padded to ``capacity`` rows. No step reads the padding."""
     room = rows.new_full((capacity, *rows.shape[1:]), filler)
     room[: len(rows)] = rows
     return room
 
 
 class Position:
-    """Where a run stands in its schedule, counted on the host. Steps past its end are an error.
+    """The position of a run in its schedule, counted on the host. Stepping past the end is an error.
 
-    (The device counts too, for graphs to read, but can't report anything.)
+    (The device counts the steps too, because graphs read the number there, but it can't raise errors.)
 
     Args:
-        steps: of the schedule.
+        steps: the number of steps in the schedule.
     """
 
     def __init__(self, steps: int) -> None:
@@ -67,20 +68,20 @@ class Position:
         self._next = 0
 
     def go_to(self, k: int) -> None:
-        """Step k comes next, from 0; the number of steps itself stands for the end.
+        """Make step k the next one. The first step is 0; k may equal the number of steps, which means the end.
 
         Raises:
-            IndexError: the schedule has no such place.
+            IndexError: k is negative or larger than the number of steps.
         """
         if not 0 <= k <= self._steps:
             raise IndexError(f"step must be 0 to {self._steps}, as the schedule has {self._steps} steps, got {k}")
         self._next = k
 
     def next_step(self) -> int:
-        """The number of the step that comes next.
+        """The number of the next step.
 
         Raises:
-            IndexError: all are done.
+            IndexError: all steps are done.
         """
         if self._next >= self._steps:
             raise IndexError(
@@ -91,10 +92,10 @@ class Position:
 
 
 def make_schedule(config: SchedulerConfig, num_inference_steps: int, image_tokens: int) -> Schedule:
-    """FLUX's schedule: linear sigmas shifted by image size, in float64 and then rounded once.
+    """FLUX's schedule: linear sigmas, shifted according to the image size. Computed in float64 and rounded once.
 
-    diffusers' own scheduler shifts (its formulas are used here); only its earlier rounding to float32 is avoided, which
-    would move timesteps, and with them the gate, by a unit in the last place against the reference.
+    The shift uses the formulas of diffusers' scheduler. That scheduler itself rounds to float32 earlier, which would
+    change timesteps, and with them the gate, by one unit in the last place compared with the reference.
 
     Raises:
         InputError: fewer than one step, or an image so large that its shift overflows.

@@ -1,10 +1,10 @@
-"""One denoising step, as a straight line of operations over fixed buffers.
+"""One denoising step, as a fixed sequence of operations over fixed buffers.
 
-The residual stream x is a chain of sublayers, x += gate * f(LayerNorm(x) * scale + shift); each addition is done
-together with the norm of the next sublayer. Everything that a run's shapes decide (views, rows, switches) is worked
-out once, when a `Step` is made. Running it then reads and writes the same memory each time, waits for nothing and
-branches on nothing: it can be captured in a CUDA graph, and one graph serves every step, as the step's number is
-itself in a buffer. (On a CPU, where nothing is captured, a library may bring memory of its own for a product.)
+A chain of sublayers updates the residual stream x: x += gate * f(LayerNorm(x) * scale + shift). Each addition is done
+together with the norm of the next sublayer. Everything that depends on the shapes of a run (views, rows, switches) is
+worked out once, when a `Step` is made. After that, a step reads and writes the same memory each time, never waits and
+has no branches that depend on data. So it can be captured in a CUDA graph, and one graph serves every step, because the
+step's number is in a buffer too. (On a CPU, where nothing is captured, a library may allocate the result of a product.)
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from mogle_rt.ops.contract import Ops
 
 
 class Step:
-    """A step of runs of one shape. Its buffers are filled by `load`; then `advance` does step after step.
+    """A step for runs of one shape. `load` fills its inputs for another run; each call of `advance` runs one step.
 
     Args:
         transformer, mogle: the weights.
-        inputs: of the first run; later ones of the same shapes are copied over them.
-        layout: rows and switches.
+        inputs: the inputs of the first run. Inputs of later runs, of the same shapes, are copied over them.
+        layout: the rows and the switches.
         ops: see `mogle_rt.ops.choice`.
     """
 
@@ -57,10 +57,10 @@ class Step:
         self.tokens, self.last_normed, self.x_text = flat(b.tokens), flat(last.out), b.x[: layout.text]
 
     def load(self, inputs: StepInputs) -> None:
-        """Another run's inputs over the first one's: addresses stay.
+        """Copy another run's inputs over the present ones, so that addresses stay the same.
 
         Raises:
-            ValueError: a shape, dtype or device is another.
+            ValueError: a shape, dtype or device differs.
         """
         pairs = list(zip(tensors_of(self.inputs), tensors_of(inputs), strict=True))
         for mine, other in pairs:
@@ -68,7 +68,7 @@ class Step:
                 raise ValueError(
                     f"step inputs must be {shape_and_place(mine)} as in the first run, got {shape_and_place(other)}"
                 )
-        # Until all is copied, the tables are those of no run: an interrupt in between mustn't leave them to be reused.
+        # An interrupt during the copies must not leave tables that look valid. NaN marks them as belonging to no run.
         self.inputs.modulation_of[0].fill_(torch.nan)
         for mine, other in pairs:
             if mine is not other:
@@ -76,13 +76,13 @@ class Step:
         self.inputs.modulation.fill_condition(self.modulation)
 
     def addresses(self) -> list[int]:
-        """Where everything lies that the step reads or writes, weights aside."""
+        """The addresses of all tensors that the step reads or writes, except the weights."""
         held = (self.inputs, self.modulation, self.time, self.sigma_step, list(vars(self.buffers).values()))
         return [t.data_ptr() for t in tensors_of(held)]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all inputs and buffers, which this step alone holds; weights aside."""
+        """Bytes of all inputs and buffers, which only this step holds. Weights are not counted."""
         own = tensors_of((self.inputs, self.modulation, self.time, self.sigma_step))
         return sum(t.nbytes for t in own) + self.buffers.nbytes
 
@@ -91,7 +91,7 @@ class Step:
         self.buffers.index.fill_(k)
 
     def select(self) -> None:
-        """Fetch what belongs to the step that the index names."""
+        """Copy the table rows of the step that the index names into the buffers."""
         index, inputs = self.buffers.index, self.inputs
         inputs.modulation.select(index, into=self.modulation)
         if inputs.time_table is not None:
@@ -99,11 +99,11 @@ class Step:
         torch.index_select(inputs.sigma_steps, 0, index, out=self.sigma_step)
 
     def condition(self) -> None:
-        """Latents -> condition tokens: gate and mix."""
+        """Compute the condition tokens from the latents, by gate and mixture."""
         self.mogle(self.buffers.latents, self.inputs.mixture, self.time, self.buffers.condition, self.ops)
 
     def velocity(self) -> None:
-        """Latents and condition tokens -> velocity: the transformer."""
+        """Compute the velocity from latents and condition tokens, by the transformer."""
         self.x_text.copy_(self.inputs.text)
         self.embed(self.tokens)
         self.first_norm()
@@ -113,7 +113,7 @@ class Step:
         self.project_out(self.last_normed)
 
     def advance(self) -> None:
-        """One step of the loop: x + (σ' - σ) v, and on to the next index."""
+        """Run one step of the loop, x + (σ' - σ) v, and increase the index."""
         self.select()
         self.condition()
         self.velocity()

@@ -1,4 +1,4 @@
-"""A step's sublayers, as links of a chain over fixed buffers."""
+"""The sublayers of a step, as links of a chain over fixed buffers."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class Sublayer(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """From the norm's output to the addition's input."""
+        """Compute the input of the addition from the output of the norm."""
 
     def joined(self, following: NormArguments) -> Prepared:
-        """Adds the result to the residual stream; then the norm of the next link, in the same pass where rows agree."""
+        """Prepare the addition to the residual stream and the next link's norm, in one pass if their rows agree."""
         a, n = self.addition, following
         if a.x is n.x and a.bounds == n.bounds:
             return self.ops.residual_norm_modulate(
@@ -79,12 +79,12 @@ class Sublayer(ABC):
 
 
 def heads(x: Tensor, batch: int, parts: int, size: int) -> Tensor:
-    """[l * B, P * H * d] -> [l, B, P, H, d], of heads of ``size`` d."""
+    """[l * B, P * H * d] -> [l, B, P, H, d], where d is ``size``, the width of a head."""
     return x.view(-1, batch, parts, x.shape[1] // parts // size, size)
 
 
 class DoubleAttention(Sublayer):
-    """Attention of a double block: q, k and v of text and of the rest, one attention, an output layer each."""
+    """Attention of a double block: text and the rest have their own qkv and output layers and are attended jointly."""
 
     def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
         self.ops, self.layout = ops, layout
@@ -99,7 +99,7 @@ class DoubleAttention(Sublayer):
         self.project_qkv = Product(block.qkv, b.qkv[T:], rest)
         qkv = heads(flat(b.qkv), b.x.shape[1], 3, block.norm_qk.shape[-1])
         self.norm_rope = ops.qk_norm_rope(qkv, block.norm_qk, (T, layout.total), rope)
-        attended = first_columns(b.normed, layout.total, D)  # free once q, k and v are there
+        attended = first_columns(b.normed, layout.total, D)  # this memory is free once q, k and v are computed
         q, k, v = qkv.unbind(2)
         self.attend = ops.joint_attention(q, k, v, layout.condition_from, b.plan, b.scores, attended)
         self.context_out = Product(block.context_out, y[:T], text)
@@ -118,7 +118,7 @@ class DoubleAttention(Sublayer):
             self._share_condition()
 
     def _share_condition(self) -> None:
-        """The condition's gated output goes to the image too."""
+        """Add the condition's gated output to the image rows too."""
         a, c = self.addition, self.layout.condition_from
         y = a.y[c:, :, : a.x.shape[-1]]
         if a.lora_up is not None:
@@ -127,7 +127,7 @@ class DoubleAttention(Sublayer):
 
 
 class DoubleMlp(Sublayer):
-    """MLPs of a double block: text's and the rest's."""
+    """The two MLPs of a double block: one for text, one for the rest."""
 
     def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, layout: Layout, ops: Ops) -> None:
         self.ops = ops
@@ -149,25 +149,26 @@ class DoubleMlp(Sublayer):
 
 
 class SingleOut:
-    """The output layer of a single block: of attention and MLP, side by side.
+    """The output layer of a single block, whose input is attention and MLP side by side.
 
-    On a CPU both lie in one buffer, for one product, which oneDNN takes. Elsewhere the MLP has a buffer of its own, as
-    cuBLAS does GELU in its epilogue only where no gaps are left between the rows, and two products add up.
+    On a CPU both lie in one buffer, so that oneDNN computes one product. On other devices the MLP has its own buffer,
+    because cuBLAS computes GELU in its epilogue only if there are no gaps between the rows, and two products are added.
 
     Args:
-        rows: positions whose output is wanted.
-        y: its place. streams: of these positions.
+        rows: the positions whose output is needed.
+        y: where the output is written.
+        streams: the streams of these positions.
 
     Attributes:
-        attention: [l, B, D], where attention may go.
-        hidden: [l, B, 4 D], where the MLP's activations go.
+        attention: [l, B, D], where attention may write its result.
+        hidden: [l, B, 4 D], where the MLP writes its activations.
     """
 
     def __init__(self, block: SingleBlock, b: Buffers, rows: slice, y: Tensor, streams: Streams) -> None:
         D, self.in_one_product = b.x.shape[-1], b.beside is not None
         if b.beside is None:
             self.hidden = b.hidden[rows]
-            self.attention = first_columns(b.normed, len(self.hidden), D)  # free once q, k and v are there
+            self.attention = first_columns(b.normed, len(self.hidden), D)  # free once q, k and v are computed
             self.inputs = flat(self.hidden)
             self.out = Product(block.out, y, streams, split=(D, 4 * D))
         else:
@@ -213,7 +214,7 @@ class Single(Sublayer):
 
 
 class LastSingle(Sublayer):
-    """The last single block, whose output is wanted in image rows: it needs their q and MLP only, and every k and v."""
+    """The last single block. Only its image rows are needed, so q and MLP are computed for these, k and v for all."""
 
     def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
         self.ops = ops
@@ -234,7 +235,7 @@ class LastSingle(Sublayer):
         self.norm_rope_q = ops.qk_norm_rope(q_heads, block.norm_qk[:, :1], (layout.image,), rope[image])
         self.norm_rope_k = ops.qk_norm_rope(kv_heads, block.norm_qk[:, 1:], (layout.total,), rope)
         self.out = SingleOut(block, b, image, y, image_stream)
-        # Image queries belong to "the rest" whatever is switched: the condition's own queries are simply absent.
+        # Image queries belong to "the rest" under every switch. The condition's own queries are left out.
         q, (k, v) = q_heads[:, :, 0], kv_heads.unbind(2)
         self.attend = ops.joint_attention(q, k, v, layout.condition_from, b.plan, b.scores, self.out.attention)
         self.project_mlp = Product(
