@@ -1,1 +1,1 @@
-"""One weight matrix, and how its product is made: weight formats, low-rank branches beside them, layers of both."""
+"""Linear layers: the formats of a weight matrix, low-rank branches beside it, and the products of both."""

@@ -1,7 +1,7 @@
-"""What a weight format is: how one weight matrix is stored in a bundle, held in memory, and multiplied.
+"""The interface of a weight format: how one weight matrix is read from a bundle, held in memory, and multiplied.
 
-A new format is a subclass of `WeightFormat` in a file of its own and a row in `mogle_rt.linear.formats.FORMATS`.
-Layers, the model and the step know formats through this interface only.
+To add a format, write a subclass of `WeightFormat` in a file of its own and add a row to
+`mogle_rt.linear.formats.FORMATS`. Layers, the model and the step use formats only through this interface.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from torch import Tensor
 
 from mogle_rt.bundle.source import TensorSource
 
-Multiply = Callable[..., Tensor]  # inputs [rows, …], side by side -> [rows, columns]; in every step the same tensors
+# Takes inputs [rows, …] that stand side by side, and returns [rows, columns]. Every step passes the same tensors.
+Multiply = Callable[..., Tensor]
 
 
 class Place(enum.Enum):
-    """Where a layer stands in a block. It decides where a low-rank branch may ride along."""
+    """The place of a layer in a block. It decides whether a low-rank branch can use extra columns of the product."""
 
     ALONE = "alone"
-    AFTER_NORM = "after norm"  # the norm that writes its input can write x A into further columns of it
-    BEFORE_RESIDUAL = "before residual"  # the addition that reads its output can add (x A) B, x A in further columns
+    AFTER_NORM = "after norm"  # the norm that writes the layer's input can write x A into extra columns of it
+    BEFORE_RESIDUAL = "before residual"  # the addition that reads the output can add (x A) B; x A is in extra columns
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """The stored layers that one runtime layer is made of, stacked along the output dimension.
+    """The stored layers that make up one runtime layer, stacked along the output dimension.
 
     Attributes:
         source: where they are read from.
-        names: of the stored layers, in full, without what follows ("weight", "bias", …).
-        device, dtype: where products are computed, and the dtype of their activations.
+        names: full names of the stored layers, without the last part ("weight", "bias", …).
+        device, dtype: the device on which products are computed, and the dtype of the activations.
     """
 
     source: TensorSource
@@ -50,14 +51,14 @@ class StoredLayer:
         return sum(shape[0] for shape in shapes), shapes[0][1]
 
     def load(self, kind: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The stacked tensors of a kind, as "weight"; in ``dtype``, by default that of the activations.
+        """The stacked tensors of one kind, such as "weight", in ``dtype`` (by default that of the activations).
 
-        Where nothing needs to be copied, the result is a view of the file and must not be written to.
+        If nothing needs to be copied, the result is a view of the file and must not be written to.
         """
         return self.source.load(self._tensors(kind), self.device, dtype or self.dtype)
 
     def release(self, kind: str) -> None:
-        """The tensors of a kind need not stay in memory: their contents are held elsewhere, or no longer needed."""
+        """Allow the memory of one kind's tensors to be freed: they are held elsewhere or no longer needed."""
         self.source.release(self._tensors(kind))
 
     def _tensors(self, kind: str) -> list[str]:
@@ -66,11 +67,11 @@ class StoredLayer:
 
 @dataclass(frozen=True)
 class Further:
-    """Columns and rows by which a weight [out, in] is extended, so that a low-rank branch rides along in its product.
+    """Extra columns and rows of a weight [out, in], so that a low-rank branch is computed in the same product.
 
     Attributes:
-        columns: [out, R], multiplied with R further columns of the input; None if there are none.
-        rows: [R, in], which make R further columns of the output; None if there are none.
+        columns: [out, R], multiplied with R extra columns of the input; None if there are none.
+        rows: [R, in], which produce R extra columns of the output; None if there are none.
     """
 
     columns: Tensor | None = None
@@ -81,9 +82,9 @@ class WeightFormat(ABC):
     """One weight matrix in one format.
 
     Attributes:
-        name: of the format.
-        shape: (out, in) of the product, with what was `Further`.
-        dtype: of the activations.
+        name: the name of the format.
+        shape: (out, in) of the product, including the extra rows and columns of `Further`.
+        dtype: the dtype of the activations.
     """
 
     name: ClassVar[str]
@@ -92,55 +93,55 @@ class WeightFormat(ABC):
 
     @classmethod
     def takes(cls, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether the format serves a weight (out, in) on this device, with activations of this dtype.
+        """Whether the format can hold a weight (out, in) on this device, with activations of this dtype.
 
-        What it doesn't take, as a weight too small to be worth it, is held in the plain format.
+        Other weights, such as those too small to benefit, are held in the plain format.
         """
         return True
 
     @classmethod
     def rides(cls, place: Place, rank: int, *, fused: bool) -> bool:
-        """Whether a branch of this rank rides along in further columns: of the input after a norm, of the output before
-        a residual. Otherwise it is two products of its own, added in place.
+        """Whether a branch of this rank is computed in extra columns: of the input after a norm, of the output before a
+        residual. Otherwise the branch is two separate products, added in place.
 
         Args:
-            fused: norms make further columns, and residuals use them, in the same pass over memory.
+            fused: norms write the extra columns, and residuals use them, in the same pass over memory.
         """
         return fused and rank > 0 and place is not Place.ALONE
 
     @classmethod
     @abstractmethod
     def load(cls, stored: StoredLayer, further: Further, parts: tuple[slice, ...]) -> WeightFormat:
-        """Read a weight and lay it out.
+        """Read a weight and bring it into this format.
 
         Args:
-            stored: where it is.
-            further: what extends it.
-            parts: columns of the output, those of every product that will be asked for; together they are all.
+            stored: where the weight is stored.
+            further: the rows and columns to add to it.
+            parts: for each product that will be requested, its columns of the output. Together they cover all columns.
         """
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
-        """All that is held."""
+        """All tensors that the weight holds."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes held; of a view of a file, the file's."""
+        """Bytes held. A view of a file counts with the bytes in the file."""
         return sum(t.nbytes for t in self.tensors())
 
     @abstractmethod
     def product(
         self, out: Tensor, bias: Tensor, *, columns: slice, widths: tuple[int, ...], gelu: bool
     ) -> tuple[Multiply, bool]:
-        """x Wᵀ + bias for rows of one shape, prepared once and called in every step.
+        """Prepare x Wᵀ + bias for inputs of one shape. The product is prepared once and called in every step.
 
         Args:
-            out: [rows, columns], where the result may go. It may lie elsewhere, where a library brings its own memory.
+            out: [rows, columns], where the result may be written. A library may instead allocate its own result.
             bias: [columns].
-            columns: of the output; one of ``parts`` as given to `load`.
-            widths: of the inputs that stand side by side; their sum is ``shape[1]``.
-            gelu: the result is to go through GELU (tanh form), if that is no pass of its own.
+            columns: which columns of the output to compute; one of the ``parts`` given to `load`.
+            widths: widths of the inputs that stand side by side; their sum is ``shape[1]``.
+            gelu: apply GELU (tanh form) if the product can include it without a separate pass.
 
         Returns:
-            The product, and whether GELU is done within it.
+            The product, and whether it includes GELU.
         """

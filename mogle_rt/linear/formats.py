@@ -1,4 +1,4 @@
-"""The table of weight formats. A new format is one more row; a test or a plug-in may add one at run time."""
+"""The table of weight formats. A new format is one more row; tests and plug-ins may add rows at run time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def format_named(name: str) -> type[WeightFormat]:
     """The format of this name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such format.
     """
     if name not in FORMATS:
         raise ConfigError(f"the weight format must be one of {', '.join(FORMATS)}, got {name!r}")

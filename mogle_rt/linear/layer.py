@@ -1,9 +1,10 @@
 """A linear layer: a weight in some format, a bias, and low-rank branches beside the weight.
 
-One product with the weight serves all rows. A branch adds x A B to rows of some streams, in one of two ways. It may
-ride along with the product, in further columns of its input or of its output, which costs no pass of its own where a
-fused kernel makes or uses these columns anyway; the weight was extended for it when it was loaded. Or it is two small
-products over its own rows, added in place: so do all branches but one, also those that are added later.
+One product with the weight serves all rows. A branch adds x A B to the rows of some streams, in one of two ways. Either
+it is computed in extra columns of the product's input or output: the weight is extended for it when it is loaded, and
+if fused kernels write or use these columns, the branch needs no separate pass over memory. Or it is two small products
+over its own rows, added in place. At most one branch uses extra columns; all others, including those that are added
+later, are added in place.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from mogle_rt.ops.gelu import gelu
 
 
 class Linear:
-    """y = x Wᵀ + b for every row, and + x A B for the rows of each branch.
+    """y = x Wᵀ + b for every row, plus x A B for the rows of each branch.
 
     Args:
-        weight: W, extended if a branch rides along.
+        weight: W, extended if a branch uses extra columns.
         bias: [out_columns].
-        branches: those that are added in place.
-        before: the branch that rides in the input's further columns. after: the one that rides in the output's.
+        branches: the branches that are added in place.
+        before: the branch computed in extra columns of the input, or None. after: the same for the output.
     """
 
     def __init__(
@@ -53,14 +54,15 @@ class Linear:
         padding: int = 0,
         parts: tuple[slice, ...] = (slice(None),),
     ) -> Linear:
-        """Read a layer; its weight is laid out in its format at once.
+        """Read a layer and bring its weight into the format right away.
 
         Args:
-            stored: where its weight and bias are.
-            branches: the first rides along where the format says so, see `WeightFormat.rides`.
+            stored: where its weight and bias are stored.
+            branches: the first is computed in extra columns if `WeightFormat.rides` says so.
             place, fused: see `WeightFormat.rides`.
-            padding: so many further columns of y are zeros: where another layer's output has so many more, and both lie
-                in one buffer, cuBLAS adds the bias in its epilogue only if no gaps are left between the rows.
+            padding: the number of extra output columns that are filled with zeros. It is needed if another layer's
+                output has that many extra columns and shares the buffer: cuBLAS adds the bias in its epilogue only if
+                there are no gaps between the rows.
             parts: see `WeightFormat.load`.
         """
         before = after = None
@@ -80,12 +82,12 @@ class Linear:
 
     @property
     def in_columns(self) -> int:
-        """Columns of the input, with a riding branch's."""
+        """The number of input columns, including a branch's extra columns."""
         return self.weight.shape[1]
 
     @property
     def out_columns(self) -> int:
-        """Columns of the output, with a riding branch's."""
+        """The number of output columns, including extra columns."""
         return self.weight.shape[0]
 
     @property
@@ -96,28 +98,32 @@ class Linear:
         return self.weight.nbytes + self.bias.nbytes + low_rank
 
     def before_it(self, streams: Streams) -> tuple[Tensor | None, int]:
-        """A, for whoever makes the input's further columns, and the first position that gets them; or (None, 0).
+        """A, to compute the extra input columns, and the first position that needs them.
+
+        Returns (None, 0) if there are no extra input columns.
 
         Args:
-            streams: of all rows of the input.
+            streams: the streams of all rows of the input.
         """
         return (None, 0) if self.before is None else (self.before.down, self.before.tail_from(streams))
 
     def after_it(self, streams: Streams) -> tuple[Tensor | None, int]:
-        """B, for whoever uses the output's further columns, and the first position that has them; or (None, 0).
+        """B, to use the extra output columns, and the first position that it applies to.
+
+        Returns (None, 0) if no branch uses extra output columns.
 
         Args:
-            streams: of all rows of the output.
+            streams: the streams of all rows of the output.
         """
         return (None, 0) if self.after is None else (self.after.up, self.after.tail_from(streams))
 
 
 class _Added:
-    """A branch that is added in place, on rows of one shape.
+    """A branch that is added in place, for inputs of one shape.
 
     Args:
-        rows: those that it acts on. downs: A, for each input its part. up: B, [R, columns].
-        out: where the result usually lies; views of it are made once.
+        rows: the rows that it acts on. downs: A, split into one part for each input. up: B, [R, columns].
+        out: where the result usually is; views of it are made once.
     """
 
     def __init__(self, rows: list[slice], downs: list[Tensor], up: Tensor, out: Tensor) -> None:
@@ -137,16 +143,16 @@ class _Added:
 
 
 class Product:
-    """A layer on rows of one shape, into a buffer. What shapes decide (which views, which rows) is worked out once.
+    """A layer for inputs of one shape, with its output buffer. Everything that depends on shapes is prepared once.
 
     Args:
-        layer: weights and branches, as they are now.
+        layer: its weight and branches are taken as they are now.
         out: [l, B, out_columns or fewer].
-        streams: of the l positions.
-        columns: of the layer's output, those that are wanted (not where a branch rides in the output).
-        split: widths of the inputs that stand side by side; by default there is one.
-        gelu_scratch: the result goes through GELU (tanh form), for which this room, of out's shape, may be used.
-        stays: the result is wanted in ``out``. Otherwise it may lie elsewhere, where a library brings its own memory.
+        streams: the streams of the l positions.
+        columns: which columns of the layer's output to compute: all of them if a branch uses extra output columns.
+        split: widths of the inputs that stand side by side; by default there is one input.
+        gelu_scratch: if given, GELU (tanh form) is applied to the result, with this scratch memory of out's shape.
+        stays: the result must be in ``out``. If False, it may be in memory that a library allocated.
     """
 
     def __init__(
@@ -168,7 +174,7 @@ class Product:
                 rows = [slice(span.start * batch, span.stop * batch) for span in spans]
                 downs = list(branch.down.split(split)) if split else [branch.down]
                 self._added.append(_Added(rows, downs, branch.up[:, columns], self._out))
-        # Columns of the input without those of a branch that rides there.
+        # The number of input columns without the extra ones of a branch.
         self._narrowed = None if layer.before is None else len(layer.before.down)
         self._multiply: Multiply
         self._multiply, gelu_done = layer.weight.product(
@@ -181,7 +187,7 @@ class Product:
         self._scratch = None if gelu_scratch is None or gelu_done else flat(gelu_scratch)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """inputs: [l * B, …]. Returns [l * B, columns]: ``out``, if it stays there, else that or memory of its own."""
+        """inputs: [l * B, …]. Returns [l * B, columns]: ``out``, or possibly other memory if ``stays`` is False."""
         y = self._multiply(*inputs)
         if self._stays and self._scratch is None and y is not self._out:
             y = self._out.copy_(y)

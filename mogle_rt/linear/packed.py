@@ -1,4 +1,4 @@
-"""The packed format: float32 weights laid out as oneDNN reads them, for CPUs."""
+"""The packed format for CPUs: float32 weights in oneDNN's own layout."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import Tensor
 from mogle_rt.linear import onednn
 from mogle_rt.linear.contract import Further, Multiply, Place, StoredLayer, WeightFormat
 
-# All rows pay for the columns of a branch that rides along; beyond this rank, adding it in place costs less. (At rank 16
-# of 256 columns, products, branch and GELU together took 7 to 15 % less time riding; of 3072 columns, 0.7 %.)
+# All rows, not only the branch's own, pay for extra columns. Beyond this rank, adding a branch in place is cheaper. (At
+# rank 16, products, branch and GELU together took 7 to 15 % less time with extra columns if the weight had 256 columns,
+# and 0.7 % less if it had 3072.)
 MOST_PACKED_RANK = 32
 
 
 class PackedWeight(WeightFormat):
-    """A weight [out, in], in as many packed matrices as there are parts. No plain copy of it is kept.
+    """A weight [out, in], held as one packed matrix for each part. No plain copy of it is kept.
 
-    Branches after a norm ride along up to a rank of `MOST_PACKED_RANK`, whether or not the norm is fused: GELU is then
-    done within the product.
+    Branches after a norm use extra columns up to a rank of `MOST_PACKED_RANK`, even if the norm is not fused, because
+    GELU can then be part of the product.
     """
 
     name = "packed"
@@ -29,7 +30,7 @@ class PackedWeight(WeightFormat):
 
     @classmethod
     def takes(cls, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> bool:
-        """Large float32 weights on a CPU."""
+        """Whether this is a large float32 weight on a CPU."""
         return onednn.packs(shape, device, dtype)
 
     @classmethod
@@ -40,7 +41,7 @@ class PackedWeight(WeightFormat):
 
     @classmethod
     def load(cls, stored: StoredLayer, further: Further, parts: tuple[slice, ...]) -> PackedWeight:
-        """See `WeightFormat.load`. The file's pages are given back after each part."""
+        """See `WeightFormat.load`. The file's pages are released after each part."""
         plain = stored.load("weight")
         if further.rows is not None:
             plain = torch.cat([plain, further.rows])
@@ -66,9 +67,9 @@ class PackedWeight(WeightFormat):
 
 
 def _widened(weight: Tensor, columns: Tensor | None) -> Tensor:
-    """The weight and further columns side by side, in memory that goes back to the system at once.
+    """The weight and the extra columns side by side, in memory that returns to the system as soon as it is freed.
 
-    (C's allocator may keep for later what it is given back.)
+    (C's allocator may keep freed memory for later.)
     """
     if columns is None:
         return weight

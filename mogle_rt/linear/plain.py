@@ -1,4 +1,4 @@
-"""The plain format: a matrix of numbers in the activations' dtype, on a CPU a view of the file where that is possible."""
+"""The plain format: a matrix in the activations' dtype. On a CPU it is a view of the file if possible."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PlainWeight(WeightFormat):
 
     @classmethod
     def load(cls, stored: StoredLayer, further: Further, parts: tuple[slice, ...]) -> PlainWeight:
-        """See `WeightFormat.load`. Any part can be asked for."""
+        """See `WeightFormat.load`. Products of any columns can be requested."""
         matrix = stored.load("weight")
         if further.columns is not None:
             matrix = torch.cat([matrix, further.columns], dim=1)
@@ -43,11 +43,11 @@ class PlainWeight(WeightFormat):
 def dense_product(
     weight: Tensor, out: Tensor, bias: Tensor, widths: tuple[int, ...], *, gelu: bool
 ) -> tuple[Multiply, bool]:
-    """`WeightFormat.product` for a weight [columns, in] that PyTorch multiplies as it is; also for other formats' use."""
+    """`WeightFormat.product` for a weight [columns, in] that PyTorch multiplies as it is. Other formats may use it."""
     if len(widths) == 1 and onednn.serves(weight, len(out)):
         return onednn.prepared(weight, bias, gelu=gelu), gelu
     first_weight, *other_weights = [w.t() for w in weight.split(widths, dim=1)]
-    # cuBLAS does GELU in its epilogue; with several inputs, the sum is complete only after the last of them.
+    # cuBLAS computes GELU in its epilogue, but with several inputs the sum is complete only after the last one.
     within = gelu and not other_weights and out.device.type in ("cuda", "meta")
 
     def multiply(first: Tensor, *others: Tensor) -> Tensor:

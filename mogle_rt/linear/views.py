@@ -1,4 +1,4 @@
-"""Views of buffers without gaps between their rows."""
+"""Views of buffers that have no gaps between their rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def empty_parameter(*shape: int) -> nn.Parameter:
-    """A frozen parameter that is loaded later, without memory until then."""
+    """A frozen parameter that is loaded later and takes no memory until then."""
     return nn.Parameter(torch.empty(*shape, device="meta"), requires_grad=False)
 
 
@@ -17,6 +17,6 @@ def flat(x: Tensor) -> Tensor:
 
 
 def first_columns(buffer: Tensor, length: int, columns: int) -> Tensor:
-    """Room for [length, B, columns] at the beginning of a contiguous buffer [L, B, D], without gaps."""
+    """A contiguous view [length, B, columns] of the beginning of a contiguous buffer [L, B, D]."""
     batch = buffer.shape[1]
     return buffer.view(-1)[: length * batch * columns].view(length, batch, columns)
