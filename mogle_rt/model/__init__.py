@@ -1,1 +1,1 @@
-"""The weights as modules."""
+"""The weights as modules: transformer, mixture of experts, modulation."""

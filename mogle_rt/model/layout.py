@@ -1,4 +1,4 @@
-"""The layout of a run's rows: which are text, image and condition, and what follows from the switches."""
+"""The layout of a run's rows: which of them are text, image and condition, and how the switches group them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from mogle_rt.ops.attention import Visibility
 
 @dataclass(frozen=True)
 class Layout:
-    """Row counts of a run and what follows from the switches.
+    """The row counts and switches of a run.
 
     Attributes:
-        text, image, condition: rows T, N and N (or 0 without a condition).
-        visibility: who attends to whom.
-        add_cond_attn: the condition's gated attention output is added to the image rows.
+        text, image, condition: the numbers of rows, T, N and N (or 0 without a condition).
+        visibility: which tokens attend to which.
+        add_cond_attn: whether the condition's gated attention output is added to the image rows.
     """
 
     text: int
@@ -26,45 +26,45 @@ class Layout:
 
     @property
     def condition_from(self) -> int:
-        """First condition row of the joint sequence."""
+        """The first condition row of the joint sequence."""
         return self.text + self.image
 
     @property
     def total(self) -> int:
-        """Rows of the joint sequence."""
+        """The number of rows of the joint sequence."""
         return self.text + self.image + self.condition
 
     @property
     def image_rows(self) -> slice:
-        """Image rows of the joint sequence."""
+        """The image rows of the joint sequence."""
         return slice(self.text, self.condition_from)
 
     @property
     def double_bounds(self) -> tuple[int, ...]:
-        """Ends of the row groups that share a modulation in double blocks: text, image, condition."""
+        """The ends of the row groups that share a modulation in double blocks: text, image, condition."""
         return (self.text, self.condition_from) + ((self.total,) if self.condition else ())
 
     @property
     def single_bounds(self) -> tuple[int, ...]:
-        """The same in single blocks: text and image, condition."""
+        """The ends of these row groups in single blocks: text with image, condition."""
         return (self.condition_from,) + ((self.total,) if self.condition else ())
 
     @property
     def streams(self) -> Streams:
-        """All rows of the joint sequence, by their names."""
+        """All streams of the joint sequence, each with its number of rows."""
         return self.text_stream + self.streams_after_text
 
     @property
     def text_stream(self) -> Streams:
-        """The text's rows alone."""
+        """The text stream alone."""
         return (("text", self.text),)
 
     @property
     def image_stream(self) -> Streams:
-        """The image's rows alone."""
+        """The image stream alone."""
         return (("image", self.image),)
 
     @property
     def streams_after_text(self) -> Streams:
-        """The rows that share their weights in double blocks."""
+        """The streams that share weights in double blocks: image and condition."""
         return (*self.image_stream, ("condition", self.condition))

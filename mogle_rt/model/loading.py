@@ -1,4 +1,4 @@
-"""From a bundle to the runtime's layers: stacked ones made of the stored ones, each weight in its format at once."""
+"""Loads a bundle into the runtime's layers: stored layers are stacked, and each weight gets its format right away."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mogle_rt.model.transformer import (
 
 @dataclass(frozen=True)
 class LazyWeights:
-    """Single tensors of a bundle, read when they are asked for; see `mogle_rt.model.modulation.WeightReader`."""
+    """Reads single tensors of a bundle on demand; see `mogle_rt.model.modulation.WeightReader`."""
 
     source: TensorSource
     device: torch.device
@@ -45,7 +45,7 @@ class LazyWeights:
 
 
 def assign(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put ``value`` in the place of a parameter of the same shape."""
+    """Replace the parameter ``name`` of a module by ``value``, which has the same shape."""
     owner = module.get_submodule(name.rpartition(".")[0])
     leaf = name.rpartition(".")[2]
     expected = getattr(owner, leaf).shape
@@ -55,10 +55,10 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Planned:
-    """A layer that is going to be loaded: what it is made of, and what `Linear.load` is to be told."""
+    """A layer to be loaded: the stored layers that it is made of, and the arguments for `Linear.load`."""
 
     stored: StoredLayer
-    rank: int  # of the stored LoRA, 0 if there is none
+    rank: int  # the rank of the stored LoRA, 0 if there is none
     streams: frozenset[str]
     weight_format: type[WeightFormat]
     place: Place
@@ -87,10 +87,11 @@ def load_transformer(
 
     Args:
         source: the bundle.
-        device, dtype: where and in what to compute.
-        weight_format: the blocks' layers are held in this format where it takes them, else in the plain one.
-        fused: the step's norms and residuals make and use further columns in the same pass, see `WeightFormat.rides`.
-        latent_lora: the LoRA acts on the image's rows too, and on the text's where they are one sequence with them.
+        device, dtype: the device and dtype of the computation.
+        weight_format: the format of the blocks' layers. Layers that it can't hold are held in the plain format.
+        fused: norms write the extra columns, and residuals use them, in the same pass, see `WeightFormat.rides`.
+        latent_lora: the LoRA acts on the image rows too, and on the text rows in blocks where text and image are one
+            sequence.
 
     Raises:
         ConfigError: there is no such format.
@@ -123,7 +124,8 @@ def load_transformer(
                 plan = replace(plan, padding=padded_rank(beside.rank))
         plans[name] = plan
 
-    # The largest first: while a weight is laid out it may be there twice, which counts most at the end.
+    # The largest weights are loaded first. A weight may be in memory twice while it is brought into its format, which
+    # matters most at the end, when all others are loaded.
     loaded: dict[str, Linear] = {}
     for name, plan in sorted(plans.items(), key=lambda item: -item[1].numel):
         loaded[name] = Linear.load(
@@ -169,12 +171,12 @@ def load_transformer(
 def load_lora(stored: StoredLayer, streams: frozenset[str]) -> LowRankBranch:
     """The LoRA of stored layers that are stacked into one: A side by side [in, R], B block-diagonal [R, out].
 
-    Both lie transposed, as [R, in] and [out, R], as files hold them (and are views of the file where nothing needs
-    stacking): MKL takes a fifth of the time for a handful of columns that lie so.
+    In memory both are transposed, [R, in] and [out, R], as in files (and are views of the file if nothing needs
+    stacking). MKL multiplies matrices of few columns in a fifth of the time in this layout.
 
     Args:
-        stored: the layers that it belongs to.
-        streams: those that it acts on.
+        stored: the layers that the LoRA belongs to.
+        streams: the streams that it acts on.
     """
     layers = [name.partition(".")[2] for name in stored.names]
     downs, ups = (
@@ -186,7 +188,7 @@ def load_lora(stored: StoredLayer, streams: frozenset[str]) -> LowRankBranch:
 
 
 def load_context_embedder(source: TensorSource, device: torch.device, dtype: torch.dtype) -> nn.Linear:
-    """The layer that embeds prompts; it is used once a run, before the loop."""
+    """The layer that embeds prompts. It is used once per run, before the loop."""
     weight, bias = (source.load([f"transformer.context_embedder.{kind}"], device, dtype) for kind in ("weight", "bias"))
     layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
     assign(layer, "weight", weight)
@@ -197,7 +199,7 @@ def load_context_embedder(source: TensorSource, device: torch.device, dtype: tor
 def load_mogle(
     source: TensorSource, device: torch.device, dtype: torch.dtype, *, weight_is_scale: bool
 ) -> MixtureOfExperts:
-    """Experts and gate of a source."""
+    """The experts and the gate of a bundle."""
     config = source.config.mogle
     model = MixtureOfExperts(config, weight_is_scale=weight_is_scale)
     if config.has_expert:

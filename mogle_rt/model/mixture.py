@@ -1,9 +1,9 @@
-"""The mixture: one global and 19 region experts, weighed for each step and place by a gate (paper: MoGLE).
+"""The mixture of one global and 19 region experts, weighted for each step and token by a gate (paper: MoGLE).
 
-The experts see only the mask, so their outputs, the *bank*, can be computed once an image; a step is left with the
-gate and the weighted sum. Or they are computed anew in every step, from the distinct pictures alone, in the same
-launch as the gate and the sum (*fused*): where images share pictures, these are fewer bytes than a bank has. Tokens
-are sequence-major, [N, B, …], see `mogle_rt.ops.choice`.
+The experts see only the mask, so their outputs, the *bank*, can be computed once per image. A step then computes only
+the gate and the weighted sum. Alternatively (*fused*), the outputs are computed again in every step, in the same launch
+as the gate and the sum. This reads only the distinct pictures, which are fewer bytes than the bank if images share
+pictures. Tokens are sequence-major, [N, B, …], see `mogle_rt.ops.torch_ops`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ MIXTURES = ("bank", "fused")
 
 
 class Bank(NamedTuple):
-    """What the gate knows of the masks before the first step.
+    """Everything about the masks that a step needs if the experts run before the first step.
 
     Attributes:
-        outputs: [N, B, 20, 64], every expert's output; or, where no gate weighs them, their sum [N, B, 1, 64].
+        outputs: [N, B, 20, 64], the output of every expert; without a gate, their sum [N, B, 1, 64].
         gate_input: [N, B, 64], global mask latents plus the noise projection's bias; None without a gate.
     """
 
@@ -42,13 +42,13 @@ class Bank(NamedTuple):
 
 @dataclass(frozen=True)
 class Regions:
-    """What the experts see.
+    """The inputs of the experts.
 
     Attributes:
         planes: [P, N, 64], packed latents of pictures; those that the index doesn't name are never read.
-        index: int32 [B, 20], the plane that an expert sees, or -1: the picture that most of them share (the black one
-            of all absent classes).
-        absent: [N, 20, 64], every expert's output for that picture.
+        index: int32 [B, 20], the plane that each expert sees. -1 stands for the picture that most of them share (the
+            black picture of all absent classes).
+        absent: [N, 20, 64], the output of every expert for that shared picture.
     """
 
     planes: Tensor
@@ -57,10 +57,10 @@ class Regions:
 
 
 class Fused(NamedTuple):
-    """What experts and gate know of the masks before the first step, where both run in every step.
+    """Everything about the masks that a step needs if both experts and gate run in every step.
 
     Attributes:
-        regions: what the experts see. gate_input: as of `Bank`.
+        regions: the inputs of the experts. gate_input: as in `Bank`.
     """
 
     regions: Regions
@@ -68,11 +68,11 @@ class Fused(NamedTuple):
 
 
 class MixtureOfExperts(nn.Module):
-    """Experts and gate.
+    """The experts and the gate.
 
     Args:
-        config: sizes and ablation.
-        weight_is_scale: average the gate's weights over the tokens.
+        config: the sizes, and which parts the model has.
+        weight_is_scale: whether to average the gate's weights over the tokens.
     """
 
     def __init__(self, config: MogleConfig, *, weight_is_scale: bool = False) -> None:
@@ -94,10 +94,10 @@ class MixtureOfExperts(nn.Module):
             self.gate_out = nn.Linear(G, NUM_EXPERTS, device="meta")
 
     def check_mixture(self, mixture: str | None) -> None:
-        """Whether the mixture can be computed as asked: "bank", "fused", or None for whichever serves.
+        """Check that this model can compute the mixture as requested: "bank", "fused", or None for either.
 
         Raises:
-            ConfigError: it can't.
+            ConfigError: the value is unknown, or the model can't compute it so.
         """
         if mixture is not None and mixture not in MIXTURES:
             raise ConfigError(f"mixture must be one of {', '.join(map(repr, MIXTURES))}, got {mixture!r}")
@@ -118,24 +118,26 @@ class MixtureOfExperts(nn.Module):
         return Gate(latents, gate_input, time, self.noise_proj.weight, *layers)
 
     def prepare(self, masks: MaskPlanes, ops: Ops, mixture: str | None, steps: int) -> Bank | Fused:
-        """Once an image. Nothing of the result is the caller's memory, and shapes depend on B and N alone.
+        """Compute what no step changes; called once per image.
+
+        The result shares no memory with the arguments, and its shapes depend only on B and N.
 
         Args:
-            masks: the distinct pictures, and which expert sees which.
+            masks: the distinct pictures, and which expert sees which of them.
             ops: see `mogle_rt.ops.choice`.
-            mixture: "bank" or "fused"; None takes what `Ops.cheaper_mixture` says.
-            steps: of the run.
+            mixture: "bank" or "fused"; None chooses by `Ops.cheaper_mixture`.
+            steps: the number of steps in the run.
         """
         if not self.config.has_expert:
             return self._bank(masks.stacked().permute(2, 0, 1, 3).contiguous(), masks)
         regions, index = self._regions(masks, ops)
         if mixture is None and self._can_fuse:
             tokens = masks.seen_by(0).transpose(0, 1)
-            gate = self._gate(tokens, tokens, self.noise_proj.bias)  # of the right shapes; the choice reads no values
+            gate = self._gate(tokens, tokens, self.noise_proj.bias)  # only shapes matter; the choice reads no values
             mixture = ops.cheaper_mixture(gate, self._experts(replace(regions, index=index)), steps)
         if mixture != "fused":
             return self._bank(ops.region_experts(self._experts(regions)), masks)
-        # There is room for as many planes as a batch can have: another mask's number of them is no other shape.
+        # The tensor has room for as many planes as a batch can have, so its shape is the same for all masks.
         room = regions.planes.new_zeros(masks.index.size, *regions.planes.shape[1:])
         room[: len(regions.planes)] = regions.planes
         return Fused(replace(regions, planes=room, absent=regions.absent.clone()), self._gate_input(masks))
@@ -149,32 +151,32 @@ class MixtureOfExperts(nn.Module):
         return (masks.seen_by(0).transpose(0, 1) + self.noise_proj.bias).contiguous()
 
     def _regions(self, masks: MaskPlanes, ops: Ops) -> tuple[Regions, Tensor]:
-        """Which experts see what, and the index on the CPU."""
+        """The inputs of the experts, and a copy of their index on the CPU."""
         planes, numbers = masks.planes, masks.index.reshape(-1).tolist()
         shared, sharing = Counter(numbers).most_common(1)[0]
         if sharing > 1:
             absent = self._absent_outputs(planes[shared], ops)
             numbers = [-1 if number == shared else number for number in numbers]
-        else:  # no expert reads these rows
+        else:  # the index holds no -1, so these zeros are never read
             absent = planes.new_zeros(planes.shape[1], NUM_EXPERTS, planes.shape[2])
         index = torch.tensor(numbers, dtype=torch.int32, device="cpu").view(masks.index.shape)
         return Regions(planes, index.to(planes.device), absent), index
 
     def _absent_outputs(self, picture: Tensor, ops: Ops) -> Tensor:
-        """Every expert's output for the shared picture; the last one's are kept, as black is the same for all masks of
-        a size."""
+        """The output of every expert for the shared picture. The last result is kept, because the black picture is the
+        same for all masks of one size."""
         if self._absent is None or not _same_bits(self._absent[0], picture):
             self._absent = picture.clone(), self._outputs_of(picture, ops)
         return self._absent[1]
 
     def _outputs_of(self, picture: Tensor, ops: Ops) -> Tensor:
-        """Every expert's output for one picture: [N, 64] -> [N, 20, 64]."""
+        """The output of every expert for one picture: [N, 64] -> [N, 20, 64]."""
         index = torch.zeros(1, NUM_EXPERTS, dtype=torch.int32, device=picture.device)
         unread = picture.new_zeros(len(picture), NUM_EXPERTS, picture.shape[-1])
         return ops.region_experts(self._experts(Regions(picture[None], index, unread)))[:, 0]
 
     def time_table(self, timesteps: Tensor) -> Tensor | None:
-        """The gate's time embedding of every step: [S] scheduler timesteps (0…1000) -> [S, 64]; None without a gate."""
+        """The gate's time embeddings of all steps: [S] scheduler timesteps (0…1000) -> [S, 64]. None without a gate."""
         if not self.config.has_gating:
             return None
         sinusoid = get_timestep_embedding(
@@ -184,13 +186,13 @@ class MixtureOfExperts(nn.Module):
         return self.time_out(F.silu(hidden))
 
     def forward(self, latents: Tensor, known: Bank | Fused, time: Tensor | None, out: Tensor, ops: Ops) -> None:
-        """Condition tokens of one step.
+        """Compute the condition tokens of one step.
 
         Args:
             latents: [N, B, 64], packed noisy latents.
-            known: see `prepare`.
-            time: [1, 64], this step's row of `time_table`.
-            out: [N, B, 64].
+            known: the result of `prepare`.
+            time: [1, 64], this step's row of `time_table`; None without a gate.
+            out: [N, B, 64], where the tokens are written.
             ops: see `mogle_rt.ops.choice`.
         """
         if known.gate_input is None or time is None:
@@ -206,7 +208,7 @@ class MixtureOfExperts(nn.Module):
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two pictures are equal bit by bit. Meta and fake tensors have no contents, and count as different."""
+    """Whether two pictures are equal bit by bit. Meta and fake tensors have no values and count as different."""
     if not has_values(b) or (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
         return False
     return torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))

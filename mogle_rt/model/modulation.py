@@ -1,8 +1,8 @@
-"""AdaLN modulations of the whole schedule, before the loop (REFERENCE: norm1, norm1_context, norm, norm_out).
+"""AdaLN modulations of all steps, computed before the loop (REFERENCE: norm1, norm1_context, norm, norm_out).
 
-All timesteps are known beforehand, so each modulation layer is one matrix product over (step, image). Its weight is
-read, used and let go: a quarter of the model's weights never has to stay in memory. The condition's modulations belong
-to timestep 0 and are constant.
+All timesteps are known in advance, so each modulation layer is one matrix product over (step, image). Its weight is
+read, used and released, so that a quarter of the model's weights need not stay in memory. The condition's modulations
+belong to timestep 0 and are constant.
 """
 
 from __future__ import annotations
@@ -21,30 +21,33 @@ from mogle_rt.config import TransformerConfig
 
 
 class WeightReader(Protocol):
-    """Tensors by their full bundle names, on the device and in the dtype of the run."""
+    """Reads tensors by their full names in the bundle, on the device and in the dtype of the run."""
 
     def __call__(self, name: str) -> Tensor: ...
 
     def release(self, name: str) -> None:
-        """It needn't stay in memory."""
+        """Allow the memory of this tensor to be freed."""
 
 
-# What styles add to the output of a layer, see `mogle_rt.model.styles.Styles.change`.
+# (layer, input) -> what styles add to the layer's output, or None; see `mogle_rt.model.styles.Styles.change`.
 Change = Callable[[str, Tensor], Tensor | None]
 
 
 def no_change(layer: str, x: Tensor) -> None:
-    """There are no styles."""
+    """The `Change` without styles: nothing is added."""
 
 
 @dataclass(frozen=True)
 class StepModulation:
-    """Modulations of one step, as rows for groups of the sequence (see `mogle_rt.ops.choice`). Scales have their 1 added.
+    """Modulations of one step, one row for each group of the sequence (see `mogle_rt.ops.torch_ops`).
+
+    Scales include the 1: they are 1 + scale.
 
     Attributes:
-        double: [L, 6, G, B, D], for each double block shift, scale, gate of attention, then of the MLP; groups are
-            text, image and, if there is one, condition.
-        single: [L, 3, G, B, D]; groups are text with image, and condition.
+        double: [L, 6, G, B, D], for each double block shift, scale and gate of attention, then of the MLP. The groups
+            are text, image and, if there is one, condition.
+        single: [L, 3, G, B, D], shift, scale and gate of each single block. The groups are text with image, and, if
+            there is one, condition.
         out: [2, 1, B, D], scale and shift of the last norm.
     """
 
@@ -55,7 +58,7 @@ class StepModulation:
 
 @dataclass(frozen=True)
 class ModulationTables:
-    """Modulations of all steps; the condition's, which are constant, once. S is the capacity for steps."""
+    """Modulations of all steps. The condition's are constant and held once. S is the capacity for steps."""
 
     double: Tensor  # [S, L, 6, 2, B, D], text and image rows of double blocks
     single: Tensor  # [S, L, 3, 1, B, D], text and image rows of single blocks
@@ -64,7 +67,7 @@ class ModulationTables:
     condition_single: Tensor | None  # [L, 3, 1, B, D]
 
     def buffers(self) -> StepModulation:
-        """Room for one step's, with the condition's rows, which no step changes, filled in."""
+        """Buffers for the modulations of one step. The condition's rows, which no step changes, are filled in."""
 
         def with_condition(table: Tensor, condition: Tensor | None) -> Tensor:
             blocks, chunks, groups, batch, width = table.shape[1:]
@@ -79,13 +82,13 @@ class ModulationTables:
         return buffers
 
     def fill_condition(self, into: StepModulation) -> None:
-        """Write the condition's rows."""
+        """Write the condition's rows into the buffers of a step."""
         for condition, buffer in ((self.condition_double, into.double), (self.condition_single, into.single)):
             if condition is not None:
                 buffer[:, :, -1:] = condition
 
     def select(self, step: Tensor, into: StepModulation) -> None:
-        """Write a step's rows. step: int64 [1] on the device."""
+        """Write the rows of a step into its buffers. step: int64 [1] on the device."""
         for table, buffer in ((self.double, into.double), (self.single, into.single), (self.out, into.out)):
             if table.numel():
                 rows = buffer[:, :, : table.shape[3]] if buffer.dim() == 5 else buffer
@@ -117,8 +120,8 @@ def time_embedding(
     """temb = MLP(t) + MLP(guidance) + MLP(pooled).
 
     Args:
-        timesteps: [S], in the transformer's scale 0…1000.
-        guidance: [B], guidance_scale times 1000, or None for models without it.
+        timesteps: [S], on the transformer's scale 0…1000.
+        guidance: [B], guidance_scale times 1000, or None for models without guidance.
         pooled: [B, P], CLIP's pooled prompt embeddings.
         change: what styles add to the layers' outputs.
 
@@ -142,20 +145,22 @@ def modulation_tables(
     capacity: int | None = None,
     change: Change = no_change,
 ) -> ModulationTables:
-    """Every modulation of a run, layer by layer.
+    """Compute all modulations of a run, layer by layer.
 
     Args:
         temb: [S, B, D], see `time_embedding`.
         condition_temb: [B, D], the same for timestep 0; None without a condition.
-        weights: reads a tensor of the bundle; it is let go after its layer.
-        latent_lora: the branch LoRA acts on the image's (and in single blocks the text's) modulation too.
-        capacity: for how many steps the tables have room, at least S; the further rows hold nothing. None: S.
-        change: what styles add to the layers' outputs, in the steps' rows; the condition's stay as they are.
+        weights: reads a tensor of the bundle, which is released after its layer.
+        latent_lora: the condition branch's LoRA acts on the modulation of the image (in single blocks, of text and
+            image) too.
+        capacity: the number of steps that the tables have room for, at least S; None means S. Rows from S on are not
+            set.
+        change: what styles add to the layers' outputs. It applies to the steps' rows, not to the condition's.
     """
     steps, batch, width = temb.shape
     capacity = steps if capacity is None else capacity
     rows = F.silu(temb).reshape(steps * batch, width)
-    # The condition's rows stand below those of the steps: a weight is read once for both.
+    # The condition's rows follow those of the steps, so that each weight is read once for both.
     all_rows = rows if condition_temb is None else torch.cat([rows, F.silu(condition_temb)])
 
     def table(count: int, chunks: int, groups: int, *leading: int) -> Tensor:
@@ -193,5 +198,5 @@ def modulation_tables(
     for t in (double, single, condition_double, condition_single):
         if t is not None:
             t[..., 1::3, :, :, :] += 1  # scale -> 1 + scale
-    out[:, 0] += 1  # here the scale stands first
+    out[:, 0] += 1  # here the scale comes first
     return ModulationTables(double, single, out, condition_double, condition_single)

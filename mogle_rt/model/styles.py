@@ -1,10 +1,9 @@
-"""LoRAs as styles on top of the model: they act on the rows that plain FLUX has, text and image, never on the condition's.
+"""LoRAs as styles on top of the model. They act on the rows that plain FLUX has, text and image, not on the condition.
 
-A style is never merged into a weight. In a step it is one more low-rank branch of each layer that it adapts, in which
-all active adapters stand beside one another: A stacked, B block by block. The branch's tensors have room for ranks up to
-a capacity, and stay where they are while adapters of the same capacity are exchanged, so that a captured graph goes on
-working: only the numbers in them change. Layers that are used once a run (modulations and embedders) take the adapters
-as they are.
+A style is never merged into a weight. In a step, each adapted layer has one more low-rank branch, which holds all
+active adapters next to one another. Its tensors have room for ranks up to a capacity. If adapters are exchanged and the
+capacities stay the same, only the values in these tensors change and not their addresses, so a captured graph can still
+be used. Layers that are used once per run (modulations and embedders) apply each adapter separately.
 """
 
 from __future__ import annotations
@@ -28,24 +27,24 @@ from mogle_rt.linear.layer import Linear
 from mogle_rt.model.transformer import Transformer
 
 SMALLEST_CAPACITY = 8
-MOST_RANK = 1024  # of all active adapters together, in any one layer
+MOST_RANK = 1024  # the limit on the sum of all active adapters' ranks in one layer
 STREAMS = frozenset({"text", "image"})
 
-Shape = tuple[tuple[str, int], ...]  # the stored layers that the steps' branches belong to, each with its capacity
+Shape = tuple[tuple[str, int], ...]  # the stored layers that have a branch in the steps, each with its capacity
 
 
 def capacity_for(rank: int) -> int:
-    """The room that a rank gets: 0, 8, 16, 32, 64 and so on, doubling."""
+    """The capacity for a rank: the smallest of 0, 8, 16, 32, 64, … (doubling) that is enough."""
     return 0 if rank == 0 else max(SMALLEST_CAPACITY, 1 << (rank - 1).bit_length())
 
 
 @dataclass
 class StyledTransformer(Transformer):
-    """The model's own weights, with a style's branch beside each layer that is adapted.
+    """The model's own weights, with a branch for styles beside each adapted layer.
 
     Attributes:
-        branches: the style's, by the runtime layer.
-        version: of the styles that the branches hold, see `Styles.version`; -1 before they hold any.
+        branches: the branches for styles, by name of the runtime layer.
+        version: the `Styles.version` that the branches hold; -1 before they are filled.
     """
 
     branches: dict[str, LowRankBranch] = field(default_factory=dict)
@@ -53,14 +52,14 @@ class StyledTransformer(Transformer):
 
 
 class Styles:
-    """The adapters that are loaded, and which of them act, how strongly.
+    """The loaded adapters, which of them are active, and with what weights.
 
     Args:
-        config: of the transformer.
+        config: the transformer's config.
 
     Attributes:
-        version: 0 while no adapter acts, otherwise a number that no other state of the styles had.
-        shape: which layers of the steps have a branch, of which capacity; () if none has.
+        version: 0 while no adapter acts, otherwise a number that is different for every state of the styles.
+        shape: the layers of the steps that have a branch, with its capacity; () if there are none.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -84,17 +83,17 @@ class Styles:
 
     @property
     def active(self) -> dict[str, float]:
-        """The active adapters with their weights."""
+        """The active adapters and their weights."""
         return dict(self._active)
 
     def load(self, name: str, branches: Mapping[str, LowRank], weight: float = 1.0) -> None:
-        """Add an adapter, which acts from the next run on, beside those that are active already.
+        """Add an adapter. It acts from the next run on, together with those that are already active.
 
         Args:
-            branches: by stored layer, see `mogle_rt.conversion.lora.read_adapter`.
+            branches: the low-rank branches by stored layer, see `mogle_rt.conversion.lora.read_adapter`.
 
         Raises:
-            InputError: the name is taken, the weight is no finite number, or the ranks add up to more than `MOST_RANK`.
+            InputError: the name is taken, the weight is not finite, or the ranks add up to more than `MOST_RANK`.
         """
         if name in self._adapters:
             raise InputError(f"adapter {name!r} is loaded already; unload it first, or give this one another name")
@@ -103,11 +102,11 @@ class Styles:
         self._adapters = adapters
 
     def activate(self, names: Sequence[str], weights: Sequence[float]) -> None:
-        """Let these adapters act, with these weights, and no others.
+        """Activate these adapters with these weights, and deactivate all others.
 
         Raises:
-            InputError: a name is unknown or there twice, a weight is no finite number, or the ranks add up to more than
-                `MOST_RANK`.
+            InputError: a name is unknown or given twice, the numbers of names and weights differ, a weight is not
+                finite, or the ranks in a layer add up to more than `MOST_RANK`.
         """
         self._check_known(names)
         if len(set(names)) != len(names):
@@ -117,7 +116,7 @@ class Styles:
         self._activate(dict(zip(names, map(_weight, weights), strict=True)), self._adapters)
 
     def remove(self, names: Sequence[str]) -> None:
-        """Forget these adapters.
+        """Remove these adapters.
 
         Raises:
             InputError: a name is unknown.
@@ -153,20 +152,20 @@ class Styles:
         self.shape = tuple((layer, capacity_for(ranks[layer])) for layer in in_steps if layer in ranks)
 
     def _of(self, layer: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """A [R, in] and B [out, R] of each adapter that acts on a stored layer; B with the adapter's weight."""
+        """A [R, in] and B [out, R] of each adapter that acts on a stored layer. B is times the adapter's weight."""
         for name, weight in self._active.items():
             branch = self._adapters[name].get(layer)
             if branch is not None and weight:
                 yield branch.down, branch.up.to(torch.float32) * weight
 
     def change(self, layer: str, x: Tensor) -> Tensor | None:
-        """What the active adapters add to the output of a stored layer that is used once a run; None for nothing.
+        """What the active adapters add to the output of a stored layer that is used once per run.
 
         Args:
-            layer: as "norm_out.linear". x: its input [..., in].
+            layer: its name, such as "norm_out.linear". x: its input [..., in].
 
         Returns:
-            [..., out] in x's dtype.
+            [..., out] in the dtype of x, or None if no adapter acts on the layer.
         """
         total: Tensor | None = None
         for down, up in self._of(layer):
@@ -175,7 +174,7 @@ class Styles:
         return total
 
     def acts_within(self, prefix: str) -> bool:
-        """Whether an active adapter acts on a stored layer whose name begins so."""
+        """Whether an active adapter acts on a stored layer whose name begins with ``prefix``."""
         return any(
             layer.startswith(prefix)
             for name, weight in self._active.items()
@@ -183,9 +182,9 @@ class Styles:
         )
 
     def beside(self, transformer: Transformer) -> Transformer:
-        """The transformer with branches of the present shape, to be filled by `fill`; itself where there are none.
+        """The transformer with branches of the present `shape`, which `fill` fills. Without branches, ``transformer``.
 
-        As long as anything holds the result, the same one is returned for the same shape.
+        As long as the result is referenced somewhere, the same object is returned for the same shape.
         """
         if not self.shape:
             return transformer
@@ -204,7 +203,7 @@ class Styles:
             if not rank:
                 return layer
             inner = layer.in_columns - (0 if layer.before is None else layer.before.rank)
-            # Both lie transposed, as the model's own LoRA does, see `mogle_rt.model.loading.load_lora`.
+            # In memory both are transposed, like the model's own LoRA, see `mogle_rt.model.loading.load_lora`.
             up = like.new_zeros(sum(self._rows[source] for source in sources), rank)
             branches[name] = LowRankBranch(like.new_zeros(rank, inner).t(), up.t(), STREAMS)
             return Linear(
@@ -225,7 +224,7 @@ class Styles:
         )
 
     def fill(self, transformer: Transformer) -> None:
-        """Write the active adapters into a transformer's branches, which `beside` made for the present shape."""
+        """Write the active adapters into the branches of a transformer that `beside` made for the present shape."""
         if not isinstance(transformer, StyledTransformer) or transformer.version == self.version:
             return
         capacities = dict(self.shape)

@@ -1,9 +1,9 @@
-"""FLUX with a condition branch: its weights, block by block, and what each layer is made of (REFERENCE: the transformer).
+"""The weights of FLUX with a condition branch, block by block (REFERENCE: the transformer).
 
-Rows lie in the order [text, image, condition] of one sequence. In double blocks text has weights of its own, image and
-condition share theirs; in single blocks all three do. The condition's rows are always the last, so the branch LoRA
-acts on a tail of the rows, and one product with the base weights serves every stream. What is done with these
-weights in a step, see `mogle_rt.loop.step`; how they are read, `mogle_rt.model.loading`.
+The rows of one sequence are in the order [text, image, condition]. In double blocks, text has its own weights, and
+image and condition share theirs; in single blocks all three share them. The condition's rows are always the last, so
+the branch's LoRA acts on the last rows, and one product with the base weights serves every stream.
+`mogle_rt.model.loading` reads these weights, and `mogle_rt.loop.step` uses them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mogle_rt.linear.layer import Linear
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a single block's ``qkv_mlp`` are what."""
+    """The columns of the parts of a single block's ``qkv_mlp`` output."""
 
     q: slice
     kv: slice
@@ -29,17 +29,17 @@ class Columns:
 
     @classmethod
     def of(cls, config: TransformerConfig) -> Columns:
-        """Those of a model."""
+        """The columns for a model of this config."""
         D, M = config.width, MLP_RATIO * config.width
         return cls(q=slice(0, D), kv=slice(D, 3 * D), qkv=slice(0, 3 * D), mlp=slice(3 * D, 3 * D + M))
 
 
 @dataclass
 class DoubleBlock:
-    """Text apart, image and condition together; joint attention; an MLP each.
+    """A block with joint attention, and separate layers for text (``context_*``) and for image and condition.
 
     Attributes:
-        norm_qk: [2, 2, d], RMSNorm weights of text and of the rest; of q and of k.
+        norm_qk: [2, 2, d], RMSNorm weights: first index text or the rest, second index q or k.
     """
 
     norm_qk: Tensor
@@ -55,12 +55,12 @@ class DoubleBlock:
 
 @dataclass
 class SingleBlock:
-    """All streams in one sequence; attention and MLP side by side.
+    """A block in which all streams share the layers, and attention and MLP are computed side by side.
 
     Attributes:
         norm_qk: [1, 2, d], RMSNorm weights of q and of k.
-        columns: of ``qkv_mlp``'s output.
-        last: whether it is the last block, which needs q of fewer rows than k and v.
+        columns: the columns of the parts of ``qkv_mlp``'s output.
+        last: whether it is the last block, which needs q for fewer rows than k and v.
     """
 
     norm_qk: Tensor
@@ -72,7 +72,7 @@ class SingleBlock:
 
 @dataclass
 class Transformer:
-    """All weights of the stack that a step needs. (The modulation's it does not, see `mogle_rt.model.modulation`.)"""
+    """All of the transformer's weights that a step needs. (`mogle_rt.model.modulation` reads those of modulation.)"""
 
     config: TransformerConfig
     x_embedder: Linear
@@ -81,7 +81,7 @@ class Transformer:
     proj_out: Linear
 
     def layers(self) -> Iterator[tuple[str, Linear]]:
-        """Every layer with its name, such as "blocks.0.qkv"."""
+        """All layers, each with its name, such as "blocks.0.qkv"."""
         yield "x_embedder", self.x_embedder
         for stack, blocks in (("blocks", self.blocks), ("single_blocks", self.single_blocks)):
             for i, block in enumerate(blocks):
@@ -92,35 +92,35 @@ class Transformer:
 
     @property
     def most_before(self) -> int:
-        """The most further columns of any layer's input."""
+        """The largest number of extra input columns of any layer."""
         return max((layer.before.rank for _, layer in self.layers() if layer.before is not None), default=0)
 
     @property
     def most_after(self) -> int:
-        """The most further columns of any layer's output."""
+        """The largest number of extra output columns of any layer."""
         return max((layer.after.rank for _, layer in self.layers() if layer.after is not None), default=0)
 
     def bytes_by_format(self) -> dict[str, int]:
-        """Bytes that layers hold, by the format of their weights."""
+        """The bytes that layers hold, by the format of their weights."""
         held: dict[str, int] = {}
         for _, layer in self.layers():
             held[layer.weight.name] = held.get(layer.weight.name, 0) + layer.nbytes
         return held
 
 
-# Where the layers of a block stand; others stand alone.
+# The places of layers in a block. All other layers are `Place.ALONE`.
 PLACES = {
     "qkv": Place.AFTER_NORM,
     "qkv_mlp": Place.AFTER_NORM,
     "out": Place.BEFORE_RESIDUAL,
     "ff_out": Place.BEFORE_RESIDUAL,
 }
-# Layers whose output lies in one buffer with another layer's, and has as many columns.
+# Layers that share an output buffer with another layer, and so have the same number of output columns.
 AS_WIDE_AS = {"context_out": "out", "context_ff_out": "ff_out"}
 
 
 def parts_of(layer: str, config: TransformerConfig, *, last: bool) -> tuple[slice, ...]:
-    """The columns of a layer that products ask for, see `WeightFormat.load`. last: of the last single block."""
+    """The columns that a layer's products need, see `WeightFormat.load`. last: for the last single block."""
     if layer != "qkv_mlp":
         return (slice(None),)
     columns = Columns.of(config)
