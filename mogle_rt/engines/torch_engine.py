@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from mogle_rt.loop.graphs import Runner, Runners, with_room
 from mogle_rt.loop.schedule import Position, Schedule, step_capacity, with_further_rows
 from mogle_rt.loop.step import Step
 from mogle_rt.memory.formats import choose_format
+from mogle_rt.memory.streaming import make_ring
 from mogle_rt.model.layout import Layout
 from mogle_rt.model.loading import LazyWeights, load_context_embedder, load_mogle, load_transformer
 from mogle_rt.model.mixture import Bank, Fused
@@ -46,6 +47,7 @@ class TorchEngine:
             sum; None takes for each run what costs less, see `mogle_rt.ops.triton_ops.cheaper_mixture`.
         weights: the format of the blocks' weights, one of `mogle_rt.linear.formats.FORMATS`; None chooses by the device
             and the machine's memory, see `mogle_rt.memory.formats.choose_format`.
+        streamed: places of the sublayers whose weights are streamed, see `stream_sublayers`.
 
     Raises:
         ConfigError: the kernels can't be had or don't take so wide a model, the mixture can't be fused, or there is no
@@ -66,6 +68,7 @@ class TorchEngine:
         cuda_graphs: bool = True,
         mixture: str | None = None,
         weights: str | None = None,
+        streamed: Sequence[int] = (),
     ) -> None:
         self.ops = choose(kernels, device)
         self.ops.check_model(bundle.config.transformer, bundle.config.mogle)
@@ -82,6 +85,7 @@ class TorchEngine:
         self._runners = Runners(device, cuda_graphs, limit=KEPT_BYTES if device.type == "cuda" else 0)
         self._runner: Runner | None = None
         self._position = Position(0)
+        self._streamed = tuple(streamed)
         if device.type != "cpu":
             self._transformer = self._load_transformer()
 
@@ -101,7 +105,23 @@ class TorchEngine:
             weight_format=self._format,
             fused=self.ops.RIDING,
             latent_lora=self.model.latent_lora,
+            stream=lambda sublayers: make_ring(sublayers, self._streamed, self.device),
         )
+
+    def stream_sublayers(self, places: Sequence[int]) -> None:
+        """Keep all weights in memory but those of some sublayers, which are read anew in each step.
+
+        The result is the same to the bit. What was loaded before is let go, and loaded again when it is needed.
+
+        Args:
+            places: of the sublayers among all, see `mogle_rt.model.transformer.sublayers`, ascending.
+        """
+        if tuple(places) == self._streamed:
+            return
+        self._streamed = tuple(places)
+        self._runner = self._transformer = None
+        self._runners.clear()
+        self.styles.forget_layers()
 
     @property
     def weight_formats(self) -> str:
@@ -109,7 +129,10 @@ class TorchEngine:
         if self._transformer is None:
             return "not loaded"
         held = sorted(self._transformer.bytes_by_format().items(), key=lambda item: -item[1])
-        return ", ".join(f"{name} {_size(number)}" for name, number in held)
+        told = [f"{name} {_size(number)}" for name, number in held]
+        if (stream := self._transformer.stream) is not None:
+            told.append(f"{len(stream.numbers)} sublayers streamed through {_size(stream.nbytes)}")
+        return ", ".join(told)
 
     @settled()
     @torch.inference_mode()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mogle_rt.bundle.source import TensorSource
 
+CPU = torch.device("cpu")
 # Takes inputs [rows, …] that stand side by side, and returns [rows, columns]. Every step passes the same tensors.
 Multiply = Callable[..., Tensor]
 
@@ -57,6 +58,22 @@ class StoredLayer:
         """
         return self.source.load(self._tensors(kind), self.device, dtype or self.dtype)
 
+    def copy_into(self, into: Tensor, kind: str = "weight") -> None:
+        """Copy the stacked tensors of a kind into memory of the CPU, converted to its dtype.
+
+        The pages of each tensor in the file are given back once it is copied, so that no more than one of the stored
+        tensors is in memory beside ``into``.
+
+        Args:
+            into: [out, in].
+        """
+        row = 0
+        for name in self._tensors(kind):
+            info = self.source.tensors[name]
+            into[row : row + info.shape[0]].copy_(self.source.load([name], CPU, info.dtype))
+            self.source.release([name])
+            row += info.shape[0]
+
     def release(self, kind: str) -> None:
         """Allow the memory of one kind's tensors to be freed: they are held elsewhere or no longer needed."""
         self.source.release(self._tensors(kind))
@@ -83,11 +100,14 @@ class WeightFormat(ABC):
 
     Attributes:
         name: the name of the format.
+        streamable: whether weights can take turns in one place of memory. If so, the format has `slot_layout`,
+            `fill_slot` and `in_slot`.
         shape: (out, in) of the product, including the extra rows and columns of `Further`.
         dtype: the dtype of the activations.
     """
 
     name: ClassVar[str]
+    streamable: ClassVar[bool] = False
     shape: tuple[int, int]
     dtype: torch.dtype
 
@@ -145,3 +165,33 @@ class WeightFormat(ABC):
         Returns:
             The product, and whether it includes GELU.
         """
+
+    @classmethod
+    def slot_layout(cls, shape: tuple[int, int], dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of the tensors that hold a streamed weight, each contiguous.
+
+        Args:
+            shape: (out, in) of the product, with what is `Further`.
+            dtype: of the activations.
+        """
+        raise NotImplementedError(f"weights in the format {cls.name} can't be streamed")
+
+    @classmethod
+    def fill_slot(cls, stored: StoredLayer, further: Further, into: Sequence[Tensor]) -> None:
+        """Read a weight into tensors of `slot_layout` on the CPU. A thread of its own calls it, step after step.
+
+        Args:
+            stored, further: see `load`; ``further`` is on the CPU.
+        """
+        raise NotImplementedError(f"weights in the format {cls.name} can't be streamed")
+
+    @classmethod
+    def in_slot(cls, tensors: Sequence[Tensor]) -> WeightFormat:
+        """A weight whose products use what these tensors hold at the time of each call.
+
+        Its products must give the same bytes as those of a weight made by `load`.
+
+        Args:
+            tensors: of `slot_layout`, on the device of the products.
+        """
+        raise NotImplementedError(f"weights in the format {cls.name} can't be streamed")

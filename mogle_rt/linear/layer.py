@@ -9,7 +9,7 @@ later, are added in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from mogle_rt.linear.branches import LowRankBranch, Streams
 from mogle_rt.linear.contract import Further, Multiply, Place, StoredLayer, WeightFormat
 from mogle_rt.linear.views import flat
 from mogle_rt.ops.gelu import gelu
+
+
+Hold = Callable[[StoredLayer, Further], WeightFormat]
 
 
 class Linear:
@@ -53,6 +56,7 @@ class Linear:
         fused: bool = False,
         padding: int = 0,
         parts: tuple[slice, ...] = (slice(None),),
+        hold: Hold | None = None,
     ) -> Linear:
         """Read a layer and bring its weight into the format right away.
 
@@ -64,6 +68,7 @@ class Linear:
                 output has that many extra columns and shares the buffer: cuBLAS adds the bias in its epilogue only if
                 there are no gaps between the rows.
             parts: see `WeightFormat.load`.
+            hold: makes the weight instead of ``weight_format``, for a weight that is streamed.
         """
         before = after = None
         if branches and weight_format.rides(place, branches[0].rank, fused=fused):
@@ -77,7 +82,8 @@ class Linear:
             rows = bias.new_zeros(padding, stored.shape[1])
         if rows is not None:
             bias = torch.cat([bias, bias.new_zeros(len(rows))])
-        weight = weight_format.load(stored, Further(columns, rows), parts)
+        further = Further(columns, rows)
+        weight = weight_format.load(stored, further, parts) if hold is None else hold(stored, further)
         return cls(weight, bias, branches, before=before, after=after)
 
     @property

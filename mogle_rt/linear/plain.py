@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ class PlainWeight(WeightFormat):
     """A weight [out, in] as it is stored, or converted to the activations' dtype."""
 
     name = "plain"
+    streamable = True
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix, self.dtype = matrix, matrix.dtype
@@ -28,6 +31,27 @@ class PlainWeight(WeightFormat):
         if further.rows is not None:
             matrix = torch.cat([matrix, further.rows])
         return cls(matrix)
+
+    @classmethod
+    def slot_layout(cls, shape: tuple[int, int], dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """See `WeightFormat.slot_layout`: the matrix."""
+        return [(shape, dtype)]
+
+    @classmethod
+    def fill_slot(cls, stored: StoredLayer, further: Further, into: Sequence[Tensor]) -> None:
+        """See `WeightFormat.fill_slot`."""
+        (matrix,) = into
+        out, inner = stored.shape
+        stored.copy_into(matrix[:out, :inner])
+        if further.columns is not None:
+            matrix[:out, inner:] = further.columns
+        if further.rows is not None:
+            matrix[out:, :inner] = further.rows
+
+    @classmethod
+    def in_slot(cls, tensors: Sequence[Tensor]) -> PlainWeight:
+        """See `WeightFormat.in_slot`."""
+        return cls(tensors[0])
 
     def tensors(self) -> list[Tensor]:
         """The matrix."""

@@ -97,7 +97,7 @@ class Runner:
         self._pool, self._give_up = pool, give_up
         self.execution = GRAPH if reason is None else f"eager: {reason}"
         self._addresses: list[int] | None = None  # those at the first start
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: list[torch.cuda.CUDAGraph] = []  # one for each section of the step, once they are captured
         self._device = step.buffers.latents.device
 
     def start(self, latents: Tensor, k: int) -> None:
@@ -116,12 +116,14 @@ class Runner:
     def advance(self) -> None:
         """Run one step."""
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
-            if self.execution == GRAPH and self._graph is None:
+            if self.execution == GRAPH and not self._graphs:
                 self._capture()
-            if self._graph is None:
+            if not self._graphs:
                 self.step.advance()
-            else:
-                self._graph.replay()
+                return
+            for section, graph in zip(self.step.sections, self._graphs, strict=True):
+                with self.step.weights_of(section):
+                    graph.replay()
 
     def _capture(self) -> None:
         """Warm up, capture, and restore what the warm-up changed. If the capture fails, warn and run eagerly.
@@ -143,36 +145,39 @@ class Runner:
             # The capture is inside this block too, because a failed capture leaves its stream current.
             with torch.cuda.stream(pool.stream):
                 with_room(warm_up, self._give_up)
-                self._graph = self._captured(pool)
+                self._graphs = self._captured(pool)
         finally:
             outer.wait_stream(pool.stream)
             for t, before in zip(changing, saved, strict=True):
                 t.copy_(before)
 
-    def _captured(self, pool: Pool) -> torch.cuda.CUDAGraph | None:
-        """The step's graph, or None if the driver or an operation of the step does not allow the capture."""
+    def _captured(self, pool: Pool) -> list[torch.cuda.CUDAGraph]:
+        """The step's graphs, or none if the driver or an operation of the step does not allow the capture."""
         made = self._recorded(pool)
         if isinstance(made, torch.OutOfMemoryError) and self._give_up():
             del made  # the error's traceback holds tensors
             made = self._recorded(pool)
-        if isinstance(made, torch.cuda.CUDAGraph):
+        if isinstance(made, list):
             return made
         first_line = " ".join(str(made).split("\n", 1)[0].split())
         self.execution = f"eager: capturing the step failed: {first_line}"
         logger.warning("steps run one by one, which is slower: %s", self.execution)
-        return None
+        return []
 
-    def _recorded(self, pool: Pool) -> torch.cuda.CUDAGraph | BaseException:
-        """The step's graph, or the error that broke its capture."""
-        graph = torch.cuda.CUDAGraph()
+    def _recorded(self, pool: Pool) -> list[torch.cuda.CUDAGraph] | BaseException:
+        """The graphs of the step's sections, in order, or the error that broke their capture."""
+        graphs = []
         try:
-            # "thread_local" lets other threads use the GPU during the capture.
-            with torch.cuda.graph(graph, pool.handle, pool.stream, capture_error_mode="thread_local"):
-                self.step.advance()
+            for section in self.step.sections:
+                graph = torch.cuda.CUDAGraph()
+                # "thread_local" lets other threads use the GPU during the capture.
+                with torch.cuda.graph(graph, pool.handle, pool.stream, capture_error_mode="thread_local"):
+                    section.run()
+                graphs.append(graph)
         except RuntimeError as error:  # PyTorch and the driver raise subclasses of it
             pool.renew()
             return error.__context__ or error  # the first error is the cause; ending the capture raised the second
-        return graph
+        return graphs
 
 
 class Runners:

@@ -9,6 +9,10 @@ step's number is in a buffer too. (On a CPU, where nothing is captured, a librar
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
 import torch
 
 from mogle_rt.linear.layer import Product
@@ -19,6 +23,23 @@ from mogle_rt.model.layout import Layout
 from mogle_rt.model.mixture import MixtureOfExperts
 from mogle_rt.model.transformer import Transformer
 from mogle_rt.ops.contract import Ops
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a step that needs the weights of at most one streamed sublayer.
+
+    Attributes:
+        operations: in order. streamed: the number of the streamed sublayer, which is the first of the section; or None.
+    """
+
+    operations: list[Callable[[], object]]
+    streamed: int | None = None
+
+    def run(self) -> None:
+        """Do the operations."""
+        for operation in self.operations:
+            operation()
 
 
 class Step:
@@ -55,6 +76,21 @@ class Step:
         self.embed = Product(transformer.x_embedder, b.x[layout.text :], layout.streams_after_text)
         self.project_out = Product(transformer.proj_out, b.velocity, layout.image_stream)
         self.tokens, self.last_normed, self.x_text = flat(b.tokens), flat(last.out), b.x[: layout.text]
+        self._velocity = self._cut()
+        first, *others = self._velocity
+        # What `advance` does, cut where the weights of streamed sublayers are needed. Without any it is one section.
+        self.sections = [Section([self.select, self.condition, *first.operations]), *others]
+        self.sections[-1] = replace(self.sections[-1], operations=[*self.sections[-1].operations, self._euler])
+
+    def _cut(self) -> list[Section]:
+        """Latents and condition tokens -> velocity, in sections."""
+        sections = [Section([self._embed, self.first_norm])]
+        for place, (link, join) in enumerate(zip(self.links, self.joints, strict=True)):
+            if place in self.transformer.streamed:
+                sections.append(Section([], self.transformer.streamed[place]))
+            sections[-1].operations.extend([link.run, join])
+        sections[-1].operations.append(self._project_out)
+        return sections
 
     def load(self, inputs: StepInputs) -> None:
         """Copy another run's inputs over the present ones, so that addresses stay the same.
@@ -102,20 +138,41 @@ class Step:
         """Compute the condition tokens from the latents, by gate and mixture."""
         self.mogle(self.buffers.latents, self.inputs.mixture, self.time, self.buffers.condition, self.ops)
 
-    def velocity(self) -> None:
-        """Compute the velocity from latents and condition tokens, by the transformer."""
+    def _embed(self) -> None:
         self.x_text.copy_(self.inputs.text)
         self.embed(self.tokens)
-        self.first_norm()
-        for link, join in zip(self.links, self.joints, strict=True):
-            link.run()
-            join()
+
+    def _project_out(self) -> None:
         self.project_out(self.last_normed)
+
+    def _euler(self) -> None:
+        """Update the latents, x + (σ' - σ) v, and increase the index."""
+        self.buffers.latents.addcmul_(self.buffers.velocity, self.sigma_step)
+        self.buffers.index.add_(1)
+
+    @contextmanager
+    def weights_of(self, section: Section) -> Iterator[None]:
+        """Within the context, the weights of the section's streamed sublayer, if it has one, are in memory."""
+        stream, number = self.transformer.stream, section.streamed
+        try:
+            if stream is not None and number is not None:
+                stream.acquire(number)
+            yield
+        except BaseException:
+            if stream is not None:
+                stream.restart()
+            raise
+        if stream is not None and number is not None:
+            stream.release(number)
+
+    def velocity(self) -> None:
+        """Compute the velocity from latents and condition tokens, by the transformer."""
+        for section in self._velocity:
+            with self.weights_of(section):
+                section.run()
 
     def advance(self) -> None:
         """Run one step of the loop, x + (σ' - σ) v, and increase the index."""
-        self.select()
-        self.condition()
-        self.velocity()
-        self.buffers.latents.addcmul_(self.buffers.velocity, self.sigma_step)
-        self.buffers.index.add_(1)
+        for section in self.sections:
+            with self.weights_of(section):
+                section.run()

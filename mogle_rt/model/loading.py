@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +17,9 @@ from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import NUM_EXPERTS
 from mogle_rt.kernels.inputs import padded_rank
 from mogle_rt.linear.branches import LowRankBranch
-from mogle_rt.linear.contract import Place, StoredLayer, WeightFormat
+from mogle_rt.linear.contract import Further, Place, StoredLayer, WeightFormat
 from mogle_rt.linear.formats import format_named
-from mogle_rt.linear.layer import Linear
+from mogle_rt.linear.layer import Hold, Linear
 from mogle_rt.linear.plain import PlainWeight
 from mogle_rt.model.mixture import MixtureOfExperts
 from mogle_rt.model.transformer import (
@@ -25,7 +29,9 @@ from mogle_rt.model.transformer import (
     DoubleBlock,
     SingleBlock,
     Transformer,
+    WeightStream,
     parts_of,
+    sublayers,
 )
 
 
@@ -44,6 +50,21 @@ class LazyWeights:
         self.source.release([name])
 
 
+class LayerStream(WeightStream, Protocol):
+    """A stream of weights that layers can be loaded into."""
+
+    def hold(self, place: int, leaf: int, stored: StoredLayer, further: Further) -> WeightFormat:
+        """The weight of a layer, in the memory in which streamed weights take turns.
+
+        Args:
+            place: of its sublayer. leaf: of the layer in its sublayer.
+        """
+
+
+# Makes a stream for some of the sublayers, of which it is given all, in order, each with the plans of its layers.
+MakeStream = Callable[[Sequence[Sequence["LayerPlan"]]], LayerStream | None]
+
+
 def assign(module: nn.Module, name: str, value: Tensor) -> None:
     """Replace the parameter ``name`` of a module by ``value``, which has the same shape."""
     owner = module.get_submodule(name.rpartition(".")[0])
@@ -54,27 +75,53 @@ def assign(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class _Planned:
-    """A layer to be loaded: the stored layers that it is made of, and the arguments for `Linear.load`."""
+class LayerPlan:
+    """A runtime layer before it is loaded.
+
+    Attributes:
+        stored: the stored layers that it is made of.
+        rank: of the stored LoRA, 0 if there is none. streams: the rows that the LoRA acts on.
+        weight_format, place, parts, padding: see `Linear.load`.
+        fused: see `mogle_rt.linear.contract.WeightFormat.rides`.
+    """
 
     stored: StoredLayer
-    rank: int  # the rank of the stored LoRA, 0 if there is none
+    rank: int
     streams: frozenset[str]
     weight_format: type[WeightFormat]
     place: Place
+    fused: bool
     parts: tuple[slice, ...] = (slice(None),)
     padding: int = 0
 
-    def rides(self, *, fused: bool) -> bool:
-        return self.rank > 0 and self.weight_format.rides(self.place, self.rank, fused=fused)
+    @property
+    def rides(self) -> bool:
+        """Whether the LoRA rides along in the product with the weight."""
+        return self.rank > 0 and self.weight_format.rides(self.place, self.rank, fused=self.fused)
 
     @property
-    def numel(self) -> int:
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the product, with the further rows and columns that a LoRA or the padding adds."""
         out, inner = self.stored.shape
-        return out * inner
+        rank = padded_rank(self.rank) if self.rides else 0
+        after_norm = self.place is Place.AFTER_NORM
+        return out + (self.padding or (0 if after_norm else rank)), inner + (rank if after_norm else 0)
+
+    def load(self, hold: Hold | None = None) -> Linear:
+        """Read the layer. hold: see `Linear.load`."""
+        return Linear.load(
+            self.stored,
+            self.weight_format,
+            [load_lora(self.stored, self.streams)] if self.rank else [],
+            place=self.place,
+            fused=self.fused,
+            padding=self.padding,
+            parts=self.parts,
+            hold=hold,
+        )
 
 
-def load_transformer(
+def plan_layers(
     source: TensorSource,
     device: torch.device,
     dtype: torch.dtype,
@@ -82,8 +129,8 @@ def load_transformer(
     weight_format: str = PlainWeight.name,
     fused: bool = False,
     latent_lora: bool = False,
-) -> Transformer:
-    """The transformer of a bundle, without the layers that no step needs (modulation, text embedder).
+) -> dict[str, LayerPlan]:
+    """What each layer of the transformer is made of, by name. Nothing is read.
 
     Args:
         source: the bundle.
@@ -104,39 +151,65 @@ def load_transformer(
     def stored_layer(stacked: Stacked) -> StoredLayer:
         return StoredLayer(source, tuple(f"transformer.{s}" for s in stacked.sources), device, dtype)
 
-    plans: dict[str, _Planned] = {}
+    plans: dict[str, LayerPlan] = {}
     for name in ("x_embedder", "proj_out"):
-        plans[name] = _Planned(stored_layer(Stacked((name,))), ranks.get(name, 0), rest, PlainWeight, Place.ALONE)
+        stored = stored_layer(Stacked((name,)))
+        plans[name] = LayerPlan(stored, ranks.get(name, 0), rest, PlainWeight, Place.ALONE, fused)
     for name, stacked in schema.in_blocks(config, schema.DOUBLE_STACKED, schema.SINGLE_STACKED):
         block, _, leaf = name.rpartition(".")
         stored = stored_layer(stacked)
-        plan = _Planned(
+        plan = LayerPlan(
             stored=stored,
             rank=sum(ranks.get(s, 0) for s in stacked.sources),
             streams=everything if block.startswith("single") else rest,
             weight_format=preferred if preferred.takes(stored.shape, device, dtype) else PlainWeight,
             place=PLACES.get(leaf, Place.ALONE),
+            fused=fused,
             parts=parts_of(leaf, config, last=block == f"single_blocks.{config.num_single_layers - 1}"),
         )
         if leaf in AS_WIDE_AS:
             beside = plans[f"{block}.{AS_WIDE_AS[leaf]}"]
-            if beside.rides(fused=fused):
+            if beside.rides:
                 plan = replace(plan, padding=padded_rank(beside.rank))
         plans[name] = plan
+    return plans
+
+
+def load_transformer(
+    source: TensorSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    weight_format: str = PlainWeight.name,
+    fused: bool = False,
+    latent_lora: bool = False,
+    stream: MakeStream | None = None,
+) -> Transformer:
+    """The transformer of a bundle, without the layers that no step needs (modulation, text embedder).
+
+    Args:
+        source, device, dtype, weight_format, fused, latent_lora: see `plan_layers`.
+        stream: makes what streams the weights of some sublayers; None keeps all of them in memory.
+
+    Raises:
+        ConfigError: there is no such format.
+    """
+    config = source.config.transformer
+    plans = plan_layers(
+        source, device, dtype, weight_format=weight_format, fused=fused, latent_lora=latent_lora
+    )
+    streaming = None if stream is None else stream([[plans[n] for n in names] for names in sublayers(config)])
+    holders: dict[str, Hold] = {}
+    if streaming is not None:
+        for place in streaming.numbers:
+            names = sublayers(config)[place]
+            holders |= {name: partial(streaming.hold, place, leaf) for leaf, name in enumerate(names)}
 
     # The largest weights are loaded first. A weight may be in memory twice while it is brought into its format, which
     # matters most at the end, when all others are loaded.
     loaded: dict[str, Linear] = {}
-    for name, plan in sorted(plans.items(), key=lambda item: -item[1].numel):
-        loaded[name] = Linear.load(
-            plan.stored,
-            plan.weight_format,
-            [load_lora(plan.stored, plan.streams)] if plan.rank else [],
-            place=plan.place,
-            fused=fused,
-            padding=plan.padding,
-            parts=plan.parts,
-        )
+    for name, plan in sorted(plans.items(), key=lambda item: -math.prod(item[1].stored.shape)):
+        loaded[name] = plan.load(holders.get(name))
     norms = {
         name: source.load([f"transformer.{s}.weight" for s in stacked.sources], device, dtype).view(
             -1, 2, config.attention_head_dim
@@ -165,6 +238,7 @@ def load_transformer(
             for i in range(count)
         ],
         proj_out=loaded["proj_out"],
+        stream=streaming,
     )
 
 

@@ -193,6 +193,10 @@ class Styles:
             made = self._made[self.shape] = self._styled(transformer)
         return made
 
+    def forget_layers(self) -> None:
+        """Let go of transformers that `beside` made, because the transformer itself is about to be loaded anew."""
+        self._made.clear()
+
     def _styled(self, base: Transformer) -> StyledTransformer:
         like, capacities = base.proj_out.bias, dict(self.shape)
         branches: dict[str, LowRankBranch] = {}
@@ -220,6 +224,7 @@ class Styles:
             blocks=[block(f"blocks.{i}", own) for i, own in enumerate(base.blocks)],
             single_blocks=[block(f"single_blocks.{i}", own) for i, own in enumerate(base.single_blocks)],
             proj_out=styled("proj_out", base.proj_out),
+            stream=base.stream,
             branches=branches,
         )
 

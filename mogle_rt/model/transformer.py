@@ -8,8 +8,9 @@ the branch's LoRA acts on the last rows, and one product with the base weights s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -70,6 +71,30 @@ class SingleBlock:
     last: bool
 
 
+class WeightStream(Protocol):
+    """Brings the weights of streamed sublayers into memory, in the order in which a step uses them.
+
+    Attributes:
+        numbers: of the streamed sublayers, by their place among all of them (see `sublayers`), counted from 0.
+        nbytes: bytes of the memory in which they take turns.
+    """
+
+    @property
+    def numbers(self) -> Mapping[int, int]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def acquire(self, number: int) -> None:
+        """Wait until the weights of a streamed sublayer are there. (On a GPU, its stream waits, not the caller.)"""
+
+    def release(self, number: int) -> None:
+        """The sublayer was computed (on a GPU: was queued), and its memory may take the weights of another one."""
+
+    def restart(self) -> None:
+        """Forget where the step stood, because an error or an interrupt has ended it."""
+
+
 @dataclass
 class Transformer:
     """All of the transformer's weights that a step needs. (`mogle_rt.model.modulation` reads those of modulation.)"""
@@ -79,6 +104,7 @@ class Transformer:
     blocks: list[DoubleBlock]
     single_blocks: list[SingleBlock]
     proj_out: Linear
+    stream: WeightStream | None = None
 
     def layers(self) -> Iterator[tuple[str, Linear]]:
         """All layers, each with its name, such as "blocks.0.qkv"."""
@@ -91,6 +117,11 @@ class Transformer:
         yield "proj_out", self.proj_out
 
     @property
+    def streamed(self) -> Mapping[int, int]:
+        """The streamed sublayers, see `WeightStream.numbers`."""
+        return {} if self.stream is None else self.stream.numbers
+
+    @property
     def most_before(self) -> int:
         """The largest number of extra input columns of any layer."""
         return max((layer.before.rank for _, layer in self.layers() if layer.before is not None), default=0)
@@ -101,9 +132,12 @@ class Transformer:
         return max((layer.after.rank for _, layer in self.layers() if layer.after is not None), default=0)
 
     def bytes_by_format(self) -> dict[str, int]:
-        """The bytes that layers hold, by the format of their weights."""
+        """The bytes that layers hold, by the format of their weights. Streamed weights are left out."""
         held: dict[str, int] = {}
-        for _, layer in self.layers():
+        streamed = {name for place in self.streamed for name in sublayers(self.config)[place]}
+        for name, layer in self.layers():
+            if name in streamed:
+                continue
             held[layer.weight.name] = held.get(layer.weight.name, 0) + layer.nbytes
         return held
 
@@ -125,3 +159,14 @@ def parts_of(layer: str, config: TransformerConfig, *, last: bool) -> tuple[slic
         return (slice(None),)
     columns = Columns.of(config)
     return (columns.q, columns.kv, columns.mlp) if last else (columns.qkv, columns.mlp)
+
+
+def sublayers(config: TransformerConfig) -> list[tuple[str, ...]]:
+    """The names of the layers of each sublayer, in the order in which a step computes them.
+
+    A double block has two sublayers, attention and MLP; a single block is one.
+    """
+    attention, mlp = ("qkv", "out", "context_qkv", "context_out"), ("ff_in", "ff_out", "context_ff_in", "context_ff_out")
+    double = [tuple(f"blocks.{i}.{n}" for n in names) for i in range(config.num_layers) for names in (attention, mlp)]
+    single = [tuple(f"single_blocks.{i}.{n}" for n in ("qkv_mlp", "out")) for i in range(config.num_single_layers)]
+    return double + single
