@@ -19,7 +19,6 @@ from mogle_rt.linear.contract import Further, Multiply, Place, StoredLayer, Weig
 from mogle_rt.linear.views import flat
 from mogle_rt.ops.gelu import gelu
 
-
 Hold = Callable[[StoredLayer, Further], WeightFormat]
 
 

@@ -217,11 +217,14 @@ class CudaRing(Ring):
     def _fill(self, number: int, slot: int) -> None:
         self._arrived[slot].synchronize()  # the last copy out of this pinned memory; at first there was none
         self._read(number, self._pinned[slot])
-        size = slot_bytes(self._layouts[number])
         with torch.cuda.stream(self._copies), torch.inference_mode():
             self._copies.wait_event(self._used[slot])
-            self.slots[slot][:size].copy_(self._pinned[slot][:size], non_blocking=True)
+            self._copy(slot, slot_bytes(self._layouts[number]))
             self._arrived[slot].record(self._copies)
+
+    def _copy(self, slot: int, size: int) -> None:
+        """Queue the copy of a slot's first bytes from the host to the device."""
+        self.slots[slot][:size].copy_(self._pinned[slot][:size], non_blocking=True)
 
     def _wait_for_copy(self, slot: int) -> None:
         torch.cuda.current_stream(self.device).wait_event(self._arrived[slot])
@@ -235,9 +238,7 @@ def pinned_bytes(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
-def make_ring(
-    sublayers: Sequence[Sequence[LayerPlan]], streamed: Sequence[int], device: torch.device
-) -> Ring | None:
+def make_ring(sublayers: Sequence[Sequence[LayerPlan]], streamed: Sequence[int], device: torch.device) -> Ring | None:
     """The ring for a device; None where nothing is streamed."""
     if not streamed:
         return None

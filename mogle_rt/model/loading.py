@@ -195,9 +195,7 @@ def load_transformer(
         ConfigError: there is no such format.
     """
     config = source.config.transformer
-    plans = plan_layers(
-        source, device, dtype, weight_format=weight_format, fused=fused, latent_lora=latent_lora
-    )
+    plans = plan_layers(source, device, dtype, weight_format=weight_format, fused=fused, latent_lora=latent_lora)
     streaming = None if stream is None else stream([[plans[n] for n in names] for names in sublayers(config)])
     holders: dict[str, Hold] = {}
     if streaming is not None:

@@ -166,7 +166,10 @@ def sublayers(config: TransformerConfig) -> list[tuple[str, ...]]:
 
     A double block has two sublayers, attention and MLP; a single block is one.
     """
-    attention, mlp = ("qkv", "out", "context_qkv", "context_out"), ("ff_in", "ff_out", "context_ff_in", "context_ff_out")
+    attention, mlp = (
+        ("qkv", "out", "context_qkv", "context_out"),
+        ("ff_in", "ff_out", "context_ff_in", "context_ff_out"),
+    )
     double = [tuple(f"blocks.{i}.{n}" for n in names) for i in range(config.num_layers) for names in (attention, mlp)]
     single = [tuple(f"single_blocks.{i}.{n}" for n in ("qkv_mlp", "out")) for i in range(config.num_single_layers)]
     return double + single
