@@ -1,1 +1,1 @@
-"""Other people's files, made into a bundle."""
+"""Read the files that others publish, and convert them into a bundle."""

@@ -1,4 +1,4 @@
-"""The scale of a LoRA: what peft and diffusers say of it beside the file or in its header."""
+"""The scale of a LoRA, from the settings that peft writes beside the file and diffusers writes into its header."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mogle_rt.conversion.hub import PEFT_SETTINGS, PEFT_WEIGHTS
 from mogle_rt.errors import CheckpointError
 
 FILE_NAMES = (PEFT_WEIGHTS, "pytorch_lora_weights.safetensors")
-LONGEST_PATTERN = 500  # characters of a regular expression that names layers
+LONGEST_PATTERN = 500  # the most characters of a regular expression that names layers
 
 
 def adapter_file(path: Path) -> Path:
-    """The file of weights of an adapter that is given as a file or as peft's folder.
+    """The weights file of an adapter, which is given as a file or as a folder written by peft.
 
     Raises:
-        CheckpointError: a folder without one.
+        CheckpointError: the folder holds no adapter.
     """
     if not path.is_dir():
         return path
@@ -34,13 +34,15 @@ def adapter_file(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What peft knows of a LoRA's scale: alpha / rank, or alpha / √rank where it is rank-stabilised.
+    """peft's settings for a LoRA's scale, which is alpha / rank, or alpha / √rank if the LoRA is rank-stabilised.
 
     Attributes:
-        alpha: of all layers that no pattern names; None if nothing is said, and the scale is then 1.
-        alphas, ranks: of layers that a regular expression names. rank: of all others.
+        alpha: the alpha of all layers that no pattern in ``alphas`` matches; None if it is not set, and the scale is
+            then 1.
+        rank: the rank of all layers that no pattern in ``ranks`` matches; None if it is not set.
+        alphas, ranks: alphas and ranks by a regular expression that matches the names of layers.
         stabilised: peft's ``use_rslora``.
-        where: the file that says so, for messages.
+        where: the file that holds these settings, for error messages.
     """
 
     alpha: float | None = None
@@ -54,10 +56,13 @@ class AdapterSettings:
         """The factor of a layer's branch.
 
         Args:
-            rank: what the tensors have. own_alpha: of a tensor ``X.alpha`` in the file.
+            name: the layer's name.
+            rank: the rank of the tensors in the file.
+            own_alpha: the value of the tensor ``X.alpha`` in the file, or None if there is none.
+            file: the LoRA's file, for error messages.
 
         Raises:
-            CheckpointError: the settings speak of another rank or another alpha than the file.
+            CheckpointError: the settings contradict the file's rank or alpha, or the scale is not finite.
         """
         expected = _matched(self.ranks, name, self.rank)
         if expected is not None and expected != rank:
@@ -76,10 +81,10 @@ class AdapterSettings:
 
 
 def adapter_settings(file: Path, metadata: Mapping[str, str]) -> AdapterSettings:
-    """From the file's header, as diffusers writes it, or from ``adapter_config.json`` beside the file, as peft does.
+    """Read the settings from the file's header (diffusers) or from ``adapter_config.json`` beside the file (peft).
 
     Raises:
-        CheckpointError: damaged, of an adapter that is no plain LoRA, or both are there and differ.
+        CheckpointError: the settings are damaged, the adapter is not a plain LoRA, or both places exist and differ.
     """
     found: list[AdapterSettings] = []
     text = metadata.get("lora_adapter_metadata")
@@ -106,9 +111,9 @@ def _said(settings: AdapterSettings) -> tuple[Any, ...]:
 def _parsed(values: Mapping[str, Any], where: str) -> AdapterSettings:
     kind = values.get("peft_type", "LORA")
     if kind != "LORA":
-        raise CheckpointError(f"{where}: peft_type is {kind!r}; only LORA is read")
+        raise CheckpointError(f"{where}: peft_type is {kind!r}; only LORA is supported")
     if values.get("use_dora"):
-        raise CheckpointError(f"{where}: the adapter uses DoRA (use_dora), which is not read; only plain LoRA is")
+        raise CheckpointError(f"{where}: the adapter uses DoRA (use_dora); only plain LoRA is supported")
     try:
         alpha, rank = values.get("lora_alpha"), values.get("r")
         return AdapterSettings(
@@ -132,12 +137,12 @@ def _whole(value: Any) -> int:
 def _pattern(text: str) -> str:
     if len(text) > LONGEST_PATTERN:
         raise ValueError(f"a pattern of {len(text)} characters")
-    re.compile(text)  # by itself: parentheses that close ours are refused
+    re.compile(text)  # compiled alone first, so that a parenthesis in it can't close the one added below
     return re.compile(rf"(.*\.)?({text})$").pattern
 
 
 def _matched(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    """The value of the first pattern that names a layer, as peft matches them."""
+    """The value of the first pattern that matches a layer's name, by the same rule as in peft."""
     for pattern, value in patterns.items():
         if re.match(pattern, name):
             return value

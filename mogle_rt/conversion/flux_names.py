@@ -1,8 +1,8 @@
-"""The names that FLUX's own code gives to its layers, and the stored layers of diffusers that they are made of.
+"""The names of layers in FLUX's own code, and the layers of diffusers (as stored in a bundle) that they correspond to.
 
-FLUX keeps q, k and v (and, in single blocks, the MLP's first layer) in one layer whose rows stand one below the other.
-diffusers keeps them apart. The last norm's modulation is (shift, scale) there and (scale, shift) here. The tables are
-those of black-forest-labs/flux (``src/flux/model.py``) and of diffusers' ``FluxTransformer2DModel``.
+FLUX stacks q, k and v (and, in single blocks, the MLP's first layer) in one layer, row below row. diffusers has a
+separate layer for each. The modulation of the last norm is (shift, scale) in FLUX and (scale, shift) in diffusers. The
+names are those of black-forest-labs/flux (``src/flux/model.py``) and of diffusers' ``FluxTransformer2DModel``.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from mogle_rt.config import MLP_RATIO, TransformerConfig
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows of a FLUX layer go: stored layers in their order, and how many rows each has.
+    """The stored layers that the rows of a FLUX layer belong to, in order, and how many rows each has.
 
     Attributes:
-        layers: names of diffusers'.
-        sizes: the rows of each, in units of the model's width; 0 where there is only one layer.
-        swapped: the two halves of the rows stand the other way round.
+        layers: the stored layers' names, as in diffusers.
+        sizes: the number of rows of each, in units of the model's width; 0 if there is only one layer.
+        swapped: whether the two halves of the rows are in the opposite order.
     """
 
     layers: tuple[str, ...]
@@ -62,7 +62,7 @@ SINGLE = {
     "linear1": Rows((*(f"{_S}.attn.to_{x}" for x in "qkv"), f"{_S}.proj_mlp"), (1, 1, 1, MLP_RATIO)),
     "linear2": Rows((f"{_S}.proj_out",)),
 }
-# RMSNorm weights have the name "scale" there and "weight" here.
+# RMSNorm weights are called "scale" in FLUX and "weight" in diffusers.
 DOUBLE_SCALES = {
     "img_attn.norm.query_norm": f"{_D}.attn.norm_q",
     "img_attn.norm.key_norm": f"{_D}.attn.norm_k",
@@ -73,7 +73,7 @@ SINGLE_SCALES = {"norm.query_norm": f"{_S}.attn.norm_q", "norm.key_norm": f"{_S}
 
 
 def flux_layers(config: TransformerConfig) -> Iterator[tuple[str, Rows]]:
-    """Every linear layer of a model by FLUX's name, with the numbers of the blocks filled in."""
+    """Every linear layer of a model by its name in FLUX, with the numbers of the blocks filled in."""
     yield from WHOLE.items()
     for prefix, count, table in (
         ("double_blocks", config.num_layers, DOUBLE),
@@ -86,7 +86,7 @@ def flux_layers(config: TransformerConfig) -> Iterator[tuple[str, Rows]]:
 
 
 def flux_scales(config: TransformerConfig) -> Iterator[tuple[str, str]]:
-    """Every RMSNorm by FLUX's name, and diffusers' name of it."""
+    """Every RMSNorm of a model: its name in FLUX, and its name in diffusers."""
     for prefix, count, table in (
         ("double_blocks", config.num_layers, DOUBLE_SCALES),
         ("single_blocks", config.num_single_layers, SINGLE_SCALES),

@@ -1,4 +1,4 @@
-"""Folders in the layout of diffusers and transformers: their configurations, and their tensors, unread."""
+"""Folders in the layout of diffusers and transformers: read their configurations, and find their tensors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mogle_rt.errors import CheckpointError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: missing, unreadable or not an object.
+        CheckpointError: the file is missing, can't be read or doesn't hold an object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, SourceTensor]:
-    """Every tensor of a safetensors file, unread."""
+    """Find every tensor of a safetensors file, without reading its values."""
     tensors, _ = read_header(path)
     return {name: StoredTensor(path, info) for name, info in tensors.items()}
 
@@ -42,14 +42,14 @@ _INDEX = re.compile(r"(?P<stem>[^.]+)(\.(?P<before>[^.]+))?\.safetensors\.index(
 
 
 def read_folder(folder: Path) -> dict[str, SourceTensor]:
-    """Tensors of a diffusers or transformers folder: one safetensors file, or shards with an index.
+    """Find the tensors of a diffusers or transformers folder: one safetensors file, or shards with an index.
 
-    A folder may hold the weights several times, once plainly and once in each variant (``model.fp16.safetensors``). The
-    plain ones are taken; if there are none, the only variant is.
+    A folder may hold the weights several times: without a variant's name, and as variants (``model.fp16.safetensors``).
+    The weights without a variant's name are used; if there are none, the only variant is used.
 
     Raises:
-        CheckpointError: there are no weights or several variants, a shard is missing, or the index doesn't fit the
-            shards.
+        CheckpointError: there are no weights, or only several variants; or a shard is missing, or the index doesn't
+            match the shards.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; a diffusers FLUX folder has {', '.join(FLUX_FOLDERS)}")
@@ -66,7 +66,7 @@ def read_folder(folder: Path) -> dict[str, SourceTensor]:
         raise CheckpointError(f"{folder}: no .safetensors files and no index; expected one file or an index")
     if "" not in variants and len(variants) > 1:
         raise CheckpointError(f"{folder}: holds several variants ({', '.join(variants)}); leave one of them there")
-    variant = variants[0]  # the plain one's name is empty and comes first
+    variant = variants[0]  # weights without a variant's name have the empty name, which sorts first
     if variant in indexes:
         return _read_shards(folder, indexes[variant])
     if len(files[variant]) > 1:

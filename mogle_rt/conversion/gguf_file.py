@@ -1,4 +1,4 @@
-"""GGUF files: tensors in ggml's block formats, unpacked by the gguf package while they are read."""
+"""Read GGUF files: the gguf package unpacks tensors from ggml's block formats while they are read."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ MAX_TENSORS = 100_000  # FLUX has 1,160 in its own names
 
 @dataclass(frozen=True, eq=False)
 class BlockTensor(SourceTensor):
-    """A tensor in one of ggml's formats: its rows are blocks of bytes, unpacked to float32 and rounded once.
+    """A tensor in one of ggml's formats. Its rows are blocks of bytes, unpacked to float32 and then rounded once.
 
     Attributes:
-        path: of the file. data: a view of it, one row of bytes (or of plain numbers) for each row of the tensor.
-        kind: ggml's name of the format.
+        path: the file's path.
+        data: a view of the file, with one row of bytes (or of numbers) for each row of the tensor.
+        kind: the format, as a value of gguf's enumeration.
+        shape, dtype: the shape and data type after unpacking.
     """
 
     path: Path
@@ -55,10 +57,10 @@ class BlockTensor(SourceTensor):
 
 
 def read_gguf(path: Path) -> dict[str, SourceTensor]:
-    """Every tensor of a GGUF file, unread. Formats of 16 and 32 bits keep their dtype, the others become bfloat16.
+    """Find every tensor of a GGUF file. Formats of 16 and 32 bits keep their dtype; the others become bfloat16.
 
     Raises:
-        CheckpointError: not a GGUF file, damaged or cut short.
+        CheckpointError: the file is missing, not a GGUF file, damaged or cut short.
         ConfigError: the package gguf is not installed.
     """
     try:
@@ -94,10 +96,10 @@ def read_gguf(path: Path) -> dict[str, SourceTensor]:
 
 
 def _check_places(reader: Any, path: Path) -> None:
-    """Every tensor lies behind the header and has its bytes for itself.
+    """Check that all tensors come after the header and don't overlap.
 
     Raises:
-        CheckpointError: a tensor lies in the header or in another tensor.
+        CheckpointError: a tensor overlaps the header or another tensor.
     """
     end, before = reader.data_offset, "the header"
     for tensor in sorted((t for t in reader.tensors if t.n_bytes), key=lambda t: t.data_offset):

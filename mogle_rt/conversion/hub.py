@@ -1,4 +1,4 @@
-"""Files by a local path or by a hub id: what is here is taken, what is not is downloaded."""
+"""Find files by a local path or by a hub id. Files of a hub id are downloaded unless they are in the cache."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(/[\w./-]+)?")
 
 
 def find(spec: str | Path, *, default_file: str | None = None) -> Path:
-    """A local path, or the files of a hub id (``owner/name``, for one file ``owner/name/file``) fetched or from the cache.
+    """Return a local path as it is; for a hub id, download the files, or find them in the cache.
+
+    A name is looked up on the hub only if it can't be meant as a local path, see `_is_local`.
 
     Args:
-        default_file: the file meant when ``spec`` names only a repository; None means the FLUX folders.
-
-    A name is looked up on the hub only if it cannot be meant as a path here: see `_is_local`.
+        spec: a path, or a hub id: ``owner/name`` for a repository, ``owner/name/file`` for one file.
+        default_file: the file to take if ``spec`` names only a repository; None takes FLUX's folders.
 
     Raises:
-        CheckpointError: no such path, and not a hub id.
-        DownloadError: offline, refused (gated) or unknown there.
+        CheckpointError: there is no such path, and it is not a hub id.
+        DownloadError: the hub can't be reached, refuses access (gated), or has no such repository or file.
     """
     name = str(spec)
     try:
         path = Path(spec).expanduser()
         path.stat()  # `exists` hides other errors from Python 3.14 on
         return path
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a name with a null character
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: the name contains a null character
         pass
-    except (OSError, RuntimeError) as error:  # a name too long, a folder that is closed to us, ~ of an unknown user
+    except (OSError, RuntimeError) as error:  # a name too long, a folder without permission, ~ of an unknown user
         raise CheckpointError(f"{name}: can't be read: {error}") from None
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
         raise CheckpointError(f"{name}: no such file or folder, nor a hub id like {RELEASED_FLUX}")
@@ -47,10 +48,10 @@ def find(spec: str | Path, *, default_file: str | None = None) -> Path:
 
 
 def _is_local(name: str) -> bool:
-    """Whether a name that has a hub id's form is meant as a path here, so that a typing error stays on this machine.
+    """Whether a name in the form of a hub id is meant as a local path, so that a mistyped path is not sent to the hub.
 
-    ``folder/file.safetensors`` is one, as no repository's name ends like a file of weights; and so is every name whose
-    first part is a folder here.
+    ``folder/file.safetensors`` is a local path, because no repository's name ends like a weights file. So is every name
+    whose first part is an existing folder.
     """
     first, *others = name.split("/")
     return (len(others) == 1 and Path(name).suffix.lower() in WEIGHT_SUFFIXES) or Path(first).is_dir()
@@ -71,7 +72,7 @@ def _download(repository: str, file: str | None, spec: str) -> Path:
     files = [] if file is None else [file]
     if (
         file is not None and Path(file).name == PEFT_WEIGHTS
-    ):  # its scale is in another file, and both go into one folder
+    ):  # peft keeps the scale in a second file, which must be in the same folder
         files.append(file.removesuffix(PEFT_WEIGHTS) + PEFT_SETTINGS)
     try:
         if files:

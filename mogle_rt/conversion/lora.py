@@ -1,7 +1,7 @@
-"""LoRA files in the spellings that people have: read as low-rank branches of the bundle's own layers.
+"""Read LoRA files in all common naming schemes as low-rank branches of the bundle's own layers.
 
-A layer that FLUX's own code keeps whole (q, k and v; a single block's first layer) has one LoRA for all its rows: the
-stored layers that it is made of then share A, and each takes its rows of B.
+A layer that is stacked in FLUX's own code (q, k and v; a single block's first layer) has one LoRA for all its rows. The
+stored layers that correspond to it then share A, and each gets its own rows of B.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from mogle_rt.errors import CheckpointError
 
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 _KINDS = {"lora_A": "A", "lora_down": "A", "lora.down": "A", "lora_B": "B", "lora_up": "B", "lora.up": "B"}
-# X.lora_A.weight, with peft's adapter name X.lora_A.style.weight; kohya's X.lora_down.weight; old diffusers' X.lora.down
+# X.lora_A.weight; X.lora_A.NAME.weight (peft, with the adapter's name); X.lora_down.weight (kohya); X.lora.down.weight
+# (old diffusers).
 _KEY = re.compile(r"(?P<name>.+)\.(?P<kind>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(\.[^.]+)?\.weight")
 _XLABS = re.compile(
     r"(?P<block>(double|single)_blocks\.\d+)\.processor\.(?P<part>\w+?)_lora(?P<of>[12]?)\.(?P<kind>down|up)\.weight"
@@ -34,11 +35,11 @@ _XLABS_LAYERS = {
     ("qkv", "2"): "txt_attn.qkv",
     ("proj", "1"): "img_attn.proj",
     ("proj", "2"): "txt_attn.proj",
-    ("qkv", ""): "linear1",  # its first rows: XLabs' single blocks leave the MLP alone
+    ("qkv", ""): "linear1",  # only its first rows, because XLabs doesn't adapt the MLP of single blocks
     ("proj", ""): "linear2",
 }
 _TEXT = ("text_encoder", "lora_te")
-# Ways to adapt a layer that are no plain low-rank branch, by the names of their tensors.
+# Methods other than plain LoRA, by the beginning of their tensors' names.
 _OTHERS = {
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
@@ -52,7 +53,7 @@ _OTHERS = {
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """y += x Aᵀ Bᵀ of one stored layer; the scale is in B.
+    """A low-rank branch of one stored layer: y += x Aᵀ Bᵀ. The scale is included in B.
 
     Attributes:
         down: A, [R, in]. up: B, [out, R].
@@ -63,15 +64,16 @@ class LowRank:
 
 
 def read_adapter(path: Path, config: TransformerConfig) -> dict[str, LowRank]:
-    """Every low-rank branch of a LoRA, by the stored layer that it belongs to.
+    """Read every low-rank branch of a LoRA, by the stored layer that it belongs to.
 
-    Takes a safetensors file or peft's folder of an adapter. Layers may have diffusers' names or FLUX's own, with the
-    prefixes of diffusers, peft and ComfyUI, kohya's (``lora_unet_…``) or XLabs' spelling. The scale is alpha / rank, from
-    an ``X.alpha`` tensor, the file's metadata or the ``adapter_config.json`` beside it; without any of these it is 1.
+    ``path`` is a safetensors file or a folder written by peft. Layers may have diffusers' names or FLUX's own, with the
+    prefixes of diffusers, peft or ComfyUI, or be named as by kohya (``lora_unet_…``) or XLabs. The scale is alpha /
+    rank, where alpha comes from an ``X.alpha`` tensor, the file's metadata, or ``adapter_config.json`` beside the file.
+    Without any of these the scale is 1.
 
     Raises:
-        CheckpointError: a key that is none of these, half of a pair missing, shapes that don't fit the layer, two
-            scales that contradict each other, or an adapter that is not a LoRA of the transformer.
+        CheckpointError: a key is none of these, half of a pair is missing, shapes don't match the layer, two scales
+            contradict each other, or the adapter is not a LoRA for the transformer.
     """
     file = adapter_file(path)
     tensors, metadata = read_header(file)
@@ -98,10 +100,10 @@ def read_adapter(path: Path, config: TransformerConfig) -> dict[str, LowRank]:
 
 
 def read_lora(path: Path, config: TransformerConfig) -> dict[str, SourceTensor]:
-    """The condition branch's LoRA, with the names ``X.lora_A.weight`` and ``X.lora_B.weight``, as a bundle holds it.
+    """Read the condition branch's LoRA, with a bundle's names ``X.lora_A.weight`` and ``X.lora_B.weight``.
 
     Raises:
-        CheckpointError: see `read_adapter`; or a layer of the branch is missing, or there is one that it doesn't have.
+        CheckpointError: see `read_adapter`; or the LoRA lacks a layer of the branch, or has one that is not in it.
     """
     branches = read_adapter(path, config)
     modules = schema.lora_modules(config)
@@ -122,11 +124,11 @@ def _layer_and_kind(key: str, file: Path) -> tuple[str, str]:
     """``transformer.X.lora_down.weight`` -> (X, "A")."""
     if key.startswith(_TEXT):
         raise CheckpointError(
-            f"{file}: {key!r} adapts a text encoder, which can't be done here; train or export the LoRA for the "
+            f"{file}: {key!r} adapts a text encoder, which is not supported; train or export the LoRA for the "
             "transformer alone"
         )
     bare = key
-    for prefix in PREFIXES:  # peft's stands before the others
+    for prefix in PREFIXES:  # peft's prefix comes before the others
         bare = bare.removeprefix(prefix)
     if match := _XLABS.fullmatch(bare):
         layer = _XLABS_LAYERS.get((match["part"], match["of"]))
@@ -139,12 +141,12 @@ def _layer_and_kind(key: str, file: Path) -> tuple[str, str]:
     leaf = bare.rpartition(".")[2] if not bare.endswith(".weight") else bare.removesuffix(".weight").rpartition(".")[2]
     for mark, method in _OTHERS.items():
         if leaf.startswith(mark):
-            raise CheckpointError(f"{file}: {key!r} belongs to {method}, which is not read; only plain LoRA is")
+            raise CheckpointError(f"{file}: {key!r} belongs to {method}; only plain LoRA is supported")
     raise CheckpointError(f"{file}: {key!r} is not a LoRA key (…lora_A.weight, …lora_B.weight or …alpha)")
 
 
 def _spellings(config: TransformerConfig) -> dict[str, Rows]:
-    """Every name that a layer has in LoRA files, and the stored layers that it is made of."""
+    """Every name that a layer can have in LoRA files, with the stored layers that it corresponds to."""
     layers = [
         name.removesuffix(".weight") for name, shape in schema.transformer_tensors(config).items() if len(shape) == 2
     ]
@@ -160,17 +162,17 @@ def _spellings(config: TransformerConfig) -> dict[str, Rows]:
 def _branches(
     name: str, pair: Mapping[str, Tensor], rows: Rows, config: TransformerConfig, settings: AdapterSettings, file: Path
 ) -> list[tuple[str, LowRank]]:
-    """The branches of one key's layer, one for each stored layer."""
+    """The branches of the layer ``name`` of the file, one for each stored layer that it corresponds to."""
     if not {"A", "B"} <= pair.keys():
         raise CheckpointError(f"{file}: layer {name!r} has only a part of its LoRA ({', '.join(pair)})")
     down, up = pair["A"], pair["B"]
     shapes = schema.transformer_tensors(config)
-    if down.ndim == 4 and up.ndim == 4 and down.shape[2:] == up.shape[2:] == (1, 1):  # as a convolution of one pixel
+    if down.ndim == 4 and up.ndim == 4 and down.shape[2:] == up.shape[2:] == (1, 1):  # stored as 1 x 1 convolutions
         down, up = down[..., 0, 0], up[..., 0, 0]
     if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not len(down):
         raise CheckpointError(f"{file}: LoRA of {name!r}: shapes {list(down.shape)} and {list(up.shape)} don't fit")
     outs = [shapes[f"{layer}.weight"][0] for layer in rows.layers]
-    if up.shape[0] == 3 * config.width < sum(outs):  # XLabs' single blocks: q, k and v only
+    if up.shape[0] == 3 * config.width < sum(outs):  # XLabs adapts only q, k and v in single blocks
         outs, layers = outs[:3], rows.layers[:3]
     else:
         layers = rows.layers

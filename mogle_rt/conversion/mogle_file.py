@@ -1,4 +1,4 @@
-"""The file of the experts and the gate: the released pickle, or safetensors."""
+"""Read the file of the experts and the gate: the released pickle, or safetensors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mogle_rt.errors import CheckpointError, ConfigError
 
 
 def read_mogle(path: Path) -> tuple[dict[str, SourceTensor], MogleConfig]:
-    """Experts and gate, from the released pickle (never executed: weights_only) or from safetensors.
+    """Read experts and gate from the released pickle (with weights_only, so no code in it is run) or from safetensors.
 
     Returns:
-        The tensors and the configuration that follows from which tensors exist and from their shapes.
+        The tensors, and the configuration that follows from their names and shapes.
 
     Raises:
-        CheckpointError: unreadable, would run code, or without any experts or gate.
+        CheckpointError: the file can't be read, would run code, or holds neither experts nor a gate.
     """
     if path.suffix == ".safetensors":
         tensors: dict[str, SourceTensor] = {name: HeldTensor(t.load()) for name, t in read_safetensors(path).items()}
@@ -47,9 +47,9 @@ def read_mogle(path: Path) -> tuple[dict[str, SourceTensor], MogleConfig]:
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict saved by torch.save, without running any code in it."""
+    """Read a state dict saved by torch.save, without running any code in it."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of a pickle's unusual protocol
+        with warnings.catch_warnings(action="ignore"):  # PyTorch warns of unusual pickle protocols
             state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
@@ -57,7 +57,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"{path}: refused: it is damaged, or holds more than tensors and would run code"
         ) from None
-    except Exception as error:  # a damaged pickle makes its reader raise anything
+    except Exception as error:  # the reader can raise any error when a pickle is damaged
         if isinstance(error, OSError) and error.filename:
             raise CheckpointError(f"{path}: can't be read: {error.strerror}") from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

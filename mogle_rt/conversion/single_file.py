@@ -1,4 +1,4 @@
-"""A transformer in one file, as FLUX's authors, ComfyUI and others pass it on, with the names of diffusers' layers."""
+"""Read a transformer from one file, as published by FLUX's authors, ComfyUI and others, with diffusers' names."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from mogle_rt.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "")  # the longest that fits is taken off
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "")  # the longest that matches is removed
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
-# Of weights in eight bits by ComfyUI: numbers beside them that are no layer's. The input's scale is for products in
-# eight bits, which this conversion doesn't make.
+# ComfyUI stores scales beside its 8-bit weights. The scales of weights are used. Those of inputs are for 8-bit
+# products, which are not computed here, so they are ignored.
 WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 IGNORED = (".scale_input", ".input_scale", ".comfy_quant")
-OTHER_MODELS = {384: "FLUX.1-Fill", 128: "FLUX.1-Depth or FLUX.1-Canny"}  # by the channels that a token has
+OTHER_MODELS = {384: "FLUX.1-Fill", 128: "FLUX.1-Depth or FLUX.1-Canny"}  # by the number of channels of a token
 FOUR_BITS = re.compile(r"\.weight\.(absmax|quant_map|quant_state\..+|nested_absmax|nested_quant_map)$")
 
 
 def read_transformer(path: Path, config: TransformerConfig | None) -> tuple[dict[str, SourceTensor], TransformerConfig]:
-    """A FLUX transformer's tensors with diffusers' names, unread, and its configuration.
+    """Find a FLUX transformer's tensors, with diffusers' names, and its configuration.
 
     Args:
-        path: a safetensors or GGUF file with FLUX's own names or diffusers', with ComfyUI's prefix or without; or a
-            folder of diffusers' files. Weights in eight bits and fewer are unpacked to bfloat16.
-        config: the configuration, where there is one. Otherwise it is read off the shapes.
+        path: a safetensors or GGUF file with FLUX's own names or diffusers' names, with or without ComfyUI's prefix; or
+            a folder in diffusers' layout. Weights of eight bits or fewer are unpacked to bfloat16.
+        config: the configuration; None derives it from the tensors' shapes, which needs FLUX's names.
 
     Raises:
-        CheckpointError: not such a file, or of another model than FLUX.1-dev.
+        CheckpointError: the file is not such a file, or belongs to another model than FLUX.1-dev.
     """
     if path.is_dir():
         tensors = read_folder(path)
@@ -61,7 +61,11 @@ def read_transformer(path: Path, config: TransformerConfig | None) -> tuple[dict
 
 
 def refuse_other_models(in_channels: int, where: object) -> None:
-    """Name a model of FLUX's family whose tokens are wider: it was trained with more inputs than Face-MoGLE gives."""
+    """Refuse FLUX models with wider tokens, because they were trained with inputs that Face-MoGLE doesn't provide.
+
+    Raises:
+        CheckpointError: the number of channels belongs to such a model, which the message names.
+    """
     if in_channels in OTHER_MODELS:
         raise CheckpointError(
             f"{where}: this is {OTHER_MODELS[in_channels]} (its tokens have {in_channels} channels); Face-MoGLE was "
@@ -70,10 +74,10 @@ def refuse_other_models(in_channels: int, where: object) -> None:
 
 
 def _of_the_transformer(tensors: Mapping[str, SourceTensor], path: Path) -> dict[str, SourceTensor]:
-    """The transformer's tensors without their prefix; in a file with everything in it, the other parts are left out."""
+    """The transformer's tensors, without their prefix. Other parts that the file may hold are left out."""
     if any(FOUR_BITS.search(name) for name in tensors):
         raise CheckpointError(
-            f"{path}: holds weights in bitsandbytes' four bits (nf4 or fp4), which can't be unpacked here; take a "
+            f"{path}: holds weights in bitsandbytes' 4-bit formats (nf4 or fp4), which are not supported; use a "
             "16-bit, fp8 or GGUF file of the same model"
         )
     marks = ("double_blocks.0.", "transformer_blocks.0.")
@@ -86,7 +90,7 @@ def _of_the_transformer(tensors: Mapping[str, SourceTensor], path: Path) -> dict
 
 
 def _unscaled(tensors: Mapping[str, SourceTensor], path: Path) -> dict[str, SourceTensor]:
-    """Weights in eight bits become sources of bfloat16, by the scale that stands beside each."""
+    """Convert 8-bit weights to bfloat16, multiplied by the scales that are stored beside them."""
     result, scales = {}, {}
     for name, tensor in tensors.items():
         if name == "scaled_fp8" or name.endswith(IGNORED):
@@ -101,7 +105,7 @@ def _unscaled(tensors: Mapping[str, SourceTensor], path: Path) -> dict[str, Sour
             scales[f"{name.removesuffix(ending)}.weight"] = scale
         else:
             raise CheckpointError(
-                f"{path}: {name!r} has shape {list(tensor.shape)}; one scale for a whole weight is all that is read"
+                f"{path}: {name!r} has shape {list(tensor.shape)}; only one scale for a whole weight is supported"
             )
     for name in scales:
         if name not in result:
@@ -115,7 +119,7 @@ def _unscaled(tensors: Mapping[str, SourceTensor], path: Path) -> dict[str, Sour
 
 
 def _config_of(tensors: Mapping[str, SourceTensor], path: Path) -> TransformerConfig:
-    """The configuration that follows from the shapes in a file with FLUX's names."""
+    """Derive the configuration from the shapes of the tensors in a file with FLUX's names."""
 
     def size(name: str, axis: int) -> int:
         if name not in tensors or len(tensors[name].shape) <= axis:
@@ -130,8 +134,8 @@ def _config_of(tensors: Mapping[str, SourceTensor], path: Path) -> TransformerCo
     head = size("double_blocks.0.img_attn.norm.query_norm.scale", 0)
     if head != FLUX_DEV.attention_head_dim:
         raise CheckpointError(
-            f"{path}: its heads have {head} channels, FLUX.1-dev's {FLUX_DEV.attention_head_dim}; how their rotary "
-            "embedding is divided can't be told from the file: give --flux a folder with transformer/config.json"
+            f"{path}: its heads have {head} channels, FLUX.1-dev's {FLUX_DEV.attention_head_dim}; the file doesn't say "
+            "how their rotary embedding is divided: give --flux a folder with transformer/config.json"
         )
     try:
         return TransformerConfig(
@@ -150,7 +154,7 @@ def _config_of(tensors: Mapping[str, SourceTensor], path: Path) -> TransformerCo
 
 
 def _renamed(tensors: Mapping[str, SourceTensor], config: TransformerConfig, path: Path) -> dict[str, SourceTensor]:
-    """FLUX's names to diffusers': rows taken apart, the last modulation's halves exchanged."""
+    """Change FLUX's names to diffusers'. Split stacked rows, and swap the halves of the last norm's modulation."""
     left, result = dict(tensors), {}
     for name, stored in flux_scales(config):
         if (scale := left.pop(f"{name}.scale", None)) is not None:

@@ -1,7 +1,7 @@
-"""Tensors of other people's files, unread: each knows its shape, and gives its elements a few megabytes at a time.
+"""Tensors to convert that have not been read yet. Each knows its shape, and yields its elements in chunks.
 
-Conversion only ever moves rows about, scales them or unpacks them. So a source is one of a few kinds: a range of a
-file, a tensor in memory, a source whose numbers are rescaled, or several that stand one below the other.
+Conversion only moves, scales or unpacks rows. So there are only a few kinds of source: a range of a file, a tensor in
+memory, a source that is multiplied by a scale, and several sources whose rows are concatenated.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from torch import Tensor
 
 from mogle_rt.bundle.container import TensorInfo, read_chunks
 
-UNPACKED = torch.bfloat16  # what eight bits and fewer become: it holds every value of such a format but for its scale
+# The dtype that weights of eight bits or fewer are unpacked to. It holds every value of such formats exactly, before
+# their scale is applied.
+UNPACKED = torch.bfloat16
 
 
 class SourceTensor(ABC):
     """A tensor that has not been read yet.
 
     Attributes:
-        shape: its sizes.
-        dtype: what ``chunks`` gives.
+        shape: the tensor's shape.
+        dtype: the data type of the chunks.
     """
 
     shape: tuple[int, ...]
@@ -33,19 +35,19 @@ class SourceTensor(ABC):
 
     @abstractmethod
     def chunks(self) -> Iterator[Tensor]:
-        """Its elements in order, flat, a few megabytes at a time. A chunk is valid until the next is asked for."""
+        """Yield the elements, flat and in order, a few megabytes at a time. Each chunk may overwrite the last."""
 
     @abstractmethod
     def rows(self, start: int, stop: int) -> SourceTensor:
-        """These rows of it, as a source of their own."""
+        """The rows from ``start`` up to ``stop``, as a source."""
 
     @property
     def paths(self) -> set[Path]:
-        """The files that it is read from."""
+        """The files that this tensor is read from."""
         return set()
 
     def load(self) -> Tensor:
-        """The whole tensor, in memory of its own."""
+        """Read the whole tensor into new memory."""
         parts = [chunk.clone() for chunk in self.chunks()]
         return torch.cat(parts).view(self.shape) if parts else torch.empty(self.shape, dtype=self.dtype)
 
@@ -102,7 +104,7 @@ class HeldTensor(SourceTensor):
 
 @dataclass(frozen=True)
 class ScaledTensor(SourceTensor):
-    """A source in eight bits times one number, computed in float32 and rounded once to bfloat16."""
+    """An 8-bit source multiplied by one number, in float32, and then rounded once to bfloat16."""
 
     source: SourceTensor
     scale: float = 1.0
@@ -126,7 +128,7 @@ class ScaledTensor(SourceTensor):
 
 @dataclass(frozen=True)
 class JoinedTensor(SourceTensor):
-    """Sources of one dtype, one below the other."""
+    """Several sources of one dtype, concatenated along their rows."""
 
     parts: Sequence[SourceTensor]
 
@@ -157,6 +159,6 @@ class JoinedTensor(SourceTensor):
 
 
 def swapped_halves(source: SourceTensor) -> SourceTensor:
-    """The second half of the rows before the first: shift and scale stand the other way round in FLUX's own files."""
+    """Put the second half of the rows first, because FLUX's own files hold shift and scale in the opposite order."""
     half = source.shape[0] // 2
     return JoinedTensor([source.rows(half, 2 * half), source.rows(0, half)])

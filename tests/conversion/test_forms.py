@@ -284,7 +284,7 @@ BAD: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "fill": (lambda t: t.update({"img_in.weight": torch.ones(32, 384)}), "unexpected|FLUX.1-Fill|shape"),
     "nf4": (
         lambda t: t.update({"img_in.weight.absmax": torch.ones(2), "img_in.weight.quant_map": torch.ones(16)}),
-        "bitsandbytes' four bits",
+        "bitsandbytes' 4-bit formats",
     ),
     "another_model": (lambda t: [t.pop(n) for n in list(t) if "double_blocks" in n], "holds no FLUX transformer"),
     "missing": (
