@@ -1,1 +1,1 @@
-"""What runs a step: PyTorch, or an export by onnxruntime or TensorRT."""
+"""The engines that run a step: PyTorch, or onnxruntime and TensorRT with an export."""

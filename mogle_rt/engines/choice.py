@@ -1,4 +1,4 @@
-"""Which engine runs the step: torch, or an export run by onnxruntime or TensorRT."""
+"""Chooses the engine that runs the step: torch, or onnxruntime or TensorRT with an export."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ ENGINES = ("torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 def export_folder(path: str | Path | None, checkpoint: str | Path) -> Path:
-    """Where the export is; by default beside the bundle, as `python -m mogle_rt.export` leaves it.
+    """The folder of the export: ``path``, by default the bundle's folder, where `python -m mogle_rt.export` writes it.
 
     Raises:
         CheckpointError: there is no such bundle.
-        ConfigError: none was named for the package's own bundle.
+        ConfigError: no folder was given for the bundle that is part of the package.
     """
     bundle = demo.bundle_path(checkpoint)
-    if not bundle.exists():  # told before the lack of an export of it
+    if not bundle.exists():  # a missing bundle is reported before a missing export
         raise CheckpointError(f"{bundle}: no such file")
     if path is not None:
         return Path(path)
     if bundle.resolve() == demo.BUNDLE.resolve():
         raise ConfigError(f"{bundle}: lies in the package; name the folder of its export with engine_path")
-    return bundle.absolute().parent  # of the name that was given: a link's target may lie in a hub's cache
+    return bundle.absolute().parent  # links are not resolved, because their target may be in a hub's cache
 
 
 def engine_dtype(
     name: str, path: str | Path | None, checkpoint: str | Path, dtype: str | torch.dtype | None
 ) -> str | torch.dtype | None:
-    """The dtype asked for; by default, of an export, the one that it was made in.
+    """The dtype that was asked for. If none was and the engine runs an export, the dtype of the export.
 
     Raises:
-        ConfigError: an unknown engine, or a path where none is needed, or none where one is.
+        ConfigError: the engine is unknown, a path was given for torch, or none for the export of the package's bundle.
         CheckpointError: there is no bundle or no export.
     """
     if name not in ENGINES:
         raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {name!r}")
     if name == "torch":
         if path is not None:
-            raise ConfigError(f"engine torch takes no engine_path, got {str(path)!r}; name another engine with it")
+            raise ConfigError(f"engine torch takes no engine_path, got {str(path)!r}; give another engine with it")
         return dtype
     return manifest_dtype(Manifest.read(export_folder(path, checkpoint))) if dtype is None else dtype
 
@@ -69,20 +69,20 @@ def make_engine(
     cuda_graphs: bool = True,
     mixture: str | None = None,
 ) -> Engine:
-    """The engine, ready to `prepare`.
+    """Make the engine; call its `prepare` next.
 
     Args:
         name, path: see `Pipeline`.
         bundle, device, dtype, model, kernels, cuda_graphs, mixture: see `TorchEngine`.
 
     Raises:
-        CheckpointError, ConfigError, DeviceError: the export doesn't fit the bundle, the options or this machine.
+        CheckpointError, ConfigError, DeviceError: the export does not fit the bundle, the options or this machine.
     """
     if name == "torch":
         return TorchEngine(bundle, device, dtype, model, kernels=kernels, cuda_graphs=cuda_graphs, mixture=mixture)
     for option, value in (("kernels", kernels), ("mixture", mixture)):
         if value is not None:
-            raise ConfigError(f"engine {name} takes no {option}, got {value!r}; leave it out, or take engine torch")
+            raise ConfigError(f"engine {name} takes no {option}, got {value!r}; leave it out, or use engine torch")
     exported = ExportedGraphs(export_folder(path, bundle.path), bundle, model, dtype)
     if name == "onnxruntime":
         return OnnxEngine(exported, device)

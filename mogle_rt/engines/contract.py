@@ -1,4 +1,4 @@
-"""What the pipeline asks of an engine, and what it gives to one."""
+"""The interface of an engine: what the pipeline passes to it and calls on it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mogle_rt.loop.schedule import Schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What one call of the pipeline asks of an engine.
+    """The inputs that one call of the pipeline passes to an engine.
 
     Attributes:
-        masks: the distinct encoded pictures of B masks, and which expert sees which.
+        masks: the distinct encoded pictures of B masks, and which expert sees which of them.
         prompt_embeds: [B, T, J]. pooled_prompt_embeds: [B, P].
-        guidance_scale: strength of the distilled guidance; without effect on models that take none.
-        grid: rows and columns of image tokens, (H / 16, W / 16).
+        guidance_scale: the strength of the distilled guidance. Models without guidance ignore it.
+        grid: the rows and columns of image tokens, (H / 16, W / 16).
         condition_scale, position_delta, position_scale: see `Pipeline`.
     """
 
@@ -35,7 +35,7 @@ class Conditions:
 
     @classmethod
     def from_mask_latents(cls, mask_latents: Tensor, **others: Any) -> Conditions:
-        """From stacked pictures, of which the distinct ones are found by comparing their bits.
+        """Make conditions from stacked pictures. The distinct ones are found by comparing their bits.
 
         Args:
             mask_latents: [B, 20, N, 64], packed VAE latents of the palette picture and the 19 region planes.
@@ -45,9 +45,9 @@ class Conditions:
 
 
 class Engine(Denoiser, Protocol):
-    """What the pipeline asks of an engine: the loop's part, and before it, what no step changes.
+    """An engine: `Denoiser` for the loop, and ``prepare``, which computes what no step changes before the loop.
 
-    ``execution`` says how steps are run, ``weight_formats`` in which formats the weights are held.
+    ``execution`` says how steps are run, and ``weight_formats`` in which formats the weights are held.
     """
 
     @property

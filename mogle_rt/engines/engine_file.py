@@ -1,6 +1,6 @@
-"""A TensorRT engine as a file: a header that says what it fits, then the plan.
+"""The file of a TensorRT engine: a header that says what the engine fits, followed by the plan.
 
-Layout: 8 bytes of magic, a little-endian uint64 with the header's length, the header (JSON, UTF-8), the plan.
+Layout: 8 magic bytes, a little-endian uint64 with the header's length, the header (JSON, UTF-8), the plan.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ MAX_HEADER = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class EngineHeader:
-    """What an engine fits.
+    """The header of an engine file: what the engine was built from and where it can run.
 
     Attributes:
-        runtime, runtime_version: "tensorrt" or "tensorrt-rtx", and the version that built it.
-        target: the compute capability of its GPU, e.g. "8.9".
-        graph, dtype: the step's graph ("step" or "step_scaled") and what it computes in.
-        bundle_sha256, graph_sha256: what it was built from.
-        profile: input -> smallest, usual and largest shape.
-        plan_bytes: size of what follows.
-        weight_streaming, refittable: what it was built with.
+        runtime, runtime_version: "tensorrt" or "tensorrt-rtx", and the version that built the engine.
+        target: the compute capability of the GPU, e.g. "8.9".
+        graph, dtype: the graph of the step ("step" or "step_scaled") and the dtype of its computation.
+        bundle_sha256, graph_sha256: hashes of the bundle and of the graph that the engine was built from.
+        profile: for each input, its smallest, usual and largest shape.
+        plan_bytes: the size of the plan, which follows the header.
+        weight_streaming, refittable: the options that the engine was built with.
     """
 
     format_version: int = FORMAT_VERSION
@@ -48,17 +48,17 @@ class EngineHeader:
     refittable: bool = False
 
     def fits(self, bundle_sha256: str, graph_sha256: str) -> bool:
-        """Whether it was built from this bundle's weights and this graph."""
+        """Whether the engine was built from this bundle's weights and this graph."""
         return (self.bundle_sha256, self.graph_sha256) == (bundle_sha256, graph_sha256)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON gives it back."""
+        """The header as a dict, with the types that reading its JSON gives."""
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return values
 
 
 def write_engine(path: Path, header: EngineHeader, plan: memoryview) -> None:
-    """Write an engine, whole or not at all."""
+    """Write an engine file. If writing fails, no partial file remains."""
     raw = json.dumps(header.to_dict()).encode()
     with atomic_write(path) as file:
         file.write(MAGIC + struct.pack("<Q", len(raw)) + raw)
@@ -66,10 +66,10 @@ def write_engine(path: Path, header: EngineHeader, plan: memoryview) -> None:
 
 
 def read_engine(path: Path) -> tuple[EngineHeader, int]:
-    """The header, and where the plan starts.
+    """Read the header of an engine file. Returns the header and the offset of the plan in bytes.
 
     Raises:
-        CheckpointError: not such a file, damaged, cut short, or of another version.
+        CheckpointError: the file is missing, unreadable, not an engine file, damaged, cut short, or of another version.
     """
     try:
         size = path.stat().st_size

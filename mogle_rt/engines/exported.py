@@ -1,4 +1,4 @@
-"""What all engines on exported graphs share: the export, onnxruntime's sessions, and what no step changes."""
+"""The parts that all engines for exports share: the export itself, onnxruntime's sessions, and what no step changes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ TYPES = {
 }
 ONNX_NUMBERS = {torch.float32: 1, torch.uint8: 2, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-PREPACK_BYTES = 1 << 30  # weights up to this size are rearranged for speed, larger ones stay mapped from their file
-KEPT = "experts"  # a graph of a few megabytes, whose session is kept on a GPU too
-# Classes of onnxruntime's errors that are about the graph, not the machine.
+PREPACK_BYTES = 1 << 30  # weights up to this size are rearranged for speed; larger ones stay mapped from their file
+KEPT = "experts"  # this graph has only a few megabytes, so its session is kept on a GPU too
+# The classes of onnxruntime's errors that concern the graph and not the machine.
 REFUSALS = ("InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented")
-# On a GPU these must not land on the CPU, as onnxruntime silently does with what its provider lacks.
+# On a GPU these operators must not run on the CPU. onnxruntime silently moves operators there that its provider lacks.
 HEAVY = frozenset(
     (
         "Attention",
@@ -46,26 +46,26 @@ HEAVY = frozenset(
         "Softmax",
     )
 )
-# A model of one Identity: shows whether a provider can be had before gigabytes are read for it.
+# A model with a single Identity node. It shows whether a provider works before gigabytes are read for it.
 PROBE = (
     b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
     b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x12"
 )
-SILENT, WARNINGS = 4, 2  # onnxruntime's log severities; the second is its default
+SILENT, WARNINGS = 4, 2  # log severities of onnxruntime; the second is its default
 NO_ATTENTION = -1e4  # log(condition_scale) for 0: its exponential is 0 in every dtype
 
 
 class ExportedGraphs:
-    """An export that fits a bundle and what is asked of it.
+    """An export, checked against a bundle, the model's switches and a dtype.
 
     Args:
         path: the folder of the export, or its manifest.
-        bundle: must be the one that was exported.
-        model, dtype: must be those of the export.
+        bundle: the bundle that was exported.
+        model, dtype: the switches and the dtype of the export.
 
     Raises:
-        CheckpointError: files are missing or changed, or the export is of another bundle.
-        ConfigError: switches or dtype are others.
+        CheckpointError: files are missing or changed, or another bundle was exported.
+        ConfigError: the switches or the dtype differ from those of the export.
     """
 
     def __init__(self, path: str | Path, bundle: Bundle, model: ModelConfig, dtype: torch.dtype) -> None:
@@ -79,20 +79,20 @@ class ExportedGraphs:
         if dict(self.manifest.model_config) != model.to_dict():
             other = [n for n, value in model.to_dict().items() if self.manifest.model_config.get(n) != value]
             raise ConfigError(
-                f"{self.folder}: was exported with {other[0]} = {self.manifest.model_config.get(other[0])}, asked for is "
-                f"{getattr(model, other[0])}; export with --model-config, or pass the same model_config"
+                f"{self.folder}: was exported with {other[0]} = {self.manifest.model_config.get(other[0])}, but "
+                f"{getattr(model, other[0])} is asked for; export with --model-config, or pass the same model_config"
             )
         if manifest_dtype(self.manifest) != dtype:
             raise ConfigError(
-                f"{self.folder}: was exported in {self.manifest.dtype}, asked for is "
-                f"{str(dtype).removeprefix('torch.')}; export with that --dtype"
+                f"{self.folder}: was exported in {self.manifest.dtype}, but {str(dtype).removeprefix('torch.')} is "
+                f"asked for; export with that --dtype"
             )
 
     def graph(self, name: str) -> GraphSpec:
-        """A graph of the manifest.
+        """The graph of this name in the manifest.
 
         Raises:
-            CheckpointError: the export holds none of this name.
+            CheckpointError: the export has no graph of this name.
         """
         if name not in self.manifest.graphs:
             raise CheckpointError(f"{self.folder}: the export holds no graph {name!r}; export again")
@@ -100,7 +100,11 @@ class ExportedGraphs:
 
 
 def manifest_dtype(manifest: Manifest) -> torch.dtype:
-    """What the graphs compute in."""
+    """The dtype in which the graphs compute.
+
+    Raises:
+        CheckpointError: the manifest names an unknown dtype.
+    """
     name = DTYPE_NAMES.get(manifest.dtype)
     if name is None:
         raise CheckpointError(f"damaged manifest: dtype {manifest.dtype!r}")
@@ -110,10 +114,10 @@ def manifest_dtype(manifest: Manifest) -> torch.dtype:
 
 
 def load_onnxruntime(device: torch.device, dtype: torch.dtype) -> Any:
-    """The module, able to run graphs of this dtype on this device.
+    """The module onnxruntime, after checking that it can run graphs of this dtype on this device.
 
     Raises:
-        DeviceError: it is missing, or can't.
+        DeviceError: onnxruntime is not installed, or can't run such graphs there.
     """
     try:
         onnxruntime = import_onnxruntime()
@@ -131,14 +135,14 @@ def load_onnxruntime(device: torch.device, dtype: torch.dtype) -> Any:
             f"install onnxruntime-gpu, or use device cpu"
         )
     if device.type == "cpu" and dtype == torch.bfloat16:
-        raise DeviceError("onnxruntime's CPU kernels don't take bf16; export with --dtype fp32, or use cuda")
+        raise DeviceError("onnxruntime's CPU kernels don't support bf16; export with --dtype fp32, or use cuda")
     if device.type == "cuda":
         _probe(onnxruntime, device)
     return onnxruntime
 
 
 def _provider(device: torch.device) -> Any:
-    """The provider and its options. float32 means float32: no TF32."""
+    """The provider for a device, with its options. TF32 is off, so that float32 means float32."""
     name = PROVIDERS[device.type]
     return (name, {"device_id": str(device.index or 0), "use_tf32": "0"}) if device.type == "cuda" else name
 
@@ -165,20 +169,20 @@ def _probe(ort: Any, device: torch.device) -> None:
     if got != PROVIDERS[device.type]:
         raise DeviceError(
             f"onnxruntime fell back from {PROVIDERS[device.type]} to {got} on {device}: {reason}; "
-            f"mend that, or ask for device cpu"
+            f"fix that, or use device cpu"
         )
 
 
 class Session:
-    """A graph in onnxruntime, on one device, without a silent change of the device.
+    """A graph in onnxruntime on one device. It never moves to another device silently.
 
     Args:
-        folder, graph: where the graph's file and its weights are.
-        weight_bytes: size of the weights, see `PREPACK_BYTES`.
+        folder: the folder that holds the graph's file and its weights. graph: its entry in the manifest.
+        weight_bytes: the size of the weights, see `PREPACK_BYTES`.
 
     Raises:
         DeviceError: onnxruntime is missing, can't run the graph on the device, or would run heavy nodes elsewhere.
-        CheckpointError: it refuses the graph.
+        CheckpointError: onnxruntime does not accept the graph.
     """
 
     def __init__(self, folder: Path, graph: GraphSpec, device: torch.device, weight_bytes: int) -> None:
@@ -188,7 +192,7 @@ class Session:
         options = ort.SessionOptions()
         options.log_severity_level = SILENT
         options.intra_op_num_threads = torch.get_num_threads()
-        # Else its threads go on spinning after a run, and take the processors from PyTorch's, which come next.
+        # Without this, its threads keep spinning after a run and take processor time from PyTorch, which runs next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if device.type == "cuda":
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -206,8 +210,8 @@ class Session:
             self._check_assignment(path)
 
     def _check_assignment(self, path: Path) -> None:
-        """The nodes that matter are on the GPU."""
-        if not hasattr(self.session, "get_provider_graph_assignment_info"):  # onnxruntime of an older version
+        """Check that no heavy node was assigned to the CPU."""
+        if not hasattr(self.session, "get_provider_graph_assignment_info"):  # an older version of onnxruntime
             return
         left = [
             f"{node.name} ({node.op_type})"
@@ -220,18 +224,19 @@ class Session:
             more = f" and {len(left) - 3} more" if len(left) > 3 else ""
             raise DeviceError(
                 f"{path}: onnxruntime's CUDA provider lacks {', '.join(left[:3])}{more}, which would run on the CPU; "
-                f"export with another --dtype or --opset, or take engine torch"
+                f"export with another --dtype or --opset, or use engine torch"
             )
 
     def outputs(self, **axes: int) -> dict[str, Tensor]:
-        """Empty tensors for the results. Axes: the sizes that the graph's dynamic axes have in this run."""
+        """Uninitialised tensors for the results. axes: the sizes of the graph's dynamic axes in this run."""
         return {t.name: self._empty(t.sizes(**axes), t.dtype) for t in self.graph.outputs}
 
     def _empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         return torch.empty(shape, dtype=TYPES[dtype], device=self.device)
 
     def binding(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Any:
-        """Names bound to the tensors' memory: nothing is copied. Inputs the graph doesn't have are left out."""
+        """Bind the graph's inputs and outputs to the tensors' memory without copies. Other entries of ``inputs`` are
+        ignored. Every input must be contiguous and have the dtype that the graph declares."""
         binding = self.session.io_binding()
         place = (self.device.type, self.device.index or 0)
         for spec in self.graph.inputs:
@@ -244,13 +249,13 @@ class Session:
         return binding
 
     def run(self, binding: Any) -> None:
-        """Run on bound tensors.
+        """Run the graph on bound tensors.
 
         Raises:
             DeviceError: onnxruntime failed.
         """
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # onnxruntime has a stream of its own
+            torch.cuda.current_stream(self.device).synchronize()  # onnxruntime uses its own stream
         try:
             self.session.run_with_iobinding(binding)
             binding.synchronize_outputs()
@@ -258,7 +263,7 @@ class Session:
             raise DeviceError(f"{self.graph.file}: onnxruntime failed: {_first_line(error)}") from None
 
     def __call__(self, inputs: Mapping[str, Tensor], **axes: int) -> dict[str, Tensor]:
-        """Run once. Inputs on any device; results are new tensors on the session's."""
+        """Run the graph once. Inputs may be on any device; the results are new tensors on the session's device."""
         placed = {t.name: inputs[t.name].to(self.device, TYPES[t.dtype]).contiguous() for t in self.graph.inputs}
         results = self.outputs(**axes)
         self.run(self.binding(placed, results))
@@ -270,10 +275,10 @@ def _first_line(error: Exception) -> str:
 
 
 class StepPreparation:
-    """What all engines on exported graphs share: everything that no step changes, by ``experts`` and ``prepare``.
+    """Computes everything that no step changes, with the graphs ``experts`` and ``prepare``.
 
-    On a GPU the weights of ``prepare``, a quarter of the model's, are let go after use; so its last results are kept, and
-    the same prompt, schedule and size again need no weights.
+    On a GPU the weights of ``prepare``, a quarter of the model's, are released after use. Its last results are kept, so
+    that another run with the same prompt, schedule and size does not load the weights again.
     """
 
     def __init__(self, exported: ExportedGraphs, device: torch.device) -> None:
@@ -283,7 +288,7 @@ class StepPreparation:
         self._made: dict[str, Tensor] = {}
 
     def session(self, name: str) -> Session:
-        """A graph's session; kept on a CPU, where weights are pages of their file."""
+        """The session of a graph. On a CPU, where the weights are pages of their file, every session is kept."""
         if name in self._sessions:
             return self._sessions[name]
         session = Session(
@@ -294,7 +299,7 @@ class StepPreparation:
         return session
 
     def __call__(self, conditions: Conditions, schedule: Schedule) -> dict[str, Tensor]:
-        """Every input of the step but the latents and the step's number, on the device."""
+        """Compute all inputs of the step except the latents and the step's number. The results are on the device."""
         c = conditions
         axes = run_axes(c, schedule)
         bank = self.session(KEPT)({"mask_latents": c.masks.stacked()}, **axes)  # the graph takes every picture
@@ -307,7 +312,7 @@ class StepPreparation:
         )
 
     def _prepared(self, c: Conditions, schedule: Schedule, axes: Mapping[str, int]) -> dict[str, Tensor]:
-        """Results of ``prepare``; those of the last run, if made from the same."""
+        """The results of ``prepare``: those of the last run if its inputs were the same."""
         batch = axes["batch"]
         values = {
             "prompt_embeds": c.prompt_embeds.expand(batch, -1, -1),
@@ -320,18 +325,18 @@ class StepPreparation:
             "position_scale": torch.tensor([c.position_scale], dtype=torch.float32),
         }
         inputs = {
-            t.name: values[t.name].to(self.device, TYPES[t.dtype], copy=True)  # the caller may change its own
+            t.name: values[t.name].to(self.device, TYPES[t.dtype], copy=True)  # the caller may change its tensors
             for t in self.exported.graph("prepare").inputs
         }
         if not self._made or not all(torch.equal(value, self._made_from[name]) for name, value in inputs.items()):
-            self._made = {}  # goes before the next comes
+            self._made = {}  # freed before the new results are made
             self._made = self.session("prepare")(inputs, **axes)
             self._made_from = inputs
         return self._made
 
 
 def run_axes(conditions: Conditions, schedule: Schedule) -> dict[str, int]:
-    """Sizes of a run, by the names that they have in the graphs."""
+    """The sizes of a run, by the names of the graphs' dynamic axes."""
     tokens, text_tokens = conditions.masks.tokens, conditions.prompt_embeds.shape[1]
     return {
         "batch": conditions.masks.batch,

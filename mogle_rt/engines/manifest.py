@@ -1,7 +1,8 @@
-"""manifest.json, which stands beside exported graphs: what they are and how to drive them, from any language.
+"""The file manifest.json beside exported graphs. It says what the graphs are and how to run them from any language.
 
-A run is: ``vae_encoder`` on the distinct pictures of the masks, ``experts`` on the latents of each mask's 20 pictures,
-``prepare`` on the prompt's embeddings and the schedule, ``step`` once for each step, ``vae_decoder`` on the result.
+A run calls ``vae_encoder`` on the distinct pictures of the masks, ``experts`` on the latents of each mask's 20
+pictures, ``prepare`` on the prompt's embeddings and the schedule, ``step`` once for each step, and ``vae_decoder`` on
+the result.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ Size = int | str  # a fixed size, or the name of a dynamic axis
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """An input or output of a graph. ``dtype``: ONNX's name, e.g. FLOAT16."""
+    """An input or output of a graph. ``dtype`` is ONNX's name, e.g. FLOAT16."""
 
     name: str
     dtype: str
     shape: tuple[Size, ...]
 
     def sizes(self, **axes: int) -> tuple[int, ...]:
-        """The shape with its dynamic axes filled in."""
+        """The shape, with the sizes of dynamic axes filled in."""
         return tuple(axes[size] if isinstance(size, str) else size for size in self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphSpec:
-    """A graph: its file beside the manifest, the file's SHA-256, inputs and outputs."""
+    """A graph: its file in the manifest's folder, the SHA-256 of that file, and its inputs and outputs."""
 
     file: str
     sha256: str
@@ -47,12 +48,12 @@ class GraphSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsSpec:
-    """Where the weights are.
+    """Where the weights of the graphs are stored.
 
     Attributes:
-        mode: link, copy or embed. file: the name beside the graphs; None if they are in the graphs.
-        bytes, header_sha256: the file's size and the SHA-256 of its first bytes, length and header.
-        sha256: the hash that the file's own header holds, of all its contents.
+        mode: link, copy or embed. file: a file in the graphs' folder; None if the graphs contain the weights.
+        bytes: the size of the file. header_sha256: the SHA-256 of its first bytes (the length field and the header).
+        sha256: the hash of the contents, taken from the file's own header.
     """
 
     mode: str
@@ -64,7 +65,7 @@ class WeightsSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSpec:
-    """A TensorRT engine: its file, the graph it was built from, and the header that stands in the file too."""
+    """A TensorRT engine: its file, the graph that it was built from, and a copy of the file's header."""
 
     file: str
     graph: str
@@ -73,15 +74,15 @@ class EngineSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """All of it.
+    """The whole manifest.
 
     Attributes:
-        dtype: fp32, fp16 or bf16. bundle: name and content hash of the bundle that was exported.
-        config: the bundle's configurations. model_config: the reference's switches, built into the graphs.
-        classes: of the masks: index, name, color (RGB).
-        graphs: by name, see the module. schedule, drive: in words and formulas.
-        modulation_rows, condition_modulation_rows: what the rows of the tables are.
-        verified: what was compared, with which errors, null for one that is not finite; empty if nothing was.
+        dtype: fp32, fp16 or bf16. bundle: name and content hash of the exported bundle.
+        config: the bundle's configurations. model_config: the reference's switches, which are built into the graphs.
+        classes: the classes of the masks, each with index, name and color (RGB).
+        graphs: the graphs by name, see the module. schedule, drive: instructions in words and formulas.
+        modulation_rows, condition_modulation_rows: the meanings of the rows of the modulation tables.
+        verified: the comparisons that were made, with their errors (null for one that is not finite); may be empty.
     """
 
     format: str = FORMAT
@@ -103,7 +104,7 @@ class Manifest:
     verified: tuple[Mapping[str, Any], ...] = ()
 
     def write(self, folder: Path) -> Path:
-        """Into a folder, whole or not at all."""
+        """Write the manifest into a folder and return its path. If writing fails, no partial file remains."""
         path = folder / NAME
         with atomic_write(path) as file:
             file.write(json.dumps(asdict(self), indent=1, allow_nan=False).encode() + b"\n")
@@ -111,10 +112,10 @@ class Manifest:
 
     @classmethod
     def read(cls, path: str | Path) -> Manifest:
-        """From a folder, or the file itself.
+        """Read the manifest. path: its folder, or the file itself.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or of another version.
+            CheckpointError: there is no manifest, or it is damaged or of another version.
         """
         path = manifest_path(path)
         try:
@@ -148,10 +149,10 @@ class Manifest:
             raise CheckpointError(f"{path}: damaged manifest: {type(error).__name__}: {error}") from None
 
     def check_files(self, folder: Path) -> None:
-        """Graphs are as they were written, and the weights' file is the one that they point into.
+        """Check that the graphs are unchanged and that the file of the weights is the one that they refer to.
 
-        Reads the graphs and the header of the weights: cheap at any size. `python -m mogle_rt.export --check` reads
-        the weights too.
+        This reads only the graphs and the header of the weights, so it is fast at any size. To check the weights too,
+        use `python -m mogle_rt.export --check`.
 
         Raises:
             CheckpointError: a file is missing, moved or changed.
@@ -174,7 +175,7 @@ class Manifest:
 
 
 def manifest_path(path: str | Path) -> Path:
-    """The manifest of a folder, or the file itself."""
+    """The path of the manifest. path: its folder, or the file itself."""
     path = Path(path)
     return path / NAME if path.is_dir() or path.suffix != ".json" else path
 
@@ -187,13 +188,13 @@ def _graph(raw: Mapping[str, Any]) -> GraphSpec:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a whole file."""
+    """The SHA-256 of a whole file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def header_sha256(path: Path) -> str:
-    """SHA-256 of a safetensors file's length field and header."""
+    """The SHA-256 of a safetensors file's length field and header."""
     with path.open("rb") as file:
         start = file.read(8)
         return hashlib.sha256(start + file.read(int.from_bytes(start, "little"))).hexdigest()

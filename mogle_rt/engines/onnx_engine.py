@@ -1,4 +1,4 @@
-"""A step engine on exported graphs, run by onnxruntime. The same contract as the torch engine's."""
+"""The engine that runs exported graphs with onnxruntime. It has the same interface as the torch engine."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mogle_rt.loop.schedule import Schedule
 
 
 class OnnxEngine(VelocityLoop):
-    """Face-MoGLE's step by onnxruntime, from an export.
+    """Runs Face-MoGLE's step from an export with onnxruntime.
 
     Args:
         exported: the export.
-        device: cpu or cuda; there, inputs and results stay on the GPU.
+        device: cpu or cuda. On cuda, inputs and results stay on the GPU.
 
     Raises:
         DeviceError: see `load_onnxruntime`.
     """
 
     def __init__(self, exported: ExportedGraphs, device: torch.device) -> None:
-        load_onnxruntime(device, manifest_dtype(exported.manifest))  # told now rather than in the first call
+        load_onnxruntime(device, manifest_dtype(exported.manifest))  # reports problems now and not at the first call
         self.prepare_step = StepPreparation(exported, device)
         self.device = device
         self._step: Session | None = None
@@ -34,12 +34,12 @@ class OnnxEngine(VelocityLoop):
         self._outputs: dict[str, Tensor] = {}
 
     def prepare(self, conditions: Conditions, schedule: Schedule) -> None:
-        """Compute the step's constant inputs, and bind them."""
+        """Compute the inputs that no step changes, and bind them to the step's graph."""
         self.follow(schedule, self.device)
         name = "step" if conditions.condition_scale == 1 else "step_scaled"
         self._inputs = self.prepare_step(conditions, schedule)
         if self._step is None or self._step.graph.file != self.prepare_step.exported.graph(name).file:
-            self._step = self._binding = None  # one model's weights in memory at a time
+            self._step = self._binding = None  # frees the other graph, so that only one's weights are in memory
             self._step = self.prepare_step.session(name)
         batch, tokens, channels = conditions.masks.batch, conditions.masks.tokens, conditions.masks.planes.shape[2]
         dtype = TYPES[self._step.graph.outputs[0].dtype]
@@ -55,18 +55,18 @@ class OnnxEngine(VelocityLoop):
 
     @torch.inference_mode()
     def step(self, latents: Tensor, k: int) -> Tensor:
-        """Velocity at step k of the prepared run: [B, N, 64] -> [B, N, 64]."""
+        """The velocity at step k of the prepared run: [B, N, 64] -> [B, N, 64]."""
         self.run(latents, k)
         return self._outputs["velocity"].clone()
 
     @torch.inference_mode()
     def condition(self, latents: Tensor, k: int) -> Tensor:
-        """Condition tokens of step k: [B, N, 64] -> [B, N, 64]. Runs the whole step."""
+        """The condition tokens of step k: [B, N, 64] -> [B, N, 64]. This runs the whole step."""
         self.run(latents, k)
         return self._outputs["condition"].clone()
 
     def run(self, latents: Tensor, k: int) -> None:
-        """Step k, into the bound results."""
+        """Run step k. The results are in the bound outputs."""
         if self._step is None or self._binding is None:
             raise RuntimeError("prepare() must be called before step()")
         self._inputs["latents"].copy_(latents)

@@ -1,6 +1,6 @@
-"""A step engine on a TensorRT or TensorRT-RTX engine file. What no step changes is made by onnxruntime.
+"""The engine that runs a TensorRT or TensorRT-RTX engine file. onnxruntime computes what no step changes.
 
-Both packages have one API; `Package` is all that differs.
+Both packages have the same API. `Package` holds everything in which they differ.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from mogle_rt.loop.schedule import Schedule
 
 @dataclass(frozen=True)
 class Package:
-    """A TensorRT: its name for people, its import name, how to get it."""
+    """TensorRT or TensorRT-RTX: its name in messages, its import name, and how to install it."""
 
     name: str
     module: str
     install: str
 
     def load(self) -> Any:
-        """The module.
+        """Import the module and return it.
 
         Raises:
-            DeviceError: it isn't installed, or its libraries can't be loaded.
+            DeviceError: it is not installed, or its libraries can't be loaded.
         """
         try:
             return importlib.import_module(self.module)
         except (ImportError, OSError, RuntimeError) as error:
-            raise DeviceError(f"{self.name} is not to be had here ({error}): {self.install}") from None
+            raise DeviceError(f"{self.name} can't be loaded here ({error}): {self.install}") from None
 
 
 PACKAGES = {
     "tensorrt": Package(
         "tensorrt",
         "tensorrt",
-        "pip install --extra-index-url https://pypi.nvidia.com 'mogle-rt[tensorrt]', or take tensorrt-rtx",
+        "pip install --extra-index-url https://pypi.nvidia.com 'mogle-rt[tensorrt]', or use tensorrt-rtx",
     ),
     "tensorrt-rtx": Package("tensorrt-rtx", "tensorrt_rtx", "pip install 'mogle-rt[tensorrt-rtx]'"),
 }
@@ -56,7 +56,7 @@ PACKAGES = {
 
 @dataclass(eq=False)
 class Loaded:
-    """An engine on the GPU with its execution context. ``runtime`` must live as long as the engine does."""
+    """An engine on the GPU with its execution context. ``runtime`` must live as long as the engine."""
 
     graph: str
     path: Path
@@ -67,10 +67,10 @@ class Loaded:
 
     @classmethod
     def read(cls, graph: str, path: Path, header: EngineHeader, package: Package) -> Loaded:
-        """From its file, onto the current GPU.
+        """Read an engine from its file onto the current GPU.
 
         Raises:
-            DeviceError: TensorRT refuses it, or has no memory for it.
+            DeviceError: TensorRT does not accept the engine, or there is too little memory.
         """
         trt = package.load()
         _, begin = read_engine(path)
@@ -92,14 +92,14 @@ class Loaded:
         return cls(graph, path, trt.TensorIOMode, runtime, engine, context)
 
     def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        """Name the memory of inputs and results.
+        """Tell TensorRT the addresses of inputs and results.
 
         Raises:
-            DeviceError: TensorRT refuses the shape or the address of a tensor.
+            DeviceError: TensorRT does not accept the shape or the address of a tensor.
         """
         for name, value in inputs.items():
             if self.engine.get_tensor_mode(name) != self.modes.INPUT:
-                continue  # not needed, so TensorRT has left it out
+                continue  # TensorRT has removed this input, because nothing needs it
             if not self.context.set_input_shape(name, tuple(value.shape)):
                 raise DeviceError(f"{self.path}: TensorRT refuses {name} of shape {list(value.shape)}")
             self._bind(name, value)
@@ -111,7 +111,7 @@ class Loaded:
             raise DeviceError(f"{self.path}: TensorRT refuses the memory of {name}")
 
     def run(self, stream: int) -> None:
-        """Launch a step.
+        """Launch a step on a CUDA stream, given by its handle.
 
         Raises:
             DeviceError: TensorRT failed.
@@ -121,7 +121,7 @@ class Loaded:
 
 
 class TensorRTEngine(VelocityLoop):
-    """Face-MoGLE's step by TensorRT, from an export. Inputs and results stay on the GPU.
+    """Runs Face-MoGLE's step from an export with TensorRT. Inputs and results stay on the GPU.
 
     Args:
         exported: an export that holds an engine of this package.
@@ -129,8 +129,8 @@ class TensorRTEngine(VelocityLoop):
         package: TensorRT or TensorRT-RTX.
 
     Raises:
-        CheckpointError: the export holds no such engine, or none fits the export.
-        DeviceError: not a GPU, not the right one, or the package is missing or of another version.
+        CheckpointError: the export has no such engine, or the engine does not fit the export.
+        DeviceError: the device is not a GPU or not the right one, or the package is missing or of another version.
     """
 
     def __init__(self, exported: ExportedGraphs, device: torch.device, package: Package) -> None:
@@ -138,14 +138,18 @@ class TensorRTEngine(VelocityLoop):
         self._fitting: dict[str, tuple[Path, EngineHeader]] = {}
         self._unfit: dict[str, MogleError] = {}
         self._find()
-        load_onnxruntime(device, manifest_dtype(exported.manifest))  # told now rather than in the first call
+        load_onnxruntime(device, manifest_dtype(exported.manifest))  # reports problems now and not at the first call
         self._prepare_step = StepPreparation(exported, device)
         self._loaded: Loaded | None = None
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
 
     def _find(self) -> None:
-        """By graph, the engine that fits this GPU, package and export; or else what is wrong with the first one."""
+        """Find, for each graph, the first engine that fits this GPU, package and export, or the error of the first one.
+
+        Raises:
+            CheckpointError, DeviceError: no engine fits.
+        """
         found = [e for e in self.exported.manifest.engines if e.header.get("runtime") == self.package.name]
         if not found:
             raise CheckpointError(
@@ -163,8 +167,8 @@ class TensorRTEngine(VelocityLoop):
         found = [e for e in found if e.header.get("target") == have]
         if not found:
             raise DeviceError(
-                f"{first}: was built for compute capability {targets}, {torch.cuda.get_device_name(self.device)} has "
-                f"{have}; build one with --target {have.replace('.', '')}"
+                f"{first}: was built for compute capability {targets}, but {torch.cuda.get_device_name(self.device)} "
+                f"has {have}; build one with --target {have.replace('.', '')}"
             )
         version = self.package.load().__version__
         for engine in found:
@@ -179,21 +183,22 @@ class TensorRTEngine(VelocityLoop):
             raise next(iter(self._unfit.values()))
 
     def _check(self, path: Path, version: str) -> EngineHeader:
-        """The header of an engine that fits the export and the package."""
+        """Read the header of an engine, and check that the engine fits the export and the package."""
         header, _ = read_engine(path)
         if not header.fits(self.exported.manifest.bundle["sha256"], self.exported.graph(header.graph).sha256):
             raise CheckpointError(f"{path}: was built from another export of the graph; build it again")
         if header.runtime_version != version:
             raise DeviceError(
-                f"{path}: was built by {header.runtime} {header.runtime_version}, installed is {version}; build it again"
+                f"{path}: was built by {header.runtime} {header.runtime_version}, but {version} is installed; "
+                f"build it again"
             )
         return header
 
     def header(self, graph: str) -> EngineHeader:
-        """Of the engine that runs a graph.
+        """The header of the engine that runs a graph.
 
         Raises:
-            CheckpointError, DeviceError: there is none, or it doesn't fit.
+            CheckpointError, DeviceError: there is no such engine, or it does not fit.
         """
         if graph in self._fitting:
             return self._fitting[graph][1]
@@ -206,14 +211,14 @@ class TensorRTEngine(VelocityLoop):
         )
 
     def _load(self, graph: str) -> Loaded:
-        """The deserialised engine and its context; one at a time is held."""
+        """The deserialised engine of a graph, with its context. Only one is held at a time."""
         if self._loaded is None or self._loaded.graph != graph:
-            self._loaded = None  # goes before the next comes
+            self._loaded = None  # freed before the next one is loaded
             self._loaded = Loaded.read(graph, *self._fitting[graph], self.package)
         return self._loaded
 
     def prepare(self, conditions: Conditions, schedule: Schedule) -> None:
-        """Compute the step's constant inputs, and bind them.
+        """Compute the inputs that no step changes, and bind them to the engine.
 
         Raises:
             InputError: a size is outside the engine's profile.
@@ -223,7 +228,7 @@ class TensorRTEngine(VelocityLoop):
         graph = "step" if conditions.condition_scale == 1 else "step_scaled"
         spec, axes = self.exported.graph(graph), run_axes(conditions, schedule)
         check_profile(self.header(graph), spec, axes)
-        self._inputs = {}  # until all is bound, there is nothing to run
+        self._inputs = {}  # while this is empty, `step` refuses to run
         with torch.cuda.device(self.device):
             loaded = self._load(graph)
             inputs = self._prepare_step(conditions, schedule)
@@ -243,7 +248,7 @@ class TensorRTEngine(VelocityLoop):
 
     @torch.inference_mode()
     def step(self, latents: Tensor, k: int) -> Tensor:
-        """Velocity at step k of the prepared run: [B, N, 64] -> [B, N, 64]."""
+        """The velocity at step k of the prepared run: [B, N, 64] -> [B, N, 64]."""
         if self._loaded is None or not self._inputs:
             raise RuntimeError("prepare() must be called before step()")
         with torch.cuda.device(self.device):
@@ -254,13 +259,13 @@ class TensorRTEngine(VelocityLoop):
 
 
 def check_profile(header: EngineHeader, graph: GraphSpec, axes: Mapping[str, int]) -> None:
-    """A run's sizes lie in an engine's profile.
+    """Check that the sizes of a run are within the profile of an engine.
 
     Args:
         axes: see `run_axes`.
 
     Raises:
-        InputError: names the first that does not, with its bounds.
+        InputError: a size is outside. The message names the first such size and its bounds.
     """
     for tensor in graph.inputs:
         if tensor.name not in header.profile:
@@ -270,7 +275,7 @@ def check_profile(header: EngineHeader, graph: GraphSpec, axes: Mapping[str, int
         for axis, size, least, most in zip(tensor.shape, shape, low, high, strict=True):
             if least <= size <= most:
                 continue
-            if axis in ("steps", "text_tokens"):  # --min and --max say nothing of these
+            if axis in ("steps", "text_tokens"):  # --min and --max don't set these
                 what = str(axis).replace("_", " ")
                 raise InputError(f"{size} {what}, but the engine takes at most {most} {what}")
             raise InputError(

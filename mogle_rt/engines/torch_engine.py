@@ -1,4 +1,4 @@
-"""What can run the loop. The torch engine prepares everything that no step changes, then runs steps."""
+"""The torch engine. It first prepares everything that no step changes, and then runs steps."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ from mogle_rt.ops.attention import Visibility, log_scale_of
 from mogle_rt.ops.choice import choose
 from mogle_rt.torch_api.settings import settled
 
-# On a GPU: bytes that the inputs and buffers of kept graphs may take together. One image of FLUX.1-dev at 512 x 512
+# On a GPU, the bytes that the inputs and buffers of kept graphs may take together. One image of FLUX.1-dev at 512 x 512
 # pixels and up to 32 steps takes about 0.25 GB, and at 1024 x 1024 pixels about 0.7 GB.
 KEPT_BYTES = 2 << 30
-NO_TIMESTEP = -1.0  # fills up the timesteps that modulations were made from: schedules of other lengths then differ
+NO_TIMESTEP = -1.0  # padding of `StepInputs.modulation_of`'s timesteps, so that schedules of other lengths differ
 
 
 class TorchEngine:
-    """Face-MoGLE's step in PyTorch.
+    """Runs Face-MoGLE's step with PyTorch.
 
     Args:
         bundle: the weights.
-        device, dtype: where and in what to compute.
+        device, dtype: the device and dtype of the computation.
         model: the reference's switches.
         kernels: see `mogle_rt.ops.choice.choose`.
-        cuda_graphs: replay steps as one CUDA graph where there is a CUDA device.
-        mixture: where the experts run: "bank", once an image, or "fused", in every step, in one launch with gate and
-            sum; None takes for each run what costs less, see `mogle_rt.ops.triton_ops.cheaper_mixture`.
-        weights: the format of the blocks' weights, one of `mogle_rt.linear.formats.FORMATS`; None chooses by the device
+        cuda_graphs: whether to replay the steps as one CUDA graph on a CUDA device.
+        mixture: when the experts run. "bank": once per image. "fused": in every step, in one launch with the gate and
+            the sum. None: the cheaper one for each run, see `mogle_rt.ops.triton_ops.cheaper_mixture`.
+        weights: the format of the blocks' weights, one of `mogle_rt.linear.formats.FORMATS`. None chooses by the device
             and the machine's memory, see `mogle_rt.memory.formats.choose_format`.
         streamed: places of the sublayers whose weights are streamed, see `stream_sublayers`.
 
     Raises:
-        ConfigError: the kernels can't be had or don't take so wide a model, the mixture can't be fused, or there is no
-            such weight format.
+        ConfigError: the kernels are not available or don't support the model's width, the mixture can't be fused, or
+            there is no such weight format.
 
     Attributes:
-        styles: LoRAs on top of the model. What is changed there counts from the next `prepare` on.
+        styles: LoRAs on top of the model. Changes apply from the next `prepare` on.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class TorchEngine:
 
     @property
     def transformer(self) -> Transformer:
-        """The weights of the steps. A CPU loads them when they are first needed, which is after the modulation's were
-        read, used and let go: less is then held at once."""
+        """The weights of the steps. On a CPU they are loaded when first needed. By then the weights of modulation have
+        been read, used and released, so less memory is in use at the same time."""
         if self._transformer is None:
             self._transformer = self._load_transformer()
         return self._transformer
@@ -125,7 +125,7 @@ class TorchEngine:
 
     @property
     def weight_formats(self) -> str:
-        """The formats of the loaded weights with the bytes that each holds, such as "packed 1.2 GB, plain 0.1 GB"."""
+        """The formats of the loaded weights and the bytes in each, such as "packed 1.2 GB, plain 0.1 GB"."""
         if self._transformer is None:
             return "not loaded"
         held = sorted(self._transformer.bytes_by_format().items(), key=lambda item: -item[1])
@@ -137,10 +137,10 @@ class TorchEngine:
     @settled()
     @torch.inference_mode()
     def prepare(self, conditions: Conditions, schedule: Schedule) -> None:
-        """Compute what no step of a run changes, and hold it for the steps.
+        """Compute everything that no step of a run changes, and keep it for the steps.
 
         Raises:
-            torch.OutOfMemoryError: there is too little memory, even without what is kept from runs of other shapes.
+            torch.OutOfMemoryError: there is too little memory, even after dropping what was kept from other shapes.
         """
         c, capacity, batch = conditions, step_capacity(len(schedule)), conditions.masks.batch
         layout = Layout(
@@ -151,7 +151,7 @@ class TorchEngine:
             add_cond_attn=self.model.add_cond_attn,
         )
         shapes = {kind: (batch, capacity, layout, kind, self.styles.shape) for kind in (Bank, Fused)}
-        self._runner = None  # where its shapes are not kept, its buffers go before new ones come
+        self._runner = None  # if its shapes are not kept, this frees its buffers before new ones are made
         inputs = with_room(
             lambda: self._inputs(c, schedule, capacity, shapes),
             lambda: self._runners.give_up_others(shapes.values()),
@@ -167,7 +167,7 @@ class TorchEngine:
     def _inputs(
         self, c: Conditions, schedule: Schedule, capacity: int, shapes: Mapping[type[Bank | Fused], Hashable]
     ) -> StepInputs:
-        """What no step changes. shapes: the run's, by where its experts run."""
+        """Compute what no step changes. shapes: the run's keys in `Runners`, by the type of the mixture."""
 
         def of_steps(rows: Tensor, filler: float = 0.0) -> Tensor:
             return with_further_rows(rows, capacity, filler)
@@ -182,7 +182,7 @@ class TorchEngine:
         made_from = (
             of_steps(schedule.model_timesteps.to(self.device), NO_TIMESTEP),
             torch.tensor(c.guidance_scale * 1000.0, dtype=torch.float32, device=self.device),
-            pooled.expand(batch, -1).clone(),  # a later run is copied over it: not the caller's own
+            pooled.expand(batch, -1).clone(),  # a later run overwrites it, so it must not be the caller's tensor
             torch.tensor(self.styles.version, device=self.device),
         )
         sequence = prompt_embeds.expand(batch, -1, -1).transpose(0, 1)
@@ -203,16 +203,16 @@ class TorchEngine:
     def _modulation(
         self, made_from: tuple[Tensor, Tensor, Tensor, Tensor], steps: int, last: Step | None
     ) -> ModulationTables:
-        """The run's tables; those of the last run of its shapes, if made from the same: their weights are a quarter of
-        the model's, and not kept."""
+        """The modulation tables of the run. Those of the last run of the same shapes are reused if they were made from
+        the same inputs: their weights are a quarter of the model's and are not kept in memory."""
         if last is not None and all(map(torch.equal, made_from, last.inputs.modulation_of)):
             return last.inputs.modulation
         (every, guidance, pooled, _), capacity = made_from, len(made_from[0])
         taken = guidance.expand(len(pooled)) if self.config.guidance_embeds else None
-        # One more timestep than the loop has: 0, the condition's, which is constant.
+        # There is one more timestep than the loop has: 0 for the condition, whose modulation is constant.
         timesteps = F.pad(every[:steps], (0, 1))
         temb = plain = time_embedding(timesteps, taken, pooled, self.weights)
-        if self.styles.acts_within("time_text_embed."):  # on the steps' alone: the condition keeps the plain one
+        if self.styles.acts_within("time_text_embed."):  # only for the steps; the condition keeps the plain one
             temb = time_embedding(timesteps, taken, pooled, self.weights, self.styles.change)
         return modulation_tables(
             self.config,
@@ -227,7 +227,7 @@ class TorchEngine:
     @settled()
     @torch.inference_mode()
     def condition(self, latents: Tensor, k: int) -> Tensor:
-        """Condition tokens of step k: [B, N, 64] -> [B, N, 64]."""
+        """The condition tokens of step k: [B, N, 64] -> [B, N, 64]."""
         self._enter(latents, k)
         self.prepared.condition()
         return _image_major(self.prepared.buffers.condition)
@@ -235,20 +235,20 @@ class TorchEngine:
     @settled()
     @torch.inference_mode()
     def velocity(self, latents: Tensor, condition: Tensor, k: int) -> Tensor:
-        """The transformer's output in step k, for given condition tokens: [B, N, 64]."""
+        """The transformer's output in step k for the given condition tokens: [B, N, 64]."""
         self._enter(latents, k)
         self.prepared.buffers.condition.copy_(condition.transpose(0, 1))
         self.prepared.velocity()
         return _image_major(self.prepared.buffers.velocity)
 
     def step(self, latents: Tensor, k: int) -> Tensor:
-        """Velocity at step k of the prepared run: [B, N, 64] -> [B, N, 64]."""
+        """The velocity at step k of the prepared run: [B, N, 64] -> [B, N, 64]."""
         return self.velocity(latents, self.condition(latents, k), k)
 
     @settled()
     @torch.inference_mode()
     def start(self, latents: Tensor, k: int = 0) -> None:
-        """Take latents [B, N, 64] into step k.
+        """Set the latents, [B, N, 64], and go to step k.
 
         Raises:
             IndexError: the schedule has no step k.
@@ -258,7 +258,7 @@ class TorchEngine:
         runner.start(latents.transpose(0, 1), k)
 
     def _enter(self, latents: Tensor, k: int) -> None:
-        """Start at a step that is to be computed, and fetch what belongs to it."""
+        """Start at step k, which must exist, and select its rows of the tables."""
         self.start(latents, k)
         self._position.next_step()
         self.prepared.select()
@@ -266,7 +266,7 @@ class TorchEngine:
     @settled()
     @torch.inference_mode()
     def advance(self) -> None:
-        """One step of the loop, Euler update included.
+        """Run one step of the loop, including the Euler update.
 
         Raises:
             IndexError: all steps of the schedule are done.
@@ -281,7 +281,7 @@ class TorchEngine:
         return "not prepared" if self._runner is None else self._runner.execution
 
     def latents(self) -> Tensor:
-        """[B, N, 64], after the last `advance`."""
+        """A copy of the latents after the last `advance`: [B, N, 64]."""
         return _image_major(self.prepared.buffers.latents)
 
     @property
@@ -296,7 +296,7 @@ class TorchEngine:
 
 
 def _size(number: int) -> str:
-    """Bytes, for people."""
+    """A number of bytes as a readable text."""
     return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
 
 

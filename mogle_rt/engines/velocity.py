@@ -1,4 +1,4 @@
-"""The loop's part of engines that give velocities."""
+"""The part of the loop that engines share if they only compute velocities."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from mogle_rt.loop.schedule import Position, Schedule
 
 
 class VelocityLoop(ABC):
-    """The loop's part of an engine that gives velocities: latents on its device, Euler's update in PyTorch."""
+    """Base of engines that only compute velocities: it holds the latents on the device and does Euler's update."""
 
     weight_formats = "as exported"
 
     _sigmas = torch.zeros(1, dtype=torch.float32, device="cpu")
     _latents = torch.zeros(1, dtype=torch.float32, device="cpu")
-    _position: Position | None = None  # until a run is prepared
+    _position: Position | None = None  # None until a run is prepared
 
     def follow(self, schedule: Schedule, device: torch.device) -> None:
-        """Take in the schedule of the coming run."""
+        """Set the schedule of the next run."""
         self._sigmas = schedule.sigmas.to(device)
         self._position = Position(len(schedule))
 
     @abstractmethod
     def step(self, latents: Tensor, k: int) -> Tensor:
-        """Velocity at step k of the prepared run: [B, N, 64] -> [B, N, 64]."""
+        """The velocity at step k of the prepared run: [B, N, 64] -> [B, N, 64]."""
 
     def start(self, latents: Tensor, k: int = 0) -> None:
-        """Take latents [B, N, 64] into step k.
+        """Set the latents, [B, N, 64], and go to step k.
 
         Raises:
             IndexError: the schedule has no step k.
@@ -39,7 +39,7 @@ class VelocityLoop(ABC):
         self._latents = latents
 
     def advance(self) -> None:
-        """One step of the loop.
+        """Run one step of the loop.
 
         Raises:
             IndexError: all steps of the schedule are done.
@@ -51,7 +51,7 @@ class VelocityLoop(ABC):
         position.go_to(k + 1)
 
     def latents(self) -> Tensor:
-        """[B, N, 64], after the last `advance`."""
+        """A copy of the latents after the last `advance`: [B, N, 64]."""
         return self._latents.clone()
 
     def _prepared_position(self) -> Position:

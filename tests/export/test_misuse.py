@@ -128,7 +128,7 @@ WRONG: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "switch": (("BUNDLE", "--model-config", '{"add_cond": true}'), ("unknown option 'add_cond'", "add_cond_attn")),
     "switches": (("BUNDLE", "--model-config", "[1]"), ("--model-config must be a JSON object",)),
     "no export": (("--check", "."), ("manifest.json", "no such file; export first")),
-    "no TensorRT": (("BUNDLE", "--format", "tensorrt"), ("tensorrt is not to be had here", "pypi.nvidia.com")),
+    "no TensorRT": (("BUNDLE", "--format", "tensorrt"), ("tensorrt can't be loaded here", "pypi.nvidia.com")),
     "bf16 of old": (("BUNDLE", "--dtype", "bf16", "--opset", 21), ("bf16 needs opset 22 or newer, got 21",)),
 }
 
@@ -330,7 +330,7 @@ def test_missing_bundle(tmp_path: Path) -> None:
 
 
 def test_kernels_are_the_torch_engine_s(exported: Path) -> None:
-    with pytest.raises(ConfigError, match="engine onnxruntime takes no kernels, got 'triton'; leave it out, or take"):
+    with pytest.raises(ConfigError, match="engine onnxruntime takes no kernels, got 'triton'; leave it out, or use"):
         Pipeline(exported / "tiny.safetensors", device="cpu", engine="onnxruntime", kernels="triton")
 
 
@@ -395,9 +395,9 @@ def test_other_options(exported: Path) -> None:
     def pipeline(**options: Any) -> Pipeline:
         return Pipeline(bundle, device="cpu", engine="onnxruntime", **options)
 
-    with pytest.raises(ConfigError, match="was exported with latent_lora = False, asked for is True; export with"):
+    with pytest.raises(ConfigError, match="was exported with latent_lora = False, but True is asked for; export with"):
         pipeline(model_config={"latent_lora": True})
-    with pytest.raises(ConfigError, match="was exported in fp32, asked for is float16; export with that --dtype"):
+    with pytest.raises(ConfigError, match="was exported in fp32, but float16 is asked for; export with that --dtype"):
         pipeline(dtype="fp16")
 
 
@@ -416,7 +416,7 @@ def test_unknown_engine(tiny_bundle: Path, tmp_path: Path) -> None:
 
 def test_bfloat16_on_a_cpu(tiny_bundle: Path, tmp_path: Path) -> None:
     folder = export(tiny_bundle, tmp_path, dtype="bf16")
-    with pytest.raises(DeviceError, match="CPU kernels don't take bf16; export with --dtype fp32"):
+    with pytest.raises(DeviceError, match="CPU kernels don't support bf16; export with --dtype fp32"):
         Pipeline(tiny_bundle, device="cpu", engine="onnxruntime", engine_path=folder)
 
 
@@ -614,7 +614,7 @@ def test_engine_for_another_gpu(exported: Path, monkeypatch: pytest.MonkeyPatch)
     add_engine(exported)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (12, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "RTX 5090")
-    with pytest.raises(DeviceError, match=r"built for compute capability 8.9, RTX 5090 has 12.0; .*--target 120"):
+    with pytest.raises(DeviceError, match=r"built for compute capability 8.9, but RTX 5090 has 12.0; .*--target 120"):
         TensorRTEngine(graphs_of(exported), torch.device("cuda"), RTX)
 
 
@@ -623,7 +623,7 @@ def test_engine_of_another_version(exported: Path, monkeypatch: pytest.MonkeyPat
     add_engine(exported)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     with pytest.raises(
-        DeviceError, match=rf"built by tensorrt-rtx 0.0, installed is {trt.__version__}; build it again"
+        DeviceError, match=rf"built by tensorrt-rtx 0.0, but {trt.__version__} is installed; build it again"
     ):
         TensorRTEngine(graphs_of(exported), torch.device("cuda"), RTX)
 
@@ -633,7 +633,7 @@ def test_missing_tensorrt_rtx(exported: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(
-        DeviceError, match=r"tensorrt-rtx is not to be had here .*pip install 'mogle-rt\[tensorrt-rtx\]'"
+        DeviceError, match=r"tensorrt-rtx can't be loaded here .*pip install 'mogle-rt\[tensorrt-rtx\]'"
     ):
         TensorRTEngine(graphs_of(exported), torch.device("cuda"), RTX)
 
