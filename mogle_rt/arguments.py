@@ -1,4 +1,4 @@
-"""What a call of the pipeline is given: checked at once, with one clear line for what is wrong."""
+"""Checks the arguments of a call of the pipeline right away. Each error is one clear line that says what is wrong."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from mogle_rt.config import MAX_TEXT_TOKENS, PATCH
 from mogle_rt.errors import InputError, MaskError, NumericalError
 
-if TYPE_CHECKING:  # imported where it is needed: the command line checks its options before it waits for torch
+if TYPE_CHECKING:  # torch is imported in functions, so that the command line can check its options before loading it
     import torch
     from torch import Tensor
 
 Generators: TypeAlias = "torch.Generator | Sequence[torch.Generator] | None"
 
 
-MOST = 2**31 - 1  # of images and pixels: what is more would overflow, long after memory has ended
-MOST_STEPS = 10_000  # each one's modulations are held: of FLUX's full size, 2 MB an image
+MOST = 2**31 - 1  # the limit for images and pixels; more would overflow, but memory runs out long before
+MOST_STEPS = 10_000  # modulations are held for every step: at FLUX's full size, 2 MB per step and image
 
 
 def _is_number(value: object) -> bool:
@@ -27,7 +27,7 @@ def _is_number(value: object) -> bool:
         return False
     try:
         return math.isfinite(float(value))
-    except OverflowError:  # whole numbers beyond all floats
+    except OverflowError:  # an integer larger than every float
         return False
 
 
@@ -47,10 +47,10 @@ def check_options(
     callback_inputs: Sequence[str] = ("latents",),
     mask_posterior: str = "mean",
 ) -> None:
-    """Options of a call.
+    """Check the options of a call.
 
     Raises:
-        InputError: one is out of range.
+        InputError: an option has a wrong type or is out of range.
     """
     for name, number, most in (
         ("num_inference_steps", num_inference_steps, MOST_STEPS),
@@ -81,8 +81,8 @@ def check_options(
     named = list(callback_inputs) if isinstance(callback_inputs, Sequence) else None
     if named == ["prompt_embeds"] or named == ["latents", "prompt_embeds"]:
         raise InputError(
-            "callback_on_step_end_tensor_inputs can be ['latents'] only: what a prompt says is computed once, before the "
-            "first step, so that a callback can't change prompt_embeds"
+            "callback_on_step_end_tensor_inputs can be ['latents'] only: everything about the prompt is computed once, "
+            "before the first step, so a callback can't change prompt_embeds"
         )
     if named != ["latents"]:
         raise InputError(f"callback_on_step_end_tensor_inputs can be ['latents'] only, got {callback_inputs!r}")
@@ -91,10 +91,11 @@ def check_options(
 
 
 def prompt_list(prompt: str | Sequence[str] | None, embeds: Tensor | None, pooled: Tensor | None) -> list[str]:
-    """Prompts as a list, empty where embeddings are given.
+    """The prompts as a list, which is empty if embeddings are given. Without a prompt it holds one empty text.
 
     Raises:
-        InputError: neither a text nor a list of texts, or prompts and embeddings together.
+        InputError: the prompt is not a text or a list of texts, only one kind of embeddings is given, or a prompt and
+            embeddings are both given.
     """
     if (embeds is None) != (pooled is None):
         raise InputError("prompt_embeds and pooled_prompt_embeds go together; one of them is missing")
@@ -112,53 +113,56 @@ def prompt_list(prompt: str | Sequence[str] | None, embeds: Tensor | None, poole
             raise InputError(f"prompt must be a text or a list of texts, got {type(one).__name__}")
         try:
             one.encode()
-        except UnicodeEncodeError:  # half of a pair, or how Python keeps bytes that are no text
+        except UnicodeEncodeError:  # a lone surrogate, which Python also uses for bytes that are not valid text
             raise InputError(f"prompt must be UTF-8 text, got {one!r}") from None
     return prompts
 
 
 def common_count(masks: int, prompts: int) -> int:
-    """How many pairs of mask and prompt.
+    """The number of pairs of a mask and a prompt.
 
     Raises:
-        InputError: the counts differ, and neither is 1.
+        InputError: a count is 0, or the counts differ and neither is 1.
     """
     if not masks or not prompts:
-        raise InputError(f"there must be a prompt (or its embeddings) and a mask at least, got {prompts} and {masks}")
+        raise InputError(f"give at least one prompt (or its embeddings) and one mask, got {prompts} and {masks}")
     if masks != prompts and 1 not in (masks, prompts):
-        raise InputError(f"{masks} masks and {prompts} prompts don't pair up: give equally many, or one of either")
+        raise InputError(
+            f"{masks} masks and {prompts} prompts don't pair up: give the same number of both, or only one of either"
+        )
     return max(masks, prompts)
 
 
 def refuse_prompt_as_mask(mask: object) -> None:
-    """Somebody who knows diffusers' pipelines may give the prompt first.
+    """Refuse a prompt that was given as the mask. Users of diffusers' pipelines may pass the prompt first.
 
     Raises:
-        MaskError: ``mask`` is a text of several words, or a list with one, that is no path.
+        MaskError: ``mask`` is, or is a list that contains, a text of several words that is not a path.
     """
     for one in mask if isinstance(mask, (list, tuple)) else [mask]:
         if isinstance(one, str) and len(one.split()) > 1 and not os.path.splitext(one.strip(" ."))[1]:
             try:
                 found = os.path.lexists(os.path.expanduser(one))
-            except ValueError:  # a null character in it
+            except ValueError:  # the text contains a null character
                 found = False
             if not found:
                 raise MaskError(
-                    f"{one[:60]!r} is no file and reads like a prompt: masks come first, so write pipe(mask, prompt), or "
-                    "pipe(prompt=...) for a prompt alone"
+                    f"{one[:60]!r} is not a file and reads like a prompt: masks come first, so write "
+                    "pipe(mask, prompt), or pipe(prompt=...) for a prompt alone"
                 )
 
 
 def seeded_generators(seed: int | Sequence[int], generator: Generators, batch: int) -> list[torch.Generator]:
-    """Generators of seeds, on the CPU: one for each image.
+    """Make a generator on the CPU for each image, from seeds.
 
     Args:
-        seed: the first image's, and the following images have the following numbers; or one for each image.
-        generator: None; a call takes seeds or generators.
-        batch: how many images.
+        seed: the seed of the first image, which the next images increase by 1 each; or a list of one seed per image.
+        generator: must be None, because a call takes either seeds or generators.
+        batch: the number of images.
 
     Raises:
-        InputError: a seed is no whole number from 0 to 2**63 - 1, there are too many or few, or generators are given too.
+        InputError: a seed is not a whole number from 0 to 2**63 - batch - 1, the number of seeds is wrong, or
+            generators are given too.
     """
     import torch
 
@@ -175,16 +179,16 @@ def seeded_generators(seed: int | Sequence[int], generator: Generators, batch: i
     if not several:
         numbers = [numbers[0] + i for i in range(batch)]
     if len(numbers) != batch:
-        raise InputError(f"seed must be one number or a list of {batch} (one an image), got {len(numbers)}")
+        raise InputError(f"seed must be one number or a list of {batch} (one per image), got {len(numbers)}")
     return [torch.Generator("cpu").manual_seed(number) for number in numbers]
 
 
 def generator_list(generator: Generators, batch: int, device: torch.device) -> list[torch.Generator] | None:
-    """One generator for each image, or None where one or none serves all.
+    """The list of generators, one for each image, or None if a single generator or none was given.
 
     Raises:
-        InputError: another number of generators, something else, or one of a device that the noise can't be drawn for. A
-            generator of the CPU serves every device.
+        InputError: the number of generators is wrong, something is not a generator, or a generator is on another device
+            than the pipeline. A generator on the CPU works for every device.
     """
     import torch
 
@@ -193,20 +197,20 @@ def generator_list(generator: Generators, batch: int, device: torch.device) -> l
     for g in generators:
         if isinstance(g, torch.Generator) and g.device.type not in ("cpu", device.type):
             raise InputError(
-                f"generator is on {g.device} and the pipeline on {device}: give a generator of the CPU, which draws the "
+                f"generator is on {g.device} and the pipeline on {device}: give a generator on the CPU, which draws the "
                 "same noise for every device, or a seed"
             )
     if generator is None or isinstance(generator, torch.Generator):
         return None
     if len(generators) != batch or not all(isinstance(g, torch.Generator) for g in generators):
         raise InputError(
-            f"generator must be one torch.Generator or a list of {batch} (one an image), got {generator!r}"
+            f"generator must be one torch.Generator or a list of {batch} (one per image), got {generator!r}"
         )
     return generators
 
 
 def check_embeddings(embeds: Any, pooled: Any, width: int, pooled_width: int) -> None:
-    """T5's [B, T, J] and CLIP's [B, P].
+    """Check prompt embeddings: T5's, [B, T, ``width``], and CLIP's, [B, ``pooled_width``].
 
     Raises:
         InputError, NumericalError: see `check_tensor`.
@@ -216,10 +220,11 @@ def check_embeddings(embeds: Any, pooled: Any, width: int, pooled_width: int) ->
 
 
 def check_tensor(name: str, value: Any, shape: tuple[int | None, ...]) -> None:
-    """A finite floating point tensor of a shape, None standing for any size.
+    """Check that a value is a finite floating point tensor of this shape, in which None stands for any size.
 
     Raises:
-        InputError: it is something else. NumericalError: it is not finite.
+        InputError: it is something else.
+        NumericalError: it contains NaN or infinity.
     """
     import torch
 

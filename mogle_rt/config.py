@@ -1,4 +1,4 @@
-"""Options as frozen dataclasses. Each is validated once, when it is made; unknown names are refused."""
+"""Options as frozen dataclasses. Each is validated once, when it is created. Unknown names are errors."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ if TYPE_CHECKING:
 NUM_CLASSES = 19
 MLP_RATIO = 4
 NUM_EXPERTS = 1 + NUM_CLASSES  # the global expert, then one for each class
-PATCH = 16  # pixels a token covers in each direction: 8x VAE times 2x2 packing
+PATCH = 16  # pixels that a token covers in each direction: 8x by the VAE, times 2x by packing
 VAE_SCALE = 8
 
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 def dtype_name(value: str | torch.dtype) -> str:
-    """torch's own name of a dtype, such as "bfloat16", from "bf16", "fp16", "fp32", that name, or the dtype itself.
+    """PyTorch's name of a dtype, such as "bfloat16".
+
+    Args:
+        value: "bf16", "fp16" or "fp32", PyTorch's name of one of them, or the dtype itself.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: the value is anything else.
     """
     name = str(value).removeprefix("torch.")
     name = DTYPE_NAMES.get(name, name)
@@ -37,12 +40,12 @@ def dtype_name(value: str | torch.dtype) -> str:
 
 
 def parse_dtype(value: str | torch.dtype) -> torch.dtype:
-    """A torch dtype from "bf16", "fp16", "fp32", torch's own name, or itself.
+    """The torch dtype of a value that `dtype_name` accepts.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: the value is anything else.
     """
-    import torch  # here, as the command line reads options before it needs torch
+    import torch  # imported here because the command line reads options before it needs torch
 
     dtype = getattr(torch, dtype_name(value))
     assert isinstance(dtype, torch.dtype)
@@ -51,14 +54,17 @@ def parse_dtype(value: str | torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base of the option classes: strict construction from a mapping."""
+    """The base of the option classes, which can be built from a mapping with strict checks."""
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, what: str | None = None) -> Self:
-        """Build from ``values``; names that start with ``_`` (diffusers' bookkeeping) are skipped.
+        """Build the options from ``values``. Names that start with ``_`` (diffusers' bookkeeping) are skipped.
+
+        Args:
+            what: how messages name the options; by default the name of the class.
 
         Raises:
-            ConfigError: a name is unknown, one is missing, or a value is refused.
+            ConfigError: a name is unknown, a required one is missing, or a value is not allowed.
         """
         what = what or cls.__name__
         fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -74,7 +80,7 @@ class Options:
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready mapping that `from_mapping` takes back."""
+        """A JSON-ready mapping from which `from_mapping` builds the same options."""
         return dataclasses.asdict(self)
 
 
@@ -87,15 +93,15 @@ def _require_bool(owner: object, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Options):
-    """The reference's switches: how condition and image see each other, and what the LoRA acts on.
+    """The reference's switches: whether condition and image attend to each other, and what the LoRA acts on.
 
     Attributes:
-        union_cond_attn: everything attends to everything (the released setting); otherwise the condition and the rest
-            do not see each other.
-        add_cond_attn: the condition's gated attention output is added to the image stream of double blocks too.
-        latent_lora: the branch LoRA acts on image rows too, in single blocks also on text rows.
-        independent_condition: the condition does not see the rest, the rest sees it.
-        weight_is_scale: gate weights are averaged over the tokens: one weight an expert.
+        union_cond_attn: everything attends to everything (the released setting). Otherwise the condition and the rest
+            do not attend to each other.
+        add_cond_attn: in double blocks, the condition's gated attention output is added to the image stream too.
+        latent_lora: the condition branch's LoRA acts on image rows too, and in single blocks also on text rows.
+        independent_condition: the condition does not attend to the rest, but the rest attends to the condition.
+        weight_is_scale: the gate's weights are averaged over the tokens, so that each expert has a single weight.
     """
 
     union_cond_attn: bool = True
@@ -109,7 +115,11 @@ class ModelConfig(Options):
 
     @classmethod
     def of(cls, value: ModelConfig | Mapping[str, Any] | None) -> ModelConfig:
-        """Take what a person passes as ``model_config``: None, a mapping or a `ModelConfig`."""
+        """The config for what a user passes as ``model_config``: None (the defaults), a mapping or a `ModelConfig`.
+
+        Raises:
+            ConfigError: the value is of another type, or the mapping is wrong, see `Options.from_mapping`.
+        """
         if value is None:
             return cls()
         if isinstance(value, cls):
@@ -139,7 +149,7 @@ def _require_finite(owner: object, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(Options):
-    """Shape of the FLUX transformer, with the names of diffusers' `FluxTransformer2DModel`."""
+    """The shape of the FLUX transformer, with the option names of diffusers' `FluxTransformer2DModel`."""
 
     num_layers: int
     num_single_layers: int
@@ -184,7 +194,7 @@ class TransformerConfig(Options):
 
     @property
     def width(self) -> int:
-        """D, the model width: heads times head size."""
+        """D, the width of the model: the number of heads times the size of a head."""
         return self.num_attention_heads * self.attention_head_dim
 
 
@@ -202,11 +212,11 @@ FLUX_DEV = TransformerConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class MogleConfig(Options):
-    """Shape and ablation of the mixture: experts 64 -> hidden -> 64, a gate over 20 of them.
+    """The shape of the mixture: 20 experts, each 64 -> hidden -> 64, and a gate over them. It can lack either part.
 
     Attributes:
-        has_gating: False sums the experts without weights.
-        has_expert: False takes the region latents themselves in the experts' place.
+        has_gating: if False, the experts are summed without weights.
+        has_expert: if False, the region latents are used in place of the experts' outputs.
     """
 
     has_gating: bool = True
@@ -222,7 +232,7 @@ class MogleConfig(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig(Options):
-    """Flow-matching schedule, with the names of diffusers' `FlowMatchEulerDiscreteScheduler`."""
+    """The flow-matching schedule, with the option names of diffusers' `FlowMatchEulerDiscreteScheduler`."""
 
     num_train_timesteps: int = 1000
     shift: float = 1.0
@@ -255,10 +265,10 @@ class SchedulerConfig(Options):
         for name in ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
             if getattr(self, name):
                 raise ConfigError(
-                    f"scheduler option {name} is not a schedule Face-MoGLE was made with; set it to false"
+                    f"scheduler option {name} is not a schedule that Face-MoGLE was trained with; set it to false"
                 )
         if self.stochastic_sampling or self.shift_terminal:
             raise ConfigError("scheduler options stochastic_sampling and shift_terminal are not supported by this loop")
 
 
-MAX_TEXT_TOKENS = 512  # the most T5 tokens that FLUX takes
+MAX_TEXT_TOKENS = 512  # the largest number of T5 tokens that FLUX accepts

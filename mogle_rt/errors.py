@@ -1,16 +1,16 @@
-"""What can go wrong, as types. Every message is one line: what was wrong, with which value, what would be right."""
+"""The exceptions. Every message is one line that says what was wrong, with which value, and what would be right."""
 
 
 class MogleError(Exception):
-    """Base of every error that mogle_rt raises on purpose."""
+    """The base class of all errors that mogle_rt raises on purpose."""
 
 
 class ConfigError(MogleError, ValueError):
-    """An option or a model configuration has an unknown name or a value out of range."""
+    """An option or a model configuration has an unknown name or a value that is out of range."""
 
 
 class InputError(MogleError, ValueError):
-    """An argument of a call is wrong: a shape, a count, a size, a missing embedding."""
+    """An argument of a call is wrong, such as a shape, a count, a size or a missing embedding."""
 
 
 class MaskError(InputError):
@@ -18,20 +18,20 @@ class MaskError(InputError):
 
 
 class CheckpointError(MogleError, ValueError):
-    """A checkpoint file is missing, damaged, of another format, or doesn't fit its configuration."""
+    """A checkpoint file is missing, damaged or of another format, or does not fit its configuration."""
 
 
 class DownloadError(CheckpointError):
-    """A file could not be had from the hub: offline, unknown, or access not granted."""
+    """A file can't be downloaded from the hub: there is no connection, no such file, or no access to it."""
 
 
 class DeviceError(MogleError, RuntimeError):
-    """The device or dtype asked for can't be used on this machine."""
+    """The requested device or dtype can't be used on this machine."""
 
 
 class NumericalError(MogleError, ArithmeticError):
-    """Latents or weights hold NaN or infinity."""
+    """Latents, embeddings or weights contain NaN or infinity."""
 
 
 class OutputError(MogleError, OSError):
-    """A result can't be written where it was asked for."""
+    """A result can't be written to the requested place."""

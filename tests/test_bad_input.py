@@ -932,7 +932,7 @@ CALLS = {
     "embeds_of_nobody": Call(
         {"prompt_embeds": EMBEDS[:0], "pooled_prompt_embeds": POOLED[:0]}, ("there must be a prompt", "got 0 and 1")
     ),
-    "generators": Call({"mask": [BLACK] * 3, "generator": [GENERATOR] * 2}, ("a list of 3 (one an image)",)),
+    "generators": Call({"mask": [BLACK] * 3, "generator": [GENERATOR] * 2}, ("a list of 3 (one per image)",)),
     "generators_for_images": Call({"num_images_per_prompt": 2, "generator": [GENERATOR]}, ("a list of 2",)),
     "generators_of_seeds": Call({"generator": [42]}, ("generator must be one torch.Generator or a list of 1",)),
     "generator_of_a_seed": Call({"generator": 42}, ("generator must be one torch.Generator or a list of 1", "42")),
