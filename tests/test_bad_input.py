@@ -930,7 +930,7 @@ CALLS = {
         NumericalError,
     ),
     "embeds_of_nobody": Call(
-        {"prompt_embeds": EMBEDS[:0], "pooled_prompt_embeds": POOLED[:0]}, ("there must be a prompt", "got 0 and 1")
+        {"prompt_embeds": EMBEDS[:0], "pooled_prompt_embeds": POOLED[:0]}, ("give at least one prompt", "got 0 and 1")
     ),
     "generators": Call({"mask": [BLACK] * 3, "generator": [GENERATOR] * 2}, ("a list of 3 (one per image)",)),
     "generators_for_images": Call({"num_images_per_prompt": 2, "generator": [GENERATOR]}, ("a list of 2",)),
