@@ -47,7 +47,7 @@ class TorchEngine:
             the sum. None: the cheaper one for each run, see `mogle_rt.ops.triton_ops.cheaper_mixture`.
         weights: the format of the blocks' weights, one of `mogle_rt.linear.formats.FORMATS`. None chooses by the device
             and the machine's memory, see `mogle_rt.memory.formats.choose_format`.
-        streamed: places of the sublayers whose weights are streamed, see `stream_sublayers`.
+        streamed: the indices of the sublayers whose weights are streamed, see `stream_sublayers`.
 
     Raises:
         ConfigError: the kernels are not available or don't support the model's width, the mixture can't be fused, or
@@ -109,12 +109,12 @@ class TorchEngine:
         )
 
     def stream_sublayers(self, places: Sequence[int]) -> None:
-        """Keep all weights in memory but those of some sublayers, which are read anew in each step.
+        """Keep all weights in memory except those of some sublayers, which are read again in each step.
 
-        The result is the same to the bit. What was loaded before is let go, and loaded again when it is needed.
+        The results are the same bit for bit. The weights loaded before are dropped, and loaded again when needed.
 
         Args:
-            places: of the sublayers among all, see `mogle_rt.model.transformer.sublayers`, ascending.
+            places: the indices of these sublayers among all, ascending, see `mogle_rt.model.transformer.sublayers`.
         """
         if tuple(places) == self._streamed:
             return

@@ -59,10 +59,10 @@ class StoredLayer:
         return self.source.load(self._tensors(kind), self.device, dtype or self.dtype)
 
     def copy_into(self, into: Tensor, kind: str = "weight") -> None:
-        """Copy the stacked tensors of a kind into memory of the CPU, converted to its dtype.
+        """Copy the stacked tensors of one kind into a tensor on the CPU, converted to its dtype.
 
-        The pages of each tensor in the file are given back once it is copied, so that no more than one of the stored
-        tensors is in memory beside ``into``.
+        The pages of each stored tensor are released once it is copied, so that at most one of them is in memory in
+        addition to ``into``.
 
         Args:
             into: [out, in].
@@ -100,7 +100,7 @@ class WeightFormat(ABC):
 
     Attributes:
         name: the name of the format.
-        streamable: whether weights can take turns in one place of memory. If so, the format has `slot_layout`,
+        streamable: whether several weights can use the same memory in turn. If so, the format implements `slot_layout`,
             `fill_slot` and `in_slot`.
         shape: (out, in) of the product, including the extra rows and columns of `Further`.
         dtype: the dtype of the activations.
@@ -168,17 +168,17 @@ class WeightFormat(ABC):
 
     @classmethod
     def slot_layout(cls, shape: tuple[int, int], dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Shapes and dtypes of the tensors that hold a streamed weight, each contiguous.
+        """The shapes and dtypes of the contiguous tensors that hold a streamed weight.
 
         Args:
-            shape: (out, in) of the product, with what is `Further`.
-            dtype: of the activations.
+            shape: (out, in) of the product, including the extra rows and columns of `Further`.
+            dtype: the dtype of the activations.
         """
         raise NotImplementedError(f"weights in the format {cls.name} can't be streamed")
 
     @classmethod
     def fill_slot(cls, stored: StoredLayer, further: Further, into: Sequence[Tensor]) -> None:
-        """Read a weight into tensors of `slot_layout` on the CPU. A thread of its own calls it, step after step.
+        """Read a weight into tensors of `slot_layout` on the CPU. A separate thread calls this in every step.
 
         Args:
             stored, further: see `load`; ``further`` is on the CPU.
@@ -187,11 +187,11 @@ class WeightFormat(ABC):
 
     @classmethod
     def in_slot(cls, tensors: Sequence[Tensor]) -> WeightFormat:
-        """A weight whose products use what these tensors hold at the time of each call.
+        """A weight whose products use the values that these tensors hold at the time of each call.
 
         Its products must give the same bytes as those of a weight made by `load`.
 
         Args:
-            tensors: of `slot_layout`, on the device of the products.
+            tensors: tensors of `slot_layout`, on the device of the products.
         """
         raise NotImplementedError(f"weights in the format {cls.name} can't be streamed")

@@ -85,10 +85,10 @@ class PackedWeight(WeightFormat):
 
 
 class PackedInEachCall(WeightFormat):
-    """A weight [out, in] whose values change between calls, so that oneDNN packs it in each of them.
+    """A weight [out, in] whose values change between calls, so that oneDNN packs it in every call.
 
-    Products are the same as those of `PackedWeight`, bit for bit. For FLUX's layers and 2,560 rows, packing takes a
-    hundredth of the product's time.
+    Its products equal those of `PackedWeight` bit for bit. For FLUX's layers and 2,560 rows, packing takes a hundredth
+    of the product's time.
     """
 
     name = PackedWeight.name
@@ -116,7 +116,7 @@ class PackedInEachCall(WeightFormat):
             return onednn.prepared(weight, bias, gelu=gelu), gelu
 
         def multiply(x: Tensor) -> Tensor:
-            # For one row, oneDNN has another kernel for plain weights, which rounds differently.
+            # For a single row, oneDNN uses another kernel for plain weights, which rounds differently.
             return onednn.linear(x, onednn.pack(weight), bias, gelu=gelu)
 
         return multiply, gelu

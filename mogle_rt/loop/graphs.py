@@ -1,8 +1,9 @@
 """CUDA graphs of a step: on a GPU one captured graph runs every step of a run, with almost no work on the host.
 
 A `Step` reads and writes the same memory each time, and the step's number is in that memory too. So it is captured once
-for each shape and replayed for every step of every run of that shape. On other devices the same step runs eagerly under
-the same rule: inputs are copied into its buffers, and a changed address is an error.
+for each shape and replayed for every step of every run of that shape. (If weights are streamed, there is a graph for
+each section of the step.) On other devices the same step runs eagerly under the same rule: inputs are copied into its
+buffers, and a changed address is an error.
 
 Steps of several shapes are kept, up to a limit in bytes. If memory runs out while a new one is made or captured, all
 others are dropped, and it is tried once more.

@@ -30,14 +30,15 @@ class Section:
     """A part of a step that needs the weights of at most one streamed sublayer.
 
     Attributes:
-        operations: in order. streamed: the number of the streamed sublayer, which is the first of the section; or None.
+        operations: the operations in order.
+        streamed: the number of the streamed sublayer, with which the section begins; None if there is none.
     """
 
     operations: list[Callable[[], object]]
     streamed: int | None = None
 
     def run(self) -> None:
-        """Do the operations."""
+        """Run the operations."""
         for operation in self.operations:
             operation()
 
@@ -78,12 +79,12 @@ class Step:
         self.tokens, self.last_normed, self.x_text = flat(b.tokens), flat(last.out), b.x[: layout.text]
         self._velocity = self._cut()
         first, *others = self._velocity
-        # What `advance` does, cut where the weights of streamed sublayers are needed. Without any it is one section.
+        # The operations of `advance`. A new section begins where the weights of a streamed sublayer are needed.
         self.sections = [Section([self.select, self.condition, *first.operations]), *others]
         self.sections[-1] = replace(self.sections[-1], operations=[*self.sections[-1].operations, self._euler])
 
     def _cut(self) -> list[Section]:
-        """Latents and condition tokens -> velocity, in sections."""
+        """The operations that compute the velocity from latents and condition tokens, in sections."""
         sections = [Section([self._embed, self.first_norm])]
         for place, (link, join) in enumerate(zip(self.links, self.joints, strict=True)):
             if place in self.transformer.streamed:
@@ -152,7 +153,7 @@ class Step:
 
     @contextmanager
     def weights_of(self, section: Section) -> Iterator[None]:
-        """Within the context, the weights of the section's streamed sublayer, if it has one, are in memory."""
+        """Keep the weights of the section's streamed sublayer, if it has one, in memory within the context."""
         stream, number = self.transformer.stream, section.streamed
         try:
             if stream is not None and number is not None:

@@ -54,14 +54,14 @@ class LayerStream(WeightStream, Protocol):
     """A stream of weights that layers can be loaded into."""
 
     def hold(self, place: int, leaf: int, stored: StoredLayer, further: Further) -> WeightFormat:
-        """The weight of a layer, in the memory in which streamed weights take turns.
+        """The weight of a layer, in the memory that streamed weights use in turn.
 
         Args:
-            place: of its sublayer. leaf: of the layer in its sublayer.
+            place: the index of its sublayer. leaf: the index of the layer in this sublayer.
         """
 
 
-# Makes a stream for some of the sublayers, of which it is given all, in order, each with the plans of its layers.
+# Gets all sublayers in order, each as the plans of its layers, and makes a stream for some of them, or None.
 MakeStream = Callable[[Sequence[Sequence["LayerPlan"]]], LayerStream | None]
 
 
@@ -80,7 +80,7 @@ class LayerPlan:
 
     Attributes:
         stored: the stored layers that it is made of.
-        rank: of the stored LoRA, 0 if there is none. streams: the rows that the LoRA acts on.
+        rank: the rank of the stored LoRA, 0 if there is none. streams: the streams that the LoRA acts on.
         weight_format, place, parts, padding: see `Linear.load`.
         fused: see `mogle_rt.linear.contract.WeightFormat.rides`.
     """
@@ -96,12 +96,12 @@ class LayerPlan:
 
     @property
     def rides(self) -> bool:
-        """Whether the LoRA rides along in the product with the weight."""
+        """Whether the LoRA is computed in extra columns of the product with the weight."""
         return self.rank > 0 and self.weight_format.rides(self.place, self.rank, fused=self.fused)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the product, with the further rows and columns that a LoRA or the padding adds."""
+        """(out, in) of the product, including the extra rows and columns for a LoRA or the padding."""
         out, inner = self.stored.shape
         rank = padded_rank(self.rank) if self.rides else 0
         after_norm = self.place is Place.AFTER_NORM
@@ -130,7 +130,7 @@ def plan_layers(
     fused: bool = False,
     latent_lora: bool = False,
 ) -> dict[str, LayerPlan]:
-    """What each layer of the transformer is made of, by name. Nothing is read.
+    """The plan of each layer of the transformer, by name. No weights are read.
 
     Args:
         source: the bundle.
@@ -189,7 +189,7 @@ def load_transformer(
 
     Args:
         source, device, dtype, weight_format, fused, latent_lora: see `plan_layers`.
-        stream: makes what streams the weights of some sublayers; None keeps all of them in memory.
+        stream: makes the stream for the weights of some sublayers; None keeps all weights in memory.
 
     Raises:
         ConfigError: there is no such format.

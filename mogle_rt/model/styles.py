@@ -194,7 +194,7 @@ class Styles:
         return made
 
     def forget_layers(self) -> None:
-        """Let go of transformers that `beside` made, because the transformer itself is about to be loaded anew."""
+        """Drop the transformers that `beside` made, because the transformer itself is about to be loaded again."""
         self._made.clear()
 
     def _styled(self, base: Transformer) -> StyledTransformer:

@@ -75,8 +75,8 @@ class WeightStream(Protocol):
     """Brings the weights of streamed sublayers into memory, in the order in which a step uses them.
 
     Attributes:
-        numbers: of the streamed sublayers, by their place among all of them (see `sublayers`), counted from 0.
-        nbytes: bytes of the memory in which they take turns.
+        numbers: the streamed sublayers, numbered from 0, by their index among all sublayers (see `sublayers`).
+        nbytes: bytes of the memory that they use in turn.
     """
 
     @property
@@ -86,13 +86,13 @@ class WeightStream(Protocol):
     def nbytes(self) -> int: ...
 
     def acquire(self, number: int) -> None:
-        """Wait until the weights of a streamed sublayer are there. (On a GPU, its stream waits, not the caller.)"""
+        """Wait until the weights of a streamed sublayer are in memory. (On a GPU, its stream waits, not the caller.)"""
 
     def release(self, number: int) -> None:
-        """The sublayer was computed (on a GPU: was queued), and its memory may take the weights of another one."""
+        """Note that the sublayer was computed (on a GPU: queued), so that others may use its memory."""
 
     def restart(self) -> None:
-        """Forget where the step stood, because an error or an interrupt has ended it."""
+        """Start again at the first sublayer, because an error or an interrupt has ended the step."""
 
 
 @dataclass
@@ -132,7 +132,7 @@ class Transformer:
         return max((layer.after.rank for _, layer in self.layers() if layer.after is not None), default=0)
 
     def bytes_by_format(self) -> dict[str, int]:
-        """The bytes that layers hold, by the format of their weights. Streamed weights are left out."""
+        """The bytes that layers hold, by the format of their weights. Streamed layers are left out."""
         held: dict[str, int] = {}
         streamed = {name for place in self.streamed for name in sublayers(self.config)[place]}
         for name, layer in self.layers():
