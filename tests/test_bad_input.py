@@ -1097,7 +1097,7 @@ COMMANDS: dict[str, tuple[Args, tuple[str, ...]]] = {
     "absent_mask": (lambda d: ("-m", d / "absent.png"), ("absent.png: no such file",)),
     "mask_name_too_long": (lambda d: ("-m", d / ("x" * 300)), ("File name too long",)),
     "damaged_mask": (lambda d: ("-m", bad_png(d)), ("cut.png: can't be read",)),
-    "no_mask": (lambda d: ("-m", photograph(d)), ("photograph.png: pixel (x=0, y=0) has colour", "no class's")),
+    "no_mask": (lambda d: ("-m", photograph(d)), ("photograph.png: pixel (x=0, y=0) has colour", "not a class colour")),
     "folder_without_masks": (lambda d: ("-m", folder_without_masks(d)), ("pictures: a folder without masks (.bmp, ",)),
     "masks_into_a_file": (
         lambda d: ("-m", draw_mask(d / "a.png"), "-m", draw_mask(d / "b.png")),

@@ -1,4 +1,4 @@
-"""Semantic masks: whatever a person holds, read as labels of the 19 CelebAMask-HQ classes."""
+"""Semantic masks: read them in any common form, as labels of the 19 classes of CelebAMask-HQ."""
 
 from mogle_rt.masks.borders import TOLERANCE
 from mogle_rt.masks.classes import CLASS_NAMES, PALETTE, Labels

@@ -1,7 +1,7 @@
-"""Colours between classes, as JPEG and smooth resizing make them at borders: settled, or refused.
+"""Decide the class of blended colours, which JPEG and smooth resizing make at borders, or refuse the picture.
 
-What is decided of a pixel depends on pixels within `HALO` of it, so a picture is settled tile by tile, in bounded memory.
-Sets of classes near a pixel are bits of one number: one pass over a tile serves all classes.
+The decision for a pixel depends only on pixels within `HALO` of it, so a picture is processed tile by tile, in bounded
+memory. The set of classes near a pixel is held as the bits of one number, so one pass over a tile handles all classes.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from mogle_rt.errors import MaskError
 from mogle_rt.masks.classes import Labels
 
 TOLERANCE = 25.0
-"""Largest distance in RGB at which a colour counts as its nearest class: just under half of the least distance of two
-class colours (51), so the nearest is never in doubt."""
+"""The largest distance in RGB at which a colour counts as its nearest class. It is just under half of the smallest
+distance between two class colours (51), so the nearest class is never in doubt."""
 BORDER = 16
-"""JPEG and smooth resizing blend and ring around borders, within a JPEG block of 16 pixels. Colours that they make of the
-classes within this many pixels are accepted there; elsewhere a colour beyond the tolerance is an error."""
+"""JPEG and smooth resizing cause blending and ringing around borders, within a JPEG block of 16 pixels. Colours that
+can result from the classes within this many pixels are accepted; any other colour beyond the tolerance is an error."""
 SPECK = 16
-"""In such a picture, fewer pixels of a class within a square of 9 x 9 are taken for an artefact, not for a region."""
+"""In such a picture, fewer pixels than this of a class within 9 x 9 pixels count as an artefact, not as a region."""
 EVEN = 3
-"""Largest difference of neighbouring pixels, in each channel, within a patch of one colour."""
+"""The largest difference between neighbouring pixels, in each channel, within a patch of one colour."""
 OVERSHOOT = 0.35
-"""How far sharpening and ringing go beyond the colours at a border, in parts of their difference."""
+"""How far sharpening and ringing go beyond the two colours at a border, as a fraction of their difference."""
 TILE = 1024
 HALO = 48
-"""More than a decision looks at: a detail within BORDER, its 9 x 9 square (4), regions within BORDER of that, their 9 x 9
-squares (4) and the squares of 3 x 3 that make them solid (2)."""
+"""Larger than the distance that a decision depends on, which is the sum of: a detail within BORDER, its 9 x 9 square
+(4), regions within BORDER of that, their 9 x 9 squares (4), and the 3 x 3 squares that make them solid (2)."""
 
 Bits = NDArray[np.uint32]
 
 
 class _Foreign(NamedTuple):
-    """A pixel whose colour is no class's, and the nearest class."""
+    """A pixel whose colour is not that of a class, with the nearest class and its distance."""
 
     y: int
     x: int
@@ -45,7 +45,7 @@ class _Foreign(NamedTuple):
 
 
 def distances(colours: NDArray[Any], palette: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Squares of the distances in RGB: [n, 3] and [K, 3] -> [n, K]. Exact: all terms are integers below 2²⁴."""
+    """Squared distances in RGB: [n, 3] and [K, 3] -> [n, K]. They are exact, as all terms are integers below 2²⁴."""
     c, p = colours.astype(np.float32), palette.astype(np.float32)
     result: NDArray[np.float32] = c @ (-2 * p.T)
     result += (c * c).sum(-1, keepdims=True)
@@ -61,21 +61,26 @@ def settle(
     names: list[str],
     what: str,
 ) -> Labels:
-    """Decide every pixel that isn't inside a region of one class.
+    """Decide the class of every pixel that isn't inside a region of one class.
 
-    What lies between two regions may have no class's colour, or a third one's: on the way from hair to background is
-    the lower lip's. So the solid regions are found first, then details too thin to be solid, unless a mixture of the
-    regions beside them explains their colour. All other pixels become the nearest in colour of the classes near them.
+    A blend of two regions may have no class's colour, or that of a third class: the blend of hair and background passes
+    through the lower lip's colour. So solid regions are found first. Details that are too thin to be solid come next,
+    unless their colour can be a blend of the regions beside them. All other pixels get the class that is nearest in
+    colour among the classes near them.
 
     Args:
-        labels: [H, W], the entry of the palette that is nearest in colour. sure: [H, W], whether it is near enough.
-        picture: [H, W, 3]. palette: [K, 3], K at most 32. names: of the palette's entries. what: names the picture.
+        labels: [H, W], the palette entry that is nearest in colour.
+        sure: [H, W], whether that entry is within the tolerance.
+        picture: [H, W, 3], the pixels' colours.
+        palette: [K, 3], K at most 32.
+        names: the names of the palette's entries.
+        what: the name of the picture, for error messages.
 
     Returns:
         [H, W], entries of the palette.
 
     Raises:
-        MaskError: a pixel has a colour that is no class's, and no mixture at a border either.
+        MaskError: a pixel's colour is not that of a class, and can't be a blend at a border either.
     """
     height, width = labels.shape
     known = np.unique(labels[sure]).tolist()
@@ -96,7 +101,7 @@ def settle(
             first = min(foreign)
             raise MaskError(
                 f"{what}: pixel (x={first.x}, y={first.y}) has colour {tuple(picture[first.y, first.x].tolist())}, which is "
-                f"no class's; the nearest is {names[first.nearest]} {tuple(palette[first.nearest].tolist())}, "
+                f"not a class colour; the nearest is {names[first.nearest]} {tuple(palette[first.nearest].tolist())}, "
                 f"{first.distance:.0f} away (tolerance {TOLERANCE:.0f})"
             )
     return settled
@@ -110,7 +115,7 @@ def _settle_tile(
     known: list[int],
     inner: tuple[slice, slice],
 ) -> tuple[Labels, _Foreign | None]:
-    """One tile with its halo: the labels, and the first pixel within ``inner`` that can't be decided."""
+    """Process one tile with its halo: return its labels, and the first pixel within ``inner`` that can't be decided."""
     bits = np.where(sure, np.uint32(1) << labels.astype(np.uint32), np.uint32(0))
     solid = _without_specks(_spread(_shrink(bits, 1, outside=True), 1))
     rows, columns = np.nonzero(solid == 0)
@@ -127,13 +132,13 @@ def _settle_tile(
         choice |= _spread(_without_specks(details), BORDER)[rows, columns]
     choice = np.where(choice == 0, around, choice)
 
-    foreign = unsure & (around & (around - np.uint32(1)) == 0)  # fewer than two classes near
-    for a in _members(around[foreign], known):  # a long wedge: only one of its sides is near
+    foreign = unsure & (around & (around - np.uint32(1)) == 0)  # fewer than two classes are near
+    for a in _members(around[foreign], known):  # accept long wedges of blended colour, where only one side is near
         for b in known:
             if a != b:
                 beside = np.flatnonzero(foreign & _has(around, a))
                 foreign[beside] = _from_mixture(colours[beside], palette[a], palette[b]) > 2 * TOLERANCE
-    odd = unsure & ~foreign  # patches of a colour of their own, which no mixture of what is near explains
+    odd = unsure & ~foreign  # find patches of one colour that is no blend of the classes near them
     for a, b in itertools.combinations(_members(around[odd], known), 2):
         between = np.flatnonzero(odd & _has(around, a) & _has(around, b))
         odd[between] = _from_mixture(colours[between], palette[a], palette[b]) > TOLERANCE
@@ -159,18 +164,18 @@ def _settle_tile(
 
 
 def _has(bits: Bits, entry: int | Labels) -> NDArray[np.bool_]:
-    """Whether sets of classes hold one."""
+    """Whether each set contains the class ``entry``."""
     return (bits >> np.asarray(entry, dtype=np.uint32) & 1).astype(bool)
 
 
 def _members(bits: Bits, known: list[int]) -> list[int]:
-    """Which classes any of the sets holds."""
+    """The classes that are in any of the sets."""
     union = int(np.bitwise_or.reduce(bits, axis=None)) if bits.size else 0
     return [c for c in known if union >> c & 1]
 
 
 def _spread(bits: Bits, radius: int) -> Bits:
-    """The union of the sets within so many pixels, in rows and columns."""
+    """For each pixel, the union of the sets within ``radius`` pixels, in rows and columns."""
     for axis in (0, 1):
         bits = np.pad(bits, [(radius, radius) if i == axis else (0, 0) for i in (0, 1)])
         bits = np.moveaxis(bits, axis, 0)
@@ -184,22 +189,25 @@ def _spread(bits: Bits, radius: int) -> Bits:
 
 
 def _shrink(bits: Bits, radius: int, *, outside: bool) -> Bits:
-    """What all sets within so many pixels have in common; outside of the picture is everything, or nothing."""
+    """For each pixel, the intersection of the sets within ``radius`` pixels, in rows and columns.
+
+    Pixels outside the picture count as containing every class if ``outside``, otherwise as containing none.
+    """
     inverse = ~np.pad(bits, radius, constant_values=np.iinfo(bits.dtype).max if outside else 0)
     spread = ~_spread(inverse, radius)
     return spread[radius:-radius, radius:-radius]
 
 
 def _count(region: NDArray[np.bool_], radius: int) -> NDArray[np.int32]:
-    """How many pixels of a region are within ``radius`` of each pixel, in rows and columns."""
+    """For each pixel, how many pixels of a region are within ``radius`` of it, in rows and columns."""
     size = 2 * radius + 1
     sums = np.pad(region, (radius + 1, radius)).cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
     return sums[size:, size:] - sums[:-size, size:] - sums[size:, :-size] + sums[:-size, :-size]
 
 
 def _without_specks(bits: Bits) -> Bits:
-    """Without pixels that have fewer than `SPECK` of their class within 9 x 9. Each set holds one label or none."""
-    large = _spread(_shrink(bits, 2, outside=False), 2)  # in a square of 5 x 5: that is enough
+    """Remove pixels that have fewer than `SPECK` of their class within 9 x 9. Each set contains one class or none."""
+    large = _spread(_shrink(bits, 2, outside=False), 2)  # pixels in a 5 x 5 square of their class have enough
     doubtful = bits & ~large
     result = bits.copy()
     for c in _members(doubtful, list(range(32))):
@@ -209,7 +217,7 @@ def _without_specks(bits: Bits) -> Bits:
 
 
 def _patches(region: NDArray[np.bool_], picture: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """What of a region is evenly coloured, over 4 x 4 pixels at least. Blending and ringing leave no such patches."""
+    """The evenly coloured parts of a region, of at least 4 x 4 pixels. Blending and ringing leave no such patches."""
     even = region.copy()
     for axis in (0, 1):
         step = np.abs(np.diff(picture.astype(np.int16), axis=axis)).max(-1)
@@ -218,7 +226,7 @@ def _patches(region: NDArray[np.bool_], picture: NDArray[np.uint8]) -> NDArray[n
 
 
 def _from_mixture(colours: NDArray[np.uint8], a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Distance of colours [n, 3] from the nearest mixture of two colours."""
+    """The distances [n] of colours [n, 3] from their nearest blends of two colours."""
     start = a.astype(np.float64)
     line = b - start
     share = np.clip((colours - start) @ line / (line @ line), -OVERSHOOT, 1 + OVERSHOOT)

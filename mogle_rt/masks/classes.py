@@ -1,4 +1,4 @@
-"""The 19 classes of CelebAMask-HQ: names, colours, and label maps of them."""
+"""The 19 classes of CelebAMask-HQ: their names and colours, and the type of label maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks in files and PIL images: opened with care, and seen as a person sees them."""
+"""Read masks from files and PIL images safely, and as a person sees them, with orientation and transparency applied."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mogle_rt.errors import MaskError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""What masks are held in. Pillow reads many more formats, some of them by starting other programs."""
+"""The formats that are read. Pillow reads many more, some of them by starting other programs."""
 LOSSY = ("JPEG", "MPO")
 MAX_PIXELS = 4096 * 4096
-"""The most pixels of a mask, read from the file's header before anything is decoded."""
+"""The most pixels of a mask. A file's header is checked for this before anything is decoded."""
 NUMBER_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 ORIENTATION = 0x0112  # the EXIF tag
@@ -30,7 +30,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     """The path of a mask, with ``~`` expanded.
 
     Raises:
-        MaskError: it is an address; masks are not fetched.
+        MaskError: it is an address; masks are not downloaded.
     """
     text = os.fsdecode(path)
     if _ADDRESS.match(text):
@@ -39,10 +39,10 @@ def local_path(path: str | os.PathLike[str]) -> Path:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture, decoded.
+    """Open and decode a picture.
 
     Raises:
-        MaskError: there is none, it is of another format or too large, or it can't be decoded.
+        MaskError: there is no such file, it has another format, is too large, or can't be decoded.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -56,16 +56,16 @@ def open_picture(path: Path) -> Image.Image:
     except UnidentifiedImageError:
         raise MaskError(f"{path}: not a picture that can be read ({', '.join(FORMATS)}, or .npy)") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise MaskError(f"{path}: not a picture that can be read: a mask can have {MAX_PIXELS:,} pixels") from None
-    except Exception as error:  # decoders of damaged files raise nearly everything
+        raise MaskError(f"{path}: too large: a mask can have at most {MAX_PIXELS:,} pixels") from None
+    except Exception as error:  # decoders can raise nearly any error when a file is damaged
         raise MaskError(f"{path}: can't be read: {one_line(error)}") from None
 
 
 def decoded(image: Image.Image, what: str) -> Image.Image:
-    """An image whose pixels are read, turned as its EXIF orientation says.
+    """Decode an image's pixels, and rotate it as its EXIF orientation says.
 
     Raises:
-        MaskError: no pixels or too many, or they can't be decoded.
+        MaskError: the image has no pixels or too many, or they can't be decoded.
     """
     check_pixels((image.height, image.width), what)
     try:
@@ -78,10 +78,11 @@ def decoded(image: Image.Image, what: str) -> Image.Image:
 
 
 def check_pixels(shape: tuple[int, ...], what: str) -> None:
-    """Refuse a picture that is too large to be a mask, before it is worked on.
+    """Refuse a picture that is empty or too large to be a mask, before it is processed.
 
     Args:
-        shape: height and width; what follows them does not count.
+        shape: height and width; further dimensions are ignored.
+        what: the name of the picture, for error messages.
 
     Raises:
         MaskError: it has no pixels, or more than `MAX_PIXELS`.
@@ -94,7 +95,7 @@ def check_pixels(shape: tuple[int, ...], what: str) -> None:
 
 
 def transparent(image: Image.Image, what: str) -> NDArray[np.bool_] | None:
-    """Where a picture's alpha is 0, or None where that is nowhere. Such pixels are background, whatever colour they have."""
+    """Where a picture's alpha is 0, [H, W], or None if nowhere. Such pixels are background, whatever their colour."""
     if image.mode in ("RGBa", "La"):  # colours multiplied by alpha
         image = image.convert(image.mode.upper())
     if image.mode not in ALPHA_MODES and not (
@@ -104,13 +105,13 @@ def transparent(image: Image.Image, what: str) -> NDArray[np.bool_] | None:
     try:
         whole = image if "A" in image.mode else image.convert("RGBA")
         hidden: NDArray[np.bool_] = np.asarray(whole.getchannel("A")) == 0
-    except Exception as error:  # of a transparency that doesn't fit
+    except Exception as error:  # Pillow can raise nearly any error when the transparency is malformed
         raise MaskError(f"{what}: can't be read: {one_line(error)}") from None
     return warn_if_all_hidden(hidden, what)
 
 
 def warn_if_all_hidden(hidden: NDArray[np.bool_], what: str) -> NDArray[np.bool_] | None:
-    """The same, or None where no pixel is hidden."""
+    """Return ``hidden``, or None if no pixel is hidden; warn if every pixel is."""
     if not hidden.any():
         return None
     if hidden.all():
@@ -119,10 +120,10 @@ def warn_if_all_hidden(hidden: NDArray[np.bool_], what: str) -> NDArray[np.bool_
 
 
 def load_array(path: Path) -> NDArray[Any]:
-    """The array of a ``.npy`` file; pickled objects are refused.
+    """Read the array in a ``.npy`` file. Pickled objects are refused.
 
     Raises:
-        MaskError: it can't be read, or holds too many values.
+        MaskError: the file can't be read, or holds too many values.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -132,12 +133,12 @@ def load_array(path: Path) -> NDArray[Any]:
         raise MaskError(f"{path}: can't be read: {one_line(error)}") from None
     if not isinstance(array, np.ndarray):
         raise MaskError(f"{path}: must hold one array")
-    if array.size > 20 * MAX_PIXELS:  # planes of all classes
+    if array.size > 20 * MAX_PIXELS:  # an array may hold a plane for every class
         raise MaskError(f"{path}: a mask can have at most {MAX_PIXELS:,} pixels, got an array of {list(array.shape)}")
     return np.array(array)
 
 
 def one_line(error: object) -> str:
-    """A message on one line, of printable characters, cut where it is long."""
+    """A message on one line of printable characters, cut after 200."""
     text = " ".join(str(error).split()) or type(error).__name__
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:200]

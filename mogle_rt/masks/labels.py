@@ -1,6 +1,6 @@
-"""Semantic masks: whatever a person holds -> labels of the 19 CelebAMask-HQ classes -> pictures for the VAE.
+"""Semantic masks: turn them into labels of the 19 classes of CelebAMask-HQ, and labels into pictures for the VAE.
 
-The only copy of this logic. Labels are uint8 [H, W] with values 0…18.
+Labels are uint8 [H, W] with values 0…18.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ MaskLike: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[Any] | Ten
 def to_labels(
     mask: MaskLike, *, height: int | None = None, width: int | None = None, order: Order = "celebamask"
 ) -> Labels:
-    """Labels of one mask.
+    """Read the labels of one mask.
 
     Args:
-        mask: a path or PIL image (palette PNG or grey picture of class numbers, RGB or RGBA in the class colours), a
-            folder of one face's CelebAMask-HQ part files, a ``.npy`` file, or an array or tensor: integer labels [H, W]
-            (also [1, H, W]), or colours [H, W, 3 or 4] of uint8. docs/masks.md lists every form.
-        height, width: resize to this by nearest neighbour, never blended; None keeps the mask's own.
-        order: what the numbers of a label map mean: "celebamask", "bisenet", "farl", or the classes' names from number
-            0 on. Colours name classes themselves.
+        mask: a path or PIL image (a palette PNG or grey picture of class numbers, or RGB or RGBA in the class colours),
+            a folder of one face's part files as in CelebAMask-HQ, a ``.npy`` file, or an array or tensor: integer
+            labels [H, W] (also [1, H, W]), or uint8 colours [H, W, 3 or 4]. docs/masks.md lists every form.
+        height, width: resize the labels to this size by nearest neighbour, without blending; None keeps the mask's own.
+        order: what the numbers of a label map mean: "celebamask", "bisenet", "farl", or the names of the classes from
+            number 0 on. It doesn't apply to colours, which identify classes themselves.
 
     Returns:
         uint8 [H, W], values 0…18.
 
     Raises:
-        MaskError: unreadable, of another shape or type, a number that is no class's, or a colour that is no class's.
+        MaskError: the mask can't be read, has another shape or type, or holds a number or colour that no class has.
     """
     table = order_table(order)
     if isinstance(mask, (str, os.PathLike)):
@@ -86,13 +86,17 @@ def to_label_batch(
     width: int | None = None,
     order: Order = "celebamask",
 ) -> list[Labels]:
-    """Labels of one mask or of several: a list or tuple, or an array or tensor [B, H, W].
+    """Read the labels of one mask or of several.
 
     Args:
+        mask: a mask as for `to_labels`, a list or tuple of masks, or an array or tensor [B, H, W].
         height, width, order: see `to_labels`; without a size, each mask keeps its own.
 
+    Returns:
+        One label map for each mask, uint8 [H, W].
+
     Raises:
-        MaskError: see `to_labels`; an empty list; in a list, the message says which mask it was.
+        MaskError: see `to_labels`, or the list is empty. For a list, the message says which mask it was.
     """
     if _is_array(mask) and mask.ndim == 4 and mask.shape[1] == 1:
         mask = mask[:, 0]
@@ -121,23 +125,25 @@ def from_planes(
     order: Order = "celebamask",
     scores: bool = False,
 ) -> Labels:
-    """Labels of one mask that is held as a plane for each class.
+    """Make the labels of one mask from one plane for each class.
 
-    Planes may overlap, as skin does with nose and eyes: later parts are drawn over earlier ones, in CelebAMask-HQ's own
-    order of parts (skin, nose, eye_glasses, … cloth: our class numbers). What no part covers is background.
+    Planes may overlap, as skin does with nose and eyes. Later parts are drawn over earlier ones, in CelebAMask-HQ's own
+    order of parts (skin, nose, eye_glasses, … cloth), which is that of our class numbers. Pixels that no part covers
+    are background.
 
     Args:
         planes: [19, H, W] of 0 and 1 or 0 and 255, one plane for each class of the order; [18, H, W] without the
-            background's; [20, H, W] with a first one for the whole mask, which is left out; or planes [H, W] by the
-            names of their classes. A leading dimension of 1 is taken off.
+            background's plane; [20, H, W] with an additional first plane for the whole mask, which is ignored; or
+            planes [H, W] by the names of their classes. A leading dimension of 1 is removed.
         order: which class each plane belongs to, see `to_labels`.
-        scores: the planes [19, H, W] are probabilities or logits: each pixel is the class with the largest.
+        scores: whether the planes [19, H, W] are probabilities or logits; each pixel then gets the class with the
+            largest value.
 
     Returns:
         uint8 [H, W], values 0…18.
 
     Raises:
-        MaskError: another number of planes, other values, or planes of several sizes.
+        MaskError: the number of planes is wrong, values are not those above, or planes differ in size.
     """
     if isinstance(planes, Mapping):
         if scores:
@@ -155,7 +161,7 @@ def from_planes(
 
 
 def resize(labels: Labels, height: int, width: int) -> Labels:
-    """Labels uint8 [H, W] -> uint8 [height, width], by nearest neighbour of the pixel centres."""
+    """Resize labels, uint8 [H, W] -> uint8 [height, width], by nearest neighbour of the pixel centres."""
     if labels.shape == (height, width):
         return labels
     rows = (np.arange(height) * 2 + 1) * labels.shape[0] // (2 * height)
@@ -164,12 +170,12 @@ def resize(labels: Labels, height: int, width: int) -> Labels:
 
 
 def colorize(labels: Labels) -> NDArray[np.uint8]:
-    """The picture in class colours: uint8 [H, W] -> uint8 [H, W, 3]."""
+    """Draw labels in the class colours: uint8 [H, W] -> uint8 [H, W, 3]."""
     return PALETTE[labels]
 
 
 def to_image(labels: Labels) -> Image.Image:
-    """A palette image, as the data sets store it: pixels are class numbers, shown in class colours."""
+    """Make a palette image, as data sets store masks: its pixels are class numbers, shown in class colours."""
     image = Image.fromarray(labels, mode="P")
     image.putpalette(PALETTE.flatten().tolist())
     return image
@@ -179,6 +185,7 @@ def condition_picture(labels: Labels, number: int) -> NDArray[np.uint8]:
     """One of the 20 pictures that condition an image (REFERENCE: mask -> condition tokens, step 1).
 
     Args:
+        labels: uint8 [H, W].
         number: 0 for the mask in class colours, 1 + c for the black-and-white plane of class c.
 
     Returns:
@@ -200,7 +207,7 @@ def _from_path(mask: str | os.PathLike[str], table: Labels) -> Labels:
 
 
 def _is_tensor(value: object) -> TypeGuard[Tensor]:
-    """Whether it is a torch tensor. Torch isn't imported here: the command line reads masks first."""
+    """Whether ``value`` is a torch tensor. Torch isn't imported here, because the command line reads masks before it."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
@@ -210,7 +217,7 @@ def _is_array(value: object) -> TypeGuard[NDArray[Any] | Tensor]:
 
 
 def _to_numpy(value: NDArray[Any] | Tensor) -> NDArray[Any]:
-    """An array as it is, a tensor as an array."""
+    """Return an array as it is, and a tensor as an array."""
     if not _is_tensor(value):
         return np.asarray(value)
     import torch
@@ -228,7 +235,7 @@ def _to_numpy(value: NDArray[Any] | Tensor) -> NDArray[Any]:
 
 
 def _from_image(image: Image.Image, table: Labels, what: str) -> Labels:
-    """Labels of an image that `decoded` has seen to."""
+    """Read the labels of an image that `decoded` has returned."""
     hidden = transparent(image, what)
     if image.mode in ("P", "PA"):
         palette = np.asarray(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3)
@@ -285,10 +292,12 @@ def _classes(
     *,
     lossy: bool = False,
 ) -> Labels:
-    """Classes of numbers [H, W] in an order, unless colours named them already; what is hidden is background.
+    """Turn numbers [H, W] in an order into classes. If colours gave ``classes`` already, only the hidden pixels change.
+
+    Hidden pixels become background.
 
     Raises:
-        MaskError: a number is no class's, or numbers were changed by resizing or by JPEG.
+        MaskError: a number is not that of a class, or numbers were changed by resizing or by JPEG.
     """
     if classes is not None:
         labels = classes

@@ -1,4 +1,4 @@
-"""Which class a number stands for: the orders that face parsers use, and a warning where a mask fits another one better."""
+"""Which class a number stands for: the orders of face parsers, and a warning if a mask fits another order better."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ ORDERS: dict[str, tuple[str, ...]] = {
     ),
 }
 SHORT_NAMES = {"eye_g": "eye_glasses", "ear_r": "ear_ring", "neck_l": "necklace"}
-"""The names in CelebAMask-HQ's own files, where they differ from ours."""
+"""The names in CelebAMask-HQ's own files that differ from ours."""
 
-# The score of relative positions: each line holds a name and what lies below it in an upright face.
+# Relative positions, by which orders are scored: each line holds a class and the classes below it in an upright face.
 ABOVE = {
     "l_brow": ("l_eye", "nose"),
     "r_brow": ("r_eye", "nose"),
@@ -46,17 +46,17 @@ ABOVE = {
     "neck": ("cloth",),
 }
 FEATURES = ("nose", "l_eye", "r_eye", "l_brow", "r_brow", "mouth", "u_lip", "l_lip")
-"""Parts that lie within the rectangle around the skin and are smaller than it."""
-FEWEST_RELATIONS = 12  # fewer relations could all hold by chance
+"""Parts whose mean position lies within the bounding box of the skin, and that are smaller than the skin."""
+FEWEST_RELATIONS = 12  # fewer relations than this could all hold by chance
 GOOD_FIT, POOR_FIT = 0.9, 0.78
-SAMPLE = 256  # rows and columns that are looked at, at most
+SAMPLE = 256  # the most rows and columns of a mask that are sampled
 
 
 def class_name(name: Any) -> str:
-    """A class's name from what the data set's files call it.
+    """The name of a class, which is given by this name or by the one in CelebAMask-HQ's files.
 
     Raises:
-        MaskError: it is no class.
+        MaskError: there is no such class.
     """
     known = SHORT_NAMES.get(name, name) if isinstance(name, str) else name
     if known not in CLASS_NAMES:
@@ -68,10 +68,10 @@ def order_table(order: Order) -> Labels:
     """The class of each number: uint8 [n].
 
     Args:
-        order: "celebamask", "bisenet", "farl", or the classes' names by their numbers from 0 on.
+        order: "celebamask", "bisenet", "farl", or the names of the classes from number 0 on.
 
     Raises:
-        MaskError: an unknown order, or a name that is no class's.
+        MaskError: the order is unknown, or a name is not that of a class.
     """
     if isinstance(order, str):
         if order not in ORDERS:
@@ -85,15 +85,17 @@ def order_table(order: Order) -> Labels:
 
 
 def warn_of_another_order(numbers: Labels, table: Labels, what: str, *, coloured: bool = False) -> None:
-    """Warn once where a mask's numbers make a face in another order and none in this one.
+    """Warn if a mask's numbers make a plausible face in another order, but not in this one.
 
     Args:
-        numbers: uint8 [H, W] as they were given; table: the class of each, see `order_table`.
-        coloured: the numbers were read from colours, which an order doesn't change.
+        numbers: uint8 [H, W], the numbers as given.
+        table: the class of each number, see `order_table`.
+        what: the name of the mask, for the warning.
+        coloured: whether the numbers were read from colours, to which an order doesn't apply.
     """
     places = _places(numbers)
     own, relations = _fit(places, table)
-    turned = (_fit(_places(np.rot90(numbers, k)), table)[0] for k in (1, 2, 3))  # a rotated face is a face, too
+    turned = (_fit(_places(np.rot90(numbers, k)), table)[0] for k in (1, 2, 3))  # a rotated face is also plausible
     if own > POOR_FIT or len(places) < 4 or max(turned) >= GOOD_FIT:
         return
     fits = {}
@@ -106,7 +108,7 @@ def warn_of_another_order(numbers: Labels, table: Labels, what: str, *, coloured
     best = max(fits, key=lambda name: fits[name], default="")
     if best and fits[best] >= GOOD_FIT:
         advice = (
-            f"its colours seem to have been chosen by such numbers; give the numbers themselves, with order={best!r}"
+            f"its colours seem to come from numbers in that order; give the numbers themselves, with order={best!r}"
             if coloured
             else f"pass order={best!r} (mask_order= of the pipeline, --mask-order on the command line)"
         )
@@ -118,7 +120,7 @@ def warn_of_another_order(numbers: Labels, table: Labels, what: str, *, coloured
 
 
 def _places(numbers: Labels) -> dict[int, NDArray[np.float64]]:
-    """Of each number in a picture: pixels, mean row, mean column, and first and last row and column."""
+    """For each number in a mask: how many pixels have it, their mean row and column, and their first and last ones."""
     height, width = numbers.shape
     small = numbers[:: -(-height // SAMPLE), :: -(-width // SAMPLE)]
     rows, columns = (grid.ravel() for grid in np.indices(small.shape))
@@ -131,7 +133,7 @@ def _places(numbers: Labels) -> dict[int, NDArray[np.float64]]:
 
 
 def _fit(places: dict[int, NDArray[np.float64]], table: Labels) -> tuple[float, int]:
-    """The part of the relations between two classes that hold, of those whose classes are both there; and their number."""
+    """The share of expected relations that hold, among those whose classes are in the mask, and the number of those."""
     at = {CLASS_NAMES[table[number]]: place for number, place in places.items() if number < len(table)}
     held = [at[a][1] < at[b][1] for a, lower in ABOVE.items() for b in lower if a in at and b in at]
     if "skin" in at:

@@ -1,4 +1,4 @@
-"""Colours that name classes: our palette and those of known tools, recognised in pictures and in palette images."""
+"""Read classes from colours: recognise our palette, and those of known tools, in pictures and in palette images."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from mogle_rt.masks.borders import TOLERANCE, distances, settle
 from mogle_rt.masks.classes import CLASS_NAMES, PALETTE, Labels
 from mogle_rt.masks.orders import order_table
 
-SAMPLE = 1 << 16  # pixels
+SAMPLE = 1 << 16  # the number of pixels in a sample of a picture
 NO_REGIONS = 0.75
-"""Part of a sample without a class's colour from which on a picture is refused at once: by chance, the sample's part of a
-picture that is half in class colours never comes near."""
-UNSURE = 128  # beside a label, in the table of all colours
+"""A picture is refused at once if more than this share of a sample is not in class colours. If half of a picture is in
+class colours, the share in a sample never comes near this by chance."""
+UNSURE = 128  # added to a label in the table of all colours if the colour is not within the tolerance
 
 
 class Palette(NamedTuple):
-    """Colours [K, 3] and the class of each [K]; None: they stand for the numbers 0 to K - 1 of the mask's order."""
+    """Colours [K, 3] and the class of each [K]. None: they stand for the numbers 0 to K - 1 of the mask's order."""
 
     colours: NDArray[np.uint8]
     classes: Labels | None
 
 
 def _voc(count: int) -> NDArray[np.uint8]:
-    """PASCAL VOC's colours: the bits of a number go to red, green and blue in turn, the highest bit of each first."""
+    """PASCAL VOC's colours: a number's bits, lowest first, become the highest bits of red, green and blue in turn."""
     numbers = np.arange(count)[:, None]
     bits = [(numbers >> (3 * i + np.arange(3)) & 1) << (7 - i) for i in range(8)]
     return np.bitwise_or.reduce(bits).astype(np.uint8)
 
 
-# face-parsing.PyTorch's drawings: the colours of numbers 1 to 18, then its white background and, in descendants, black.
+# The colours of face-parsing.PyTorch's pictures: those of numbers 1 to 18, then its white background, then the black
+# background of its descendants.
 _BISENET = np.array(
     [
         *((255, 85, 0), (255, 170, 0), (255, 0, 85), (255, 0, 170), (0, 255, 0), (85, 255, 0), (170, 255, 0)),
@@ -51,16 +52,18 @@ VOC = Palette(_voc(NUM_CLASSES), None)
 def from_palette(
     indices: NDArray[np.uint8], palette: NDArray[np.uint8], what: str
 ) -> tuple[NDArray[np.uint8], Labels | None]:
-    """What the pixels of a palette image mean.
+    """Find out what the pixels of a palette image mean.
 
-    They are class numbers, unless the palette holds the colours of a known one in another order, or greys that are class
-    numbers themselves, as when a grey picture is saved as GIF.
+    They are class numbers, with two exceptions: the palette holds the colours of a known palette in another order, or
+    it holds greys that are class numbers themselves, as when a grey picture is saved as GIF.
 
     Args:
-        indices: [H, W]; palette: [n, 3].
+        indices: [H, W], the pixels.
+        palette: [n, 3], the image's palette.
+        what: the name of the image, for error messages.
 
     Returns:
-        Numbers, and None; or anything, and the classes that the colours name.
+        (numbers, None), or (anything, classes) if the colours identify classes.
     """
     used = np.flatnonzero(np.bincount(indices.ravel(), minlength=256))
     if used[-1] >= len(palette) or not palette.any():
@@ -84,18 +87,22 @@ def from_palette(
     exact = squares.min(-1) == 0
     moved = exact & (squares.argmin(-1) != used)
     if len(np.unique(squares[moved].argmin(-1))) >= 3 and 2 * np.isin(indices, used[exact]).sum() >= indices.size:
-        return indices, from_colours(palette[indices], what)[1]  # class colours and blends of them, numbered anew
+        # The palette holds class colours and blends of them, with other numbers than the classes'.
+        return indices, from_colours(palette[indices], what)[1]
     return indices, None
 
 
 def from_colours(picture: NDArray[np.uint8], what: str) -> tuple[NDArray[np.uint8], Labels | None]:
-    """What the colours [H, W, 3] of a picture mean: numbers, and None; or anything, and classes.
+    """Find out what the colours [H, W, 3] of a picture mean.
+
+    Returns:
+        (numbers, None), or (anything, classes) if the colours identify classes.
 
     Raises:
-        MaskError: the colours are no classes'.
+        MaskError: there are colours that are not class colours.
     """
     if 0 < picture.max() < NUM_CLASSES and (picture == picture[..., :1]).all():
-        return picture[..., 0].copy(), None  # class numbers, saved with three equal channels
+        return picture[..., 0].copy(), None  # class numbers, stored in three equal channels
     flat = picture.reshape(-1, 3)
     some = flat if len(flat) <= SAMPLE else flat[np.random.default_rng(0).integers(0, len(flat), SAMPLE)]
     palette = _recognise(some)
@@ -120,18 +127,18 @@ def _names(palette: Palette) -> list[str]:
 
 
 def _parts(nearest: NDArray[Any], palette: Palette) -> int:
-    """How many classes other than the background are among a palette's entries."""
+    """How many classes other than the background are among these entries of a palette."""
     classes = nearest if palette.classes is None else palette.classes[nearest]
     return len(np.setdiff1d(classes, [0]))
 
 
 def _share(colours: NDArray[np.uint8], palette: Palette) -> float:
-    """The part of colours [n, 3] that are a class's, within the tolerance."""
+    """The share of colours [n, 3] that are class colours, within the tolerance."""
     return float((distances(colours, palette.colours).min(-1) <= TOLERANCE**2).mean())
 
 
 def _recognise(colours: NDArray[np.uint8]) -> Palette:
-    """Ours, unless it has few of the colours, backgrounds aside, and another palette has nearly all."""
+    """Choose our palette, unless it has few of the colours (except backgrounds) and another palette has nearly all."""
     parts = colours[(colours.min(-1) < 255 - TOLERANCE) & (colours.max(-1) > TOLERANCE)]  # neither white nor black
     if len(parts) and _share(parts, OURS) < 0.5:
         for other in (BISENET, VOC):
@@ -143,9 +150,9 @@ def _recognise(colours: NDArray[np.uint8]) -> Palette:
 
 
 def _nearest(picture: NDArray[np.uint8], palette: Palette) -> tuple[Labels, NDArray[np.bool_]]:
-    """The entry of a palette nearest to each pixel, and whether it is within the tolerance.
+    """The palette entry nearest to each pixel, and whether it is within the tolerance.
 
-    Each distinct colour is looked at once, by a table of all 2²⁴: pictures of many colours cost no more memory.
+    Each distinct colour is computed once, for a table of all 2²⁴ colours, so memory doesn't grow with their number.
     """
 
     def codes(rows: NDArray[np.uint8]) -> NDArray[np.uint32]:
@@ -169,7 +176,7 @@ def _nearest(picture: NDArray[np.uint8], palette: Palette) -> tuple[Labels, NDAr
 
 
 def _refusal(picture: NDArray[np.uint8], some: NDArray[np.uint8], what: str) -> MaskError:
-    """The error for a picture most of which has no class's colour: names its first such pixel."""
+    """The error for a picture that is mostly not in class colours. It names the first such pixel."""
     for y, row in enumerate(picture):  # noqa: B007
         squares = distances(row, PALETTE)
         x = int((squares.min(-1) > TOLERANCE**2).argmax())
@@ -177,22 +184,22 @@ def _refusal(picture: NDArray[np.uint8], some: NDArray[np.uint8], what: str) -> 
             break
     nearest = int(squares[x].argmin())
     return MaskError(
-        f"{what}: pixel (x={x}, y={y}) has colour {tuple(row[x].tolist())}, which is no class's; the nearest is "
+        f"{what}: pixel (x={x}, y={y}) has colour {tuple(row[x].tolist())}, which is not a class colour; the nearest is "
         f"{CLASS_NAMES[nearest]} {tuple(PALETTE[nearest].tolist())}, {squares[x, nearest] ** 0.5:.0f} away (tolerance "
         f"{TOLERANCE:.0f}){_hint(some) or '; most of the picture has no class colour: is it a photograph?'}"
     )
 
 
 def _hint(some: NDArray[np.uint8]) -> str:
-    """What a picture that was refused seems to be, from a sample of its colours."""
+    """A hint at what a refused picture seems to be, from a sample of its colours."""
     if np.isin(some, (0, 255)).all() and (some == some[:, :1]).all():
         return PLANE_HINT
     if (1 - _share(some[:, ::-1], OURS)) < (1 - _share(some, OURS)) / 2:
-        return "; read in the order blue, green, red its colours would be classes': OpenCV's order? Give picture[..., ::-1]"
+        return "; its colours seem to be in OpenCV's order (blue, green, red); give picture[..., ::-1]"
     return ""
 
 
 PLANE_HINT = (
-    "; 0 and 255 alone are a black-and-white plane of one class: merge the planes of all classes with "
+    "; a picture of only 0 and 255 is the black-and-white plane of one class: merge the planes of all classes with "
     "mogle_rt.masks.from_planes"
 )

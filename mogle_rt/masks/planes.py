@@ -1,4 +1,4 @@
-"""Masks that come as one plane for each class: merged into class numbers, or recognised and refused."""
+"""Masks with one plane for each class: merge them into class numbers, or refuse them where labels are expected."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ COUNTS = (NUM_CLASSES, NUM_CLASSES - 1, NUM_CLASSES + 1)
 _PART_NAMES = "|".join((*CLASS_NAMES[1:], *SHORT_NAMES))
 _PART_FILE = re.compile(rf"(?P<face>.+)_(?P<part>{_PART_NAMES})\.(png|jpe?g|bmp|webp|tiff?)", re.IGNORECASE)
 MERGE = (
-    "merge them with mogle_rt.masks.from_planes(planes), which draws later parts over earlier ones, or, of probabilities "
-    "or logits, from_planes(planes, scores=True)"
+    "merge them with mogle_rt.masks.from_planes(planes), which draws later parts over earlier ones; for probabilities "
+    "or logits, use from_planes(planes, scores=True)"
 )
 
 
 def merge(planes: NDArray[Any], table: Labels) -> Labels:
-    """Class numbers of planes that may overlap: [n, H, W] of 0 and 1, or 0 and 255, see `from_planes`.
+    """Merge planes that may overlap, [n, H, W] of 0 and 1 or of 0 and 255, into class numbers; see `from_planes`.
 
-    Parts are drawn one over the other in CelebAMask-HQ's own order, that of our class numbers: skin first, cloth last.
+    Later parts are drawn over earlier ones in CelebAMask-HQ's own order, that of our class numbers: skin first, cloth
+    last.
 
     Raises:
-        MaskError: another number of planes than the order has classes, or other values.
+        MaskError: the number of planes doesn't match the order, or planes hold other values.
     """
     count = len(planes)
     background = int(np.argmin(table))
     if count == len(table) + 1:
-        planes = planes[1:]  # the first is the picture of the whole mask
+        planes = planes[1:]  # the first plane is the picture of the whole mask
         classes = table
     elif count == len(table):
         classes = table
@@ -44,8 +45,8 @@ def merge(planes: NDArray[Any], table: Labels) -> Labels:
         classes = np.delete(table, background)
     else:
         raise MaskError(
-            f"there must be a plane for each of {len(table)} classes, for each but the background, or one more before them, "
-            f"for the whole mask; got {count}"
+            f"there must be {len(table)} planes, one for each class, or {len(table) - 1} without the background's, or "
+            f"{len(table) + 1} with a first one for the whole mask; got {count}"
         )
     labels = np.zeros(planes.shape[1:], dtype=np.uint8)
     for i in np.argsort(classes, kind="stable"):
@@ -55,10 +56,10 @@ def merge(planes: NDArray[Any], table: Labels) -> Labels:
 
 
 def is_set(plane: NDArray[Any], what: str) -> NDArray[np.bool_]:
-    """Where a plane [H, W] of 0 and 1, or 0 and 255, is not 0.
+    """Where a plane [H, W] of 0 and 1, or of 0 and 255, is not 0.
 
     Raises:
-        MaskError: it holds other values.
+        MaskError: the plane holds other values.
     """
     if plane.dtype == bool:
         return plane
@@ -68,20 +69,20 @@ def is_set(plane: NDArray[Any], what: str) -> NDArray[np.bool_]:
         raise MaskError(
             f"{what}: must hold 0 and 1, or 0 and 255, got values of type {plane.dtype}"
             + ("" if most is None else f" from {plane.min()} to {most}")
-            + "; of probabilities or logits, pass scores=True"
+            + "; for probabilities or logits, pass scores=True"
         )
     return on & (plane != 0)
 
 
 def most_likely(scores: NDArray[Any], table: Labels) -> Labels:
-    """Class numbers of probabilities or logits [n, H, W], one plane for each class: those of the largest.
+    """For each pixel, the class with the largest probability or logit in [n, H, W], one plane for each class.
 
     Raises:
-        MaskError: another number of planes than the order has classes, or values that aren't numbers.
+        MaskError: the number of planes is not the order's number of classes, or values aren't numbers.
     """
     if len(scores) != len(table):
         raise MaskError(
-            f"scores must have a plane for each of {len(table)} classes, the background among them; got {len(scores)}"
+            f"scores must have a plane for each of {len(table)} classes, including the background; got {len(scores)}"
         )
     if scores.dtype.kind not in "iuf" or (scores.dtype.kind == "f" and np.isnan(scores).any()):
         raise MaskError(f"scores must be numbers and none of them NaN, got values of type {scores.dtype}")
@@ -89,10 +90,10 @@ def most_likely(scores: NDArray[Any], table: Labels) -> Labels:
 
 
 def named_planes(planes: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
-    """Planes [H, W] by the names of their classes -> [19, H, W]; what isn't given is empty.
+    """Stack planes [H, W], given by the names of their classes, to [19, H, W]. Planes that aren't given are empty.
 
     Raises:
-        MaskError: none are given, a name is no class's, given twice, or sizes differ.
+        MaskError: no planes are given, a name is not that of a class or occurs twice, or sizes differ.
     """
     by_class: dict[int, NDArray[np.bool_]] = {}
     for name, plane in planes.items():
@@ -111,7 +112,7 @@ def named_planes(planes: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
 
 
 def part_files(folder: Path) -> dict[str, list[tuple[str, Path]]]:
-    """CelebAMask-HQ's part files in a folder, ``00000_hair.png`` and the like: by face, the class and file of each part."""
+    """Find a folder's part files, named as in CelebAMask-HQ (``00000_hair.png``): by face, each part's class and file."""
     faces: dict[str, list[tuple[str, Path]]] = {}
     for path in sorted(folder.iterdir()):
         if match := _PART_FILE.fullmatch(path.name):
@@ -120,19 +121,19 @@ def part_files(folder: Path) -> dict[str, list[tuple[str, Path]]]:
 
 
 def from_part_files(folder: Path) -> Labels:
-    """Class numbers of one face's part files, black pictures with the part in white.
+    """Merge one face's part files, which are black pictures with the part in white, into class numbers.
 
     Raises:
-        MaskError: there are none, or those of several faces; sizes differ; a file can't be read.
+        MaskError: there are no part files, or those of several faces; or sizes differ, or a file can't be read.
     """
     faces = part_files(folder)
     if not faces:
         raise MaskError(
-            f"{folder}: is a folder, not a mask; of CelebAMask-HQ's part files (00000_hair.png) it holds none"
+            f"{folder}: is a folder, not a mask, and holds none of CelebAMask-HQ's part files (00000_hair.png)"
         )
     if len(faces) > 1:
         some = ", ".join(list(faces)[:3]) + (", …" if len(faces) > 3 else "")
-        raise MaskError(f"{folder}: holds parts of {len(faces)} faces ({some}); give each face's a folder of its own")
+        raise MaskError(f"{folder}: holds parts of {len(faces)} faces ({some}); give each face a folder of its own")
     ((_, files),) = faces.items()
     labels: Labels | None = None
     for name, path in sorted(files, key=lambda part: CLASS_NAMES.index(part[0])):
@@ -149,9 +150,9 @@ def from_part_files(folder: Path) -> Labels:
 
 
 def refuse_planes(array: NDArray[Any]) -> None:
-    """Refuse an array of three dimensions that is one mask in planes, where a batch of masks is expected.
+    """Refuse a 3-dimensional array that holds the planes of one mask, where a batch of masks is expected.
 
-    Read as a batch, each plane would be drawn as a mask of its own, and the images would be nonsense.
+    If it were read as a batch, each plane would be drawn as a separate mask, and the images would be meaningless.
 
     Raises:
         MaskError: the array seems to hold a plane for each class, or for each channel of a colour.
@@ -165,18 +166,18 @@ def refuse_planes(array: NDArray[Any]) -> None:
         if most not in (1, 255) or not (on | (array == 0)).all():
             if array.dtype.kind == "f" and not np.isin(array[:2], range(NUM_CLASSES)).all():
                 raise MaskError(
-                    f"a mask of shape {shape} with values between class numbers holds scores, it seems; {MERGE}"
+                    f"a mask of shape {shape} with values between class numbers seems to hold scores; {MERGE}"
                 )
             continue
         if shape[axis] == NUM_CLASSES and most == 1 and (on.sum(axis) == 1).all():
             raise MaskError(
-                f"a mask of shape {shape} with one 1 in each place is one-hot; give its class numbers: its argmax over "
+                f"a mask of shape {shape} with one 1 at each pixel is one-hot; give its class numbers: its argmax over "
                 f"dimension {axis}"
             )
         if most == 255 or array.dtype.kind in "bf" or array.dtype == np.uint8:
             raise MaskError(
-                f"an array of shape {shape} and {array.dtype}, all 0 or {int(most)}, holds planes of classes, it seems; "
-                f"{MERGE}. If they are {shape[0]} masks, give a list of them"
+                f"an array of shape {shape} and {array.dtype}, all 0 or {int(most)}, seems to hold planes of classes; "
+                f"{MERGE}. If it holds {shape[0]} masks, give a list of them"
             )
     if array.dtype.kind in "iuf" and shape[0] in (3, 4) and not is_class_number(array).all():
         raise MaskError(
@@ -186,7 +187,7 @@ def refuse_planes(array: NDArray[Any]) -> None:
 
 
 def is_class_number(numbers: NDArray[Any], count: int = NUM_CLASSES) -> NDArray[np.bool_]:
-    """Where values are whole numbers from 0 to ``count - 1``."""
+    """Whether each value is a whole number from 0 to ``count - 1``."""
     if numbers.dtype.kind == "u":
         return numbers < count
     with np.errstate(invalid="ignore"):

@@ -1,4 +1,4 @@
-"""The size at which an image of a mask is drawn: of the mask's own shape, at the model's own area."""
+"""The size of an image for a mask: it has the mask's aspect ratio and about the model's number of pixels."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ from mogle_rt.config import PATCH
 from mogle_rt.masks.classes import Labels
 
 DISTORTION = 0.05
-"""How much of a change of a mask's ratio of width to height is passed over in silence. Sizes are multiples of 16, so that a
-few percent can't be avoided in small pictures."""
+"""The largest change of a mask's aspect ratio that causes no warning. Sizes are multiples of 16, so a change of a few
+percent is unavoidable in small pictures."""
 
 
 def default_size(masks: Sequence[Labels], side: int) -> tuple[int, int]:
-    """The height and width for masks when none is given.
+    """The default height and width of images for these masks.
 
-    Both are multiples of 16, their ratio is that of the masks, and their product is about ``side`` squared. Masks whose
-    ratios differ by more than `DISTORTION` share no such size: then it is the model's own square.
+    Both are multiples of 16, their ratio is that of the masks, and their product is about ``side`` squared. If the
+    masks' ratios differ by more than `DISTORTION`, no such size suits all of them, and it is the model's square.
 
     Args:
-        masks: label maps [H, W]. side: of the square that the model draws by itself.
+        masks: label maps [H, W].
+        side: the side of the square that the model draws by default, in pixels.
     """
     ratios = [labels.shape[1] / labels.shape[0] for labels in masks]
     if max(ratios) / min(ratios) > 1 + DISTORTION:
         return side, side
     root = math.sqrt(ratios[0])
-    most = side * side // PATCH  # a side of 16 leaves this for the other
+    most = side * side // PATCH  # the longest side: the other is then 16
     height, width = (min(most, max(PATCH, round(size / PATCH) * PATCH)) for size in (side / root, side * root))
     return height, width
 
 
 def warn_of_distortion(masks: Sequence[Labels], height: int, width: int) -> None:
-    """Warn where a size stretches masks, by more than `DISTORTION`; a mask without extent in one direction has no shape."""
+    """Warn of the first mask whose aspect ratio changes by more than `DISTORTION`, if another size fits it better."""
     for i, labels in enumerate(masks):
         h, w = labels.shape
         change = (width / height) / (w / h)
         if max(change, 1 / change) > 1 + DISTORTION:
             fitting = default_size([labels], round(math.sqrt(height * width)))
-            if fitting == (height, width):  # multiples of 16 come no nearer
+            if fitting == (height, width):  # no multiples of 16 come nearer to the mask's ratio
                 continue
             name = "the mask" if len(masks) == 1 else f"mask {i}"
             warnings.warn(

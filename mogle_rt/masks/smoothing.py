@@ -1,4 +1,4 @@
-"""Class numbers that were resized smoothly: between two regions lie bands of the numbers in between, which are no parts."""
+"""Refuse class numbers that were smoothed by resizing, which makes bands of wrong numbers between two regions."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from mogle_rt.masks.classes import Labels
 
 FEWEST_STEPS = 12  # fewer steps than this can occur by chance
 STEPS_PER_EDGE = 0.2
-"""Of the borders of a smoothed mask, a third and more are steps on the way from one region to another; in masks with sharp
-borders, even small ones, the parts that happen to lie so are a few in a hundred."""
+"""In a smoothed mask, a third or more of all borders are steps on the way from one region to another. In masks with
+sharp borders, even small masks, only a few percent of the borders look like steps by chance."""
 
 
 def refuse_smoothed(numbers: Labels, what: str) -> None:
-    """Raises:
-    MaskError: the numbers [H, W] change from region to region over the numbers in between.
+    """Refuse smoothed class numbers [H, W]. ``what`` names the mask.
+
+    Raises:
+        MaskError: between regions, the numbers pass through those in between.
     """
     steps = edges = 0
     for one in (numbers, numbers.T):
-        # Runs of one number, by rows: a step is a run of at most three pixels between a lower and a higher number.
+        # Find the runs of one number in each row. A step is a run of at most three pixels between a lower and a higher
+        # number.
         changes = one[:, 1:] != one[:, :-1]
         edges += int(np.count_nonzero(changes))
         ends = np.flatnonzero(np.pad(changes, ((0, 0), (0, 1)), constant_values=True).ravel())
@@ -32,6 +35,6 @@ def refuse_smoothed(numbers: Labels, what: str) -> None:
         steps += int(np.count_nonzero((rising | falling) & (lengths <= 3) & (rows[:-2] == rows[2:])))
     if steps >= FEWEST_STEPS and steps > STEPS_PER_EDGE * edges and 4 * edges < numbers.size:
         raise MaskError(
-            f"{what}: its class numbers were smoothed, by resizing it seems: between two regions lie bands of the "
-            "numbers in between; resize masks by nearest neighbour, or as a picture in the class colours"
+            f"{what}: its class numbers were smoothed, probably by resizing: between two regions there are bands of "
+            "the numbers in between; resize masks by nearest neighbour, or as a picture in the class colours"
         )

@@ -95,7 +95,7 @@ def test_numbers_in_a_jpeg_are_refused() -> None:
 
 
 def test_blue_green_red_is_said() -> None:
-    with pytest.raises(MaskError, match=r"OpenCV's order\? Give picture\[\.\.\., ::-1\]"):
+    with pytest.raises(MaskError, match=r"OpenCV's order \(blue, green, red\); give picture\[\.\.\., ::-1\]"):
         masks.to_labels(COLOURS[draw_face(128)][..., ::-1])
 
 
@@ -168,7 +168,7 @@ def test_a_photograph_is_refused_by_a_sample() -> None:
     small = np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8)
     photograph = np.asarray(Image.fromarray(small).resize((4000, 3000), Image.Resampling.BICUBIC))
     start = time.process_time()
-    with pytest.raises(MaskError, match=r"which is no class's; .* is it a photograph\?"):
+    with pytest.raises(MaskError, match=r"which is not a class colour; .* is it a photograph\?"):
         masks.to_labels(photograph)
     assert time.process_time() - start < 1
 
