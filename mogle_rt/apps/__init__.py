@@ -1,1 +1,1 @@
-"""Ways to use the runtime: the command line and what it writes."""
+"""The command line ``mogle-rt``, and the files that it writes."""

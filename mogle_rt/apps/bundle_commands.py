@@ -1,4 +1,4 @@
-"""Commands about bundles: ``convert`` makes one, ``info`` prints what is in it, ``examples`` lists masks for the demo."""
+"""The commands ``convert`` (make a bundle), ``info`` (print what it holds) and ``examples`` (masks for the demo)."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ from mogle_rt.errors import InputError, OutputError
 
 
 def convert(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Bundle to write, e.g. ckpt.safetensors.")],
-    flux: Annotated[str | None, typer.Option(help="FLUX folder in diffusers' layout, or a hub id.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The bundle to write, e.g. ckpt.safetensors.")],
+    flux: Annotated[str | None, typer.Option(help="A FLUX folder in diffusers' layout, or a hub id.")] = None,
     transformer: Annotated[
         str | None,
-        typer.Option(help="FLUX's transformer in one file (safetensors or GGUF), in place of the folder's."),
+        typer.Option(help="FLUX's transformer in one file (safetensors or GGUF), instead of the folder's."),
     ] = None,
-    lora: Annotated[str | None, typer.Option(help="Branch LoRA (safetensors): a path, or a hub id.")] = None,
+    lora: Annotated[
+        str | None, typer.Option(help="Face-MoGLE's LoRA (safetensors or peft's folder): a path or a hub id.")
+    ] = None,
     mogle: Annotated[
         str | None, typer.Option(help="Experts and gate (.pt or safetensors): a path or a hub id.")
     ] = None,
     released: Annotated[
-        bool, typer.Option("--released", help="Take the published files for what isn't given.")
+        bool, typer.Option("--released", help="Use the published files for --flux, --lora and --mogle if not given.")
     ] = False,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: as stored.")] = None,
     text_encoders: Annotated[
-        bool, typer.Option(help="Include CLIP and T5; without them, prompts are embeddings.")
+        bool, typer.Option(help="Include CLIP and T5. Without them, prompts must be given as embeddings.")
     ] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there already.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
 ) -> None:
-    """Make the single-file bundle from the reference's files."""
+    """Convert FLUX and Face-MoGLE's files into one file, a bundle."""
     from mogle_rt.conversion.convert import convert as run
     from mogle_rt.conversion.hub import RELEASED_FLUX, RELEASED_LORA, RELEASED_MOGLE
 
@@ -56,7 +58,7 @@ def info(
     checkpoint: Annotated[Path, typer.Argument(help="A bundle, or demo.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read the whole file and check its hash.")] = False,
 ) -> None:
-    """Print what is in a bundle."""
+    """Print what a bundle holds."""
     from mogle_rt.bundle.bundle import FORMAT_VERSION, PARTS, Bundle, parameter_count
 
     bundle = Bundle(checkpoint)
@@ -97,7 +99,7 @@ def info(
 
 def examples(
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder to write masks and prompts into.")
+        Path | None, typer.Option("-o", "--output", help="The folder to write the masks and prompts into.")
     ] = None,
 ) -> None:
     """List the example masks and prompts in the package, or write them into a folder."""

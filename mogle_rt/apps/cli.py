@@ -1,4 +1,4 @@
-"""The command line ``mogle-rt``: it puts the commands together. Each command is a function of a module beside this one."""
+"""The command line ``mogle-rt``. Each of its commands is a function in another module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mogle_rt.export.__main__ import main as export
 
 app = typer.Typer(
     name="mogle-rt",
-    help="Faces from a semantic mask and a prompt: an optimised runtime for Face-MoGLE.",
+    help="Draw faces from semantic masks and prompts: an optimised runtime for Face-MoGLE.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings=HELP_OPTIONS,
@@ -47,5 +47,5 @@ def _root(
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line."""
     run_app(app)

@@ -1,4 +1,4 @@
-"""The command ``cost``: what a job takes in arithmetic, traffic and memory, beside the reference's way of computing it."""
+"""The command ``cost``: a job's arithmetic, memory traffic and memory, here and computed in the reference's way."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def cost(
-    checkpoint: Annotated[Path | None, typer.Argument(help="A bundle: its shapes are read, not its weights.")] = None,
-    flux_dev: Annotated[bool, typer.Option("--flux-dev", help="FLUX.1-dev's shapes, without any file.")] = False,
+    checkpoint: Annotated[Path | None, typer.Argument(help="A bundle, of which only the shapes are read.")] = None,
+    flux_dev: Annotated[bool, typer.Option("--flux-dev", help="Use FLUX.1-dev's shapes, without a bundle.")] = False,
     height: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16; default: the bundle's, or 512.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels, a multiple of 16; default: the bundle's, or 512.")] = None,
     batch: Annotated[int, typer.Option(help="Images computed at once.")] = 1,
@@ -30,11 +30,13 @@ def cost(
     ] = None,
     classes: Annotated[int, typer.Option(help="Classes in each mask; absent ones share one picture.")] = 12,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the bundle's, or bf16.")] = None,
-    kernels: Annotated[str | None, typer.Option(help="'triton' or 'torch': operations of a step.")] = None,
-    gpu: Annotated[str | None, typer.Option(help="A card, e.g. 'RTX 4090': its limits, and what fits.")] = None,
+    kernels: Annotated[str | None, typer.Option(help="Operations that compute a step: triton or torch.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="A card, e.g. 'RTX 4090': print its shortest times and what fits on it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, FLOPs, milliseconds.")] = False,
 ) -> None:
-    """Count what a job takes, beside the reference's way of computing it. Needs neither weights nor a GPU."""
+    """Count what a job takes, and what the reference's way of computing takes. This needs neither weights nor a GPU."""
     from mogle_rt.cost.gpus import find_gpu
 
     if (checkpoint is None) != flux_dev:
@@ -104,7 +106,7 @@ def cost(
 
 
 def _limits(card: Gpu, way: JobCost, itemsize: int) -> dict[str, float]:
-    """What a card's datasheet says of a job: the least time of a step, and whether it goes into memory."""
+    """Limits from a card's datasheet: the shortest possible time of a step, and whether the job fits into memory."""
     return {
         "compute_ms": card.compute_ms(way.step.flops, itemsize),
         "memory_ms": card.memory_ms(way.step.moved),

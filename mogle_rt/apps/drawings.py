@@ -1,4 +1,4 @@
-"""Which images ``mogle-rt generate`` makes: of what mask and prompt, from what seed, into what file."""
+"""Plan which images ``mogle-rt generate`` draws: the mask, prompt, seed and file of each."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mogle_rt.apps.program import console
 from mogle_rt.errors import InputError, OutputError
 
 MASK_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".npy"}
-FIELDS = ("stem", "seed", "number")  # of a pattern for names
+FIELDS = ("stem", "seed", "number")  # the fields that a pattern for file names may contain
 
 
 class Drawing(NamedTuple):
-    """An image to make: its mask, prompt, seed and file."""
+    """An image to draw: its mask, prompt, seed and file."""
 
     mask: Path | None
     prompt: str
@@ -40,21 +40,21 @@ def plan(
     suffix: str | None = None,
     caption: int = 1,
 ) -> list[Drawing]:
-    """List every image to make, and check the whole list before any work is done.
+    """List all images to draw, and check the whole list before any work is done.
 
     Args:
-        masks: None where an image has none.
+        masks: the masks' paths; None stands for an image without a mask.
         prompts: one for all masks or one for each; None reads the texts that belong to the masks.
-        num_images: of each mask.
-        seed: the first image's; the next have the next.
+        num_images: the number of images for each mask.
+        seed: the seed of the first image; each next image has the next seed.
         output: a file, a folder, or a pattern with `FIELDS` in braces.
-        existing: what happens where a file is there already; "skip" leaves out what an interrupted job has drawn.
-        suffix: "png" or "jpg" for names that ``output`` leaves open; None takes "png".
-        caption: which of several captions of a mask to take, from 1.
+        existing: what to do if a file exists already; "skip" leaves out images that an interrupted job has drawn.
+        suffix: "png" or "jpg" for names without a suffix; None means "png".
+        caption: which caption to use, from 1, if a mask has several.
 
     Raises:
-        InputError: prompts that are no text, or too many or few; or a mask has fewer captions.
-        OutputError: a file is there or can't be written.
+        InputError: prompts are not text, their number is wrong, or a mask has fewer captions.
+        OutputError: a file exists already or can't be written.
     """
     drawings = list(_drawings(masks, _prompts(prompts, masks, caption), num_images, seed, output, suffix))
     for path in {drawing.path.parent: drawing.path for drawing in reversed(drawings)}.values():
@@ -69,12 +69,12 @@ def plan(
 
 
 def find_masks(paths: list[Path]) -> Iterator[Path]:
-    """Files, those of folders, and those that a pattern such as ``masks/*.png`` fits, in the order of their names.
+    """Yield the masks that are meant by files, folders and patterns such as ``masks/*.png``, each sorted by name.
 
-    A folder of part files, as CelebAMask-HQ has them, is one mask.
+    A folder of part files, as in CelebAMask-HQ, is one mask.
 
     Raises:
-        InputError: a folder holds none, or nothing fits a pattern.
+        InputError: a folder holds no masks, or no mask matches a pattern.
     """
     from mogle_rt.masks.planes import part_files
 
@@ -96,10 +96,10 @@ def find_masks(paths: list[Path]) -> Iterator[Path]:
 def batches(
     drawings: list[Drawing], batch_size: int, shapes: Mapping[Path | None, tuple[int, ...] | None]
 ) -> Iterator[list[Drawing]]:
-    """Drawings in their order, up to ``batch_size`` at once, all of whose masks have one shape.
+    """Group the drawings in their order, up to ``batch_size`` at once. All masks in a batch have the same shape.
 
-    An image's size must not depend on its neighbours. ``shapes``: of each mask height and width, or None where there is
-    no mask.
+    Otherwise the size of an image would depend on the other images in its batch. ``shapes`` gives each mask's height
+    and width, or None for an image without a mask.
     """
     batch: list[Drawing] = []
     for drawing in drawings:
@@ -116,7 +116,7 @@ def _looks_like_a_mask(path: Path) -> bool:
 
 
 def say_how_many_have_prompts(drawings: list[Drawing]) -> None:
-    """A line on how many masks have a text, where not all have: an image of the empty prompt is seldom what is meant."""
+    """Print how many masks have a text, if not all have one, because the empty prompt is seldom what the user wants."""
     prompts = {drawing.mask: drawing.prompt for drawing in drawings}
     with_text = sum(bool(prompt) for prompt in prompts.values())
     if with_text < len(prompts):
@@ -129,18 +129,18 @@ def say_how_many_have_prompts(drawings: list[Drawing]) -> None:
 
 
 def _prompts(given: list[str] | None, masks: list[Path | None], caption: int) -> list[str]:
-    """One for each mask. A line says which caption is taken, where masks have several."""
+    """One prompt for each mask. If masks have several captions, print which one is used."""
     if given is None:
         every = [_captions_of(mask) if mask else [] for mask in masks]
         several = [captions for captions in every if len(captions) > 1]
         if several:
             most = max(map(len, several))
             console.print(
-                f"of up to {most} captions of a mask, number {caption} is its prompt; --caption N takes another"
+                f"masks have up to {most} captions; number {caption} is the prompt, --caption N chooses another"
             )
         return [_chosen(captions, caption, mask) for captions, mask in zip(every, masks, strict=True)]
     for prompt in given:
-        if any("\ud800" <= c <= "\udfff" for c in prompt):  # how Python keeps bytes that are no text
+        if any("\ud800" <= c <= "\udfff" for c in prompt):  # Python represents bytes that are not text like this
             raise InputError(f"--prompt must be UTF-8 text, got {prompt!r}")
     if len(given) not in (1, len(masks)):
         raise InputError(f"--prompt must be given once or once for each of {len(masks)} masks, got {len(given)}")
@@ -157,10 +157,10 @@ def _chosen(captions: list[str], number: int, mask: Path | None) -> str:
 
 
 def _captions_of(mask: Path) -> list[str]:
-    """The texts that belong to a mask: in a file beside it, else as MM-CelebA-HQ keeps them, else none.
+    """The captions that belong to a mask: from a text file beside it, or else from where MM-CelebA-HQ has them.
 
-    That data set has masks in ``mask/N.png`` and ten captions of each face, one a line in ``text/N.txt`` or as a list
-    in ``text.json`` under the name of the photograph, ``N.jpg``. Each line of a text file is a caption of its own.
+    That data set has masks in ``mask/N.png`` and ten captions of each face, either one per line in ``text/N.txt`` or as
+    a list in ``text.json`` under the name of the photograph, ``N.jpg``. Each line of a text file is one caption.
     """
     folder = mask.resolve().parent.parent
     found = (
@@ -172,15 +172,15 @@ def _captions_of(mask: Path) -> list[str]:
 
 
 def _text_of(path: Path) -> str:
-    """What a text file says; nothing where there is none."""
+    """The contents of a text file, or an empty text if there is no file."""
     try:
-        return path.read_text("utf-8-sig").strip() if path.is_file() else ""  # Windows' editors put a mark before it
+        return path.read_text("utf-8-sig").strip() if path.is_file() else ""  # some editors put a byte order mark first
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: must be UTF-8 text: {error}") from None
 
 
 def _captions(path: Path, stem: str) -> list[str]:
-    """The captions of a face in MM-CelebA-HQ's ``text.json``; none where there is no such file or entry."""
+    """The captions of a face in MM-CelebA-HQ's ``text.json``, or none if there is no such file or entry."""
     entries = _entries(path)
     value = next((entries[name] for name in (f"{stem}.jpg", f"{stem}.png", stem) if name in entries), [])
     captions = [value] if isinstance(value, str) else value
@@ -205,7 +205,7 @@ def _entries(path: Path) -> dict[str, object]:
 def _drawings(
     masks: list[Path | None], prompts: list[str], num_images: int, seed: int, output: Path, suffix: str | None
 ) -> Iterator[Drawing]:
-    """Every image. Into a folder, files are named by mask and seed."""
+    """Yield every image to draw. Files in a folder are named by mask and seed."""
     naming = _Naming(output, suffix, masks=len(masks), several_images=num_images > 1)
     given = [mask for mask in masks if mask is not None and mask.exists()]
     named: set[Path] = set()
@@ -222,10 +222,10 @@ def _drawings(
 
 
 class _Naming:
-    """Where images are written: into one file, a folder, or files named by a pattern.
+    """The names of image files: one file, files in a folder, or files named by a pattern.
 
     Raises:
-        OutputError: an unknown field or format, or one file for several masks.
+        OutputError: a field or format is unknown, or one file is given for several masks.
     """
 
     def __init__(self, output: Path, suffix: str | None, *, masks: int, several_images: bool) -> None:
@@ -253,7 +253,7 @@ class _Naming:
             )
 
     def path(self, mask: Path | None, seed: int, number: int, number_of_mask: int) -> Path:
-        """Of one image: ``number`` counts all from 1, ``number_of_mask`` those of a mask."""
+        """The file of one image. ``number`` counts all images from 1, ``number_of_mask`` those of the same mask."""
         stem = mask.stem if mask else "face"
         if self.folder:
             return self.output / f"{stem}_{seed}{self.suffix}"
@@ -275,7 +275,7 @@ class _Naming:
 
 
 def _check_writable(path: Path) -> None:
-    """A file's folder must exist or be creatable, and be writable. This is checked before any work is done."""
+    """Check that a file's folder exists or can be created, and is writable. This is done before any other work."""
     folder = path.parent
     while not folder.exists():
         folder = folder.parent

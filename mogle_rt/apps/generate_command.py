@@ -1,4 +1,4 @@
-"""The command ``generate``: draws faces from masks and prompts into files."""
+"""The command ``generate``: draw faces from masks and prompts, and write them to files."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
     from mogle_rt.apps.drawings import Drawing, Existing
     from mogle_rt.pipeline import Pipeline
 
-SEEDS = 1_000_000  # a seed that is drawn is below this: short enough to be read out and typed again
+SEEDS = 1_000_000  # random seeds are below this, so that they are short enough to type
 FACE, OUTPUT, MODEL = "What is drawn", "Files", "How it is computed"
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A bundle; demo is the one in the package.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A bundle, or demo for the one in the package.")],
     mask: Annotated[
         list[Path] | None,
         typer.Option(
             "--mask",
             "-m",
-            help="A mask, a folder of masks or of one face's part files, or a pattern in quotes such as 'masks/*.png'; "
-            "repeatable.",
+            help="A mask, a folder of masks or of one face's part files, or a quoted pattern such as 'masks/*.png'. "
+            "Can be given several times.",
             rich_help_panel=FACE,
         ),
     ] = None,
     mask_order: Annotated[
         str,
         typer.Option(
-            help="What a label map's numbers mean: celebamask, bisenet, farl, or names with commas between.",
+            help="What a label map's numbers mean: celebamask, bisenet, farl, or class names separated by commas.",
             rich_help_panel=FACE,
         ),
     ] = "celebamask",
@@ -46,15 +46,15 @@ def generate(
         typer.Option(
             "--prompt",
             "-p",
-            help="What the face looks like: once for all masks, or once for each. Default: the text that belongs to "
-            "the mask: a .txt file of its name beside it or in ../text, or its entry in ../text.json.",
+            help="What the face looks like. Give it once for all masks, or once for each mask. Default: the text that "
+            "belongs to the mask, from a .txt file of its name beside it or in ../text, or its entry in ../text.json.",
             rich_help_panel=FACE,
         ),
     ] = None,
     caption: Annotated[
         int,
         typer.Option(
-            help="Which line to take, from 1, where a mask's text has several, as MM-CelebA-HQ's ten captions.",
+            help="Which line of a mask's text to use, from 1, if it has several (as MM-CelebA-HQ's ten captions).",
             rich_help_panel=FACE,
         ),
     ] = 1,
@@ -63,20 +63,22 @@ def generate(
     ] = 1,
     seed: Annotated[
         int | None,
-        typer.Option(help="Seed of the first image; the next have the next. Default: drawn.", rich_help_panel=FACE),
+        typer.Option(
+            help="Seed of the first image; each next image has the next seed. Default: random.", rich_help_panel=FACE
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=FACE)] = 28,
     guidance: Annotated[float, typer.Option(help="Guidance scale.", rich_help_panel=FACE)] = 3.5,
     condition_scale: Annotated[
-        float, typer.Option(help="Strength of the mask; 1 is the model's own.", rich_help_panel=FACE)
+        float, typer.Option(help="Strength of the mask; 1 is as trained, 0 is none.", rich_help_panel=FACE)
     ] = 1.0,
     height: Annotated[
         int | None,
-        typer.Option(help="Pixels, a multiple of 16; default: of the mask's shape.", rich_help_panel=FACE),
+        typer.Option(help="Pixels, a multiple of 16; default: from the mask's aspect ratio.", rich_help_panel=FACE),
     ] = None,
     width: Annotated[
         int | None,
-        typer.Option(help="Pixels, a multiple of 16; default: of the mask's shape.", rich_help_panel=FACE),
+        typer.Option(help="Pixels, a multiple of 16; default: from the mask's aspect ratio.", rich_help_panel=FACE),
     ] = None,
     output: Annotated[
         Path,
@@ -89,44 +91,45 @@ def generate(
     ] = Path("{stem}_{seed}"),
     suffix: Annotated[
         str | None,
-        typer.Option("--format", help="png or jpg, where --output doesn't say; default: png.", rich_help_panel=OUTPUT),
+        typer.Option("--format", help="png or jpg, if --output has no suffix; default: png.", rich_help_panel=OUTPUT),
     ] = None,
     metadata: Annotated[
         bool, typer.Option(help="Write prompt, seed and settings into the images.", rich_help_panel=OUTPUT)
     ] = True,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace images that are there already.", rich_help_panel=OUTPUT)
+        bool, typer.Option("--overwrite", help="Replace existing images.", rich_help_panel=OUTPUT)
     ] = False,
     skip_existing: Annotated[
         bool,
         typer.Option(
             "--skip-existing",
-            help="Draw only images that aren't there yet; goes with --seed.",
+            help="Draw only images whose files don't exist yet; use it with --seed.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
     batch_size: Annotated[int, typer.Option(help="Images computed at once.", rich_help_panel=MODEL)] = 1,
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, cuda:N or mps; default: the best there is.", rich_help_panel=MODEL),
+        typer.Option(help="cpu, cuda, cuda:N or mps; default: the best available.", rich_help_panel=MODEL),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="bf16, fp16 or fp32; default: what the device does fast.", rich_help_panel=MODEL),
+        typer.Option(help="bf16, fp16 or fp32; default: one that is fast on the device.", rich_help_panel=MODEL),
     ] = None,
     kernels: Annotated[
         str | None,
         typer.Option(
-            help="'triton' or 'torch': operations of a step; default: what suits the device.", rich_help_panel=MODEL
+            help="Operations that compute a step: triton or torch; default: what suits the device.",
+            rich_help_panel=MODEL,
         ),
     ] = None,
     engine: Annotated[
         str,
-        typer.Option(help="torch; from an export: onnxruntime, tensorrt, tensorrt-rtx.", rich_help_panel=MODEL),
+        typer.Option(help="torch, or for an export: onnxruntime, tensorrt, tensorrt-rtx.", rich_help_panel=MODEL),
     ] = "torch",
     engine_path: Annotated[
         Path | None,
-        typer.Option(help="The export's folder; default: the bundle's own.", rich_help_panel=MODEL),
+        typer.Option(help="The export's folder; default: the bundle's folder.", rich_help_panel=MODEL),
     ] = None,
     model_config: Annotated[
         str | None, typer.Option(help="The reference's switches as JSON.", rich_help_panel=MODEL)
@@ -134,7 +137,7 @@ def generate(
 ) -> None:
     """Draw faces from masks and prompts."""
     start = time.perf_counter()
-    # Check all that needs no large library first, so that a mistake is reported at once.
+    # First check everything that needs no large library, so that a mistake is reported at once.
     from mogle_rt.apps.drawings import batches, find_masks, plan, say_how_many_have_prompts
     from mogle_rt.arguments import check_options
     from mogle_rt.bundle.shipped import bundle_path
@@ -152,7 +155,7 @@ def generate(
     if caption < 1:
         raise InputError(f"--caption must be 1 or more, got {caption}")
     if prompt is not None and caption != 1:
-        raise InputError("--caption chooses among the texts of masks; leave it out where --prompt is given")
+        raise InputError("--caption chooses among the texts of masks; leave it out if --prompt is given")
     if overwrite and skip_existing:
         raise InputError("--overwrite and --skip-existing exclude each other")
     existing: Existing = "replace" if overwrite else "skip" if skip_existing else "refuse"
@@ -196,7 +199,7 @@ def generate(
         )
     if not pipe.bundle.has_text_encoders:
         raise InputError(
-            f"{checkpoint}: holds no text encoders, without which there are no prompts; convert it with them, or call "
+            f"{checkpoint}: holds no text encoders, which generate needs for prompts; convert it with them, or call "
             "mogle_rt.Pipeline with prompt_embeds"
         )
     seconds = {"load": time.perf_counter() - start}
@@ -215,9 +218,9 @@ def generate(
 
 
 def _must_exist(path: Path, error: type[MogleError]) -> None:
-    """A file is there; what is in it is looked at later, with the libraries."""
+    """Check that a file exists. Its contents are checked later, when the libraries are loaded."""
     try:
-        path.stat()  # `exists` hides a name too long from Python 3.14 on
+        path.stat()  # not `exists`, which hides the error of too long a name from Python 3.14 on
     except (FileNotFoundError, NotADirectoryError):
         raise error(f"{path}: no such file") from None
 
@@ -249,7 +252,7 @@ def _draw(
             guidance_scale=settings["guidance_scale"],
             height=height,
             width=width,
-            # Generators on the CPU: a seed is the same noise on every device.
+            # The generators are on the CPU, so that a seed gives the same noise on every device.
             generator=[torch.Generator("cpu").manual_seed(job.seed) for job in batch],
             condition_scale=settings["condition_scale"],
             mask_order=settings["mask_order"],

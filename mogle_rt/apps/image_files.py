@@ -1,4 +1,4 @@
-"""Writing images: atomically, with their settings, and marked as AI-generated."""
+"""Write images atomically, with their settings, and marked as AI-generated."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mogle_rt.bundle.files import atomic_write
 from mogle_rt.errors import OutputError
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-JPEG_XMP_LIMIT = 65_504  # bytes: a segment's 65,533 less the name of what is in it
+JPEG_XMP_LIMIT = 65_504  # bytes: a JPEG segment's 65,533, less the XMP namespace at its start
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
 
 def check_suffix(path: Path) -> str:
-    """The format that a file name asks for.
+    """The image format that a file name's suffix stands for.
 
     Raises:
-        OutputError: it is neither PNG nor JPEG.
+        OutputError: the suffix stands for neither PNG nor JPEG.
     """
     try:
         return SUFFIXES[path.suffix.lower()]
@@ -35,11 +35,11 @@ def check_suffix(path: Path) -> str:
 
 
 def xmp(settings: Mapping[str, Any] | None) -> bytes:
-    """An XMP packet: the IPTC digital source type, and the settings as JSON in dc:description."""
+    """Make an XMP packet with the IPTC digital source type, and with the settings as JSON in dc:description."""
     description = ""
     if settings is not None:
         text = escape(json.dumps(settings, ensure_ascii=False))
-        for character in "\ufffe\uffff":  # XML has no place for these two
+        for character in "\ufffe\uffff":  # XML doesn't allow these two
             text = text.replace(character, f"\\u{ord(character):x}")
         description = (
             f'<dc:description><rdf:Alt><rdf:li xml:lang="x-default">{text}</rdf:li></rdf:Alt></dc:description>'
@@ -51,7 +51,7 @@ def xmp(settings: Mapping[str, Any] | None) -> bytes:
         'xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/">'
         f"<Iptc4xmpExt:DigitalSourceType>{DIGITAL_SOURCE_TYPE}</Iptc4xmpExt:DigitalSourceType>"
         f'{description}</rdf:Description></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
-    ).encode(errors="backslashreplace")  # of bytes in a file's name that are no text, JSON's escapes
+    ).encode(errors="backslashreplace")  # bytes of a file's name that are not text become JSON's escapes
 
 
 def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> None:
@@ -59,12 +59,12 @@ def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any] | Non
 
     Args:
         image: RGB.
-        path: .png, .jpg or .jpeg; replaced only when the new file is whole.
-        settings: JSON-ready prompt, seed and so on, put into the file; None leaves them out. The mark of AI generation
-            (IPTC DigitalSourceType trainedAlgorithmicMedia) is always written.
+        path: a name that ends in .png, .jpg or .jpeg. An existing file is replaced only when the new one is complete.
+        settings: prompt, seed and so on, as values that JSON can hold, to write into the file; None leaves them out.
+            The mark of AI generation (IPTC DigitalSourceType trainedAlgorithmicMedia) is always written.
 
     Raises:
-        OutputError: another suffix, or the file can't be written.
+        OutputError: the suffix is another, the settings are too large for a JPEG, or the file can't be written.
     """
     kind = check_suffix(path)
     packet = xmp(settings)

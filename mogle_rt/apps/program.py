@@ -1,4 +1,4 @@
-"""What every command shares: its console, how a program is run, and how errors end it in one line."""
+"""What all commands share: the console, running a program, and reporting errors in one line."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def parse_json(text: str | None) -> dict[str, Any] | None:
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes for people, such as ``1.3 MB``; the units are powers of 1000."""
+    """A readable number of bytes, such as ``1.3 MB``. The units are powers of 1000."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
@@ -65,12 +65,12 @@ def format_bytes(count: float) -> str:
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:
-    """Leave by an exception, so that half-written files are removed on the way out."""
+    """Exit by an exception, so that half-written files are removed on the way."""
     raise SystemExit(128 + signum)
 
 
 def _warn(message: Warning | str, *_: object) -> None:
-    """A warning in one line, without the place in the code."""
+    """Print a warning in one line, without its place in the code."""
     console.print(f"warning: {' '.join(str(message).split())}", markup=False, soft_wrap=True)
 
 

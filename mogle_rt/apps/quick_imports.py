@@ -1,9 +1,9 @@
-"""Imports for a program that draws and ends: the libraries' models without what they bring along and never use here.
+"""Import the models of diffusers and transformers quickly, without packages that they import but don't use here.
 
-diffusers and transformers import PyTorch's compiler, its distributed tensors, peft, accelerate and scipy, and each of
-them the libraries below it, only to mark functions for `torch.compile` or to look whether a package is there. That is
-most of the time before a first image. The command line compiles and distributes nothing, so it imports the two with
-these hidden. A program of the user's that imports `mogle_rt` is left alone, as it may want what is hidden here.
+diffusers and transformers import PyTorch's compiler, its distributed tensors, peft, accelerate and scipy, and these
+import other libraries, only to mark functions for `torch.compile` or to check whether a package is installed. That is
+most of the time before the first image. The command line compiles and distributes nothing, so it hides these packages
+while it imports the two libraries. Other programs that import `mogle_rt` are not affected, as they may need them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Packages that diffusers and transformers use only if they are there. None of them has a part in drawing.
+# Packages that diffusers and transformers use only if they are installed. None of them is needed for drawing.
 OPTIONAL = ("accelerate", "peft", "scipy", "sklearn", "pandas", "torchvision", "torchaudio", "librosa", "onnxruntime")
 COMPILER = "torch._dynamo"
 
 
 def import_models() -> None:
-    """Import the classes that a pipeline needs of diffusers and transformers. What is imported already stays as it is.
+    """Import the classes of diffusers and transformers that a pipeline needs.
 
-    Where a version of these libraries can't be imported in this way, nothing is left of the attempt, and they are
-    imported later in the ordinary way.
+    This does nothing if one of the libraries or the compiler is imported already. If a version of the libraries can't
+    be imported in this way, the attempt is undone, and they are imported later in the ordinary way.
     """
     if any(name in sys.modules for name in (COMPILER, "diffusers", "transformers")):
         return
@@ -56,9 +56,9 @@ def import_models() -> None:
 
 @contextmanager
 def _hidden(names: tuple[str, ...]) -> Iterator[None]:
-    """These packages can't be found meanwhile, as if they were not installed; those that are imported already stay."""
+    """Make importing these packages fail meanwhile, as if they were not installed, unless they are imported already."""
     hidden = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: the import system's word for "not there"
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None makes the import of a module fail
     try:
         yield
     finally:
@@ -68,7 +68,7 @@ def _hidden(names: tuple[str, ...]) -> Iterator[None]:
 
 @contextmanager
 def _without_compiler(torch: Any) -> Iterator[None]:
-    """A module in the compiler's place that marks no functions. Its submodules are the real ones."""
+    """Replace the compiler meanwhile by a module whose decorators do nothing. Its submodules are the real ones."""
     spec = importlib.machinery.PathFinder.find_spec(COMPILER, torch.__path__)
     if spec is None or spec.submodule_search_locations is None:
         yield
@@ -86,11 +86,11 @@ def _without_compiler(torch: Any) -> Iterator[None]:
         vars(torch).pop("_dynamo", None)
         for name in set(sys.modules) - before:
             if name.startswith(f"{COMPILER}."):
-                del sys.modules[name]  # the real compiler, if it is imported later, brings its own
+                del sys.modules[name]  # if the real compiler is imported later, it imports them again
 
 
 def _unmarked(name: str) -> Callable[..., Any]:
-    """A decorator of the compiler's, with or without arguments, that changes nothing."""
+    """Stand in for any decorator of the compiler, with or without arguments. It changes nothing."""
     if name.startswith("__"):
         raise AttributeError(name)
 
@@ -102,7 +102,7 @@ def _unmarked(name: str) -> Callable[..., Any]:
 
 @contextmanager
 def _without_distribution(torch: Any) -> Iterator[None]:
-    """transformers asks whether this PyTorch can distribute tensors, and if so imports all of it."""
+    """Say that PyTorch can't distribute tensors; otherwise transformers imports everything that this needs."""
     available = torch.distributed.is_available
     torch.distributed.is_available = lambda: False
     try:

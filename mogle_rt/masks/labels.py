@@ -207,7 +207,7 @@ def _from_path(mask: str | os.PathLike[str], table: Labels) -> Labels:
 
 
 def _is_tensor(value: object) -> TypeGuard[Tensor]:
-    """Whether ``value`` is a torch tensor. Torch isn't imported here, because the command line reads masks before it."""
+    """Whether ``value`` is a torch tensor. Torch isn't imported here, as the command line reads masks without it."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 

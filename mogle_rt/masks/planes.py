@@ -112,7 +112,7 @@ def named_planes(planes: Mapping[str, NDArray[Any]]) -> NDArray[np.bool_]:
 
 
 def part_files(folder: Path) -> dict[str, list[tuple[str, Path]]]:
-    """Find a folder's part files, named as in CelebAMask-HQ (``00000_hair.png``): by face, each part's class and file."""
+    """Find the part files in a folder (CelebAMask-HQ's ``00000_hair.png``): by face, each part's class and file."""
     faces: dict[str, list[tuple[str, Path]]] = {}
     for path in sorted(folder.iterdir()):
         if match := _PART_FILE.fullmatch(path.name):

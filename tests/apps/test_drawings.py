@@ -74,7 +74,7 @@ def test_one_of_ten_captions_is_the_prompt(tmp_path: Path, monkeypatch: pytest.M
 
     texts, said = prompts("aabc", 1)
     assert texts == ["caption 1", "caption 1", "only one", ""]
-    assert said == "of up to 10 captions of a mask, number 1 is its prompt; --caption N takes another\n"
+    assert said == "masks have up to 10 captions; number 1 is the prompt, --caption N chooses another\n"
     assert prompts("ac", 10)[0] == ["caption 10", ""]
     assert prompts("b", 1) == (["only one"], "")
     with pytest.raises(InputError, match=r"--caption 11: .*a\.png has 10 captions; give a number from 1 to 10"):

@@ -58,7 +58,7 @@ def test_scores_by_argmax() -> None:
     np.testing.assert_array_equal(masks.from_planes(torch.from_numpy(logits), scores=True), logits.argmax(0))
     with pytest.raises(MaskError, match="pass scores=True"):
         masks.from_planes(logits)
-    with pytest.raises(MaskError, match="a plane for each of 19 classes, the background among them; got 18"):
+    with pytest.raises(MaskError, match="a plane for each of 19 classes, including the background; got 18"):
         masks.from_planes(logits[1:], scores=True)
     with pytest.raises(MaskError, match="none of them NaN"):
         masks.from_planes(logits * np.nan, scores=True)
@@ -76,7 +76,7 @@ def test_planes_are_no_batch(kind: str, count: int) -> None:
         "last": planes.transpose(1, 2, 0).astype(np.uint8),
     }[kind]
     for mask in (given, torch.from_numpy(np.ascontiguousarray(given))):
-        with pytest.raises(MaskError, match=r"holds planes of classes.*from_planes\(planes\)"):
+        with pytest.raises(MaskError, match=r"seems to hold planes of classes.*from_planes\(planes\)"):
             masks.to_label_batch(mask, height=64, width=64)
         with pytest.raises(MaskError, match=r"from_planes\(planes\)"):
             masks.to_labels(mask)
@@ -94,7 +94,7 @@ def test_a_folder_of_part_files(tmp_path: Path) -> None:
     (tmp_path / "parts" / "notes.txt").write_text("not a part")
     np.testing.assert_array_equal(masks.to_labels(tmp_path / "parts"), LABELS)
     write_parts(tmp_path / "parts", "00001", LABELS)
-    with pytest.raises(MaskError, match=r"parts: holds parts of 2 faces \(00000, 00001\); give each face's a folder"):
+    with pytest.raises(MaskError, match=r"parts: holds parts of 2 faces \(00000, 00001\); give each face a folder"):
         masks.to_labels(tmp_path / "parts")
 
 
