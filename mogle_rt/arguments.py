@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from mogle_rt.config import MAX_TEXT_TOKENS, PATCH
-from mogle_rt.errors import InputError, MaskError, NumericalError
+from mogle_rt.config import DEFAULT_GUIDANCE, ENGINES, KERNELS, MAX_TEXT_TOKENS, PATCH
+from mogle_rt.errors import ConfigError, DeviceError, InputError, MaskError, NumericalError
 
 if TYPE_CHECKING:  # torch is imported in functions, so that the command line can check its options before loading it
     import torch
@@ -88,6 +90,28 @@ def check_options(
         raise InputError(f"callback_on_step_end_tensor_inputs can be ['latents'] only, got {callback_inputs!r}")
     if mask_posterior not in ("mean", "sample"):
         raise InputError(f"mask_posterior must be 'mean' or 'sample', got {mask_posterior!r}")
+
+
+def warn_of_guidance(guidance_scale: float, has_guidance: bool) -> None:
+    """Warn where a guidance is asked for that the model doesn't have."""
+    if not has_guidance and guidance_scale != DEFAULT_GUIDANCE:
+        warnings.warn(
+            f"guidance_scale {guidance_scale:g} has no effect: this model was made without guidance", stacklevel=2
+        )
+
+
+def check_names(*, device: object = None, engine: str = "torch", kernels: str | None = None) -> None:
+    """Names of a pipeline's options, as far as they can be checked before PyTorch is loaded.
+
+    Raises:
+        DeviceError, ConfigError: there is none of this name.
+    """
+    if isinstance(device, str) and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise DeviceError(f"device must be cpu, cuda, cuda:N or mps, got {device!r}")
+    if engine not in ENGINES:
+        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    if kernels and kernels not in KERNELS:
+        raise ConfigError(f"kernels must be one of {', '.join(map(repr, KERNELS))}, got {kernels!r}")
 
 
 def prompt_list(prompt: str | Sequence[str] | None, embeds: Tensor | None, pooled: Tensor | None) -> list[str]:

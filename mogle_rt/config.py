@@ -272,3 +272,6 @@ class SchedulerConfig(Options):
 
 
 MAX_TEXT_TOKENS = 512  # the largest number of T5 tokens that FLUX accepts
+DEFAULT_GUIDANCE = 3.5  # of FLUX.1-dev
+ENGINES = ("torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
+KERNELS = ("triton", "torch")

@@ -22,6 +22,7 @@ from mogle_rt.arguments import (
     prompt_list,
     refuse_prompt_as_mask,
     seeded_generators,
+    warn_of_guidance,
 )
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.calls.callbacks import StepCallback, called_back
@@ -33,7 +34,7 @@ from mogle_rt.calls.results import OutputType, PipelineOutput, RunReport
 from mogle_rt.calls.stages import Stages, progress_bar
 from mogle_rt.calls.styles import LoraMethods
 from mogle_rt.calls.turns import one_at_a_time
-from mogle_rt.config import PATCH, VAE_SCALE, ModelConfig
+from mogle_rt.config import DEFAULT_GUIDANCE, PATCH, VAE_SCALE, ModelConfig
 from mogle_rt.encoders.cache import TensorCache
 from mogle_rt.encoders.conditioning import Conditioner, MaskPosterior
 from mogle_rt.encoders.mask_planes import MaskPlanes
@@ -46,7 +47,7 @@ from mogle_rt.loop.schedule import Schedule, make_schedule
 from mogle_rt.masks.classes import Labels
 from mogle_rt.masks.labels import MaskLike, resize, to_label_batch
 from mogle_rt.masks.orders import Order
-from mogle_rt.masks.sizes import default_size, warn_of_distortion
+from mogle_rt.masks.sizes import default_size, warn_of_distortion, warn_of_other_size
 from mogle_rt.memory.devices import choose_device, choose_dtype
 from mogle_rt.torch_api.settings import settled
 
@@ -157,7 +158,7 @@ class Pipeline(DiffusersHabits, LoraMethods):
         mask: MaskLike | Sequence[MaskLike] | None = None,
         prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 28,
-        guidance_scale: float = 3.5,
+        guidance_scale: float = DEFAULT_GUIDANCE,
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int = 1,
@@ -188,7 +189,7 @@ class Pipeline(DiffusersHabits, LoraMethods):
             prompt: a text or a list of texts; None means the empty prompt (mask only). One mask can go with several
                 prompts, and one prompt with several masks.
             num_inference_steps: the number of denoising steps, S.
-            guidance_scale: FLUX's distilled guidance; models without it ignore this.
+            guidance_scale: FLUX's distilled guidance. Models without it ignore this; a warning says so if it isn't 3.5.
             height, width: pixels, multiples of 16. If both are None, the image has the mask's aspect ratio and about as
                 many pixels as the model's default square, whose side is 512, or the VAE's own size if that is smaller.
                 The image is this square if there is no mask, if masks differ in aspect ratio, or if ``latents`` are
@@ -255,6 +256,8 @@ class Pipeline(DiffusersHabits, LoraMethods):
             height, width = default_size(labels, size)
         grid = (height // PATCH, width // PATCH)
         warn_of_distortion(labels, height, width)
+        warn_of_other_size(height, width, size)
+        warn_of_guidance(guidance_scale, self.bundle.config.transformer.guidance_embeds)
         labels = [resize(one, height, width) for one in labels] or [np.zeros((height, width), dtype=np.uint8)]
         prompts = prompt_list(prompt, prompt_embeds, pooled_prompt_embeds)
         if prompt_embeds is not None:

@@ -41,10 +41,10 @@ from mogle_rt import (
     OutputError,
     Pipeline,
 )
-from mogle_rt.apps.image_files import save_image
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import SchedulerConfig
 from mogle_rt.conversion import convert as converter
+from mogle_rt.jobs.image_files import save_image
 from mogle_rt.loop.schedule import make_schedule
 from mogle_rt.memory.devices import choose_device
 from tests.apps.test_cli import QUICK, Result, draw_mask, run, run_process

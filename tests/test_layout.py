@@ -35,6 +35,7 @@ ROOMS = [
     "arguments",
     "calls",
     "pipeline",
+    "jobs",
     "apps",
     "__main__",
 ]

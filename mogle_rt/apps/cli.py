@@ -11,6 +11,7 @@ from mogle_rt.apps.bundle_commands import convert, examples, info
 from mogle_rt.apps.cost_command import cost
 from mogle_rt.apps.generate_command import generate
 from mogle_rt.apps.program import HELP_OPTIONS, run_app
+from mogle_rt.apps.several_values import SeveralMasks
 from mogle_rt.export.__main__ import main as export
 
 app = typer.Typer(
@@ -28,7 +29,7 @@ for _name, _command in (
     ("export", export),
     ("examples", examples),
 ):
-    app.command(_name)(_command)
+    app.command(_name, cls=SeveralMasks if _command is generate else None)(_command)
 
 
 def _print_version(value: bool) -> None:

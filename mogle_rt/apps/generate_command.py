@@ -5,18 +5,12 @@ from __future__ import annotations
 import secrets
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from mogle_rt import __version__
-from mogle_rt.apps.program import console, parse_json
-from mogle_rt.errors import CheckpointError, InputError, MaskError, MogleError
-
-if TYPE_CHECKING:
-    from mogle_rt.apps.drawings import Drawing, Existing
-    from mogle_rt.pipeline import Pipeline
+from mogle_rt.apps.program import must_exist, parse_json, say
+from mogle_rt.errors import InputError, MaskError
 
 SEEDS = 1_000_000  # random seeds are below this, so that they are short enough to type
 FACE, OUTPUT, MODEL = "What is drawn", "Files", "How it is computed"
@@ -29,8 +23,8 @@ def generate(
         typer.Option(
             "--mask",
             "-m",
-            help="A mask, a folder of masks or of one face's part files, or a quoted pattern such as 'masks/*.png'. "
-            "Can be given several times.",
+            help="Masks: files, folders of masks or of one face's part files, or patterns such as masks/*.png, quoted or "
+            "not. Several can follow, and the option can be given several times.",
             rich_help_panel=FACE,
         ),
     ] = None,
@@ -103,10 +97,23 @@ def generate(
         bool,
         typer.Option(
             "--skip-existing",
-            help="Draw only images whose files don't exist yet; use it with --seed.",
+            help="Draw only images whose files don't exist yet. An interrupted job goes on, in several processes if you "
+            "like.",
             rich_help_panel=OUTPUT,
         ),
     ] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            help="I/N, as 1/2: draw part I of N of all images; the others are for other processes.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(help="Also write a contact sheet: masks and images in one .png or .jpg.", rich_help_panel=OUTPUT),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images computed at once.", rich_help_panel=MODEL)] = 1,
     device: Annotated[
         str | None,
@@ -138,19 +145,18 @@ def generate(
     """Draw faces from masks and prompts."""
     start = time.perf_counter()
     # First check everything that needs no large library, so that a mistake is reported at once.
-    from mogle_rt.apps.drawings import batches, find_masks, plan, say_how_many_have_prompts
-    from mogle_rt.arguments import check_options
-    from mogle_rt.bundle.shipped import bundle_path
+    from mogle_rt.apps.drawing import Request, draw
+    from mogle_rt.arguments import check_names, check_options
     from mogle_rt.config import PATCH, ModelConfig, dtype_name
-    from mogle_rt.masks.labels import to_labels
+    from mogle_rt.jobs.captions import prompts_of
+    from mogle_rt.jobs.naming import Naming
+    from mogle_rt.jobs.plan import find_masks
 
     if num_images < 1 or batch_size < 1:
         raise InputError(f"--num-images and --batch-size must be 1 or more, got {num_images} and {batch_size}")
     masks: list[Path | None] = list(find_masks(mask)) if mask else [None]
-    if seed is None:
-        seed = secrets.randbelow(SEEDS)
     most = 2**63 - len(masks) * num_images - 1
-    if not 0 <= seed <= most:
+    if seed is not None and not 0 <= seed <= most:
         raise InputError(f"--seed must be from 0 to {most}, got {seed}")
     if caption < 1:
         raise InputError(f"--caption must be 1 or more, got {caption}")
@@ -158,15 +164,10 @@ def generate(
         raise InputError("--caption chooses among the texts of masks; leave it out if --prompt is given")
     if overwrite and skip_existing:
         raise InputError("--overwrite and --skip-existing exclude each other")
-    existing: Existing = "replace" if overwrite else "skip" if skip_existing else "refuse"
-    jobs = plan(masks, prompt, num_images, seed, output, existing, suffix, caption)
-    if not jobs:
-        console.print("nothing to draw: all images are there already")
-        return
-    switches = parse_json(model_config)
-    ModelConfig.of(switches)
-    if dtype is not None:
-        dtype_name(dtype)
+    prompts = prompts_of(prompt, masks, caption, say)
+    naming = Naming(output, suffix, masks=len(masks), several_images=num_images > 1)
+    switches = ModelConfig.of(parse_json(model_config))
+    check_names(device=device, engine=engine, kernels=kernels)
     check_options(
         num_inference_steps=steps,
         guidance_scale=guidance,
@@ -174,104 +175,39 @@ def generate(
         width=PATCH if width is None else width,
         condition_scale=condition_scale,
     )
-    _must_exist(bundle_path(checkpoint), CheckpointError)
     for path in filter(None, masks):
-        _must_exist(path, MaskError)
-    order = mask_order.split(",") if "," in mask_order else mask_order
-    shapes = {path: None if path is None else to_labels(path, order=order).shape for path in masks}
-    if prompt is None and len(masks) > 1:
-        say_how_many_have_prompts(jobs)
-
-    with console.status(Text(f"loading {checkpoint} …")):
-        from mogle_rt.apps.quick_imports import import_models
-
-        import_models()
-        from mogle_rt.pipeline import Pipeline
-
-        pipe = Pipeline(
-            checkpoint,
-            device=device,
-            dtype=dtype,
-            model_config=switches,
-            kernels=kernels,
-            engine=engine,  # type: ignore[arg-type]
-            engine_path=engine_path,
-        )
-    if not pipe.bundle.has_text_encoders:
-        raise InputError(
-            f"{checkpoint}: holds no text encoders, which generate needs for prompts; convert it with them, or call "
-            "mogle_rt.Pipeline with prompt_embeds"
-        )
-    seconds = {"load": time.perf_counter() - start}
-    settings = {
-        "steps": steps,
-        "guidance_scale": guidance,
-        "condition_scale": condition_scale,
-        "mask_order": order,
-    }
-    for batch in batches(jobs, batch_size, shapes):
-        _draw(pipe, batch, settings, (height, width), metadata, seconds)
-    stages = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
-    count = "1 image" if len(jobs) == 1 else f"{len(jobs)} images"
-    total = time.perf_counter() - start
-    console.print(f"{count} in {total:.2f} s (seed {seed}): {stages}", soft_wrap=True)
-
-
-def _must_exist(path: Path, error: type[MogleError]) -> None:
-    """Check that a file exists. Its contents are checked later, when the libraries are loaded."""
-    try:
-        path.stat()  # not `exists`, which hides the error of too long a name from Python 3.14 on
-    except (FileNotFoundError, NotADirectoryError):
-        raise error(f"{path}: no such file") from None
-
-
-def _draw(
-    pipe: Pipeline,
-    batch: list[Drawing],
-    settings: dict[str, Any],
-    size: tuple[int | None, int | None],
-    metadata: bool,
-    seconds: dict[str, float],
-) -> None:
-    """Draw one batch into its files, and add its times to ``seconds``."""
-    import torch
-
-    from mogle_rt.apps.image_files import save_image
-    from mogle_rt.config import PATCH
-    from mogle_rt.memory.threads import suitable_threads
-
-    transformer, side = pipe.bundle.config.transformer, pipe.bundle.default_size
-    height, width = size
-    tokens = (height or side) // PATCH * ((width or side) // PATCH)
-    rows = len(batch) * (2 * tokens + pipe.bundle.default_text_tokens)
-    with suitable_threads(rows, transformer.width, pipe.device):
-        images = pipe(
-            [job.mask for job in batch if job.mask is not None] or None,
-            [job.prompt for job in batch],
-            num_inference_steps=settings["steps"],
-            guidance_scale=settings["guidance_scale"],
-            height=height,
-            width=width,
-            # The generators are on the CPU, so that a seed gives the same noise on every device.
-            generator=[torch.Generator("cpu").manual_seed(job.seed) for job in batch],
-            condition_scale=settings["condition_scale"],
-            mask_order=settings["mask_order"],
-        ).images
-    for name, value in pipe.last_run.seconds.items():
-        seconds[name] = seconds.get(name, 0.0) + value
-    for job, image in zip(batch, images, strict=True):
-        described = {
-            "prompt": job.prompt,
-            "seed": job.seed,
-            "mask": job.mask.name if job.mask else None,
-            "steps": settings["steps"],
-            "guidance_scale": settings["guidance_scale"],
-            "size": list(image.size),
-            "condition_scale": settings["condition_scale"],
-            "model_config": pipe.model_config.to_dict(),
-            "dtype": str(pipe.dtype).removeprefix("torch."),
-            "bundle_sha256": pipe.bundle.content_hash,
-            "software": f"mogle_rt {__version__}",
-        }
-        save_image(image, job.path, described if metadata else None)
-        typer.echo(job.path)
+        must_exist(path, MaskError)
+    draw(
+        Request(
+            checkpoint=checkpoint,
+            masks=masks,
+            prompts=prompts,
+            prompts_found=prompt is None,
+            num_images=num_images,
+            seed=seed,
+            drawn_seed=secrets.randbelow(SEEDS),
+            naming=naming,
+            existing="replace" if overwrite else "skip" if skip_existing else "refuse",
+            part=part,
+            sheet=sheet,
+            metadata=metadata,
+            batch_size=batch_size,
+            model={
+                "device": device,
+                "dtype": None if dtype is None else dtype_name(dtype),
+                "model_config": switches,
+                "kernels": kernels,
+                "engine": engine,
+                "engine_path": engine_path,
+            },
+            call={
+                "num_inference_steps": steps,
+                "guidance_scale": guidance,
+                "condition_scale": condition_scale,
+                "height": height,
+                "width": width,
+                "mask_order": mask_order.split(",") if "," in mask_order else mask_order,
+            },
+        ),
+        start,
+    )

@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -53,6 +54,23 @@ def parse_json(text: str | None) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise ConfigError(f"--model-config must be a JSON object like '{{\"add_cond_attn\": true}}', got {text[:80]!r}")
     return value
+
+
+def say(line: str) -> None:
+    """Print a line for the user on standard error."""
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def must_exist(path: Path, error: type[MogleError]) -> None:
+    """Check that a file exists. Its contents are checked later, when the libraries are loaded.
+
+    Raises:
+        error: it doesn't exist.
+    """
+    try:
+        path.stat()  # not `exists`, which hides the error of too long a name from Python 3.14 on
+    except (FileNotFoundError, NotADirectoryError):
+        raise error(f"{path}: no such file") from None
 
 
 def format_bytes(count: float) -> str:

@@ -9,7 +9,7 @@ import torch
 
 from mogle_rt.bundle import shipped as demo
 from mogle_rt.bundle.bundle import Bundle
-from mogle_rt.config import ModelConfig
+from mogle_rt.config import ENGINES, ModelConfig
 from mogle_rt.engines.contract import Engine
 from mogle_rt.engines.exported import ExportedGraphs, manifest_dtype
 from mogle_rt.engines.manifest import Manifest
@@ -19,7 +19,6 @@ from mogle_rt.engines.torch_engine import TorchEngine
 from mogle_rt.errors import CheckpointError, ConfigError
 
 EngineName = Literal["torch", "onnxruntime", "tensorrt", "tensorrt-rtx"]
-ENGINES = ("torch", "onnxruntime", "tensorrt", "tensorrt-rtx")
 
 
 def export_folder(path: str | Path | None, checkpoint: str | Path) -> Path:

@@ -12,6 +12,8 @@ from mogle_rt.masks.classes import Labels
 DISTORTION = 0.05
 """The largest change of a mask's aspect ratio that causes no warning. Sizes are multiples of 16, so a change of a few
 percent is unavoidable in small pictures."""
+DEFAULT_SIZE = 512  # pixels of a side; models that were made for this size draw other sizes too
+MOST_RATIO = 2.0  # a small model draws well up to this ratio of an image's pixels to those of its own square
 
 
 def default_size(masks: Sequence[Labels], side: int) -> tuple[int, int]:
@@ -49,3 +51,18 @@ def warn_of_distortion(masks: Sequence[Labels], height: int, width: int) -> None
                 stacklevel=2,
             )
             return
+
+
+def warn_of_other_size(height: int, width: int, side: int) -> None:
+    """Warn where a model that was made for small images is asked for much larger or smaller ones: they are no faces.
+
+    Args:
+        height, width: pixels, as asked for. side: of the square that the model draws by itself.
+    """
+    ratio = height * width / side**2
+    if side < DEFAULT_SIZE and not 1 / MOST_RATIO < ratio < MOST_RATIO:
+        warnings.warn(
+            f"this model was made for images of {side} x {side} pixels; at {width} x {height} they are poor or no faces at "
+            "all. Leave height and width out, and enlarge the image afterwards",
+            stacklevel=2,
+        )

@@ -10,22 +10,21 @@ from typing import cast
 
 import torch
 
+from mogle_rt.config import KERNELS
 from mogle_rt.errors import ConfigError
 from mogle_rt.kernels.chips import TARGETS, compiled_for
 from mogle_rt.ops.contract import Ops
 
 KERNELS_VARIABLE = "MOGLE_RT_KERNELS"
-CHOICES = ("triton", "torch")
-
 
 logger = logging.getLogger(__name__)
 
 
 def choice(kernels: str | None, device: torch.device) -> str:
-    """Which of `CHOICES` is meant.
+    """Which of `KERNELS` is meant.
 
     Args:
-        kernels: one of `CHOICES`. None means the value of the environment variable MOGLE_RT_KERNELS. Without that, it
+        kernels: one of `KERNELS`. None means the value of the environment variable MOGLE_RT_KERNELS. Without that, it
             means Triton on GPUs that its kernels were compiled for (and on the meta device, which stands for such a
             GPU), and PyTorch elsewhere.
 
@@ -34,8 +33,8 @@ def choice(kernels: str | None, device: torch.device) -> str:
     """
     name = kernels or os.environ.get(KERNELS_VARIABLE) or None
     source = "kernels" if kernels else KERNELS_VARIABLE
-    if name is not None and name not in CHOICES:
-        raise ConfigError(f"{source} must be one of {', '.join(map(repr, CHOICES))}, got {name!r}")
+    if name is not None and name not in KERNELS:
+        raise ConfigError(f"{source} must be one of {', '.join(map(repr, KERNELS))}, got {name!r}")
     if name == "torch" or (name is None and device.type not in ("cuda", "meta")):
         return "torch"
     reason = _why_not_triton(device)

@@ -26,8 +26,8 @@ from PIL import Image
 import mogle_rt
 from mogle_rt import Pipeline, masks
 from mogle_rt.apps import cli
-from mogle_rt.apps.image_files import save_image, xmp
 from mogle_rt.bundle.bundle import Bundle
+from mogle_rt.jobs.image_files import save_image, xmp
 from tests.checkpoints import Files
 
 QUICK = ("--steps", "2", "--height", "32", "--width", "48", "--device", "cpu", "--dtype", "fp32")
@@ -292,6 +292,11 @@ def pixels(path: Path) -> bytes:
         return image.tobytes()
 
 
+def images_in(folder: Path) -> list[Path]:
+    """A folder's images, without the record of their job."""
+    return sorted(path for path in folder.iterdir() if path.suffix in (".png", ".jpg"))
+
+
 def seed_of(path: Path) -> int:
     with Image.open(path) as image:
         image.load()
@@ -327,7 +332,7 @@ def test_several_masks_into_a_folder(tiny_bundle: Path, tmp_path: Path) -> None:
     assert result.code == 0
     made = ["a_5.png", "a_6.png", "b_7.png", "b_8.png"]
     assert result.out.splitlines() == [str(output / n) for n in made]
-    assert sorted(p.name for p in output.iterdir()) == made
+    assert [p.name for p in images_in(output)] == made
     assert [seed_of(output / n) for n in made] == [5, 6, 7, 8]
 
 
@@ -340,7 +345,7 @@ def test_a_folder_of_masks_into_a_folder(tiny_bundle: Path, tmp_path: Path) -> N
     output.mkdir()
     result = run("generate", tiny_bundle, "-m", folder, "-o", output, "--seed", "0", *QUICK)
     assert result.code == 0
-    assert sorted(p.name for p in output.iterdir()) == ["a_0.png", "b_1.png", "c_2.png"]
+    assert [p.name for p in images_in(output)] == ["a_0.png", "b_1.png", "c_2.png"]
     alone = tmp_path / "alone.png"
     run("generate", tiny_bundle, "-m", folder / "b.gif", "-o", alone, "--seed", "1", *QUICK)
     assert alone.read_bytes() == (output / "b_1.png").read_bytes()
@@ -353,7 +358,7 @@ def test_computed_together_or_alone_the_images_are_the_same(tiny_bundle: Path, t
     for size in ("1", "2"):
         args = ("-m", folder, "-p", "a face", "-o", tmp_path / f"by_{size}", "--seed", "0", "--batch-size", size)
         assert run("generate", tiny_bundle, *args, *QUICK).code == 0
-    for path in (tmp_path / "by_1").iterdir():
+    for path in images_in(tmp_path / "by_1"):
         other = tmp_path / "by_2" / path.name
         difference = np.frombuffer(pixels(path), np.uint8).astype(int) - np.frombuffer(pixels(other), np.uint8)
         assert np.abs(difference).max() <= 1  # float32 sums in another order, then rounded
@@ -375,12 +380,12 @@ def test_an_interrupted_job_goes_on(tiny_bundle: Path, mask: Path, tmp_path: Pat
     output = tmp_path / "faces"
     arguments = ("generate", tiny_bundle, "-m", mask, "-n", "3", "-o", output, "--seed", "5", *QUICK)
     assert run(*arguments).code == 0
-    whole = {path.name: pixels(path) for path in output.iterdir()}
+    whole = {path.name: pixels(path) for path in images_in(output)}
     (output / "mask_6.png").unlink()
     before = (output / "mask_5.png").stat()
     result = run(*arguments, "--skip-existing")
     assert (result.code, result.out.split()) == (0, [str(output / "mask_6.png")])
-    assert {path.name: pixels(path) for path in output.iterdir()} == whole
+    assert {path.name: pixels(path) for path in images_in(output)} == whole
     assert (output / "mask_5.png").stat() == before
     result = run(*arguments, "--skip-existing")
     assert (result.code, result.out, result.err) == (0, "", "nothing to draw: all images are there already\n")
@@ -391,7 +396,7 @@ def test_an_interrupted_job_goes_on(tiny_bundle: Path, mask: Path, tmp_path: Pat
 def prompts_of(folder: Path) -> list[str]:
     """What the images of a folder say that they were drawn from."""
     found = []
-    for path in sorted(folder.iterdir()):
+    for path in images_in(folder):
         with Image.open(path) as image:
             image.load()
             (settings,) = parse_xmp(image.text[PNG_XMP])[1]  # type: ignore[attr-defined]
@@ -448,7 +453,7 @@ def test_too_little_memory_on_a_cpu(tiny_bundle: Path, tmp_path: Path, monkeypat
 def test_batches_without_a_mask(tiny_bundle: Path, tmp_path: Path) -> None:
     args = ("-o", tmp_path / "faces", "-n", "3", "--batch-size", "2", "--seed", "1")
     assert run("generate", tiny_bundle, *args, *QUICK).code == 0
-    assert sorted(p.name for p in (tmp_path / "faces").iterdir()) == ["face_1.png", "face_2.png", "face_3.png"]
+    assert [p.name for p in images_in(tmp_path / "faces")] == ["face_1.png", "face_2.png", "face_3.png"]
 
 
 # Image files

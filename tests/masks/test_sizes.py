@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mogle_rt import Pipeline
-from mogle_rt.apps.drawings import Drawing, batches
+from mogle_rt.jobs.plan import Drawing, batches
 from mogle_rt.masks import Labels, to_image
 from mogle_rt.masks.sizes import default_size, warn_of_distortion
 from tests.apps.test_cli import run as run_command

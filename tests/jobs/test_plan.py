@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from mogle_rt.apps import drawings
-from mogle_rt.apps.drawings import Drawing, find_masks, plan, say_how_many_have_prompts
 from mogle_rt.errors import InputError, OutputError
+from mogle_rt.jobs.captions import prompts_of
+from mogle_rt.jobs.naming import Naming
+from mogle_rt.jobs.plan import Drawing, count_prompts, find_masks, plan, shard
 
 
 def names(masks: list[Path | None], output: Path | str, count: int = 1, suffix: str | None = None) -> list[str]:
-    planned = plan(masks, ["a face"], count, 7, Path(output), "refuse", suffix)
+    naming = Naming(Path(output), suffix, masks=len(masks), several_images=count > 1)
+    planned = plan(masks, ["a face"] * len(masks), count, 7, naming)
     return [drawing.path.as_posix() for drawing in planned]
+
+
+def prompts(masks: list[Path], caption: int = 1) -> tuple[list[str], list[str]]:
+    """The prompts found for masks, and what was said meanwhile."""
+    said: list[str] = []
+    return prompts_of(None, [*masks], caption, said.append), said
 
 
 def mm_celeba_hq(folder: Path, count: int, texts: str) -> list[Path]:
@@ -36,11 +42,9 @@ def mm_celeba_hq(folder: Path, count: int, texts: str) -> list[Path]:
 @pytest.mark.parametrize("texts", ["text", "text.json"])
 def test_prompts_of_mm_celeba_hq(texts: str, tmp_path: Path) -> None:
     masks = mm_celeba_hq(tmp_path / "set", 3, texts)
-    planned = plan([*masks], None, 1, 0, tmp_path / "out", "refuse")
-    assert [drawing.prompt for drawing in planned] == ["face 0", "face 1", "face 2"]
+    assert prompts(masks)[0] == ["face 0", "face 1", "face 2"]
     masks[1].with_suffix(".txt").write_text("one of my own")  # what lies beside the mask comes first
-    planned = plan([*masks], None, 1, 0, tmp_path / "out", "refuse")
-    assert [drawing.prompt for drawing in planned] == ["face 0", "one of my own", "face 2"]
+    assert prompts(masks)[0] == ["face 0", "one of my own", "face 2"]
 
 
 @pytest.mark.parametrize(
@@ -55,44 +59,50 @@ def test_captions_that_are_none(content: str, message: str, tmp_path: Path) -> N
     (mask,) = mm_celeba_hq(tmp_path, 1, "none")
     (tmp_path / "text.json").write_text(content)
     with pytest.raises(InputError, match=message):
-        plan([mask], None, 1, 0, tmp_path / "out", "refuse")
+        prompts([mask])
 
 
-def test_one_of_ten_captions_is_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_ten_captions_is_the_prompt(tmp_path: Path) -> None:
     """Also of a file beside the mask: ten lines are ten captions of one face, not one long prompt."""
     for name, text in (("a", "\n".join(f" caption {i} \n" for i in range(1, 11))), ("b", "only one\n"), ("c", None)):
         (tmp_path / f"{name}.png").write_bytes(b"")
         if text:
             (tmp_path / f"{name}.txt").write_text(text)
 
-    def prompts(names: str, caption: int) -> tuple[list[str], str]:
-        out = io.StringIO()
-        monkeypatch.setattr(drawings, "console", Console(file=out, width=1000))
-        masks: list[Path | None] = [tmp_path / f"{name}.png" for name in names]
-        planned = plan(masks, None, 1, 0, tmp_path / "out", "refuse", caption=caption)
-        return [drawing.prompt for drawing in planned], out.getvalue()
+    def of(names: str, caption: int = 1) -> tuple[list[str], list[str]]:
+        return prompts([tmp_path / f"{name}.png" for name in names], caption)
 
-    texts, said = prompts("aabc", 1)
+    texts, said = of("aabc")
     assert texts == ["caption 1", "caption 1", "only one", ""]
-    assert said == "masks have up to 10 captions; number 1 is the prompt, --caption N chooses another\n"
-    assert prompts("ac", 10)[0] == ["caption 10", ""]
-    assert prompts("b", 1) == (["only one"], "")
+    assert said == ["masks have up to 10 captions; number 1 is the prompt, --caption N chooses another"]
+    assert of("ac", 10)[0] == ["caption 10", ""]
+    assert of("b") == (["only one"], [])
     with pytest.raises(InputError, match=r"--caption 11: .*a\.png has 10 captions; give a number from 1 to 10"):
-        prompts("a", 11)
+        of("a", 11)
     with pytest.raises(InputError, match=r"b\.png has 1 caption;"):
-        prompts("ab", 2)
+        of("ab", 2)
 
 
-def test_masks_without_prompts_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def told(prompts: list[str]) -> str:
-        out = io.StringIO()
-        monkeypatch.setattr(drawings, "console", Console(file=out, width=1000))
-        say_how_many_have_prompts([Drawing(Path(f"{i}.png"), text, 0, Path()) for i, text in enumerate(prompts)])
-        return out.getvalue()
+def test_masks_without_prompts_are_told() -> None:
+    def told(prompts: list[str]) -> str | None:
+        return count_prompts([Drawing(Path(f"{i}.png"), text, 0, Path()) for i, text in enumerate(prompts)])
 
-    assert told([""] * 1000).startswith("0 of 1,000 masks have a prompt; the others are drawn from the mask alone")
-    assert told(["a face", "", "b"]).startswith("2 of 3 masks have a prompt")
-    assert told(["a face", "b"]) == ""
+    assert (told([""] * 1000) or "").startswith(
+        "0 of 1,000 masks have a prompt; the others are drawn from the mask alone"
+    )
+    assert (told(["a face", "", "b"]) or "").startswith("2 of 3 masks have a prompt")
+    assert told(["a face", "b"]) is None
+
+
+def test_shards_are_all_images_once() -> None:
+    drawings = [Drawing(None, "", seed, Path(str(seed))) for seed in range(10)]
+    parts = [shard(drawings, f"{i}/3") for i in (1, 2, 3)]
+    assert sorted(drawing.seed for part in parts for drawing in part) == list(range(10))
+    assert [len(part) for part in parts] == [4, 3, 3]
+    assert shard(drawings, None) == drawings
+    for wrong in ("0/2", "3/2", "1", "1/", "a/b", "1/2/3", "-1/2"):
+        with pytest.raises(InputError, match=r"--shard must be I/N"):
+            shard(drawings, wrong)
 
 
 def test_masks_by_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

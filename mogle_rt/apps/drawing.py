@@ -1,0 +1,265 @@
+"""Drawing a job's images, as ``generate`` asks for them: what is planned, what is left to do, and how far it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.text import Text
+from tqdm import tqdm
+
+from mogle_rt import __version__
+from mogle_rt.apps.program import console, say
+from mogle_rt.bundle.preview import preview
+from mogle_rt.errors import InputError, OutputError
+from mogle_rt.jobs.image_files import check_suffix, save_image
+from mogle_rt.jobs.naming import Naming, check_writable
+from mogle_rt.jobs.plan import Drawing, Existing, count_prompts, plan, shard, to_draw
+from mogle_rt.jobs.record import Job, JobRecord, digest_of, mask_names
+from mogle_rt.jobs.work import Work
+
+if TYPE_CHECKING:
+    from mogle_rt.pipeline import Pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be drawn, and how.
+
+    Attributes:
+        checkpoint: a bundle, or ``demo``.
+        masks: None where an image has none.
+        prompts: of each mask.
+        prompts_found: whether they were looked for beside the masks.
+        num_images: of each mask.
+        seed: of the first image; None goes on with a job's, or takes ``drawn_seed``.
+        naming: what the files are called.
+        existing: what happens where a file is there already.
+        part: "I/N" draws part I of N of the images.
+        sheet: where a contact sheet is written.
+        metadata: whether prompt, seed and settings are written into the images.
+        batch_size: images computed at once.
+        model: arguments of `Pipeline` besides the bundle.
+        call: arguments of its call. An image depends on all of them.
+    """
+
+    checkpoint: Path
+    masks: Sequence[Path | None]
+    prompts: Sequence[str]
+    prompts_found: bool
+    num_images: int
+    seed: int | None
+    drawn_seed: int
+    naming: Naming
+    existing: Existing
+    part: str | None
+    sheet: Path | None
+    metadata: bool
+    batch_size: int
+    model: Mapping[str, Any]
+    call: Mapping[str, Any]
+
+    @property
+    def share(self) -> bool:
+        """Whether it may go on with a job that was begun before, or that another process is at."""
+        return self.existing == "skip" or self.part is not None
+
+    def drawings(self, job: Job) -> list[Drawing]:
+        """All images, numbered as in ``job``."""
+        places = None  # an asked-for seed is the first mask's, whatever was drawn before
+        if self.seed is None:
+            place_of = {name: place for place, name in enumerate(job.masks)}
+            places = [place_of[name] for name in mask_names(self.masks)]
+        return plan(self.masks, self.prompts, self.num_images, job.seed, self.naming, places)
+
+
+def draw(request: Request, start: float) -> None:
+    """Draw what is asked for, and tell how long it took since ``start``.
+
+    Raises:
+        InputError, MaskError, CheckpointError, OutputError, …: see `Pipeline`, and the modules of `mogle_rt.jobs`.
+    """
+    settings = _settings(request)
+    several = len(request.masks) * request.num_images > 1
+    names = mask_names(request.masks)
+    with JobRecord(request.naming.folder) if several or request.share else nullcontext() as record:
+        asked: dict[str, Any] = {"share": request.share, "hold_seed": request.naming.hold_seed}
+        identity = (settings, request.seed, request.drawn_seed, names)
+        job = Job(settings, request.drawn_seed if request.seed is None else request.seed, names)
+        if record is not None:
+            job = record.find(*identity, **asked)
+        drawings = request.drawings(job)
+        todo = to_draw(shard(drawings, request.part), request.existing)
+        _check_sheet(request)
+        with console.status(Text(f"reading {len(names):,} masks …")) if len(names) > 1 else nullcontext():
+            shapes, digests = _read_masks(request)
+        if record is not None and request.existing == "skip":
+            unknown = record.check(drawings, settings, digests)
+            if unknown:
+                say(
+                    f"of {unknown:,} images that are there no record tells what they were drawn from; they stay as they are"
+                )
+        if todo:
+            if request.prompts_found and len(names) > 1 and (line := count_prompts(todo)):
+                say(line)
+            pipe = _load(request)
+            seconds = {"load": time.perf_counter() - start}
+            if record is not None:
+                begun = record.begin(*identity, **asked)
+                if (begun.seed, begun.masks) != (job.seed, job.masks):  # another process began it meanwhile
+                    job, drawings = begun, request.drawings(begun)
+                    todo = to_draw(shard(drawings, request.part), request.existing)
+                job = begun
+            work = Work(todo, request.batch_size, shapes, record, request.existing, share=request.share)
+            done = 0
+            with _bar(pipe, len(todo)) as bar, _told_how_to_go_on(request, record, bar):
+                for batch in work:
+                    _draw(pipe, batch, request, seconds)
+                    for drawing in batch:
+                        if record is not None:
+                            record.drawn(job, drawing, digests)
+                        with tqdm.external_write_mode():
+                            typer.echo(drawing.path)
+                    done += len(batch)
+                    bar.update(len(batch))
+            _report(done, work.left, job.seed, time.perf_counter() - start, seconds)
+        else:
+            say("nothing to draw: all images are there already")
+    if request.sheet is not None:
+        from mogle_rt.jobs.sheet import write_sheet
+
+        write_sheet(request.sheet, drawings, request.call["mask_order"])
+        typer.echo(request.sheet)
+
+
+def _settings(request: Request) -> dict[str, Any]:
+    """What an image depends on besides its mask, prompt and seed, for the record.
+
+    Raises:
+        CheckpointError: there is no such bundle.
+        InputError: it has no text encoders.
+    """
+    facts = preview(request.checkpoint)
+    if facts is None:  # no bundle: opening it says why
+        from mogle_rt.bundle.bundle import Bundle
+
+        content_hash = Bundle(request.checkpoint).content_hash
+    else:
+        content_hash = facts.content_hash
+        if facts.prompts == "none":
+            raise InputError(
+                f"{request.checkpoint}: holds no text encoders, which generate needs for prompts; convert it with them, "
+                "or call mogle_rt.Pipeline with prompt_embeds"
+            )
+    names = {"num_inference_steps": "steps", "guidance_scale": "guidance"}  # those of the options
+    call = {names.get(name, name): value for name, value in request.call.items()}
+    model = {"model_config": request.model["model_config"].to_dict(), "dtype": request.model["dtype"]}
+    return {"bundle": content_hash, "num_images": request.num_images} | call | model
+
+
+def _read_masks(
+    request: Request,
+) -> tuple[dict[Path | None, tuple[int, ...] | None], dict[Path | None, str]]:
+    """The shape and the digest of each mask. All are read before anything is drawn, so that a bad one is told at once."""
+    from mogle_rt.masks.labels import to_labels
+
+    order, shapes, digests = request.call["mask_order"], {}, {}
+    for mask in dict.fromkeys(request.masks):
+        shapes[mask] = None if mask is None else to_labels(mask, order=order).shape
+        digests[mask] = digest_of(mask)
+    return shapes, digests
+
+
+def _check_sheet(request: Request) -> None:
+    path = request.sheet
+    if path is None:
+        return
+    check_suffix(path)
+    check_writable(path)
+    if path.exists() and request.existing == "refuse":
+        raise OutputError(f"{path}: exists already; choose another name, --overwrite or --skip-existing")
+
+
+def _load(request: Request) -> Pipeline:
+    with console.status(Text(f"loading {request.checkpoint} …")):
+        from mogle_rt.apps.quick_imports import import_models
+
+        import_models()
+        from mogle_rt.pipeline import Pipeline
+
+        return Pipeline(request.checkpoint, **request.model)
+
+
+@contextmanager
+def _bar(pipe: Pipeline, images: int) -> Iterator[Any]:
+    """A bar over all images, with an estimate of the time that is left; below it the steps of each batch.
+
+    One image has the bar of its steps alone.
+    """
+    several = images > 1
+    if several:
+        pipe.set_progress_bar_config(position=1, leave=False)
+    with tqdm(total=images, unit="image", disable=None if several else True, desc="images") as bar:
+        yield bar
+
+
+@contextmanager
+def _told_how_to_go_on(request: Request, record: JobRecord | None, bar: Any) -> Iterator[None]:
+    """Where drawing is stopped, a line says how the rest is drawn."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        bar.close()
+        if record is not None and request.existing != "replace":
+            with_skip = "" if request.existing == "skip" else " with --skip-existing"
+            say(f"stopped; the same command{with_skip} goes on")
+        raise
+
+
+def _draw(pipe: Pipeline, batch: list[Drawing], request: Request, seconds: dict[str, float]) -> None:
+    """Draw one batch into its files, and add its times to ``seconds``."""
+    import torch
+
+    from mogle_rt.config import PATCH
+    from mogle_rt.memory.threads import suitable_threads
+
+    transformer, side = pipe.bundle.config.transformer, pipe.bundle.default_size
+    tokens = (request.call["height"] or side) // PATCH * ((request.call["width"] or side) // PATCH)
+    rows = len(batch) * (2 * tokens + pipe.bundle.default_text_tokens)
+    with suitable_threads(rows, transformer.width, pipe.device):
+        images = pipe(
+            [job.mask for job in batch if job.mask is not None] or None,
+            [job.prompt for job in batch],
+            # The generators are on the CPU, so that a seed gives the same noise on every device.
+            generator=[torch.Generator("cpu").manual_seed(job.seed) for job in batch],
+            **request.call,
+        ).images
+    for name, value in pipe.last_run.seconds.items():
+        seconds[name] = seconds.get(name, 0.0) + value
+    for job, image in zip(batch, images, strict=True):
+        described = {
+            "prompt": job.prompt,
+            "seed": job.seed,
+            "mask": job.mask.name if job.mask else None,
+            "steps": request.call["num_inference_steps"],
+            "guidance_scale": request.call["guidance_scale"],
+            "size": list(image.size),
+            "condition_scale": request.call["condition_scale"],
+            "model_config": pipe.model_config.to_dict(),
+            "dtype": str(pipe.dtype).removeprefix("torch."),
+            "bundle_sha256": pipe.bundle.content_hash,
+            "software": f"mogle_rt {__version__}",
+        }
+        save_image(image, job.path, described if request.metadata else None)
+
+
+def _report(done: int, left: int, seed: int, total: float, seconds: Mapping[str, float]) -> None:
+    stages = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+    count = "1 image" if done == 1 else f"{done:,} images"
+    others = f"; {left:,} more by other processes" if left else ""
+    say(f"{count} in {total:.2f} s (seed {seed}): {stages}{others}")

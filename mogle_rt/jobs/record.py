@@ -1,0 +1,277 @@
+"""The record of the jobs in an output folder: with what settings and seed each was begun, and what is drawn of it.
+
+An interrupted job goes on with the seed that it was begun with, several processes share one job, and images of other
+settings are not mixed with its own without a word. The record is a file of JSON lines beside the images. A line tells of
+a job (its settings, seed and masks), of masks that a job has got since, or of an image that was drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mogle_rt.errors import OutputError
+from mogle_rt.jobs.claims import Claims
+from mogle_rt.jobs.plan import Drawing
+
+NAME = "mogle-rt-jobs.jsonl"
+Settings = Mapping[str, Any]
+
+
+@dataclass
+class Job:
+    """Images of one command.
+
+    Attributes:
+        settings: all that an image depends on besides its mask, prompt and seed; ready for JSON.
+        seed: the first image's.
+        masks: the names of the masks, in the order that numbers them.
+        number: in the record, from 0; None where it isn't there yet.
+    """
+
+    settings: dict[str, Any]
+    seed: int
+    masks: list[str] = field(default_factory=list)
+    number: int | None = None
+
+
+class JobRecord:
+    """The record of a folder, which is read at once and written from `begin` on.
+
+    Args:
+        folder: of the images; it may not be there yet.
+
+    Raises:
+        OutputError: what is there is no such record.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / NAME
+        self.jobs: list[Job] = []
+        self._images: dict[str, dict[str, Any]] = {}
+        self._file: FileIO | None = None
+        self._claims: Claims | None = None
+        if self.path.is_file():
+            self._read(self.path.read_bytes())
+
+    def find(
+        self,
+        settings: Settings,
+        seed: int | None,
+        drawn_seed: int,
+        masks: Sequence[str],
+        *,
+        share: bool,
+        hold_seed: bool,
+    ) -> Job:
+        """The job that a command means: one that goes on, or a new one.
+
+        Args:
+            settings: see `Job`.
+            seed: the one that was asked for.
+            drawn_seed: for a new job, where none was asked for.
+            masks: the names of the command's masks.
+            share: whether the command may go on with a job, its own or another process's.
+            hold_seed: whether the images' names tell their seeds, so that jobs of several seeds can lie side by side.
+
+        Raises:
+            OutputError: the command is to go on, and the folder's jobs have other settings or, where the names don't tell
+                it, another seed.
+        """
+        new = Job(dict(settings), drawn_seed if seed is None else seed, list(masks))
+        same = [job for job in self.jobs if job.settings == new.settings]
+        if share and self.jobs and not same:
+            raise OutputError(self._mixed(f"{self.folder}: its images were drawn", self.jobs[-1].settings, settings))
+        fitting = [job for job in same if seed in (None, job.seed)]
+        if share and same and not fitting and not hold_seed:
+            raise OutputError(
+                f"{self.folder}: its images were drawn from seed {same[-1].seed}, asked for is {seed}; leave --seed out "
+                "to go on, or choose another name for the images"
+            )
+        if not fitting or (seed is None and not share):
+            return new
+        job = fitting[-1]
+        return Job(job.settings, job.seed, [*job.masks, *(m for m in masks if m not in set(job.masks))], job.number)
+
+    def check(self, drawings: Iterable[Drawing], settings: Settings, digests: Mapping[Path | None, str]) -> int:
+        """Check that images that are there already are those that would be drawn.
+
+        Args:
+            drawings: of which those that are there are checked.
+            settings: see `Job`.
+            digests: of the masks, by `digest_of`.
+
+        Returns:
+            How many images are there that the record doesn't know.
+
+        Raises:
+            OutputError: an image was drawn with other settings, from another mask, or for another prompt.
+        """
+        unknown = 0
+        for drawing in drawings:
+            if not drawing.path.exists():
+                continue
+            fact = self._images.get(self._name(drawing.path))
+            if fact is None:
+                unknown += 1
+                continue
+            of, wanted = self.jobs[fact["job"]].settings, self._fact(drawing, digests)
+            if of != dict(settings):
+                raise OutputError(self._mixed(f"{drawing.path}: was drawn", of, settings))
+            for key, what in (
+                ("seed", "from another seed"),
+                ("mask", f"from another mask: {drawing.mask} has changed since"),
+                ("prompt", "for another prompt"),
+            ):
+                if fact[key] != wanted[key]:
+                    raise OutputError(
+                        f"{drawing.path}: was drawn {what}; remove the image, draw it again with --overwrite, or choose "
+                        "another folder"
+                    )
+        return unknown
+
+    def begin(
+        self,
+        settings: Settings,
+        seed: int | None,
+        drawn_seed: int,
+        masks: Sequence[str],
+        *,
+        share: bool,
+        hold_seed: bool,
+    ) -> Job:
+        """Write down the job that `find` finds, as the record is by now: another process may have begun it meanwhile.
+
+        Raises:
+            OutputError: see `find`; or the record can't be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = FileIO(self.path, "a+")
+        except OSError as error:
+            raise OutputError(f"{self.path}: can't be written: {error.strerror or error}") from None
+        self._claims = Claims(self._file)
+        with self._claims.alone():
+            self._reread()
+            job = self.find(settings, seed, drawn_seed, masks, share=share, hold_seed=hold_seed)
+            if job.number is None:
+                job.number = len(self.jobs)
+                self._append({"job": job.number, "seed": job.seed, "settings": job.settings, "masks": job.masks})
+                self.jobs.append(job)
+            elif more := job.masks[len(self.jobs[job.number].masks) :]:
+                self._append({"job": job.number, "more_masks": more})
+                self.jobs[job.number] = job
+        return job
+
+    def claim(self, drawing: Drawing) -> bool:
+        """Take an image for this process. False if another process is at it."""
+        assert self._claims is not None
+        return self._claims.claim(self._name(drawing.path))
+
+    def release(self, drawing: Drawing) -> None:
+        """Others may take the image, if it isn't there."""
+        assert self._claims is not None
+        self._claims.release(self._name(drawing.path))
+
+    def drawn(self, job: Job, drawing: Drawing, digests: Mapping[Path | None, str]) -> None:
+        """Write down that an image is there."""
+        assert self._claims is not None
+        with self._claims.alone():
+            self._append({"image": self._name(drawing.path), "job": job.number} | self._fact(drawing, digests))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    @staticmethod
+    def _fact(drawing: Drawing, digests: Mapping[Path | None, str]) -> dict[str, Any]:
+        """What an image was drawn from. The prompt itself is left out, as the images' own settings may be."""
+        return {"seed": drawing.seed, "mask": digests[drawing.mask], "prompt": _short_digest(drawing.prompt.encode())}
+
+    def _mixed(self, what: str, there: Settings, asked: Settings) -> str:
+        name = next((n for n in {**there, **asked} if there.get(n) != asked.get(n)), "settings")
+        return (
+            f"{what} with {name} {_shown(there.get(name))}, asked for is {_shown(asked.get(name))}; give the same settings "
+            "to go on, or choose another folder"
+        )
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        end = self._file.seek(0, os.SEEK_END)
+        whole = not end or os.pread(self._file.fileno(), 1, end - 1) == b"\n"
+        start = b"" if whole else b"\n"  # after a line that a process could not finish
+        self._file.write(start + json.dumps(line).encode() + b"\n")
+
+    def _reread(self) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        self.jobs, self._images = [], {}
+        self._read(self._file.readall())
+
+    def _read(self, content: bytes) -> None:
+        for number, text in enumerate(content.splitlines(), 1):
+            try:
+                line = json.loads(text)
+            except ValueError:  # a process could not finish it
+                continue
+            try:
+                self._take(line)
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+                raise OutputError(
+                    f"{self.path}: line {number} is not of a record of jobs; remove the file, or choose another folder"
+                ) from None
+
+    def _take(self, line: Any) -> None:
+        if "settings" in line:
+            self.jobs.append(Job(dict(line["settings"]), int(line["seed"]), list(line["masks"]), len(self.jobs)))
+        elif "more_masks" in line:
+            self.jobs[line["job"]].masks += list(line["more_masks"])
+        else:
+            fact = {key: line[key] for key in ("job", "seed", "mask", "prompt")}
+            _ = self.jobs[fact["job"]]
+            self._images[line["image"]] = fact
+
+
+def mask_names(masks: Sequence[Path | None]) -> list[str]:
+    """Names of masks for a record: those of their files, numbered where there are several of one name."""
+    seen: dict[str, int] = {}
+    names = []
+    for mask in masks:
+        name = "" if mask is None else mask.name
+        seen[name] = seen.get(name, 0) + 1
+        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return names
+
+
+def digest_of(mask: Path | None) -> str:
+    """A short digest of a mask's file, or of the files of its folder; "" of no mask."""
+    if mask is None:
+        return ""
+    if mask.is_dir():
+        files = sorted(path for path in mask.iterdir() if path.is_file())
+        return _short_digest(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files))
+    return _short_digest(mask.read_bytes())
+
+
+def _short_digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _shown(value: object) -> str:
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
