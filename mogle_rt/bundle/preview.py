@@ -39,7 +39,7 @@ def preview(checkpoint: str | Path) -> Preview | None:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length <= MOST_BYTES else None
+            header = json.loads(file.read(min(length, MOST_BYTES)))
         metadata = header["__metadata__"]
         texts = any(name.startswith("text_encoder_2.") for name in header)
         empty = any(name.startswith("empty_prompt.") for name in header)

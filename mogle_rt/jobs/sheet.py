@@ -63,7 +63,7 @@ def write_sheet(path: Path, drawings: Sequence[Drawing], order: str | Sequence[s
 def _picture_of_mask(mask: Path, order: str | Sequence[str]) -> Image.Image:
     from mogle_rt.masks.labels import colorize, to_labels
 
-    return Image.fromarray(colorize(to_labels(mask, order=order)))  # type: ignore[arg-type]
+    return Image.fromarray(colorize(to_labels(mask, order=order)))
 
 
 def _picture(path: Path) -> Image.Image:

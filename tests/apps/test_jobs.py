@@ -122,7 +122,8 @@ def test_a_failure_before_the_first_image_leaves_nothing(tiny_bundle: Path, tmp_
 def test_an_interrupt_tells_how_to_go_on(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     masks_in(tmp_path / "masks", 2)
     arguments = ("generate", tiny_bundle, "-m", tmp_path / "masks", "-o", tmp_path / "out", *QUICK)
-    draw, drawn = app._draw, []
+    draw = app._draw
+    drawn: list[None] = []
 
     def interrupted(*given: object) -> None:
         if drawn:

@@ -69,7 +69,8 @@ def test_a_mix_is_refused(tmp_path: Path) -> None:
 def test_images_of_other_masks_prompts_and_settings_are_refused(tmp_path: Path) -> None:
     mask, path = tmp_path / "a.png", tmp_path / "a_5.png"
     mask.write_bytes(b"one")
-    drawing, digests = Drawing(mask, "a face", 5, path), {mask: digest_of(mask)}
+    drawing = Drawing(mask, "a face", 5, path)
+    digests: dict[Path | None, str] = {mask: digest_of(mask)}
     with JobRecord(tmp_path) as record:
         job = record.begin(SETTINGS, None, 5, ["a.png"], share=True, hold_seed=True)
         record.drawn(job, drawing, digests)
@@ -82,7 +83,12 @@ def test_images_of_other_masks_prompts_and_settings_are_refused(tmp_path: Path) 
     for one, settings, mine, message in (
         (wrong, SETTINGS, digests, "was drawn for another prompt"),
         (drawing._replace(seed=6), SETTINGS, digests, "was drawn from another seed"),
-        (drawing, SETTINGS, {mask: "other"}, r"was drawn from another mask: .*a\.png has changed since"),
+        (
+            drawing,
+            SETTINGS,
+            dict.fromkeys(digests, "other"),
+            r"was drawn from another mask: .*a\.png has changed since",
+        ),
         (drawing, SETTINGS | {"steps": 8}, digests, "was drawn with steps 28, asked for is 8"),
     ):
         with pytest.raises(OutputError, match=message):
