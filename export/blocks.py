@@ -34,9 +34,15 @@ class SelectedBlocks(TensorSource):
             if int(number) in chosen[stack]:
                 self._stored[f"{owner}.{stack}.{chosen[stack].index(int(number))}.{leaf}"] = stored
         tensors = {name: source.tensors[stored] for name, stored in self._stored.items()}
-        super().__init__(replace(source.config, transformer=transformer), tensors)
+        layers = {name.rpartition(".")[0]: stored.rpartition(".")[0] for name, stored in self._stored.items()}
+        storages = {
+            name.removeprefix("transformer."): source.storages[stored.removeprefix("transformer.")]
+            for name, stored in layers.items()
+            if stored.removeprefix("transformer.") in source.storages
+        }
+        super().__init__(replace(source.config, transformer=transformer), tensors, storages)
 
-    def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Tensor:
+    def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype | None) -> Tensor:
         """See `TensorSource.load`."""
         return self._source.load([self._stored[name] for name in names], device, dtype)
 

@@ -152,8 +152,13 @@ def export_onnx(
     Raises:
         OutputError: the folder can't be written to, the bundle can't be linked into it, or it holds a file of a graph's
             name that no export has made.
-        InputError: the weights are too large to embed.
+        InputError: the weights are too large to embed, or stored in eight or four bits.
     """
+    if bundle.storages:
+        held = ", ".join(sorted({storage.name for storage in bundle.storages.values()}))
+        raise InputError(
+            f"{bundle.path}: weights in {held} can't be exported; export the bundle that they were made from"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -27,8 +27,9 @@ import torch
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.bundle.container import TensorInfo
 from mogle_rt.bundle.source import TensorSource
-from mogle_rt.conversion.convert import require_finite, write_bundle
 from mogle_rt.conversion.tensors import StoredTensor
+from mogle_rt.conversion.writing.bundle_writer import require_finite
+from mogle_rt.conversion.writing.write import write_bundle
 from mogle_rt.engines.manifest import header_sha256
 from mogle_rt.errors import InputError, OutputError
 

@@ -44,6 +44,8 @@ from mogle_rt import (
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import SchedulerConfig
 from mogle_rt.conversion import convert as converter
+from mogle_rt.conversion.writing.bundle_writer import BundleWriter
+from mogle_rt.conversion.writing.write import write_bundle
 from mogle_rt.jobs.image_files import save_image
 from mogle_rt.loop.schedule import make_schedule
 from mogle_rt.memory.devices import choose_device
@@ -193,7 +195,7 @@ BUNDLES = {
         lambda p: save_file({"a": torch.ones(2)}, p), ("not a mogle_rt bundle", "make one with `mogle-rt convert`")
     ),
     "newer_format": Case(
-        edit_header(lambda h: h["__metadata__"].update(format_version="2")), ("format '2'", "this version reads 1")
+        edit_header(lambda h: h["__metadata__"].update(format_version="3")), ("format '3'", "this version reads 1 to 2")
     ),
     "no_format_version": Case(edit_header(lambda h: h["__metadata__"].pop("format_version")), ("format ''",)),
     "config_not_json": Case(edit_header(lambda h: h["__metadata__"].update(config="{]")), ("configuration", "damaged")),
@@ -1231,7 +1233,7 @@ def no_space(*args: object) -> None:
 FAILING_DISKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], contextlib.AbstractContextManager[object]], str]] = {
     "while_writing": (lambda m: file_size_limit(300_000), "File too large"),
     "at_a_tensor": (
-        lambda m: contextlib.nullcontext(m.setattr(converter, "_write_chunk", no_space)),
+        lambda m: contextlib.nullcontext(m.setattr(BundleWriter, "_write_chunk", no_space)),
         "No space left on device",
     ),
     "at_the_end": (lambda m: contextlib.nullcontext(m.setattr(os, "fsync", no_space)), "No space left on device"),
@@ -1277,7 +1279,7 @@ def test_a_source_that_vanishes_meanwhile(tiny_files: Files, tmp_path: Path) -> 
     with unchanged(tmp_path):
         assert_raises(
             CheckpointError,
-            lambda: converter.write_bundle(output, tensors, config),
+            lambda: write_bundle(output, tensors, config),
             f"{gone}: can't be read: No such file",
         )
 
@@ -1291,7 +1293,7 @@ def test_a_source_that_shrinks_meanwhile(tiny_files: Files, tmp_path: Path) -> N
     with unchanged(tmp_path):
         assert_raises(
             CheckpointError,
-            lambda: converter.write_bundle(output, tensors, config),
+            lambda: write_bundle(output, tensors, config),
             f"{shrunk}: cut short while it was read",
         )
 
@@ -1306,7 +1308,7 @@ def test_an_interrupted_convert(
     output = tmp_path / "ckpt.safetensors"
     if existing:
         output.write_text("an older bundle")
-    write, calls = converter._write_chunk, 0
+    write, calls = BundleWriter._write_chunk, 0
 
     def interrupt(*args: Any) -> None:
         nonlocal calls
@@ -1316,7 +1318,7 @@ def test_an_interrupted_convert(
             raise KeyboardInterrupt
         write(*args)
 
-    monkeypatch.setattr(converter, "_write_chunk", interrupt)
+    monkeypatch.setattr(BundleWriter, "_write_chunk", interrupt)
     with unchanged(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             tiny_files.convert(output)

@@ -1,10 +1,10 @@
-"""The commands ``convert`` (make a bundle), ``info`` (print what it holds) and ``examples`` (masks for the demo)."""
+"""The commands ``convert`` and ``quantize`` (make a bundle), ``info`` (print what it holds) and ``examples`` (masks)."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -13,6 +13,12 @@ from tqdm import tqdm
 
 from mogle_rt.apps.program import console, format_bytes
 from mogle_rt.errors import InputError, OutputError
+
+if TYPE_CHECKING:
+    from mogle_rt.bundle.bundle import Bundle
+    from mogle_rt.conversion.writing.write import WrittenWeights
+
+WEIGHTS_HELP = "int8, fp8 or int4: stores the weights of FLUX's blocks in 8 or 4 bits."
 
 
 def convert(
@@ -35,6 +41,7 @@ def convert(
     text_encoders: Annotated[
         bool, typer.Option(help="Include CLIP and T5. Without them, prompts must be given as embeddings.")
     ] = True,
+    weights: Annotated[str | None, typer.Option(help=WEIGHTS_HELP)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
 ) -> None:
     """Convert FLUX and Face-MoGLE's files into one file, a bundle."""
@@ -46,12 +53,50 @@ def convert(
     missing = [name for name, value in (("--flux", flux), ("--lora", lora), ("--mogle", mogle)) if value is None]
     if missing or flux is None or lora is None or mogle is None:
         raise InputError(f"missing {', '.join(missing)}; or pass --released for the published files")
+    _refuse_existing(output, overwrite)
+    start = time.perf_counter()
+    run(
+        flux,
+        lora,
+        mogle,
+        output,
+        transformer=transformer,
+        dtype=dtype,
+        text_encoders=text_encoders,
+        weights=weights,
+        on_weights=lambda report: _print_weights(report, weights),
+    )
+    _print_written(output, start)
+
+
+def quantize(
+    checkpoint: Annotated[Path, typer.Argument(help="A bundle, or demo.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Bundle to write, e.g. small.safetensors.")],
+    weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there already.")] = False,
+) -> None:
+    """Make a smaller bundle, whose blocks' weights are stored in eight or four bits."""
+    from mogle_rt.conversion.writing.quantize import quantize as run
+
+    _refuse_existing(output, overwrite)
+    start = time.perf_counter()
+    _print_weights(run(checkpoint, output, weights), weights)
+    _print_written(output, start)
+
+
+def _refuse_existing(output: Path, overwrite: bool) -> None:
     if output.is_file() and not overwrite:
         raise OutputError(f"{output}: exists already; choose another name, or --overwrite")
-    start = time.perf_counter()
-    path = run(flux, lora, mogle, output, transformer=transformer, dtype=dtype, text_encoders=text_encoders)
-    size = path.stat().st_size
-    console.print(f"{path}: {format_bytes(size)} in {time.perf_counter() - start:.1f} s", soft_wrap=True)
+
+
+def _print_weights(report: WrittenWeights, weights: str | None) -> None:
+    for line in report.describe(weights) if weights else ():
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def _print_written(output: Path, start: float) -> None:
+    size = output.stat().st_size
+    console.print(f"{output}: {format_bytes(size)} in {time.perf_counter() - start:.1f} s", soft_wrap=True)
 
 
 def info(
@@ -59,7 +104,7 @@ def info(
     verify: Annotated[bool, typer.Option("--verify", help="Read the whole file and check its hash.")] = False,
 ) -> None:
     """Print what a bundle holds."""
-    from mogle_rt.bundle.bundle import FORMAT_VERSION, PARTS, Bundle, parameter_count
+    from mogle_rt.bundle.bundle import PARTS, Bundle, parameter_count
 
     bundle = Bundle(checkpoint)
     t, m = bundle.config.transformer, bundle.config.mogle
@@ -67,10 +112,11 @@ def info(
     ranks = sorted(set(bundle.lora_ranks().values()))
     rows: dict[str, str] = {
         "file": f"{bundle.path}, {format_bytes(bundle.path.stat().st_size)}",
-        "format": f"mogle_rt bundle, version {FORMAT_VERSION}",
+        "format": f"mogle_rt bundle, version {bundle.format_version}",
         "architecture": f"FLUX, width {t.width} ({t.num_attention_heads} heads x {t.attention_head_dim}), "
         f"{t.num_layers} double and {t.num_single_layers} single blocks, "
         f"guidance {'embedded' if t.guidance_embeds else 'none'}",
+        "weights": _weights_by_format(bundle),
         "LoRA rank": ", ".join(map(str, ranks)),
         "mixture": f"1 global and 19 region experts, hidden {m.expert_dim}" if m.has_expert else "identity experts",
         "ablation": ", ".join(ablation) or "none",
@@ -85,16 +131,32 @@ def info(
         tensors = {n: i for n, i in bundle.tensors.items() if n.startswith(f"{part}.")}
         if tensors:
             dtypes = ", ".join(sorted({str(i.dtype).removeprefix("torch.") for i in tensors.values()}))
-            count = "-" if part.startswith("tokenizer") else f"{parameter_count(tensors):,}"
+            count = "-" if part.startswith("tokenizer") else f"{parameter_count(tensors, bundle.storages):,}"
             size = sum(i.end - i.begin for i in tensors.values())
             table.add_row(part, str(len(tensors)), count, format_bytes(size), dtypes)
-    table.add_row("total", str(len(bundle.tensors)), f"{parameter_count(bundle.tensors):,}", "", "")
+    table.add_row("total", str(len(bundle.tensors)), f"{parameter_count(bundle.tensors, bundle.storages):,}", "", "")
     out.print(table)
     if verify:
         size = sum(i.end - i.begin for i in bundle.tensors.values())
         with tqdm(total=size, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
             bundle.verify(bar.update)
         out.print("verified: the contents match the hash")
+
+
+def _weights_by_format(bundle: Bundle) -> str:
+    """How many layers of the blocks are stored in which format, and their bytes."""
+    from mogle_rt.bundle.schema import block_stacks
+
+    found: dict[str, list[int]] = {}
+    for stack in block_stacks(bundle.config.transformer):
+        for layer in stack:
+            storage, plain = bundle.storages.get(layer), bundle.tensors[f"transformer.{layer}.weight"]
+            name = str(plain.dtype).removeprefix("torch.") if storage is None else storage.name
+            size = plain.end - plain.begin if storage is None else storage.nbytes(storage.shape_of(plain.shape))
+            count = found.setdefault(name, [0, 0])
+            count[0], count[1] = count[0] + 1, count[1] + size
+    parts = [f"{count} layers of the blocks in {name}, {format_bytes(size)}" for name, (count, size) in found.items()]
+    return "; ".join(parts) or "no blocks"
 
 
 def examples(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mogle_rt import __version__
-from mogle_rt.apps.bundle_commands import convert, examples, info
+from mogle_rt.apps.bundle_commands import convert, examples, info, quantize
 from mogle_rt.apps.cost_command import cost
 from mogle_rt.apps.generate_command import generate
 from mogle_rt.apps.program import HELP_OPTIONS, run_app
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 for _name, _command in (
     ("convert", convert),
+    ("quantize", quantize),
     ("info", info),
     ("cost", cost),
     ("generate", generate),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mogle_rt.bundle import schema
+from mogle_rt.bundle import schema, storage
 from mogle_rt.bundle.container import MappedFile, TensorInfo, read_chunks, read_header
 from mogle_rt.bundle.schema import check_names
 from mogle_rt.bundle.shipped import bundle_path
@@ -25,7 +26,8 @@ from mogle_rt.config import MAX_TEXT_TOKENS, PATCH, MogleConfig, Options, Schedu
 from mogle_rt.errors import CheckpointError, ConfigError
 
 FORMAT = "mogle_rt"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+PLAIN_VERSION = 1  # of a bundle without weight formats, which earlier versions of this program read too
 PARTS = ("transformer", "lora", "mogle", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 TEXT_PARTS = PARTS[4:]
 DEFAULT_SIZE = 512  # pixels
@@ -100,10 +102,14 @@ class Bundle(TensorSource):
                 f"{self.path}: a safetensors file, but not a mogle_rt bundle; make one with `mogle-rt convert`"
             )
         version = metadata.get("format_version", "")
-        if version != str(FORMAT_VERSION):
-            raise CheckpointError(f"{self.path}: bundle format {version!r}; this version reads {FORMAT_VERSION}")
-        self._config_text = metadata.get("config", "")
-        super().__init__(BundleConfig.parse(self._config_text, what=str(self.path)), tensors)
+        if version not in (str(PLAIN_VERSION), str(FORMAT_VERSION)):
+            raise CheckpointError(
+                f"{self.path}: bundle format {version!r}; this version reads {PLAIN_VERSION} to {FORMAT_VERSION}"
+            )
+        self.format_version = int(version)
+        self._config_text, self._storage_text = metadata.get("config", ""), metadata.get("weights", "")
+        stored = storage.parse(self._storage_text, what=str(self.path))
+        super().__init__(BundleConfig.parse(self._config_text, what=str(self.path)), tensors, stored)
         self.content_hash = metadata.get("sha256", "")
         self._check_tensors()
         self._file = MappedFile(self.path)
@@ -142,7 +148,13 @@ class Bundle(TensorSource):
         blocks = self.config.transformer.num_layers + self.config.transformer.num_single_layers
         if blocks > len(self.tensors):  # checked first, because the lists below would be as long as the header claims
             raise CheckpointError(f"{self.path}: {len(self.tensors)} tensors can't make {blocks} blocks")
-        check_names(self._shapes("transformer"), schema.transformer_tensors(self.config.transformer), self.path)
+        config = self.config.transformer
+        try:
+            storage.check_stacks(self.storages, schema.block_stacks(config))
+            expected, fixed = storage.stored_shapes(schema.transformer_tensors(config), self.storages)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+        check_names(self._shapes("transformer"), expected, self.path)
         check_names(self._shapes("mogle"), schema.mogle_tensors(self.config.mogle), self.path)
         ranks = self.lora_ranks()
         for name in schema.lora_modules(self.config.transformer):
@@ -151,6 +163,8 @@ class Bundle(TensorSource):
         check_names(self._shapes("lora"), schema.lora_tensors(self.config.transformer, ranks), self.path)
         for name, info in self.tensors.items():
             allowed = (torch.uint8,) if name.startswith("tokenizer") else FLOATS
+            if name.startswith("transformer.") and name.removeprefix("transformer.") in fixed:
+                allowed = (fixed[name.removeprefix("transformer.")],)
             if info.dtype not in allowed:
                 raise CheckpointError(f"{self.path}: tensor {name!r} can't be {info.dtype}")
 
@@ -161,13 +175,22 @@ class Bundle(TensorSource):
         """The tensor with this full name, as a read-only view of the file."""
         return self._file.tensor(self.tensors[name])
 
-    def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """Return tensors stacked along their first dimension, on ``device`` and in ``dtype``.
+    def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+        """Return tensors stacked along their first dimension, see `TensorSource.load`.
 
         On the CPU, tensors that lie next to each other in the file and need no conversion are one view of the file,
         without a copy.
+
+        Raises:
+            CheckpointError: a float dtype was asked for, and the tensors are stored in a weight format.
         """
         infos = [self.tensors[n] for n in names]
+        if dtype is None:
+            dtype = infos[0].dtype
+        elif infos[0].dtype not in FLOATS and infos[0].dtype != dtype:
+            raise CheckpointError(
+                f"{self.path}: tensor {names[0]!r} is stored as {infos[0].dtype}: without its scales it is no weight"
+            )
         if device.type == "cpu" and infos[0].dtype == dtype:
             view = self._file.view(infos)
             if view is not None:
@@ -204,6 +227,7 @@ class Bundle(TensorSource):
                 digest.update(chunk.view(torch.uint8).numpy().data)
                 if progress:
                     progress(chunk.nbytes)
+        digest.update(self._storage_text.encode())
         if digest.hexdigest() != self.content_hash:
             raise CheckpointError(f"{self.path}: its contents were changed: the hash in the header is another")
 
@@ -213,6 +237,20 @@ def hashed_entry(name: str, info: TensorInfo) -> bytes:
     return json.dumps([name, str(info.dtype), list(info.shape)]).encode()
 
 
-def parameter_count(tensors: Mapping[str, TensorInfo]) -> int:
-    """The number of parameters in all tensors, without those that hold tokenizer files."""
-    return sum(i.numel for n, i in tensors.items() if not n.startswith("tokenizer"))
+def parameter_count(tensors: Mapping[str, TensorInfo], storages: Mapping[str, storage.WeightStorage]) -> int:
+    """The number of parameters in all tensors, without those that hold tokenizer files.
+
+    A weight in a format of fewer bits counts as the matrix that it stands for.
+
+    Args:
+        storages: see `TensorSource`.
+    """
+    count = 0
+    for name, info in tensors.items():
+        layer, _, kind = name.removeprefix("transformer.").rpartition(".")
+        stored = storages.get(layer) if name.startswith("transformer.") else None
+        if stored is not None and kind.startswith("weight"):
+            count += math.prod(stored.shape_of(info.shape)) if kind == "weight" else 0
+        elif not name.startswith("tokenizer"):
+            count += info.numel
+    return count

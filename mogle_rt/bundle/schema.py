@@ -235,6 +235,12 @@ def in_blocks(
                 yield f"{stack}.{i}.{layer}", stacked.at(i)
 
 
+def block_stacks(config: TransformerConfig) -> Iterator[tuple[str, ...]]:
+    """The stored layers that each linear layer of the blocks is made of: those that a weight format may hold."""
+    for _, stacked in in_blocks(config, DOUBLE_STACKED, SINGLE_STACKED):
+        yield stacked.sources
+
+
 def check_names(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str | Path
 ) -> None:

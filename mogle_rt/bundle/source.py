@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mogle_rt.bundle.container import TensorInfo
+from mogle_rt.bundle.storage import WeightStorage
 
 if TYPE_CHECKING:
     from mogle_rt.bundle.bundle import BundleConfig
@@ -23,13 +24,19 @@ class TensorSource(ABC):
     Args:
         config: all configurations.
         tensors: the available tensors, by full name, such as "transformer.proj_out.weight".
+        storages: how the transformer's layers are stored that are not stored plainly, by their names in the transformer.
 
     Attributes:
-        config, tensors: as given.
+        config, tensors, storages: as given.
     """
 
-    def __init__(self, config: BundleConfig, tensors: Mapping[str, TensorInfo]) -> None:
-        self.config, self.tensors = config, tensors
+    def __init__(
+        self,
+        config: BundleConfig,
+        tensors: Mapping[str, TensorInfo],
+        storages: Mapping[str, WeightStorage] | None = None,
+    ) -> None:
+        self.config, self.tensors, self.storages = config, tensors, dict(storages or {})
         self._names: dict[str, list[str]] = {}
         for full in tensors:
             part, _, name = full.partition(".")
@@ -49,8 +56,8 @@ class TensorSource(ABC):
         return ranks
 
     @abstractmethod
-    def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return tensors stacked along their first dimension, on ``device`` and in ``dtype``.
+    def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype | None) -> Tensor:
+        """Return tensors stacked along their first dimension, on ``device`` and in ``dtype`` (None: as they are stored).
 
         The result may be a view of a file and must not be written to.
         """

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 from mogle_rt.bundle import schema
-from mogle_rt.bundle.bundle import FLOATS, FORMAT, FORMAT_VERSION, BundleConfig, hashed_entry
-from mogle_rt.bundle.container import TensorInfo, header_room, write_header
-from mogle_rt.bundle.files import atomic_write
+from mogle_rt.bundle.bundle import BundleConfig
 from mogle_rt.bundle.schema import check_names
+from mogle_rt.bundle.storage import storage_named
 from mogle_rt.config import SchedulerConfig, TransformerConfig, parse_dtype
 from mogle_rt.conversion.folders import read_folder, read_json
 from mogle_rt.conversion.hub import find
@@ -26,6 +20,7 @@ from mogle_rt.conversion.lora import read_lora
 from mogle_rt.conversion.mogle_file import read_mogle
 from mogle_rt.conversion.single_file import read_transformer, refuse_other_models
 from mogle_rt.conversion.tensors import HeldTensor, SourceTensor
+from mogle_rt.conversion.writing.write import WrittenWeights, write_bundle
 from mogle_rt.encoders.text_models import text_encoder_shapes
 from mogle_rt.encoders.vae import autoencoder, tensor_shapes
 from mogle_rt.errors import CheckpointError, ConfigError, OutputError
@@ -45,6 +40,8 @@ def convert(
     transformer: str | Path | None = None,
     dtype: str | torch.dtype | None = None,
     text_encoders: bool = True,
+    weights: str | None = None,
+    on_weights: Callable[[WrittenWeights], None] | None = None,
     progress: bool | None = None,
 ) -> Path:
     """Write the single-file bundle that `Pipeline` and the exporter read.
@@ -59,6 +56,9 @@ def convert(
         dtype: "bf16", "fp16" or "fp32" (or a torch dtype) for all weights. None keeps each weight's stored dtype, but
             converts what is stored in eight bits or fewer to bfloat16.
         text_encoders: False leaves CLIP and T5 out; prompts must then be given as embeddings.
+        weights: "int8", "fp8" or "int4" stores the blocks' weights in fewer bits, see docs/precision.md. None stores them
+            like all others.
+        on_weights: is called with a report of how well each layer is kept in that format.
         progress: whether to show a progress bar; None shows it only on a terminal.
 
     Returns:
@@ -68,8 +68,10 @@ def convert(
         CheckpointError: a file is missing, damaged, or doesn't match the configuration, or a weight is not finite.
         DownloadError: a hub id can't be downloaded.
         OutputError: ``output`` can't be written, or is one of the files to read.
-        ConfigError: the dtype is unknown.
+        ConfigError: the dtype or the weight format is unknown.
     """
+    if weights is not None:
+        storage_named(weights)
     target = parse_dtype(dtype) if dtype is not None else None
     output = Path(output)
     flux_dir = find(flux)
@@ -92,7 +94,9 @@ def convert(
         own = {lora_file, mogle_file, *(p for t in tensors.values() for p in t.paths), *flux_dir.glob("*/*")}
         if any(source.exists() and output.samefile(source) for source in own):
             raise OutputError(f"{output}: is one of the files to convert; choose another name for the bundle")
-    write_bundle(output, tensors, config, dtype=target, progress=progress)
+    report = write_bundle(output, tensors, config, dtype=target, weights=weights, progress=progress)
+    if on_weights is not None:
+        on_weights(report)
     return output
 
 
@@ -218,95 +222,3 @@ def _files(folder: Path) -> dict[str, SourceTensor]:
     if not files:
         raise CheckpointError(f"{folder}: holds no tokenizer files (*.json, *.txt, *.model)")
     return files
-
-
-def write_bundle(
-    output: Path,
-    tensors: Mapping[str, SourceTensor],
-    config: BundleConfig,
-    *,
-    dtype: torch.dtype | None = None,
-    progress: bool | None = None,
-) -> None:
-    """Write ``tensors`` into a bundle one after the other, in their order. Files (uint8) keep their dtype and go last.
-
-    Raises:
-        CheckpointError: a weight is NaN or infinite, in its stored dtype or after conversion.
-        OutputError: the file can't be written.
-    """
-    ordered = sorted(tensors.items(), key=lambda item: item[1].dtype == torch.uint8)
-    dtypes = {name: _stored_dtype(name, t.dtype, dtype) for name, t in ordered}
-    config_text = json.dumps(config.to_dict(), sort_keys=True)
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "config": config_text,
-        "sha256": "0" * 64,
-    }
-    start = position = header_room(list(tensors), metadata)
-    layout: dict[str, TensorInfo] = {}
-    for name, tensor in ordered:
-        size = dtypes[name].itemsize
-        for d in tensor.shape:
-            size *= d
-        layout[name] = TensorInfo(dtypes[name], tensor.shape, position, position + size)
-        position += size
-    digest = hashlib.sha256(config_text.encode())
-    bar = tqdm(
-        total=position - start,
-        unit="B",
-        unit_scale=True,
-        desc="convert",
-        disable=None if progress is None else not progress,
-    )
-    with atomic_write(output) as f, bar:
-        for name, tensor in ordered:
-            digest.update(hashed_entry(name, layout[name]))
-            f.seek(layout[name].begin)
-            for chunk in tensor.chunks():
-                _write_chunk(f, chunk, dtypes[name], name, digest, bar)
-        f.truncate(position)
-        write_header(f, layout, metadata | {"sha256": digest.hexdigest()}, start)
-
-
-def _stored_dtype(name: str, source: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    if name.startswith("tokenizer"):
-        return source
-    if source not in (*FLOATS, torch.float64):
-        raise CheckpointError(f"tensor {name!r} is {source}; weights must be float32, float16, bfloat16 or float64")
-    return wanted or (torch.float32 if source == torch.float64 else source)
-
-
-def _write_chunk(file: BinaryIO, chunk: torch.Tensor, dtype: torch.dtype, name: str, digest: Any, bar: Any) -> None:
-    converted = chunk.to(dtype)
-    raw = converted.view(torch.uint8).numpy()
-    if _all_zero(raw):
-        file.seek(raw.nbytes, 1)  # leave a hole in the file instead of writing zeros
-    else:
-        if dtype.is_floating_point:
-            require_finite(name, converted, chunk)
-        file.write(raw.data)
-    digest.update(raw.data)
-    bar.update(raw.nbytes)
-
-
-def require_finite(name: str, converted: torch.Tensor, source: torch.Tensor) -> None:
-    """Check a tensor's values after their conversion from ``source``.
-
-    Raises:
-        CheckpointError: values are NaN or infinite, in ``source`` already or only after the conversion.
-    """
-    if not _finite(converted):
-        after = f" once in {converted.dtype}" if _finite(source) else ""
-        raise CheckpointError(f"tensor {name!r} holds NaN or infinite values{after}")
-
-
-def _finite(values: torch.Tensor) -> bool:
-    return all(
-        math.isfinite(bound.item()) for bound in values.aminmax()
-    )  # aminmax passes NaN on, and is 20 times as fast as isfinite
-
-
-def _all_zero(raw: np.ndarray[Any, np.dtype[np.uint8]]) -> bool:
-    words = raw.nbytes // 8 * 8
-    return not (np.bitwise_or.reduce(raw[:words].view(np.uint64)) if words else 0) and not raw[words:].any()

@@ -118,10 +118,11 @@ class WeightlessBundle(TensorSource):
         }
         super().__init__(config, infos)
 
-    def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Tensor:
+    def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype | None) -> Tensor:
         """An empty tensor of the shape that the real one has."""
-        shapes = [self.tensors[name].shape for name in names]
-        return torch.empty(sum(s[0] for s in shapes), *shapes[0][1:], device=device, dtype=dtype)
+        infos = [self.tensors[name] for name in names]
+        rows, dtype = sum(info.shape[0] for info in infos), infos[0].dtype if dtype is None else dtype
+        return torch.empty(rows, *infos[0].shape[1:], device=device, dtype=dtype)
 
     def release(self, names: Sequence[str]) -> None:
         """Does nothing, because no tensor is held in memory."""

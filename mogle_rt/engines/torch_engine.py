@@ -45,8 +45,8 @@ class TorchEngine:
         cuda_graphs: whether to replay the steps as one CUDA graph on a CUDA device.
         mixture: when the experts run. "bank": once per image. "fused": in every step, in one launch with the gate and
             the sum. None: the cheaper one for each run, see `mogle_rt.ops.triton_ops.cheaper_mixture`.
-        weights: the format of the blocks' weights, one of `mogle_rt.linear.formats.FORMATS`. None chooses by the device
-            and the machine's memory, see `mogle_rt.memory.formats.choose_format`.
+        weights: the format of the blocks' weights that are stored plainly, one of `mogle_rt.linear.formats.FORMATS`. None
+            chooses by the device and the machine's memory, see `mogle_rt.memory.formats.choose_format`.
         streamed: the indices of the sublayers whose weights are streamed, see `stream_sublayers`.
 
     Raises:

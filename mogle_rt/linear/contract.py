@@ -9,13 +9,15 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mogle_rt.bundle.source import TensorSource
+from mogle_rt.bundle.storage import WeightStorage
+from mogle_rt.linear.scratch import Scratch
 
 CPU = torch.device("cpu")
 # Takes inputs [rows, …] that stand side by side, and returns [rows, columns]. Every step passes the same tensors.
@@ -38,18 +40,33 @@ class StoredLayer:
         source: where they are read from.
         names: full names of the stored layers, without the last part ("weight", "bias", …).
         device, dtype: the device on which products are computed, and the dtype of the activations.
+        scratch: memory that the products of the model's layers share.
+        kernels: whether the fused kernels run on the device, see `mogle_rt.ops.choice`.
     """
 
     source: TensorSource
     names: tuple[str, ...]
     device: torch.device
     dtype: torch.dtype
+    scratch: Scratch = field(default_factory=Scratch, compare=False)
+    kernels: bool = False
+
+    @property
+    def storage(self) -> WeightStorage | None:
+        """How the weight is stored, the same for all that are stacked; None if it is stored plainly."""
+        return self.source.storages.get(self.names[0].removeprefix("transformer."))
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        shapes = [self.source.tensors[name].shape for name in self._tensors("weight")]
+        stored = [self.source.tensors[name].shape for name in self._tensors("weight")]
+        shapes = [(s[0], s[1]) if self.storage is None else self.storage.shape_of(s) for s in stored]
         return sum(shape[0] for shape in shapes), shapes[0][1]
+
+    @property
+    def heights(self) -> list[int]:
+        """The rows of each stored layer."""
+        return [self.source.tensors[name].shape[0] for name in self._tensors("weight")]
 
     def load(self, kind: str, dtype: torch.dtype | None = None) -> Tensor:
         """The stacked tensors of one kind, such as "weight", in ``dtype`` (by default that of the activations).
@@ -74,6 +91,10 @@ class StoredLayer:
             self.source.release([name])
             row += info.shape[0]
 
+    def load_stored(self, kind: str) -> Tensor:
+        """The stacked tensors of a kind in the dtype that they are stored in, such as int8; otherwise as `load`."""
+        return self.source.load(self._tensors(kind), self.device, None)
+
     def release(self, kind: str) -> None:
         """Allow the memory of one kind's tensors to be freed: they are held elsewhere or no longer needed."""
         self.source.release(self._tensors(kind))
@@ -95,6 +116,19 @@ class Further:
     rows: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class RowForm:
+    """A quantised row with its scale: how a format wants the rows of its input, in place of plain numbers.
+
+    Attributes:
+        dtype: of the values, int8 or float8_e4m3.
+        rotation: columns that are rotated together before the row is scaled, see `mogle_rt.linear.quantised.rotation`.
+    """
+
+    dtype: torch.dtype
+    rotation: int = 1
+
+
 class WeightFormat(ABC):
     """One weight matrix in one format.
 
@@ -104,12 +138,16 @@ class WeightFormat(ABC):
             `fill_slot` and `in_slot`.
         shape: (out, in) of the product, including the extra rows and columns of `Further`.
         dtype: the dtype of the activations.
+        wants: the form that the product gives the rows of its input before it multiplies. None: they are used as they are.
+        path: how products are computed, in a word for reports, if a format has several ways; otherwise "".
     """
 
     name: ClassVar[str]
     streamable: ClassVar[bool] = False
     shape: tuple[int, int]
     dtype: torch.dtype
+    wants: RowForm | None = None
+    path: str = ""
 
     @classmethod
     def takes(cls, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> bool:

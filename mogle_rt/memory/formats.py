@@ -8,10 +8,12 @@ import torch
 
 from mogle_rt.bundle import schema
 from mogle_rt.bundle.source import TensorSource
+from mogle_rt.errors import ConfigError
 from mogle_rt.linear.contract import StoredLayer
 from mogle_rt.linear.formats import format_named
 from mogle_rt.linear.packed import PackedWeight
 from mogle_rt.linear.plain import PlainWeight
+from mogle_rt.linear.quantised.base import QuantisedWeight
 from mogle_rt.memory.budget import total_memory
 
 logger = logging.getLogger(__name__)
@@ -25,11 +27,18 @@ def choose_format(asked: str | None, source: TensorSource, device: torch.device,
     The choice depends only on the machine, the model and the dtype, so that a seed gives the same bytes in every run.
     (The number of steps plays no part either, though packing only pays off after two to eight steps.)
 
+    Weights that are stored in eight or four bits are held as they are stored, whatever is chosen.
+
     Raises:
-        ConfigError: there is no such format.
+        ConfigError: there is no such format, or no layer is stored in it, because loading quantises nothing.
     """
     if asked is not None:
-        format_named(asked)
+        stored = {storage.name for storage in source.storages.values()}
+        if issubclass(format_named(asked), QuantisedWeight) and asked not in stored:
+            raise ConfigError(
+                f"no weight of this bundle is stored in {asked}, and loading quantises nothing; make such a bundle with "
+                f"`mogle-rt quantize --weights {asked}`"
+            )
         return asked
     needed = packed_bytes(source, device, dtype)
     total = total_memory() if needed else 0
@@ -53,8 +62,9 @@ def packed_bytes(source: TensorSource, device: torch.device, dtype: torch.dtype)
     config = source.config.transformer
     for _, stacked in schema.in_blocks(config, schema.DOUBLE_STACKED, schema.SINGLE_STACKED):
         names = tuple(f"transformer.{name}" for name in stacked.sources)
-        out, inner = shape = StoredLayer(source, names, device, dtype).shape
-        if not PackedWeight.takes(shape, device, dtype):
+        stored = StoredLayer(source, names, device, dtype)
+        out, inner = shape = stored.shape
+        if stored.storage is not None or not PackedWeight.takes(shape, device, dtype):
             continue
         sizes.append(out * inner * dtype.itemsize)
         if source.tensors[f"{names[0]}.weight"].dtype == dtype:

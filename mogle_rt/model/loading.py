@@ -21,6 +21,8 @@ from mogle_rt.linear.contract import Further, Place, StoredLayer, WeightFormat
 from mogle_rt.linear.formats import format_named
 from mogle_rt.linear.layer import Hold, Linear
 from mogle_rt.linear.plain import PlainWeight
+from mogle_rt.linear.quantised.base import QuantisedWeight
+from mogle_rt.linear.scratch import Scratch
 from mogle_rt.model.mixture import MixtureOfExperts
 from mogle_rt.model.transformer import (
     AS_WIDE_AS,
@@ -135,21 +137,24 @@ def plan_layers(
     Args:
         source: the bundle.
         device, dtype: the device and dtype of the computation.
-        weight_format: the format of the blocks' layers. Layers that it can't hold are held in the plain format.
+        weight_format: the format of the blocks' layers that are stored plainly. Layers that it can't hold are held in the
+            plain format. All other layers are held in the format in which they are stored.
         fused: norms write the extra columns, and residuals use them, in the same pass, see `WeightFormat.rides`.
         latent_lora: the LoRA acts on the image rows too, and on the text rows in blocks where text and image are one
             sequence.
 
     Raises:
         ConfigError: there is no such format.
+        CheckpointError: stored numbers or scales are not finite.
     """
-    config, ranks = source.config.transformer, source.lora_ranks()
+    config, ranks, scratch = source.config.transformer, source.lora_ranks(), Scratch()
     preferred = format_named(weight_format)
     rest = frozenset({"condition", "image"}) if latent_lora else frozenset({"condition"})
     everything = rest | {"text"} if latent_lora else rest
 
     def stored_layer(stacked: Stacked) -> StoredLayer:
-        return StoredLayer(source, tuple(f"transformer.{s}" for s in stacked.sources), device, dtype)
+        names = tuple(f"transformer.{s}" for s in stacked.sources)
+        return StoredLayer(source, names, device, dtype, scratch, kernels=fused)
 
     plans: dict[str, LayerPlan] = {}
     for name in ("x_embedder", "proj_out"):
@@ -162,7 +167,7 @@ def plan_layers(
             stored=stored,
             rank=sum(ranks.get(s, 0) for s in stacked.sources),
             streams=everything if block.startswith("single") else rest,
-            weight_format=preferred if preferred.takes(stored.shape, device, dtype) else PlainWeight,
+            weight_format=_format_of(stored, preferred),
             place=PLACES.get(leaf, Place.ALONE),
             fused=fused,
             parts=parts_of(leaf, config, last=block == f"single_blocks.{config.num_single_layers - 1}"),
@@ -238,6 +243,14 @@ def load_transformer(
         proj_out=loaded["proj_out"],
         stream=streaming,
     )
+
+
+def _format_of(stored: StoredLayer, preferred: type[WeightFormat]) -> type[WeightFormat]:
+    """The format that a layer is held in: the one that it is stored in, or, of a plain one, the preferred."""
+    if stored.storage is not None:
+        return format_named(stored.storage.name)
+    takes = preferred.takes(stored.shape, stored.device, stored.dtype) and not issubclass(preferred, QuantisedWeight)
+    return preferred if takes else PlainWeight
 
 
 def load_lora(stored: StoredLayer, streams: frozenset[str]) -> LowRankBranch:

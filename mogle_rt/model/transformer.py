@@ -132,13 +132,15 @@ class Transformer:
         return max((layer.after.rank for _, layer in self.layers() if layer.after is not None), default=0)
 
     def bytes_by_format(self) -> dict[str, int]:
-        """The bytes that layers hold, by the format of their weights. Streamed layers are left out."""
+        """The bytes that layers hold, by the format of their weights (and how it multiplies). Streamed layers are left out."""
         held: dict[str, int] = {}
         streamed = {name for place in self.streamed for name in sublayers(self.config)[place]}
         for name, layer in self.layers():
             if name in streamed:
                 continue
-            held[layer.weight.name] = held.get(layer.weight.name, 0) + layer.nbytes
+            weight = layer.weight
+            kind = f"{weight.name} ({weight.path})" if weight.path else weight.name
+            held[kind] = held.get(kind, 0) + layer.nbytes
         return held
 
 

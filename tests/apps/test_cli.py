@@ -166,16 +166,17 @@ def test_info(tiny_bundle: Path) -> None:
     assert result.code == 0
     assert result.err == ""
     bundle = Bundle(tiny_bundle)
-    values = dict(line.strip().split("  ", 1) for line in result.out.splitlines()[:8])
+    values = dict(line.strip().split("  ", 1) for line in result.out.splitlines()[:9])
     assert values["file"] == f"{tiny_bundle}, {tiny_bundle.stat().st_size / 1e6:.1f} MB"
     assert values["format"] == "mogle_rt bundle, version 1"
     assert values["architecture"].startswith("FLUX, width 32 (2 heads x 16), 2 double and 2 single blocks, guidance")
+    assert values["weights"].startswith("34 layers of the blocks in float32, ")
     assert values["LoRA rank"] == "4"
     assert values["mixture"] == "1 global and 19 region experts, hidden 32"
     assert values["ablation"] == "none"
     assert values["text encoders"] == "CLIP and T5"
     assert values["sha256"] == bundle.content_hash
-    rows = {line.split()[0]: line.split()[1:] for line in result.out.splitlines()[9:]}
+    rows = {line.split()[0]: line.split()[1:] for line in result.out.splitlines()[10:]}
     for part in ("transformer", "lora", "mogle", "vae", "text_encoder", "text_encoder_2"):
         tensors = [i for n, i in bundle.tensors.items() if n.startswith(f"{part}.")]
         assert rows[part][:2] == [str(len(tensors)), f"{sum(i.numel for i in tensors):,}"]

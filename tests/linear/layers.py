@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mogle_rt.bundle.container import TensorInfo
 from mogle_rt.bundle.source import TensorSource
+from mogle_rt.bundle.storage import WeightStorage
 from mogle_rt.cost.job import FLUX_BUNDLE
 from mogle_rt.linear.branches import LowRankBranch, Streams
 from mogle_rt.linear.contract import Place, StoredLayer, WeightFormat
@@ -22,12 +23,12 @@ CPU = torch.device("cpu")
 class Held(TensorSource):
     """Tensors in memory. Notes which were released."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], storages: Mapping[str, WeightStorage] | None = None) -> None:
         infos = {name: TensorInfo(t.dtype, tuple(t.shape), 0, t.nbytes) for name, t in tensors.items()}
-        super().__init__(FLUX_BUNDLE, infos)
+        super().__init__(FLUX_BUNDLE, infos, storages)
         self._held, self.released = tensors, list[str]()
 
-    def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> Tensor:
+    def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype | None) -> Tensor:
         return torch.cat([self._held[name] for name in names]).to(device, dtype)
 
     def release(self, names: Sequence[str]) -> None:

@@ -77,7 +77,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, Toy.name, Toy)
 
 
-def golden_run(case: GoldenCase, bundle: Bundle, kernels: str, weights: str) -> tuple[TorchEngine, Tensor]:
+def golden_run(case: GoldenCase, bundle: Bundle, kernels: str, weights: str | None) -> tuple[TorchEngine, Tensor]:
     """The latents after the case's loop."""
     height, width = case.size
     schedule = make_schedule(bundle.config.scheduler, case.settings["steps"], height * width // 256)
@@ -124,7 +124,7 @@ def test_product(gelu: bool, branch: tuple[int, str]) -> None:
 def test_unknown_format(golden_bundle: Bundles) -> None:
     case = GoldenCase.load("base")
     bundle = Bundle(golden_bundle(case.settings["checkpoint"]))
-    with pytest.raises(ConfigError, match="the weight format must be one of plain, packed, got 'toy'"):
+    with pytest.raises(ConfigError, match="the weight format must be one of plain, packed, int8, fp8, int4, got 'toy'"):
         TorchEngine(bundle, CPU, torch.float32, case.model, weights="toy")
 
 

@@ -1,0 +1,1 @@
+"""Writing a bundle: tensor by tensor, plainly or in a weight format."""
