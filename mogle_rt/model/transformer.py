@@ -132,7 +132,7 @@ class Transformer:
         return max((layer.after.rank for _, layer in self.layers() if layer.after is not None), default=0)
 
     def bytes_by_format(self) -> dict[str, int]:
-        """The bytes that layers hold, by the format of their weights (and how it multiplies). Streamed layers are left out."""
+        """The bytes that layers hold, by format (and its way of multiplying). Streamed layers are left out."""
         held: dict[str, int] = {}
         streamed = {name for place in self.streamed for name in sublayers(self.config)[place]}
         for name, layer in self.layers():
