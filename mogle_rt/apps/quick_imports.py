@@ -13,12 +13,34 @@ import importlib.machinery
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from mogle_rt.apps.stand_ins import StandIn, few_distributions
+
 # Packages that diffusers and transformers use only if they are installed. None of them is needed for drawing.
-OPTIONAL = ("accelerate", "peft", "scipy", "sklearn", "pandas", "torchvision", "torchaudio", "librosa", "onnxruntime")
+OPTIONAL = (
+    "accelerate", "peft", "scipy", "sklearn", "pandas", "torchvision", "torchaudio", "librosa", "onnxruntime",
+    "gguf", "jinja2",
+)  # fmt: skip
 COMPILER = "torch._dynamo"
+SHAPES = "torch.fx.experimental.symbolic_shapes"  # imports all of sympy
+CONDITIONS = (
+    "expect_true",
+    "guard_or_false",
+    "guard_or_true",
+    "guard_size_oblivious",
+)  # its functions that return a plain condition as it is
+TEXT_MODELS = {
+    "CLIPTextModel": "transformers.models.clip.modeling_clip",
+    "CLIPTextConfig": "transformers.models.clip.configuration_clip",
+    "CLIPTokenizer": "transformers.models.clip.tokenization_clip",
+    "T5EncoderModel": "transformers.models.t5.modeling_t5",
+    "T5Config": "transformers.models.t5.configuration_t5",
+    "T5Tokenizer": "transformers.models.t5.tokenization_t5",
+}
+# Names that diffusers imports from transformers for what isn't done here.
+UNUSED = {"PreTrainedModel": "transformers.modeling_utils", "AutoImageProcessor": None}
 
 
 def import_models() -> None:
@@ -33,25 +55,57 @@ def import_models() -> None:
 
     before = set(sys.modules)
     try:
-        with _hidden(OPTIONAL), _without_compiler(torch), _without_distribution(torch):
+        with ExitStack() as stack:
+            for context in (
+                _hidden(OPTIONAL),
+                few_distributions(),
+                _without_compiler(torch),
+                _without_distribution(torch),
+            ):
+                stack.enter_context(context)
+            StandIn(SHAPES, {name: _of_plain_values(name) for name in (*CONDITIONS, "sym_eq", "is_nested_int")})
+            transformers = StandIn("transformers", TEXT_MODELS | UNUSED, version="transformers")
+            StandIn("transformers.models", {})
+            stack.enter_context(_not_twice(transformers))
             diffusers = importlib.import_module("diffusers")
+            importlib.import_module("diffusers.models")
+            for folder in ("autoencoders", "transformers", "unets"):
+                StandIn(f"diffusers.models.{folder}", {})
             for name in ("AutoencoderKL", "FlowMatchEulerDiscreteScheduler"):
                 getattr(diffusers, name)
             importlib.import_module("diffusers.image_processor")
-            transformers = importlib.import_module("transformers")
-            for name in (
-                "CLIPTextModel",
-                "CLIPTextConfig",
-                "CLIPTokenizer",
-                "T5EncoderModel",
-                "T5Config",
-                "T5Tokenizer",
-            ):
+            for name in TEXT_MODELS:
                 getattr(transformers, name)
+            transformers.forget(UNUSED)
     except Exception:
         for name in set(sys.modules) - before:
-            if name.partition(".")[0] in ("diffusers", "transformers"):
+            if name.partition(".")[0] in ("diffusers", "transformers") or isinstance(sys.modules[name], StandIn):
                 del sys.modules[name]
+
+
+def _of_plain_values(name: str) -> Callable[..., Any]:
+    """A function of PyTorch's symbolic shapes that needs none of them where all is plain, as where nothing is compiled.
+
+    Those of `CONDITIONS` return a plain condition as it is, and ``sym_eq`` compares numbers or shapes.
+    """
+
+    def function(value: Any, *others: Any, **options: Any) -> Any:
+        if name in CONDITIONS and type(value) is bool:
+            return value
+        if name == "sym_eq" and all(type(n) is int for both in (value, *others) for n in _numbers(both)):
+            return _numbers(value) == _numbers(*others)
+        if name == "is_nested_int" and type(value) is int:
+            return False
+        stand_in = sys.modules[SHAPES]
+        if isinstance(stand_in, StandIn):
+            stand_in.load()
+        return getattr(sys.modules[SHAPES], name)(value, *others, **options)
+
+    return function
+
+
+def _numbers(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 @contextmanager
@@ -109,3 +163,15 @@ def _without_distribution(torch: Any) -> Iterator[None]:
         yield
     finally:
         torch.distributed.is_available = available
+
+
+@contextmanager
+def _not_twice(transformers: StandIn) -> Iterator[None]:
+    """A module of transformers' imports all of it a second time, under its own name, to look up classes in it later."""
+    utils: Any = importlib.import_module("transformers.utils")
+    again = utils.direct_transformers_import
+    utils.direct_transformers_import = lambda *_, **__: transformers
+    try:
+        yield
+    finally:
+        utils.direct_transformers_import = again

@@ -57,6 +57,12 @@ def test_mistakes_are_told_before_anything_heavy_is_loaded(tmp_path: Path) -> No
         (*good, "--seed", -1),
         (*good, "--dtype", "int8"),
         (*good, "--format", "gif"),
+        (*good, "--device", "gpu"),
+        (*good, "--kernels", "cuda"),
+        (*good, "--engine", "onnx"),
+        (*good, "--shard", "3/2"),
+        (*good, "--sheet", tmp_path / "file" / "sheet.png"),
+        (*good, "--overwrite", "--skip-existing"),
         (*good, "--model-config", '{"latent_loro": true}'),
     )
     assert probe(*commands) == ["[] 1"] * len(commands)
@@ -99,9 +105,17 @@ def test_the_program_leaves_out_what_it_never_uses(tmp_path: Path, monkeypatch: 
         "from mogle_rt.apps import cli\n"
         "try: cli.main()\n"
         "except SystemExit as error: assert error.code == 0\n"
-        "print(sorted({'torch._dynamo', 'peft', 'accelerate', 'torch.distributed.fsdp'} & set(sys.modules)))\n"
+        "unused = {'torch._dynamo', 'peft', 'accelerate', 'torch.distributed.fsdp', 'sympy', 'gguf', 'jinja2',\n"
+        "          'transformers.models.bert', 'diffusers.models.transformers.transformer_flux'}\n"
+        "print(sorted(unused & set(sys.modules)))\n"
         "import torch, torch._dynamo, accelerate\n"  # what was hidden can be imported afterwards
         "assert torch.distributed.is_available() and torch._dynamo.convert_frame\n"
+        "import diffusers, transformers\n"  # what was left out is there for whoever asks for it
+        "from transformers import AutoImageProcessor, BertConfig\n"
+        "from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_or_false\n"
+        "assert BertConfig().hidden_size == 768 and 'AutoImageProcessor' in repr(AutoImageProcessor)\n"
+        "assert diffusers.AutoencoderTiny and diffusers.models.autoencoders.AutoencoderKLWan\n"
+        "assert diffusers.FluxTransformer2DModel and guard_or_false(ShapeEnv().create_unbacked_symint() == 3) is False\n"
     )
     args = ("generate", "demo", "-p", "a woman", "--seed", "1", "--steps", "1", "--height", "64", "--width", "64", "-o")
     quick, ordinary = tmp_path / "quick.png", tmp_path / "ordinary.png"
