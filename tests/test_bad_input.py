@@ -11,9 +11,6 @@ import resource
 import shutil
 import signal
 import struct
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,9 +46,8 @@ from mogle_rt.conversion.writing.write import write_bundle
 from mogle_rt.jobs.image_files import save_image
 from mogle_rt.loop.schedule import make_schedule
 from mogle_rt.memory.devices import choose_device
-from tests.apps.test_cli import QUICK, Result, draw_mask, run, run_process
+from tests.apps.test_cli import QUICK, Result, draw_mask, run
 from tests.checkpoints import Files
-from tests.conversion.test_convert import write_sparse_checkpoint
 
 # Helpers
 
@@ -1157,16 +1153,6 @@ def test_convert_to_an_unknown_dtype(tiny_files: Files, tmp_path: Path) -> None:
         assert_one_line(run(*convert_args(tiny_files, output), "--dtype", "int8"), *words)
 
 
-def test_errors_in_the_real_program(tiny_files: Files, tmp_path: Path) -> None:
-    """The same line from a process of its own, whose libraries may write to stderr behind Python's back."""
-    with unchanged(tmp_path):
-        args = ("--lora", tiny_files.lora, "--mogle", tiny_files.mogle, "-o", tmp_path / "x.safetensors")
-        offline = run_process(
-            "convert", "--flux", "nobody/no-such-model", *args, HF_HUB_OFFLINE="1", HF_HOME="/nonexistent"
-        )
-        assert_one_line(offline, "nobody/no-such-model", "the hub can't be reached")
-
-
 # What can't be written
 
 NO_OUTPUTS: dict[str, tuple[Callable[[Path], Path], str]] = {
@@ -1329,22 +1315,33 @@ def test_an_interrupted_convert(
     assert "Traceback" not in result.err
 
 
-def test_a_convert_that_is_told_to_stop(tmp_path: Path) -> None:
-    """The real program, terminated midway through 4 GB of zeros. An interrupt is the test above."""
-    files, output = write_sparse_checkpoint(tmp_path / "sources"), tmp_path / "ckpt.safetensors"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["interrupt", "terminate"])
+def test_a_convert_that_is_told_to_stop(
+    number: signal.Signals, tiny_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command gets a real signal in the middle of writing. It was ignored before, so only the program's own answer
+    to it can end the program."""
+    output = tmp_path / "ckpt.safetensors"
     output.write_text("an older bundle")
-    with unchanged(tmp_path):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mogle_rt", *map(str, convert_args(files, output))],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        deadline = time.monotonic() + 200  # against a hang alone
-        while not any(p.name.endswith(".part") for p in tmp_path.iterdir()):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.terminate()
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "Traceback" not in err
+    write, calls = converter._write_chunk, 0
+
+    def write_and_signal(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 50:
+            assert any(p.name.endswith(".part") for p in tmp_path.iterdir())  # it was under way
+            os.kill(os.getpid(), number)
+        write(*args)
+
+    monkeypatch.setattr(converter, "_write_chunk", write_and_signal)
+    before = signal.getsignal(number)
+    if number == signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        with unchanged(tmp_path):
+            result = run(*convert_args(tiny_files, output))
+    finally:
+        signal.signal(number, before)
+    assert calls == 50
+    assert result.code == 128 + number
+    assert "Traceback" not in result.err

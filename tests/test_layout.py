@@ -163,14 +163,23 @@ def test_importing_is_light() -> None:
     assert run("import sys, mogle_rt, mogle_rt.apps.cli; print('torch' in sys.modules)") == "False"
 
 
-def test_triton_may_be_missing() -> None:
-    """All that PyTorch's operations need imports without it, the kernels' gate and experts, too."""
-    modules = "mogle_rt.ops.torch_ops, mogle_rt.ops.choice, mogle_rt.model.loading, mogle_rt.loop.step"
-    assert run(f"import sys; sys.modules['triton'] = None; import {modules}; print('imported')") == "imported"
-
-
-def test_convert_stays_a_function() -> None:
-    assert run("import mogle_rt, mogle_rt.conversion.convert; print(callable(mogle_rt.convert))") == "True"
+def test_triton_and_the_extras_may_be_missing() -> None:
+    """All that PyTorch's operations need imports without them, the kernels' gate and experts, too. And `convert` stays
+    the function that it was, whatever modules are imported.
+    """
+    missing = ("triton", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "gguf", "peft")
+    modules = (
+        "ops.torch_ops",
+        "ops.choice",
+        "model.loading",
+        "loop.step",
+        "conversion.convert",
+        "pipeline",
+        "apps.cli",
+    )
+    code = f"import sys; sys.modules |= dict.fromkeys({missing}); import mogle_rt; mogle_rt.Pipeline; "
+    code += "; ".join(f"import mogle_rt.{module}" for module in modules)
+    assert run(f"{code}; print(callable(mogle_rt.convert))") == "True"
 
 
 def test_unknown_attribute() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mogle_rt.apps import quick_imports
-from tests.apps.test_cli import draw_mask, one_thread, run
+from tests.apps.test_cli import QUICK, draw_mask, one_thread, run
 
 HEAVY = ("torch", "diffusers", "transformers")
 
@@ -95,10 +95,11 @@ def test_a_terminal_shows_at_once_that_it_loads(tmp_path: Path) -> None:
         os.close(reader)
 
 
-def test_the_program_leaves_out_what_it_never_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's compiler, peft and the like are not imported for an image; and the image is the one of ordinary imports.
+def test_an_image_without_a_terminal(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bars, no warnings, no notes of libraries: a path on stdout, one line of times on stderr.
 
-    This process, which has imported everything in the ordinary way, draws the other.
+    PyTorch's compiler, peft and the like are not imported for it; and the image is the one of ordinary imports. This
+    process, which has imported everything in the ordinary way, draws the other.
     """
     code = (
         "import sys\n"
@@ -117,7 +118,8 @@ def test_the_program_leaves_out_what_it_never_uses(tmp_path: Path, monkeypatch: 
         "assert diffusers.AutoencoderTiny and diffusers.models.autoencoders.AutoencoderKLWan\n"
         "assert diffusers.FluxTransformer2DModel and guard_or_false(ShapeEnv().create_unbacked_symint() == 3) is False\n"
     )
-    args = ("generate", "demo", "-p", "a woman", "--seed", "1", "--steps", "1", "--height", "64", "--width", "64", "-o")
+    mask = draw_mask(tmp_path / "mask.png")
+    args = ("generate", str(tiny_bundle), "-m", str(mask), "-p", "a face", "--seed", "1", *QUICK, "-o")
     quick, ordinary = tmp_path / "quick.png", tmp_path / "ordinary.png"
     done = subprocess.run(
         [sys.executable, "-c", code, *args, str(quick)],
@@ -128,7 +130,13 @@ def test_the_program_leaves_out_what_it_never_uses(tmp_path: Path, monkeypatch: 
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stdout == f"{quick}\n[]\n"
+    assert re.fullmatch(r"1 image in .* \(seed 1\): load .* s\n", done.stderr)
+    # The total is the wall time from the first check to the last file, of which loading is a part.
+    total, parts = done.stderr.split(" s (seed 1): ")
+    stages = {name: float(value) for name, value, _ in (part.split() for part in parts.strip().split(", "))}
+    assert float(total.removeprefix("1 image in ")) >= sum(stages.values()) - 0.05
+    assert stages["load"] > 0.5  # the libraries are a part of it
     import torch._dynamo  # noqa: F401
 
     monkeypatch.setattr(quick_imports, "import_models", lambda: None)

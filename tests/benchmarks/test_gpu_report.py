@@ -28,14 +28,13 @@ def test_slow(): time.sleep(SLEEP)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_says_that_there_is_no_card(tmp_path: Path) -> None:
+def test_says_that_there_is_no_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "report.md"
-    command = [sys.executable, "-m", "benchmarks.gpu_report", "--report", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("no CUDA device: PyTorch ")
-    assert done.stderr.count("\n") == 1
+    assert gpu_report.main(["--report", str(path)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("no CUDA device: PyTorch ")
+    assert said.err.count("\n") == 1
     assert not path.exists()
 
 

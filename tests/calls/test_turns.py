@@ -6,17 +6,17 @@ import copy
 import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mogle_rt import Pipeline
+from mogle_rt import InputError, Pipeline
 from mogle_rt.bundle.bundle import Bundle
-from tests.calls.test_habits import run
+from tests.calls.other_process import draw, draw_into
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_a_copy_opens_the_bundle_anew(
     other = copied(pipe)
     assert other.engine is not pipe.engine
     assert other.model_config == pipe.model_config
-    assert torch.equal(run(other), run(pipe))
+    assert torch.equal(draw(other), draw(pipe))
 
 
 def test_a_pickle_is_small_and_of_an_absolute_path(
@@ -45,46 +45,44 @@ def test_a_pickle_is_small_and_of_an_absolute_path(
     assert bundle.content_hash == pipe.bundle.content_hash == Bundle(tiny_bundle).content_hash
 
 
-def draw_into(pipe: Pipeline, path: str) -> None:
-    torch.save(run(pipe), path)
-
-
-@pytest.mark.slow
 def test_a_spawned_process_draws_the_same(pipe: Pipeline, tmp_path: Path) -> None:
     path = tmp_path / "drawn.pt"
-    process = multiprocessing.get_context("spawn").Process(target=draw_into, args=(pipe, str(path)))
+    process = multiprocessing.get_context("spawn").Process(target=draw_into, args=(pickle.dumps(pipe), str(path)))
     process.start()
     process.join(120)
     assert process.exitcode == 0
-    assert torch.equal(torch.load(path), run(pipe))
-
-
-FORK = """
-import os, sys
-from mogle_rt import InputError, Pipeline
-
-pipe = Pipeline(sys.argv[1], device="cpu", dtype="fp32")
-options = dict(num_inference_steps=1, height=32, width=32)
-pipe(None, "a", **options)
-pipe._lock.acquire()  # as if another thread were drawing, which doesn't exist in the fork
-child = os.fork()
-if not child:
-    try:
-        pipe(None, "a", **options)
-    except InputError as error:
-        print(error, flush=True)
-    os._exit(0)
-print(os.waitpid(child, 0)[1] == 0, flush=True)
-pipe._lock.release()
-pipe(None, "a", **options)
-print("the parent draws on")
-"""
+    assert torch.equal(torch.load(path), draw(pipe))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_fork_is_told_what_to_do(tiny_bundle: Path) -> None:
-    command = [sys.executable, "-c", FORK, str(tiny_bundle)]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert "can't be used in its fork" in said
-    assert "method 'spawn'" in said
-    assert said.splitlines()[1:] == ["True", "the parent draws on"]
+def test_a_fork_is_told_what_to_do(pipe: Pipeline) -> None:
+    """Before it waits for anything: another thread may be drawing at the time, and doesn't exist in the fork."""
+    expected, held, done = draw(pipe), threading.Event(), threading.Event()
+
+    def draw_meanwhile() -> None:
+        with pipe._lock:
+            held.set()
+            done.wait()
+
+    other = threading.Thread(target=draw_meanwhile)
+    other.start()
+    held.wait()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # against a fork that waits forever
+        try:
+            draw(pipe)
+        except InputError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        message = said.read()
+    done.set()
+    other.join()
+    assert os.waitpid(child, 0)[1] == 0
+    assert f"can't be used in its fork {child}; " in message
+    assert "method 'spawn'" in message
+    assert torch.equal(draw(pipe), expected)  # the parent draws on

@@ -543,7 +543,7 @@ def test_verification_reports_every_byte(tiny_bundle: Path) -> None:
 
 # FLUX.1-dev's own widths
 
-FULL_WIDTH = dataclasses.replace(FLUX_DEV, num_layers=3, num_single_layers=6)
+FULL_WIDTH = dataclasses.replace(FLUX_DEV, num_layers=2, num_single_layers=1)
 
 
 def write_sparse(path: Path, shapes: Shapes) -> None:
@@ -581,6 +581,8 @@ def write_sparse_checkpoint(folder: Path) -> Files:
 FULL_SIZE = """
 import json, sys, time
 from pathlib import Path
+from mogle_rt.apps.quick_imports import import_models
+import_models()  # as the command line does
 import mogle_rt.conversion.convert, mogle_rt.pipeline
 
 def memory(kind):  # ru_maxrss would count what the parent process had before this program replaced it
@@ -598,15 +600,14 @@ print(json.dumps({"seconds": time.perf_counter() - start, "bytes": memory("VmHWM
 def test_large_checkpoint_in_little_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Memory depends on the largest tensor, which is FLUX.1-dev's, and not on how many blocks there are.
 
-    All 57 blocks took 50 s, since every byte of 24 GB is read, checked and hashed; these take a fifth of that, and
-    are still several times the memory that is allowed. That the layout has all of FLUX.1-dev's parameters is counted
-    from the shapes.
+    All 57 blocks took 50 s, since every byte of 24 GB is read, checked and hashed. These three blocks are still three
+    times the memory that is allowed. That the layout has all of FLUX.1-dev's parameters is counted from the shapes.
     """
     assert sum(map(math.prod, schema.transformer_tensors(FLUX_DEV).values())) == 11_901_408_320
     files, output = write_sparse_checkpoint(tmp_path / "sources"), tmp_path / "flux_dev.safetensors"
     # One real weight, so that reading, checking and writing values is part of what is measured.
     real = torch.randn(12288, 3072).bfloat16()
-    name = "transformer_blocks.2.ff.net.0.proj.weight"
+    name = "transformer_blocks.1.ff.net.0.proj.weight"
     with safe_open(shard_of(files, name), "pt") as f:
         assert f.get_slice(name).get_shape() == list(real.shape)
     write_at(shard_of(files, name), name, real)
@@ -622,7 +623,7 @@ def test_large_checkpoint_in_little_memory(tmp_path: Path, capsys: pytest.Captur
             f"\nconverted {output.stat().st_size / 1e9:.1f} GB in {used['seconds']:.0f} s, {used['bytes'] / 1e6:.0f} MB"
         )
     assert used["bytes"] < 0.5e9
-    assert output.stat().st_size > 3.5e9
+    assert output.stat().st_size > 3 * 0.5e9
     assert output.stat().st_blocks * 512 < real.nbytes + 64e6
     bundle = Bundle(output)
     assert bundle.config.transformer == FULL_WIDTH

@@ -1,12 +1,17 @@
 """What compilers make of every kernel for GPUs that needn't be there, read back from the machine code.
 
-Compiled once for all tests here, in a process of its own, since this one may interpret: see `tests.kernels.compiled`.
+The kernels are compiled once for all tests here, in a process of its own, since this one may interpret them: see
+`tests.kernels.compiled`. The table that it prints is kept in build/, and is made anew when anything changes that it
+depends on.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -36,16 +41,25 @@ Compiled = list[dict[str, Any]]
 ROOT = Path(__file__).parents[2]
 
 
+def sources_hash() -> str:
+    """A hash of all that the table depends on: the kernels, the calls that are compiled, and the compilers' versions."""
+    versions = [platform.python_version(), *(importlib.metadata.version(name) for name in ("torch", "triton"))]
+    found = hashlib.sha256(" ".join(versions).encode())
+    for path in (*sorted((ROOT / "kernels").glob("*.py")), ROOT / "tests" / "kernels" / "compiled.py"):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
 @pytest.fixture(scope="module")
-def compiled(shared_folder: Path) -> Compiled:
+def compiled() -> Compiled:
     """One table for all tests, also where workers run them in processes of their own."""
-    table = make_once(shared_folder / "compiled.json", compile_all)
+    table = make_once(ROOT / "build" / "compiled" / f"{sources_hash()}.json", compile_all)
     found: Compiled = json.loads(table.read_text())
     return found
 
 
 def compile_all(table: Path) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_DISABLE_LINE_INFO": "1"}
     command = [sys.executable, "-m", "tests.kernels.compiled"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr

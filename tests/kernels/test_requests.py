@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+from mogle_rt.kernels import __main__ as command
+from mogle_rt.kernels import requested as requested_module
 from mogle_rt.kernels import workloads
-from mogle_rt.kernels.__main__ import _print
+from mogle_rt.kernels.aot import Resources
 from mogle_rt.kernels.common import launch, recording
 from mogle_rt.kernels.requested import Requested, counted, requested
+from mogle_rt.kernels.requested import main as requested_command
 from tests.conftest import in_the_interpreter
 
 # How many times what they must read kernels may ask for; a bound on what caches have to give.
@@ -84,11 +92,11 @@ def sizes_of_tiles(name: str) -> list[dict[str, Any]]:
 def test_requests_are_near_the_least(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is written twice, and reading again stays within bounds.
 
-    A quarter of the image's tokens is enough: programs have the tiles that they have for all tokens, so what each asks
-    for is the same, and there are a quarter as many of them.
+    An eighth of the image's tokens is enough: programs have the tiles that they have for all tokens, so what each asks
+    for is the same, and there are an eighth as many of them.
     """
     tiles = sizes_of_tiles(name)
-    monkeypatch.setattr(workloads, "IMAGE", workloads.IMAGE // 4)
+    monkeypatch.setattr(workloads, "IMAGE", workloads.IMAGE // 8)
     assert sizes_of_tiles(name) == tiles
     work = mixture(name, "cpu")
     least, asked = work.declared(), requested(work)
@@ -97,15 +105,52 @@ def test_requests_are_near_the_least(name: str, monkeypatch: pytest.MonkeyPatch)
     assert 0.9 * least.flops <= asked.flops <= 1.2 * least.flops
 
 
-def test_the_table_has_both(capsys: pytest.CaptureFixture[str]) -> None:
-    """What was compiled, what the work takes at least and what its programs ask for: for programs, and for people."""
-    command = [sys.executable, "-m", "mogle_rt.kernels", "--kernel", "gate_mix", "--target", "sm_90", "--json"]
-    done = subprocess.run(["env", "TRITON_INTERPRET=0", *command], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
+class CountedHere:
+    """In place of the process that counts: the same command with an eighth of the tokens, run by this process."""
+
+    def __init__(self, command: list[str], *, env: dict[str, str], **_: Any) -> None:
+        assert command[:3] == [sys.executable, "-m", "mogle_rt.kernels.requested"]
+        assert env["TRITON_INTERPRET"] == "1"
+        out = io.StringIO()
+        with mock.patch.dict(os.environ, env), contextlib.redirect_stdout(out):
+            self.returncode = requested_command(command[3:])
+        self.out = out.getvalue()
+
+    def communicate(self) -> tuple[str, None]:
+        return self.out, None
+
+    def poll(self) -> int:
+        return self.returncode
+
+
+@in_the_interpreter
+def test_the_table_has_both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was compiled, what the work takes at least and what its programs ask for: for programs, and for people.
+
+    `test_compilation` compiles; here a row stands for that.
+    """
+    compiled = Resources(
+        kernel="gate_mix", target="sm_90", registers=128, spills=0, stack=0, shared=4096, warps=4, instructions={}
+    )
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(command, "compile_all", lambda names, *_: [(name, "bf16", compiled) for name in names])
+    monkeypatch.setattr(subprocess, "Popen", CountedHere)
+    monkeypatch.setattr(requested_module, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(workloads, "IMAGE", workloads.IMAGE // 8)
+    arguments = ["--kernel", "gate_mix", "--target", "sm_90"]
+    assert command.main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["compiled"][0]["registers"] == 128
     (row,) = found["least"]
     assert row["requested_written"] == row["written"]
     assert row["requested_read"] > row["read"]
-    _print(found["compiled"], found["least"])
+    command._print(found["compiled"], found["least"])
     table = capsys.readouterr().out
     for word in ("registers", "spills", "shared", "stack", "16-byte loads + stores", "2-byte", "MB read", "gate_mix"):
         assert word in table
+
+
+def test_failing_to_count_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the real process, which knows no such dtype. The command line refuses it before."""
+    with pytest.raises(RuntimeError, match="counting what programs request failed with exit code 2"):
+        command._with_requested([], command._requested(["gate_mix"], ["int3"]))
