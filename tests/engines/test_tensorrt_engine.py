@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -27,6 +28,8 @@ from mogle_rt.export.tensorrt import (
     step_model,
 )
 from mogle_rt.export.weights import COPY_NAME, Weights
+from tests.checkpoints import TINY, write_checkpoint
+from tests.conftest import make_once
 from tests.export.test_export import write_sparse_bundle
 from tests.export.test_misuse import run
 
@@ -34,6 +37,17 @@ pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
 RTX = PACKAGES["tensorrt-rtx"]
 SMALL = Profile(smallest=Size(32, 32), usual=Size(64, 64, 2), largest=Size(128, 128, 4), text_tokens=(1, 16, 64))
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(shared_folder: Path) -> Path:
+    """In place of the one that other tests have: with one block of each kind, engines are built in half the time."""
+    config = replace(TINY, num_layers=1, num_single_layers=1)
+
+    def make(path: Path) -> None:
+        write_checkpoint(path.with_suffix(""), config).convert(path)
+
+    return make_once(shared_folder / "tensorrt" / "tiny.safetensors", make)
 
 
 @pytest.mark.parametrize(

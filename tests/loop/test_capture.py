@@ -31,7 +31,7 @@ pytestmark = needs_triton
 
 CUDA = torch.device("cuda")
 MOST_LAUNCHES, MOST_MOVED = 511, 44.22e9  # what a step at full size takes today; more would be a loss
-FEW_BLOCKS = replace(FLUX_DEV, num_layers=2, num_single_layers=3)  # of full width, for what all blocks share
+FEW_BLOCKS = replace(FLUX_DEV, num_layers=1, num_single_layers=2)  # of full width, for what all blocks share
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -94,15 +94,14 @@ STYLES: list[list[tuple[int, float, Sequence[str]]]] = [
     [(5, 1.3, chosen("to_q", "to_v", "add_k")), (17, 0.5, chosen("proj_mlp", "ff", "to_v")), (2, 1.0, chosen("norm"))],
     [(4, 1.0, chosen("embed"))],
 ]
+# Triton's interpreter is slow. What the kernels get differs only where several adapters stand beside one another.
 PARAMETERS = [
-    ("torch", 1),
-    ("torch", 3),
-    pytest.param("triton", 2, marks=in_the_interpreter),
+    *((kernels, batch, number) for kernels, batch in (("torch", 1), ("torch", 3)) for number in range(len(STYLES))),
+    *(pytest.param("triton", 2, number, marks=in_the_interpreter) for number in (1, 2)),
 ]
 
 
-@pytest.mark.parametrize("number", range(len(STYLES)))
-@pytest.mark.parametrize(("kernels", "batch"), PARAMETERS)
+@pytest.mark.parametrize(("kernels", "batch", "number"), PARAMETERS)
 def test_without_a_condition_equals_peft(
     kernels: str, batch: int, number: int, bundle: Bundle, tiny_files: Files, tmp_path: Path
 ) -> None:
