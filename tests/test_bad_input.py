@@ -1323,7 +1323,7 @@ def test_a_convert_that_is_told_to_stop(
     to it can end the program."""
     output = tmp_path / "ckpt.safetensors"
     output.write_text("an older bundle")
-    write, calls = converter._write_chunk, 0
+    write, calls = BundleWriter._write_chunk, 0
 
     def write_and_signal(*args: Any) -> None:
         nonlocal calls
@@ -1333,7 +1333,7 @@ def test_a_convert_that_is_told_to_stop(
             os.kill(os.getpid(), number)
         write(*args)
 
-    monkeypatch.setattr(converter, "_write_chunk", write_and_signal)
+    monkeypatch.setattr(BundleWriter, "_write_chunk", write_and_signal)
     before = signal.getsignal(number)
     if number == signal.SIGTERM:
         signal.signal(number, signal.SIG_IGN)
