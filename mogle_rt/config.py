@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ NUM_EXPERTS = 1 + NUM_CLASSES  # the global expert, then one for each class
 PATCH = 16  # pixels that a token covers in each direction: 8x by the VAE, times 2x by packing
 VAE_SCALE = 8
 
+BYTE_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+BYTE_UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+BYTE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -37,6 +41,24 @@ def dtype_name(value: str | torch.dtype) -> str:
     if name not in DTYPE_NAMES.values():
         raise ConfigError(f"dtype must be bf16, fp16 or fp32, got {value}")
     return name
+
+
+def parse_bytes(value: str | int) -> int:
+    """A number of bytes, such as "8GB" (10^9 bytes each), "7.5 GiB" (2^30 bytes each) or 8_000_000_000.
+
+    Raises:
+        ConfigError: it is not a number of bytes, or not a positive one.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    else:
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([A-Za-z]{0,3})", str(value).strip())
+        if match is None or match[2].upper() not in BYTE_UNITS:
+            raise ConfigError(f"max_memory must be a size such as '8GB' or '7.5GiB', got {str(value)[:40]!r}")
+        number = int(float(match[1]) * BYTE_UNITS[match[2].upper()])
+    if number <= 0:
+        raise ConfigError(f"max_memory must be positive, got {str(value)[:40]!r}")
+    return number
 
 
 def parse_dtype(value: str | torch.dtype) -> torch.dtype:

@@ -35,3 +35,7 @@ class NumericalError(MogleError, ArithmeticError):
 
 class OutputError(MogleError, OSError):
     """A result can't be written to the requested place."""
+
+
+class InsufficientMemoryError(MogleError, MemoryError):
+    """A job does not fit into the memory that may be used. The message says how much would do."""

@@ -8,7 +8,6 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.calls.callbacks import StepCallback, called_back
 from mogle_rt.calls.decoding import Decoder
 from mogle_rt.calls.habits import DiffusersHabits
+from mogle_rt.calls.memory import FitsMemory, MemoryPlans, tells_of_memory
 from mogle_rt.calls.other_options import check_other_options
 from mogle_rt.calls.prompts import PromptEncoder, repeated
 from mogle_rt.calls.results import OutputType, PipelineOutput, RunReport
@@ -35,16 +35,15 @@ from mogle_rt.calls.stages import Stages, progress_bar
 from mogle_rt.calls.styles import LoraMethods
 from mogle_rt.calls.turns import one_at_a_time
 from mogle_rt.config import DEFAULT_GUIDANCE, PATCH, VAE_SCALE, ModelConfig
+from mogle_rt.cost.demand import Run
 from mogle_rt.encoders.cache import TensorCache
 from mogle_rt.encoders.conditioning import Conditioner, MaskPosterior
-from mogle_rt.encoders.mask_planes import MaskPlanes
-from mogle_rt.encoders.vae import autoencoder, load_autoencoder, pack_latents, vae_dtype
+from mogle_rt.encoders.vae import autoencoder, load_autoencoder, vae_dtype
 from mogle_rt.engines.choice import EngineName, engine_dtype, make_engine
 from mogle_rt.engines.contract import Conditions, Engine
-from mogle_rt.loop.denoise import denoise
+from mogle_rt.loop.denoise import denoise, initial_latents
 from mogle_rt.loop.progress import Progress
 from mogle_rt.loop.schedule import Schedule, make_schedule
-from mogle_rt.masks.classes import Labels
 from mogle_rt.masks.labels import MaskLike, resize, to_label_batch
 from mogle_rt.masks.orders import Order
 from mogle_rt.masks.sizes import default_size, warn_of_distortion, warn_of_other_size
@@ -54,7 +53,7 @@ from mogle_rt.torch_api.settings import settled
 CACHE_BYTES = 256 << 20
 
 
-class Pipeline(DiffusersHabits, LoraMethods):
+class Pipeline(DiffusersHabits, FitsMemory, LoraMethods):
     """Runs Face-MoGLE from a bundle.
 
     Threads may share a pipeline; their calls then wait for each other. Processes can't share one: a pipeline that is
@@ -77,6 +76,9 @@ class Pipeline(DiffusersHabits, LoraMethods):
             ``dtype`` is the export's.
         cache_bytes: the largest size of each of two caches that are kept between calls, one of encoded masks and one of
             encoded prompts; 0 turns them off.
+        max_memory: the most memory that this process may use on the device, such as "8GB" or a number of bytes; None
+            takes what is free, less a margin. Weights that don't fit are streamed, which takes time and changes nothing
+            else; see ``plan``.
         allow_tf32: let NVIDIA GPUs compute PyTorch's float32 products and convolutions in TF32, which is faster but
             rounds the operands to 11 significant bits. By default float32 means float32, whatever PyTorch's own flags
             say. It applies to engine "torch", and to the VAE and the text encoders with every engine.
@@ -105,6 +107,7 @@ class Pipeline(DiffusersHabits, LoraMethods):
         engine_path: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
         allow_tf32: bool = False,
+        max_memory: str | int | None = None,
     ) -> None:
         super().__init__(allow_tf32=allow_tf32)
         self._options = {
@@ -119,6 +122,7 @@ class Pipeline(DiffusersHabits, LoraMethods):
             "engine_path": engine_path,
             "cache_bytes": cache_bytes,
             "allow_tf32": allow_tf32,
+            "max_memory": max_memory,
         }
         self._open()
         self.last_run = RunReport()
@@ -132,8 +136,20 @@ class Pipeline(DiffusersHabits, LoraMethods):
         self.dtype = choose_dtype(engine_dtype(o["engine"], o["engine_path"], checkpoint, o["dtype"]), self.device)
         self.bundle = Bundle(checkpoint)
         vae_config = self.bundle.config.vae
-        weights = self.bundle.part("vae", self.device, vae_dtype(vae_config, self.dtype))
+        self._vae_dtype = vae_dtype(vae_config, self.dtype)
+        weights = self.bundle.part("vae", self.device, self._vae_dtype)
         self.vae = load_autoencoder(autoencoder(vae_config), weights, f"{checkpoint} (vae)")
+        run = Run(
+            device=self.device,
+            dtype=self.dtype,
+            height=self.bundle.default_size,
+            width=self.bundle.default_size,
+            text_tokens=self.bundle.default_text_tokens,
+            model=self.model_config,
+            kernels=o["kernels"],
+            prompts=self.bundle.has_text_encoders,
+        )
+        self.memory_plans = MemoryPlans(self.bundle, run, o["max_memory"], streams=o["engine"] == "torch")
         self.engine: Engine = make_engine(
             o["engine"],
             o["engine_path"],
@@ -144,14 +160,17 @@ class Pipeline(DiffusersHabits, LoraMethods):
             kernels=o["kernels"],
             cuda_graphs=o["cuda_graphs"],
             mixture=o["mixture"],
+            streamed=self.plan.streamed,
         )
         self.conditioning_cache = TensorCache(o["cache_bytes"])
         self.prompt_cache = TensorCache(o["cache_bytes"])
         self.conditioner = Conditioner(self.vae, self.conditioning_cache)
         self.prompt_encoder = PromptEncoder(self.bundle, self.device, self.dtype, self.prompt_cache)
         self.decoder = Decoder(self.vae)
+        self._hold(self.plan)
 
     @one_at_a_time
+    @tells_of_memory
     @torch.no_grad()
     def __call__(
         self,
@@ -270,15 +289,23 @@ class Pipeline(DiffusersHabits, LoraMethods):
         report = self.last_run = RunReport(batch_size=batch, steps=num_inference_steps)
         self._num_timesteps, self._guidance_scale = num_inference_steps, guidance_scale
 
+        shape = {"height": height, "width": width, "batch": batch, "steps": num_inference_steps}
+        tokens = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1]
+        self._hold(self.memory_plans.for_call(**shape, text_tokens=tokens, prompts=prompt_embeds is None))
         schedule = make_schedule(self.bundle.config.scheduler, num_inference_steps, grid[0] * grid[1])
-        noise = self._noise(latents, batch, height, width, generator if generators is None else generators)
+        if latents is not None:
+            check_tensor("latents", latents, (batch, grid[0] * grid[1], self.bundle.config.transformer.in_channels))
+        drawn_by = generator if generators is None else generators
+        channels = self.bundle.config.transformer.in_channels // 4
+        unpacked = (batch, channels, height // VAE_SCALE, width // VAE_SCALE)
+        noise = initial_latents(latents, unpacked, drawn_by, self.device, self.dtype)
         with progress_bar(num_inference_steps, self._progress_bar_config) as bar:
             stage = Stages(bar, self.device, report.seconds, described="desc" in self._progress_bar_config)
             with stage("text"):
                 if prompt_embeds is None or pooled_prompt_embeds is None:
                     prompt_embeds, pooled_prompt_embeds = self.prompt_encoder(prompts, max_sequence_length)
-            with stage("mask"):
-                masks = self._encode_masks(labels, batch, mask_posterior, generator, generators)
+            with stage("mask"), self._vae_in_memory():
+                masks = self.conditioner.for_images(labels, batch, mask_posterior, drawn_by)
             with stage("prepare"):
                 self.engine.prepare(
                     Conditions(
@@ -299,34 +326,9 @@ class Pipeline(DiffusersHabits, LoraMethods):
             report.weights = self.engine.weight_formats
             images = packed
             if output_type != "latent":
-                with stage("decode"):
+                with stage("decode"), self._vae_in_memory():
                     images = self.decoder(packed, height, width, output_type)
         return PipelineOutput(images=images) if return_dict else (images,)  # type: ignore[return-value]
-
-    def _encode_masks(
-        self,
-        labels: list[Labels],
-        batch: int,
-        posterior: MaskPosterior,
-        generator: Generators,
-        generators: list[torch.Generator] | None,
-    ) -> MaskPlanes:
-        if posterior == "mean":
-            return self.conditioner(labels).repeated(batch)
-        every = [labels[i * len(labels) // batch] for i in range(batch)]
-        seeds = generators if generators is not None else [generator] * batch
-        return self.conditioner(every, posterior=posterior, generators=seeds)  # type: ignore[arg-type]
-
-    def _noise(self, latents: Tensor | None, batch: int, height: int, width: int, generator: Any) -> Tensor:
-        channels = self.bundle.config.transformer.in_channels
-        tokens = height // PATCH * (width // PATCH)
-        if latents is not None:
-            check_tensor("latents", latents, (batch, tokens, channels))
-            return latents.to(self.device, self.dtype)
-        shape = (batch, channels // 4, height // VAE_SCALE, width // VAE_SCALE)
-        # The noise is always drawn in float32, so that a seed gives the same noise in every dtype.
-        noise = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
-        return pack_latents(noise).to(self.dtype)
 
     def _denoise(self, noise: Tensor, schedule: Schedule, callback: StepCallback | None, bar: tqdm[NoReturn]) -> Tensor:
         bar.unpause()  # restart the bar's clock, so that its rate counts only the steps

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mogle_rt.apps.program import must_exist, parse_json, say
+from mogle_rt.apps.program import must_exist, parse_json, say, tell_details
 from mogle_rt.errors import InputError, MaskError
 
 SEEDS = 1_000_000  # random seeds are below this, so that they are short enough to type
@@ -138,6 +138,18 @@ def generate(
         Path | None,
         typer.Option(help="The export's folder; default: the bundle's folder.", rich_help_panel=MODEL),
     ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="The most memory to use on the device, such as 8GB; weights that don't fit are streamed. Default: what is "
+            "free.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Say what is held in memory and how steps run.", rich_help_panel=MODEL),
+    ] = False,
     model_config: Annotated[
         str | None, typer.Option(help="The reference's switches as JSON.", rich_help_panel=MODEL)
     ] = None,
@@ -147,7 +159,7 @@ def generate(
     # First check everything that needs no large library, so that a mistake is reported at once.
     from mogle_rt.apps.drawing import Request, draw
     from mogle_rt.arguments import check_names, check_options
-    from mogle_rt.config import PATCH, ModelConfig, dtype_name
+    from mogle_rt.config import PATCH, ModelConfig, dtype_name, parse_bytes
     from mogle_rt.jobs.captions import prompts_of
     from mogle_rt.jobs.naming import Naming
     from mogle_rt.jobs.plan import find_masks
@@ -165,6 +177,9 @@ def generate(
     if overwrite and skip_existing:
         raise InputError("--overwrite and --skip-existing exclude each other")
     prompts = prompts_of(prompt, masks, caption, say)
+    if verbose:
+        tell_details()
+    memory = None if max_memory is None else parse_bytes(max_memory)
     naming = Naming(output, suffix, masks=len(masks), several_images=num_images > 1)
     switches = ModelConfig.of(parse_json(model_config))
     check_names(device=device, engine=engine, kernels=kernels)
@@ -199,6 +214,7 @@ def generate(
                 "kernels": kernels,
                 "engine": engine,
                 "engine_path": engine_path,
+                "max_memory": memory,
             },
             call={
                 "num_inference_steps": steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import warnings
@@ -59,6 +60,14 @@ def parse_json(text: str | None) -> dict[str, Any] | None:
 def say(line: str) -> None:
     """Print a line for the user on standard error."""
     console.print(line, markup=False, soft_wrap=True)
+
+
+def tell_details() -> None:
+    """Let the package's own log messages, such as the plan of what is held in memory, show on standard error."""
+    details = logging.getLogger("mogle_rt")
+    details.setLevel(logging.INFO)
+    details.addHandler(logging.StreamHandler())
+    details.propagate = False
 
 
 def must_exist(path: Path, error: type[MogleError]) -> None:

@@ -28,7 +28,7 @@ DEFAULT_FILE = "ckpt.safetensors"  # the usual file name of a bundle, in a folde
 # Options of diffusers' from_pretrained that choose which of a folder's files to load, or how to load them.
 _OPTIONS_OF_FOLDERS = (
     "variant", "revision", "cache_dir", "token", "force_download", "local_files_only", "subfolder", "custom_pipeline",
-    "custom_revision", "device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config",
+    "custom_revision", "device_map", "offload_folder", "offload_state_dict", "quantization_config",
     "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
 )  # fmt: skip
 

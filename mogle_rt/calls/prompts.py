@@ -19,6 +19,7 @@ class PromptEncoder:
         cache: the embeddings of prompts, by prompt and number of T5 tokens.
 
     Attributes:
+        streamed: whether T5's weights are read layer by layer for each new prompt, instead of being held in memory.
         offload: whether to free the text encoders after each new prompt, so that their memory is free while the
             pipeline draws.
     """
@@ -26,7 +27,12 @@ class PromptEncoder:
     def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype, cache: TensorCache) -> None:
         self.bundle, self.device, self.dtype, self.cache = bundle, device, dtype, cache
         self.encoders: TextEncoders | None = None
-        self.offload = False
+        self.offload = self.streamed = False
+
+    def stream(self, streamed: bool) -> None:
+        """Choose how T5's weights are read; what is held otherwise is freed."""
+        if streamed != self.streamed:
+            self.streamed, self.encoders = streamed, None
 
     def __call__(self, prompts: list[str], tokens: int) -> tuple[Tensor, Tensor]:
         """Embed B prompts: return T5's embeddings [B, tokens, J] and CLIP's [B, P].
@@ -38,11 +44,11 @@ class PromptEncoder:
         new = [p for p in dict.fromkeys(prompts) if p not in known]
         if new:
             if self.encoders is None:
-                self.encoders = TextEncoders(self.bundle, self.device, self.dtype)
+                self.encoders = TextEncoders(self.bundle, self.device, self.dtype, streamed=self.streamed)
             for prompt, *made in zip(new, *self.encoders.encode(new, tokens), strict=True):
                 known[prompt] = tuple(t.clone() for t in made)
                 self.cache.put((prompt, tokens), known[prompt])
-            if self.offload:
+            if self.offload or self.streamed:
                 self.encoders = None
         sequences, vectors = zip(*(known[p] for p in prompts), strict=True)
         return torch.stack(sequences), torch.stack(vectors)

@@ -75,6 +75,26 @@ class Conditioner:
         every = np.arange(len(keys) * NUM_EXPERTS, dtype=np.int32)
         return MaskPlanes(torch.cat(drawn), every.reshape(len(keys), NUM_EXPERTS))
 
+    def for_images(
+        self,
+        masks: Sequence[Labels],
+        images: int,
+        posterior: MaskPosterior,
+        generators: torch.Generator | Sequence[torch.Generator] | None,
+    ) -> MaskPlanes:
+        """Encode B masks for a batch in which each of them has as many neighbouring images.
+
+        Args:
+            images: of the batch, a multiple of B.
+            posterior: see `__call__`.
+            generators: for "sample", one for each image or one for all.
+        """
+        if posterior == "mean":
+            return self(masks).repeated(images)
+        every = [masks[i * len(masks) // images] for i in range(images)]
+        seeds = list(generators) if isinstance(generators, Sequence) else [generators] * images
+        return self(every, posterior=posterior, generators=seeds)
+
     def _means(self, wanted: dict[PictureKey, tuple[Labels, int]]) -> dict[PictureKey, Tensor]:
         """The packed latents of each picture, [N, 64], taken from the cache or encoded now."""
         found = {key: entry[0] for key in wanted if (entry := self.cache.get(key)) is not None}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mogle_rt.bundle.bundle import Bundle
+from mogle_rt.encoders.streamed_text import streamed_t5
 from mogle_rt.encoders.text_models import load_text_encoder, load_tokenizer
 from mogle_rt.errors import CheckpointError
 from mogle_rt.torch_api.settings import settled
@@ -22,13 +23,14 @@ class TextEncoders:
     Args:
         bundle: a bundle that holds text encoders.
         device, dtype: the device and the data type of the computation.
+        streamed: read T5's weights layer by layer for each prompt, instead of holding them in memory.
 
     Raises:
         CheckpointError: the bundle was made without text encoders, or they don't match their configuration.
     """
 
     @settled()
-    def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype, *, streamed: bool = False) -> None:
         if not bundle.has_text_encoders:
             raise CheckpointError(
                 f"{bundle.path}: holds no text encoders; pass prompt_embeds and pooled_prompt_embeds instead of a prompt"
@@ -40,8 +42,12 @@ class TextEncoders:
         self.tokenizer = load_tokenizer("tokenizer", bundle.files("tokenizer"))
         self.tokenizer_2 = load_tokenizer("tokenizer_2", bundle.files("tokenizer_2"))
         self.clip = load_text_encoder("text_encoder", config.text_encoder, bundle.part("text_encoder", device, dtype))
-        self.t5 = load_text_encoder(
-            "text_encoder_2", config.text_encoder_2, bundle.part("text_encoder_2", device, dtype)
+        self.t5 = (
+            streamed_t5(bundle, config.text_encoder_2, device, dtype)
+            if streamed
+            else load_text_encoder(
+                "text_encoder_2", config.text_encoder_2, bundle.part("text_encoder_2", device, dtype)
+            )
         )
 
     @settled()

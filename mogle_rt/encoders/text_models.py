@@ -116,6 +116,29 @@ def load_text_encoder(part: str, config: Mapping[str, Any], tensors: Mapping[str
     return model.eval().requires_grad_(False)
 
 
+def empty_t5(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """T5's encoder on the meta device, with each parameter in the dtype that `load_text_encoder` gives it.
+
+    Raises:
+        CheckpointError: the configuration is not valid.
+    """
+    model_class, _ = _text_classes("text_encoder_2")
+    try:
+        with _loading(), torch.device("meta"), NoInitialValues():
+            model = model_class(_text_config("text_encoder_2", config)).to(dtype)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers passes on any error of its checks and layers
+        raise CheckpointError(
+            f"text_encoder_2: can't be made from its configuration: {one_line_reason(error)}"
+        ) from None
+    if dtype == torch.float16:
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in (model_class._keep_in_fp32_modules or ()):
+                module.to(torch.float32)
+    return model.eval().requires_grad_(False)
+
+
 def load_tokenizer(part: str, files: Mapping[str, bytes]) -> Any:
     """Load CLIP's tokenizer (``tokenizer``) or T5's (``tokenizer_2``) from its files.
 

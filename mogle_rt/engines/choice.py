@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -67,6 +68,7 @@ def make_engine(
     kernels: str | None = None,
     cuda_graphs: bool = True,
     mixture: str | None = None,
+    streamed: Sequence[int] = (),
 ) -> Engine:
     """Make the engine; call its `prepare` next.
 
@@ -78,7 +80,8 @@ def make_engine(
         CheckpointError, ConfigError, DeviceError: the export does not fit the bundle, the options or this machine.
     """
     if name == "torch":
-        return TorchEngine(bundle, device, dtype, model, kernels=kernels, cuda_graphs=cuda_graphs, mixture=mixture)
+        options = {"kernels": kernels, "cuda_graphs": cuda_graphs, "mixture": mixture, "streamed": streamed}
+        return TorchEngine(bundle, device, dtype, model, **options)  # type: ignore[arg-type]
     for option, value in (("kernels", kernels), ("mixture", mixture)):
         if value is not None:
             raise ConfigError(f"engine {name} takes no {option}, got {value!r}; leave it out, or use engine torch")

@@ -11,16 +11,17 @@ from torch import Tensor
 from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import ModelConfig
 from mogle_rt.engines.contract import Conditions
+from mogle_rt.linear.formats import choose_format
 from mogle_rt.loop.buffers import StepInputs
 from mogle_rt.loop.graphs import Runner, Runners, with_room
 from mogle_rt.loop.schedule import Position, Schedule, step_capacity, with_further_rows
 from mogle_rt.loop.step import Step
-from mogle_rt.memory.formats import choose_format
+from mogle_rt.memory.planner import KEPT, TABLES_KEPT, Plan
 from mogle_rt.memory.streaming import make_ring
 from mogle_rt.model.layout import Layout
 from mogle_rt.model.loading import LazyWeights, load_context_embedder, load_mogle, load_transformer
 from mogle_rt.model.mixture import Bank, Fused
-from mogle_rt.model.modulation import ModulationTables, modulation_tables, time_embedding
+from mogle_rt.model.modulation import KeptTables, ModulationTables, modulation_tables, time_embedding
 from mogle_rt.model.positions import condition_ids, rope_table, token_ids
 from mogle_rt.model.styles import Styles
 from mogle_rt.model.transformer import Transformer
@@ -45,8 +46,7 @@ class TorchEngine:
         cuda_graphs: whether to replay the steps as one CUDA graph on a CUDA device.
         mixture: when the experts run. "bank": once per image. "fused": in every step, in one launch with the gate and
             the sum. None: the cheaper one for each run, see `mogle_rt.ops.triton_ops.cheaper_mixture`.
-        weights: the format of the blocks' weights that are stored plainly, one of `mogle_rt.linear.formats.FORMATS`. None
-            chooses by the device and the machine's memory, see `mogle_rt.memory.formats.choose_format`.
+        weights: the format of the blocks' weights that are stored plainly, see `mogle_rt.linear.formats.choose_format`.
         streamed: the indices of the sublayers whose weights are streamed, see `stream_sublayers`.
 
     Raises:
@@ -76,7 +76,8 @@ class TorchEngine:
         self.config = bundle.config.transformer
         self.styles = Styles(self.config)
         self.weights = LazyWeights(bundle, device, dtype)
-        self._format = choose_format(weights, bundle, device, dtype)
+        self.tables = KeptTables(TABLES_KEPT)
+        self.format = choose_format(weights, bundle)
         self._transformer: Transformer | None = None
         self.context_embedder = load_context_embedder(bundle, device, dtype)
         self.mogle = load_mogle(bundle, device, dtype, weight_is_scale=model.weight_is_scale)
@@ -102,11 +103,23 @@ class TorchEngine:
             self.weights.source,
             self.device,
             self.dtype,
-            weight_format=self._format,
+            weight_format=self.format,
             fused=self.ops.RIDING,
             latent_lora=self.model.latent_lora,
             stream=lambda sublayers: make_ring(sublayers, self._streamed, self.device),
         )
+
+    def follow(self, plan: Plan) -> None:
+        """Hold and stream what a plan says."""
+        self.stream_sublayers(plan.streamed)
+        self.weights.keep(plan.modulation == KEPT)
+        self.tables.limit = 0 if plan.takes_turns else TABLES_KEPT
+
+    def let_go(self) -> None:
+        """Free weights and buffers of the steps. The next `prepare` makes them anew."""
+        self._runner = self._transformer = None
+        self._runners.clear()
+        self.styles.forget_layers()
 
     def stream_sublayers(self, places: Sequence[int]) -> None:
         """Keep all weights in memory except those of some sublayers, which are read again in each step.
@@ -119,9 +132,7 @@ class TorchEngine:
         if tuple(places) == self._streamed:
             return
         self._streamed = tuple(places)
-        self._runner = self._transformer = None
-        self._runners.clear()
-        self.styles.forget_layers()
+        self.let_go()
 
     @property
     def weight_formats(self) -> str:
@@ -207,6 +218,9 @@ class TorchEngine:
         the same inputs: their weights are a quarter of the model's and are not kept in memory."""
         if last is not None and all(map(torch.equal, made_from, last.inputs.modulation_of)):
             return last.inputs.modulation
+        known = self.tables.find(made_from)
+        if known is not None:
+            return known
         (every, guidance, pooled, _), capacity = made_from, len(made_from[0])
         taken = guidance.expand(len(pooled)) if self.config.guidance_embeds else None
         # There is one more timestep than the loop has: 0 for the condition, whose modulation is constant.
@@ -214,7 +228,7 @@ class TorchEngine:
         temb = plain = time_embedding(timesteps, taken, pooled, self.weights)
         if self.styles.acts_within("time_text_embed."):  # only for the steps; the condition keeps the plain one
             temb = time_embedding(timesteps, taken, pooled, self.weights, self.styles.change)
-        return modulation_tables(
+        tables = modulation_tables(
             self.config,
             temb[:-1],
             plain[-1],
@@ -223,6 +237,8 @@ class TorchEngine:
             capacity=capacity,
             change=self.styles.change,
         )
+        self.tables.keep(made_from, tables)
+        return tables
 
     @settled()
     @torch.inference_mode()

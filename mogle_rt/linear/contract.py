@@ -7,6 +7,8 @@ To add a format, write a subclass of `WeightFormat` in a file of its own and add
 from __future__ import annotations
 
 import enum
+import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -94,6 +96,13 @@ class StoredLayer:
     def load_stored(self, kind: str) -> Tensor:
         """The stacked tensors of a kind in the dtype that they are stored in, such as int8; otherwise as `load`."""
         return self.source.load(self._tensors(kind), self.device, None)
+
+    @property
+    def is_view(self) -> bool:
+        """Whether `load` gives a view of the file for the weight, which takes no memory of its own."""
+        infos = [self.source.tensors[name] for name in self._tensors("weight")]
+        neighbours = all(a.end == b.begin for a, b in itertools.pairwise(infos))
+        return self.device.type == "cpu" and neighbours and all(info.dtype == self.dtype for info in infos)
 
     def release(self, kind: str) -> None:
         """Allow the memory of one kind's tensors to be freed: they are held elsewhere or no longer needed."""
@@ -203,6 +212,15 @@ class WeightFormat(ABC):
         Returns:
             The product, and whether it includes GELU.
         """
+
+    @classmethod
+    def held_bytes(cls, stored: StoredLayer, shape: tuple[int, int]) -> int:
+        """Bytes of memory that a weight takes once it is loaded; 0 for a view of the file.
+
+        Args:
+            shape: (out, in) of the product, including the extra rows and columns of `Further`.
+        """
+        return sum(math.prod(sizes) * dtype.itemsize for sizes, dtype in cls.slot_layout(shape, stored.dtype))
 
     @classmethod
     def slot_layout(cls, shape: tuple[int, int], dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:

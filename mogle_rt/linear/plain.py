@@ -33,6 +33,11 @@ class PlainWeight(WeightFormat):
         return cls(matrix)
 
     @classmethod
+    def held_bytes(cls, stored: StoredLayer, shape: tuple[int, int]) -> int:
+        """See `WeightFormat.held_bytes`."""
+        return 0 if stored.is_view and shape == stored.shape else super().held_bytes(stored, shape)
+
+    @classmethod
     def slot_layout(cls, shape: tuple[int, int], dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
         """See `WeightFormat.slot_layout`: the matrix."""
         return [(shape, dtype)]

@@ -7,12 +7,13 @@ from dataclasses import dataclass, fields, is_dataclass
 import torch
 from torch import Tensor
 
+from mogle_rt.config import TransformerConfig
 from mogle_rt.linear.views import first_columns
 from mogle_rt.model.layout import Layout
 from mogle_rt.model.mixture import Bank, Fused
 from mogle_rt.model.modulation import ModulationTables
 from mogle_rt.model.transformer import Transformer
-from mogle_rt.ops.attention import AttentionPlan, scores_room
+from mogle_rt.ops.attention import AttentionPlan, scores_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,31 +68,59 @@ class Buffers:
     """
 
     def __init__(self, transformer: Transformer, layout: Layout, batch: int, log_scale: Tensor) -> None:
-        self.nbytes = 0
         self.plan = AttentionPlan(layout.visibility, log_scale)
         like, D = transformer.proj_out.bias, transformer.config.width
-        C = transformer.config.in_channels
-
-        def rows(count: int, columns: int) -> Tensor:
-            made = like.new_empty(count, batch, columns)
-            self.nbytes += made.nbytes
-            return made
-
-        self.tokens = rows(layout.image + layout.condition, C)
+        sizes = buffer_shapes(
+            transformer.config,
+            layout,
+            batch,
+            device=like.device.type,
+            dtype=like.dtype,
+            most_before=transformer.most_before,
+            most_after=transformer.most_after,
+        )
+        made = {name: like.new_empty(shape) for name, shape in sizes.items()}
+        self.tokens, self.velocity, self.scores = made["tokens"], made["velocity"], made.get("scores")
         self.latents, self.condition = self.tokens.split([layout.image, layout.condition])
-        self.x, self.y = rows(layout.total, D), rows(layout.total, D + transformer.most_after)
-        self.normed, self.scratch = rows(layout.total, D + transformer.most_before), rows(layout.total, 4 * D)
-        self.beside = rows(layout.total, 5 * D) if like.device.type == "cpu" else None
-        inner = rows(layout.total, 4 * D) if self.beside is None else self.beside
-        self.hidden = first_columns(inner, layout.total, 4 * D)
+        self.x, self.y, self.normed, self.scratch = (made[name] for name in ("x", "y", "normed", "scratch"))
+        self.beside = made.get("beside")
+        self.hidden = first_columns(made["hidden"] if self.beside is None else self.beside, layout.total, 4 * D)
         self.qkv = self.scratch.view(-1)[: layout.total * batch * 3 * D].view(layout.total, batch, 3 * D)
         self.image = self.x[layout.image_rows]
-        self.scores = scores_room(like, transformer.config.num_attention_heads, layout.total)
-        self.nbytes += 0 if self.scores is None else self.scores.nbytes
-        self.velocity = rows(layout.image, C)
         self.clips = like.dtype == torch.float16
         self.index = torch.zeros(1, dtype=torch.int64, device=like.device)
-        self.nbytes += self.index.nbytes
+        self.nbytes = sum(t.nbytes for t in (*made.values(), self.index))
+
+
+def buffer_shapes(
+    config: TransformerConfig,
+    layout: Layout,
+    batch: int,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    most_before: int,
+    most_after: int,
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of `Buffers` that have memory of their own, by name.
+
+    Args:
+        device: the kind of device.
+        most_before, most_after: see `Transformer`.
+    """
+    D, L, C = config.width, layout.total, config.in_channels
+    on_cpu = device == "cpu"
+    scores = scores_shape(device, dtype, config.num_attention_heads, L)
+    return {
+        "tokens": (layout.image + layout.condition, batch, C),
+        "x": (L, batch, D),
+        "y": (L, batch, D + most_after),
+        "normed": (L, batch, D + most_before),
+        "scratch": (L, batch, 4 * D),
+        **({"beside": (L, batch, 5 * D)} if on_cpu else {"hidden": (L, batch, 4 * D)}),
+        **({} if scores is None else {"scores": scores}),
+        "velocity": (layout.image, batch, C),
+    }
 
 
 def shape_and_place(x: Tensor) -> str:

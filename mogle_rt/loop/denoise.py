@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from mogle_rt.encoders.vae import pack_latents
 from mogle_rt.errors import NumericalError
 from mogle_rt.loop.progress import Progress
 from mogle_rt.loop.schedule import Schedule
@@ -25,6 +27,27 @@ class Denoiser(Protocol):
     def advance(self) -> None: ...
 
     def latents(self) -> Tensor: ...
+
+
+def initial_latents(
+    given: Tensor | None,
+    shape: tuple[int, int, int, int],
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The latents that a run starts from: those that are given, or packed noise.
+
+    Args:
+        given: packed latents [B, N, 64], or None.
+        shape: of the noise before it is packed, [B, 16, h, w].
+        generator: draws the noise; or a list with one for each image.
+    """
+    if given is not None:
+        return given.to(device, dtype)
+    # The noise is always drawn in float32, so that a seed gives the same noise in every dtype.
+    noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+    return pack_latents(noise).to(dtype)
 
 
 OnStep = Callable[[int, Tensor], Tensor | None]  # (step, latents after it) -> the latents to continue with, or None

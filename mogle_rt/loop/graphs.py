@@ -173,7 +173,7 @@ class Runner:
                 graph = torch.cuda.CUDAGraph()
                 # "thread_local" lets other threads use the GPU during the capture.
                 with torch.cuda.graph(graph, pool.handle, pool.stream, capture_error_mode="thread_local"):
-                    section.run()
+                    self.step.run(section)
                 graphs.append(graph)
         except RuntimeError as error:  # PyTorch and the driver raise subclasses of it
             pool.renew()

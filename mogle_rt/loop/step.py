@@ -9,9 +9,9 @@ step's number is in a buffer too. (On a CPU, where nothing is captured, a librar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -30,17 +30,15 @@ class Section:
     """A part of a step that needs the weights of at most one streamed sublayer.
 
     Attributes:
-        operations: the operations in order.
-        streamed: the number of the streamed sublayer, with which the section begins; None if there is none.
+        links: the sublayers that it computes, by their place. streamed: the number of the first of them among the
+            streamed ones; None if it is not streamed.
+        first, last: whether the step begins or ends with this section.
     """
 
-    operations: list[Callable[[], object]]
+    links: range
     streamed: int | None = None
-
-    def run(self) -> None:
-        """Run the operations."""
-        for operation in self.operations:
-            operation()
+    first: bool = False
+    last: bool = False
 
 
 class Step:
@@ -77,21 +75,16 @@ class Step:
         self.embed = Product(transformer.x_embedder, b.x[layout.text :], layout.streams_after_text)
         self.project_out = Product(transformer.proj_out, b.velocity, layout.image_stream)
         self.tokens, self.last_normed, self.x_text = flat(b.tokens), flat(last.out), b.x[: layout.text]
-        self._velocity = self._cut()
-        first, *others = self._velocity
-        # The operations of `advance`. A new section begins where the weights of a streamed sublayer are needed.
-        self.sections = [Section([self.select, self.condition, *first.operations]), *others]
-        self.sections[-1] = replace(self.sections[-1], operations=[*self.sections[-1].operations, self._euler])
+        self.sections = self._cut()
 
     def _cut(self) -> list[Section]:
-        """The operations that compute the velocity from latents and condition tokens, in sections."""
-        sections = [Section([self._embed, self.first_norm])]
-        for place, (link, join) in enumerate(zip(self.links, self.joints, strict=True)):
-            if place in self.transformer.streamed:
-                sections.append(Section([], self.transformer.streamed[place]))
-            sections[-1].operations.extend([link.run, join])
-        sections[-1].operations.append(self._project_out)
-        return sections
+        """The step, cut where the weights of streamed sublayers are needed. Without any it is one section."""
+        count, streamed = len(self.links), self.transformer.streamed
+        starts = [0, *streamed]
+        return [
+            Section(range(start, end), streamed.get(start) if number else None, number == 0, number == len(streamed))
+            for number, (start, end) in enumerate(zip(starts, [*streamed, count], strict=True))
+        ]
 
     def load(self, inputs: StepInputs) -> None:
         """Copy another run's inputs over the present ones, so that addresses stay the same.
@@ -139,18 +132,6 @@ class Step:
         """Compute the condition tokens from the latents, by gate and mixture."""
         self.mogle(self.buffers.latents, self.inputs.mixture, self.time, self.buffers.condition, self.ops)
 
-    def _embed(self) -> None:
-        self.x_text.copy_(self.inputs.text)
-        self.embed(self.tokens)
-
-    def _project_out(self) -> None:
-        self.project_out(self.last_normed)
-
-    def _euler(self) -> None:
-        """Update the latents, x + (σ' - σ) v, and increase the index."""
-        self.buffers.latents.addcmul_(self.buffers.velocity, self.sigma_step)
-        self.buffers.index.add_(1)
-
     @contextmanager
     def weights_of(self, section: Section) -> Iterator[None]:
         """Keep the weights of the section's streamed sublayer, if it has one, in memory within the context."""
@@ -168,12 +149,34 @@ class Step:
 
     def velocity(self) -> None:
         """Compute the velocity from latents and condition tokens, by the transformer."""
-        for section in self._velocity:
-            with self.weights_of(section):
-                section.run()
-
-    def advance(self) -> None:
-        """Run one step of the loop, x + (σ' - σ) v, and increase the index."""
         for section in self.sections:
             with self.weights_of(section):
-                section.run()
+                self._transform(section)
+
+    def _transform(self, section: Section) -> None:
+        """The part of the transformer that belongs to a section."""
+        if section.first:
+            self.x_text.copy_(self.inputs.text)
+            self.embed(self.tokens)
+            self.first_norm()
+        for place in section.links:
+            self.links[place].run()
+            self.joints[place]()
+        if section.last:
+            self.project_out(self.last_normed)
+
+    def run(self, section: Section) -> None:
+        """Compute a section of the step. Its streamed weights must be in memory, see `weights_of`."""
+        if section.first:
+            self.select()
+            self.condition()
+        self._transform(section)
+        if section.last:  # update the latents, x + (σ' - σ) v, and increase the index
+            self.buffers.latents.addcmul_(self.buffers.velocity, self.sigma_step)
+            self.buffers.index.add_(1)
+
+    def advance(self) -> None:
+        """Run one step of the loop: compute the velocity, update the latents, and increase the index."""
+        for section in self.sections:
+            with self.weights_of(section):
+                self.run(section)

@@ -37,16 +37,32 @@ from mogle_rt.model.transformer import (
 )
 
 
-@dataclass(frozen=True)
 class LazyWeights:
-    """Reads single tensors of a bundle on demand; see `mogle_rt.model.modulation.WeightReader`."""
+    """Reads single tensors of a bundle on demand; see `mogle_rt.model.modulation.WeightReader`.
 
-    source: TensorSource
-    device: torch.device
-    dtype: torch.dtype
+    Args:
+        source: the bundle.
+        device, dtype: where and in what they are wanted.
+
+    Attributes:
+        source: see above.
+    """
+
+    def __init__(self, source: TensorSource, device: torch.device, dtype: torch.dtype) -> None:
+        self.source, self._device, self._dtype = source, device, dtype
+        self._kept: dict[str, Tensor] | None = None
+
+    def keep(self, kept: bool) -> None:
+        """Choose whether tensors stay in memory once they are read."""
+        if kept != (self._kept is not None):
+            self._kept = {} if kept else None
 
     def __call__(self, name: str) -> Tensor:
-        return self.source.load([name], self.device, self.dtype)
+        if self._kept is None:
+            return self.source.load([name], self._device, self._dtype)
+        if name not in self._kept:
+            self._kept[name] = self.source.load([name], self._device, self._dtype)
+        return self._kept[name]
 
     def release(self, name: str) -> None:
         self.source.release([name])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,11 @@ class ModulationTables:
     condition_double: Tensor | None  # [L, 6, 1, B, D]
     condition_single: Tensor | None  # [L, 3, 1, B, D]
 
+    def clone(self) -> ModulationTables:
+        """A copy in memory of its own."""
+        copies: dict[str, Any] = {name: None if t is None else t.clone() for name, t in vars(self).items()}
+        return ModulationTables(**copies)
+
     def buffers(self) -> StepModulation:
         """Buffers for the modulations of one step. The condition's rows, which no step changes, are filled in."""
 
@@ -93,6 +98,31 @@ class ModulationTables:
             if table.numel():
                 rows = buffer[:, :, : table.shape[3]] if buffer.dim() == 5 else buffer
                 torch.index_select(table, 0, step, out=rows[None])
+
+
+class KeptTables:
+    """The modulations of the last runs, by what they were made from: their weights need not be read again.
+
+    Args:
+        limit: how many runs' are kept.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._kept: list[tuple[tuple[Tensor, ...], ModulationTables]] = []
+
+    def find(self, made_from: tuple[Tensor, ...]) -> ModulationTables | None:
+        """The tables that were made from these tensors, or None."""
+        for key, tables in self._kept:
+            if all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(key, made_from, strict=True)):
+                return tables.clone()  # a step writes other runs' over its own
+        return None
+
+    def keep(self, made_from: tuple[Tensor, ...], tables: ModulationTables) -> None:
+        """Keep a copy of these tables in place of the oldest ones."""
+        del self._kept[: max(0, len(self._kept) + 1 - self.limit)]
+        if self.limit:
+            self._kept.append((tuple(t.clone() for t in made_from), tables.clone()))
 
 
 def _mlp(x: Tensor, name: str, weights: WeightReader, change: Change) -> Tensor:

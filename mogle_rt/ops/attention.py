@@ -97,11 +97,15 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, condition_from: int, plan: 
     return torch.cat([_rows(rest), _rows(condition)])
 
 
+def scores_shape(device: str, dtype: torch.dtype, heads: int, rows: int) -> tuple[int, int, int] | None:
+    """The shape of `scores_room` on a kind of device, or None."""
+    return (heads, rows, rows) if device == "cpu" and dtype == torch.float32 and rows <= WHOLE_SCORES else None
+
+
 def scores_room(like: Tensor, heads: int, rows: int) -> Tensor | None:
     """Scratch memory [H, L, L] for `attention_by_products`, with L = rows, or None where that way is not faster."""
-    if like.device.type != "cpu" or like.dtype != torch.float32 or rows > WHOLE_SCORES:
-        return None
-    return like.new_empty(heads, rows, rows)
+    shape = scores_shape(like.device.type, like.dtype, heads, rows)
+    return None if shape is None else like.new_empty(shape)
 
 
 def attention_by_products(

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from mogle_rt.loop.step import Section
+from mogle_rt.loop.step import Section, Step
 from mogle_rt.memory import streaming
 from mogle_rt.memory.streaming import CudaRing
 
@@ -75,17 +75,17 @@ class Simulator:
         self.compute, self.copies, self.host_waits = Stream(), Stream(), list[Event]()
         self._random = random.Random(seed)
         self._eager = self._random.random()  # how soon work is done after it was queued
-        run, copy = Section.run, CudaRing._copy
+        run, copy = Step.run, CudaRing._copy
 
-        def queue_section(section: Section) -> None:
-            self.compute.queue.append(Work(lambda: run(section)))
+        def queue_section(step: Step, section: Section) -> None:
+            self.compute.queue.append(Work(lambda: run(step, section)))
             self._work_a_little()
 
         def queue_copy(ring: CudaRing, slot: int, size: int) -> None:
             self.copies.queue.append(Work(lambda: copy(ring, slot, size)))
             self._work_a_little()
 
-        monkeypatch.setattr(Section, "run", queue_section)
+        monkeypatch.setattr(Step, "run", queue_section)
         monkeypatch.setattr(CudaRing, "_copy", queue_copy)
         monkeypatch.setattr(streaming, "pinned_bytes", lambda size: torch.empty(size, dtype=torch.uint8))
         for name, fake in {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,7 +23,7 @@ from mogle_rt.errors import CheckpointError
 from mogle_rt.linear.packed import PackedWeight
 from mogle_rt.loop.denoise import denoise
 from mogle_rt.loop.schedule import make_schedule
-from mogle_rt.loop.step import Section
+from mogle_rt.loop.step import Section, Step
 from mogle_rt.memory.streaming import CudaRing, HostRing, Ring, spread
 from mogle_rt.model.transformer import sublayers
 from tests.conftest import needs_triton
@@ -128,6 +130,22 @@ def test_one_memory_for_all(demo: Bundle) -> None:
     assert ring.nbytes == sum(len(slot) for slot in ring.slots) < weights / 2
 
 
+def test_nothing_stays_of_what_is_let_go(demo: Bundle) -> None:
+    """Weights, slots and buffers are freed at once, without waiting for the collector of cycles."""
+    one = engine(demo, [1, 2])
+    drawn(one, demo, conditions(demo))
+    ring = one.transformer.stream
+    assert isinstance(ring, HostRing)
+    held = [weakref.ref(x) for x in (one.prepared, one.prepared.buffers, one.transformer, ring, ring.slots[0])]
+    del ring
+    gc.disable()
+    try:
+        one.let_go()
+        assert [ref() for ref in held] == [None] * len(held)
+    finally:
+        gc.enable()
+
+
 def test_residency_can_change(demo: Bundle) -> None:
     """Between runs, with a style on top or without: what was loaded before is let go."""
     asked = conditions(demo)
@@ -146,16 +164,16 @@ def test_an_interrupted_step_leaves_the_ring_usable(
     asked = conditions(demo)
     expected = drawn(engine(demo), demo, asked)
     one = engine(demo, range(count(demo)))
-    run, calls = Section.run, [0]
+    run, calls = Step.run, [0]
 
-    def interrupted(section: Section) -> None:
+    def interrupted(step: Step, section: Section) -> None:
         calls[0] += 1
         if calls[0] == 10 + stopped_at:
             raise KeyboardInterrupt
-        run(section)
+        run(step, section)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Section, "run", interrupted)
+        patched.setattr(Step, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
             drawn(one, demo, asked)
     assert torch.equal(drawn(one, demo, asked), expected)

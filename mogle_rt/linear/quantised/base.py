@@ -62,6 +62,15 @@ class QuantisedWeight(WeightFormat):
         weight._scratch.announce("weight", largest * weight.shape[1])
         return weight
 
+    @classmethod
+    def held_bytes(cls, stored: StoredLayer, shape: tuple[int, int]) -> int:
+        """See `WeightFormat.held_bytes`: the bytes of all stored tensors; on a CPU they are views of the file."""
+        if stored.device.type == "cpu":
+            return 0
+        names = [name for name in stored.source.tensors if name.rpartition(".")[0] in stored.names]
+        infos = [stored.source.tensors[name] for name in names if not name.endswith(".bias")]
+        return sum(info.numel * info.dtype.itemsize for info in infos)
+
     def tensors(self) -> list[Tensor]:
         """As stored, and what rides along."""
         return [self.values, self.scales, *(t for t in (self.further_columns, self.further_rows) if t is not None)]
