@@ -220,7 +220,8 @@ class WeightFormat(ABC):
         Args:
             shape: (out, in) of the product, including the extra rows and columns of `Further`.
         """
-        return sum(math.prod(sizes) * dtype.itemsize for sizes, dtype in cls.slot_layout(shape, stored.dtype))
+        layout = cls.slot_layout(shape, stored.dtype) if cls.streamable else [(shape, stored.dtype)]
+        return sum(math.prod(sizes) * dtype.itemsize for sizes, dtype in layout)
 
     @classmethod
     def slot_layout(cls, shape: tuple[int, int], dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:

@@ -54,7 +54,7 @@ def test_parts_are_given_up_in_order() -> None:
     assert counts == sorted(set(counts))
     assert counts[0] == 4
     assert counts[-1] == 16
-    assert {kinds for *kinds, _ in map(tuple, seen[3:]) for kinds in [tuple(kinds)]} == {(STREAMED, STREAMED)}
+    assert {(modulation, text) for modulation, text, _ in seen[3:]} == {(STREAMED, STREAMED)}
 
 
 def test_on_a_cpu_parts_take_turns_at_last() -> None:
