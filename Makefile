@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # A process for each core, with one thread each (tests/conftest.py); whoever has nothing left takes tests from the others.
 SIDE_BY_SIDE := -n logical --maxprocesses 8 --dist worksteal
-RANDOM_INPUTS := $(addprefix tests/,bundle encoders linear masks model kernels/test_dispatch.py kernels/test_kernels.py)
+RANDOM_INPUTS := $(addprefix tests/,bundle encoders fuzz linear masks model kernels/test_dispatch.py kernels/test_kernels.py)
 
 .PHONY: demo test quick fuzz oldest bench gpu lint clean
 

@@ -15,9 +15,19 @@ from mogle_rt import __version__
 from mogle_rt.bundle import shipped as demo
 from mogle_rt.bundle.bundle import Bundle, BundleConfig
 from mogle_rt.bundle.files import atomic_write, replace_together
+from mogle_rt.bundle.leftovers import GONE, sweep
 from mogle_rt.config import DTYPE_NAMES, ModelConfig, parse_dtype
 from mogle_rt.engines.engine_file import read_engine
-from mogle_rt.engines.manifest import NAME, EngineSpec, GraphSpec, Manifest, TensorSpec, WeightsSpec, header_sha256
+from mogle_rt.engines.manifest import (
+    NAME,
+    BundleSpec,
+    EngineSpec,
+    GraphSpec,
+    Manifest,
+    TensorSpec,
+    WeightsSpec,
+    header_sha256,
+)
 from mogle_rt.errors import CheckpointError, InputError, OutputError
 from mogle_rt.export.graph import BFLOAT16_OPSET, DEFAULT_OPSET, NEWEST_OPSET, OLDEST_OPSET, GraphBuilder
 from mogle_rt.export.prepare import PrepareGraph, build_experts, condition_row_names, modulation_row_names
@@ -120,8 +130,8 @@ def export_folder(bundle: Bundle, output: str | Path | None) -> Path:
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file, not a folder")
     previous = previous_export(folder)
-    if previous is not None and previous.bundle["name"] != bundle.path.name:
-        raise OutputError(f"{folder}: holds the export of {previous.bundle['name']}; choose another folder with -o")
+    if previous is not None and previous.bundle.name != bundle.path.name:
+        raise OutputError(f"{folder}: holds the export of {previous.bundle.name}; choose another folder with -o")
     return folder
 
 
@@ -131,6 +141,7 @@ def previous_export(folder: Path) -> Manifest | None:
     Raises:
         OutputError: its manifest can't be read.
     """
+    sweep(folder)
     try:
         return Manifest.read(folder) if (folder / NAME).exists() else None
     except CheckpointError as error:
@@ -178,9 +189,9 @@ def export_onnx(
             software={"mogle_rt": __version__, "onnx": onnx.__version__, "torch": torch.__version__},
             dtype=SHORT_NAMES[options.dtype],
             opset=options.opset,
-            bundle={"name": bundle.path.name, "sha256": bundle.content_hash},
+            bundle=BundleSpec(name=bundle.path.name, sha256=bundle.content_hash),
             weights=describe_weights((new, folder), weights, options.weights),
-            model_config=options.model.to_dict(),
+            model_config=options.model,
             config=_json_config(bundle.config),
             classes=CLASSES,
             graphs=graphs,
@@ -191,8 +202,9 @@ def export_onnx(
             condition_modulation_rows=tuple(condition_row_names(bundle.config.transformer)),
         )
         manifest.write(new)
-    if previous is not None and previous.weights.mode == "copy" and manifest.weights.file != COPY_NAME:
-        (folder / COPY_NAME).unlink(missing_ok=True)  # no graph points into it any more
+        if previous is not None and previous.weights.mode == "copy" and manifest.weights.file != COPY_NAME:
+            (new / GONE).mkdir()  # no graph points into the copy any more
+            (new / GONE / COPY_NAME).touch()
     return manifest
 
 

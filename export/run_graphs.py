@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mogle_rt.bundle.source import TensorSource
-from mogle_rt.config import ModelConfig
 from mogle_rt.engines.exported import Session
 from mogle_rt.engines.manifest import Manifest
 from mogle_rt.engines.onnxruntime_import import import_onnxruntime
@@ -82,7 +81,7 @@ def evaluate(source: TensorSource, manifest: Manifest, dtype: torch.dtype) -> Ru
 
 def options_of(manifest: Manifest, dtype: torch.dtype) -> ExportOptions:
     """The options of the export, but with this dtype."""
-    return ExportOptions(dtype=dtype, opset=manifest.opset, model=ModelConfig.from_mapping(manifest.model_config))
+    return ExportOptions(dtype=dtype, opset=manifest.opset, model=manifest.model_config)
 
 
 def _run_session(session: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.bundle.files import atomic_write
 from mogle_rt.bundle.source import TensorSource
-from mogle_rt.config import PATCH, ModelConfig
+from mogle_rt.config import PATCH
 from mogle_rt.engines.engine_file import EngineHeader, write_engine
 from mogle_rt.engines.exported import manifest_dtype
 from mogle_rt.engines.manifest import EngineSpec, Manifest
@@ -202,7 +202,7 @@ def build_engine(
         target=f"{target[2:-1]}.{target[-1]}",
         graph=graph,
         dtype=manifest.dtype,
-        bundle_sha256=manifest.bundle["sha256"],
+        bundle_sha256=manifest.bundle.sha256,
         graph_sha256=spec.sha256,
         profile={name: (low, usual, high) for name, (low, usual, high) in shapes.items()},
         plan_bytes=plan.nbytes,
@@ -211,7 +211,7 @@ def build_engine(
     )
     file = f"{graph}.{target.lower()}.{package.name}.engine"
     write_engine(folder / file, header, memoryview(plan))
-    entry = EngineSpec(file=file, graph=graph, header=header.to_dict())
+    entry = EngineSpec(file=file, graph=graph, header=header)
     manifest = replace(manifest, engines=(*(e for e in manifest.engines if e.file != file), entry))
     manifest.write(folder)
     return manifest
@@ -224,7 +224,7 @@ def step_model(bundle: TensorSource, manifest: Manifest, graph: str) -> onnx.Mod
         bundle: the file with the export's weights; if they were copied, the copy.
     """
     dtype = manifest_dtype(manifest)
-    options = ExportOptions(dtype=dtype, opset=manifest.opset, model=ModelConfig.from_mapping(manifest.model_config))
+    options = ExportOptions(dtype=dtype, opset=manifest.opset, model=manifest.model_config)
     weights = Weights(bundle.tensors, manifest.weights.file, bundle, dtype, "")
     return build_graph(graph, bundle.config, weights, options, fused_attention=dtype != torch.float32)
 

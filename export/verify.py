@@ -22,7 +22,7 @@ from mogle_rt import __version__
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.bundle.schema import transformer_tensors
 from mogle_rt.bundle.source import TensorSource
-from mogle_rt.config import NUM_EXPERTS, PATCH, ModelConfig
+from mogle_rt.config import NUM_EXPERTS, PATCH
 from mogle_rt.encoders.vae import autoencoder, load_autoencoder, pack_latents, unpack_latents
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.engines.exported import NO_ATTENTION, manifest_dtype
@@ -124,7 +124,7 @@ def verify(
     Raises:
         CheckpointError: the graphs can't be run themselves, and those built to be run instead differ from them.
     """
-    model = ModelConfig.from_mapping(manifest.model_config)
+    model = manifest.model_config
     placed = bundle if manifest.weights.file is None else Bundle(folder / manifest.weights.file)
     if manifest_dtype(manifest) == torch.bfloat16 or _parameters(bundle) > WHOLE:
         _require_same_graphs(placed, folder, manifest)
@@ -167,15 +167,16 @@ def check(
     manifest.check_files(folder)
     if checkpoint is None:
         if manifest.weights.file is None:
-            raise CheckpointError(f"{folder}: its weights are embedded; name the bundle {manifest.bundle['name']} too")
+            raise CheckpointError(f"{folder}: its weights are embedded; name the bundle {manifest.bundle.name} too")
         bundle = Bundle(folder / manifest.weights.file)
     else:
         bundle = Bundle(checkpoint)
-        if bundle.content_hash not in (manifest.bundle["sha256"], manifest.weights.sha256):
+        if bundle.content_hash not in (manifest.bundle.sha256, manifest.weights.sha256):
             raise CheckpointError(f"{folder}: was exported from another bundle than {checkpoint}")
     if progress:
         progress(f"contents of {bundle.path}")
     bundle.verify()
+    manifest.check_graphs(bundle.config, folder)
     if manifest.weights.file is not None and not bundle.path.samefile(folder / manifest.weights.file):
         Bundle(folder / manifest.weights.file).verify()
     return verify(bundle, folder, manifest, progress)

@@ -21,6 +21,7 @@ Generators: TypeAlias = "torch.Generator | Sequence[torch.Generator] | None"
 
 
 MOST = 2**31 - 1  # the limit for images and pixels; more would overflow, but memory runs out long before
+LONGEST_PROMPT = 100_000  # characters; T5 reads 512 tokens at most
 MOST_STEPS = 10_000  # modulations are held for every step: at FLUX's full size, 2 MB per step and image
 
 
@@ -135,6 +136,8 @@ def prompt_list(prompt: str | Sequence[str] | None, embeds: Tensor | None, poole
     for one in prompts:
         if not isinstance(one, str):
             raise InputError(f"prompt must be a text or a list of texts, got {type(one).__name__}")
+        if len(one) > LONGEST_PROMPT:
+            raise InputError(f"a prompt can have at most {LONGEST_PROMPT:,} characters, got {len(one):,}")
         try:
             one.encode()
         except UnicodeEncodeError:  # a lone surrogate, which Python also uses for bytes that are not valid text

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from mogle_rt.errors import ConfigError
+from mogle_rt.values import Range, quoted, real
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ class Options:
             if name not in fields:
                 near = difflib.get_close_matches(name, fields, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(fields)}"
-                raise ConfigError(f"{what}: unknown option {name!r}{hint}")
+                raise ConfigError(f"{what}: unknown option {quoted(name)}{hint}")
         missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in given]
         if missing:
             raise ConfigError(f"{what}: missing {', '.join(missing)}")
@@ -110,7 +110,7 @@ def _require_bool(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         if not isinstance(value, bool):
-            raise ConfigError(f"{type(owner).__name__}: {name} must be true or false, got {value!r}")
+            raise ConfigError(f"{type(owner).__name__}: {name} must be true or false, got {quoted(value)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,22 +151,26 @@ class ModelConfig(Options):
         raise ConfigError(f"model_config must be a mapping or a ModelConfig, got {type(value).__name__}")
 
 
+LAYERS = Range(0, 1000)
+SIZES = Range(1, 1 << 20)  # channels, heads, tokens, training steps
+SHIFTS = Range(-100, 100)  # exponents: e¹⁰⁰ is far beyond any schedule's
+
+
 def _require_positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         if not _is_int(value, 1):
-            raise ConfigError(f"{type(owner).__name__}: {name} must be a positive integer, got {value!r}")
+            raise ConfigError(f"{type(owner).__name__}: {name} must be a positive integer, got {quoted(value)}")
+        SIZES(value, f"{type(owner).__name__}: {name}")
 
 
 def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value
 
 
-def _require_finite(owner: object, *names: str) -> None:
+def _require_in(allowed: Range, owner: object, *names: str) -> None:
     for name in names:
-        value = getattr(owner, name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
-            raise ConfigError(f"{type(owner).__name__}: {name} must be a number, got {value!r}")
+        real(getattr(owner, name), f"{type(owner).__name__}: {name}", allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +192,7 @@ class TransformerConfig(Options):
     def __post_init__(self) -> None:
         axes = self.axes_dims_rope
         if not isinstance(axes, (list, tuple)) or len(axes) != 3 or not all(_is_int(d, 2) and d % 2 == 0 for d in axes):
-            raise ConfigError(f"axes_dims_rope must be three even numbers, got {axes!r}")
+            raise ConfigError(f"axes_dims_rope must be three even numbers, got {quoted(axes)}")
         object.__setattr__(self, "axes_dims_rope", tuple(axes))
         _require_positive(
             self,
@@ -200,7 +204,8 @@ class TransformerConfig(Options):
         )
         for name in ("num_layers", "num_single_layers"):
             if not _is_int(getattr(self, name), 0):
-                raise ConfigError(f"TransformerConfig: {name} must be 0 or more, got {getattr(self, name)!r}")
+                raise ConfigError(f"TransformerConfig: {name} must be 0 or more, got {quoted(getattr(self, name))}")
+            LAYERS(getattr(self, name), f"TransformerConfig: {name}")
         if not self.num_layers + self.num_single_layers:
             raise ConfigError("TransformerConfig: num_layers and num_single_layers are both 0; there must be a block")
         _require_bool(self, "guidance_embeds")
@@ -210,9 +215,11 @@ class TransformerConfig(Options):
                 f"attention_head_dim is {self.attention_head_dim}: they must be equal"
             )
         if self.patch_size != 1:
-            raise ConfigError(f"patch_size must be 1 (FLUX packs its latents outside), got {self.patch_size}")
+            raise ConfigError(f"patch_size must be 1 (FLUX packs its latents outside), got {quoted(self.patch_size)}")
         if self.out_channels not in (None, self.in_channels):
-            raise ConfigError(f"out_channels must equal in_channels ({self.in_channels}), got {self.out_channels}")
+            raise ConfigError(
+                f"out_channels must equal in_channels ({self.in_channels}), got {quoted(self.out_channels)}"
+            )
 
     @property
     def width(self) -> int:
@@ -273,7 +280,7 @@ class SchedulerConfig(Options):
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_train_timesteps", "base_image_seq_len", "max_image_seq_len")
-        _require_finite(self, "shift", "base_shift", "max_shift")
+        _require_in(SHIFTS, self, "shift", "base_shift", "max_shift")
         _require_bool(self, "use_dynamic_shifting")
         if self.shift <= 0:
             raise ConfigError(f"SchedulerConfig: shift must be more than 0, got {self.shift!r}")
@@ -283,7 +290,7 @@ class SchedulerConfig(Options):
                 f"{self.max_image_seq_len}"
             )
         if self.time_shift_type not in ("exponential", "linear"):
-            raise ConfigError(f"time_shift_type must be 'exponential' or 'linear', got {self.time_shift_type!r}")
+            raise ConfigError(f"time_shift_type must be 'exponential' or 'linear', got {quoted(self.time_shift_type)}")
         for name in ("invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
             if getattr(self, name):
                 raise ConfigError(

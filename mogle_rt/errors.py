@@ -1,8 +1,31 @@
 """The exceptions. Every message is one line that says what was wrong, with which value, and what would be right."""
 
+LONGEST_MESSAGE = 1500  # characters; paths can have a few hundred
+
+
+def printable(text: str) -> str:
+    """A text on one line, without characters that a terminal would obey or that can't be written."""
+    line = " ".join(line.strip() for line in text.splitlines())
+    return line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
 
 class MogleError(Exception):
-    """The base class of all errors that mogle_rt raises on purpose."""
+    """Base of every error that mogle_rt raises on purpose.
+
+    A message may repeat what stands in a file, whose author may be anyone. It is therefore always one line of printable
+    characters, and a very long one loses its middle.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_message(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+def _message(text: str) -> str:
+    if len(text) > 2 * LONGEST_MESSAGE:  # cut before it is worked on, too
+        text = f"{text[:LONGEST_MESSAGE]}{text[-LONGEST_MESSAGE:]}"
+    line = printable(text)
+    half = LONGEST_MESSAGE // 2
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[:half]} … {line[-half:]}"
 
 
 class ConfigError(MogleError, ValueError):

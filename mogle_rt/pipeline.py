@@ -239,10 +239,11 @@ class Pipeline(DiffusersHabits, FitsMemory, LoraMethods):
         Raises:
             InputError: an argument is out of range, counts or shapes don't match, or a callback calls the pipeline.
             MaskError: a mask can't be read.
-            CheckpointError: a prompt was given, and the bundle has no text encoders.
+            CheckpointError: a prompt was given, and the bundle has no text encoders; or the bundle's file was changed.
             NumericalError: the result is not finite.
         """
         check_other_options(others, prompt)
+        self.bundle.check_unchanged()
         size = self.bundle.default_size
         fit_to_mask = height is None and width is None and latents is None
         height, width = size if height is None else height, size if width is None else width

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mogle_rt import CheckpointError, InputError, Pipeline
 from mogle_rt.calls.results import OutputType
+from mogle_rt.encoders.cache import TensorCache
 from mogle_rt.encoders.conditioning import Conditioner
 from mogle_rt.encoders.mask_planes import MaskPlanes
 from mogle_rt.encoders.vae import pack_latents, unpack_latents
@@ -318,15 +319,35 @@ def test_an_edit_encodes_what_it_changes(pipe: Pipeline, encoded: list[int]) -> 
 
 
 def test_the_cache_is_bounded_and_can_be_off(tiny_bundle: Path) -> None:
-    entry = SIZE // 16 * (SIZE // 16) * 64 * 4  # one picture's latents in float32
-    small = Pipeline(tiny_bundle, device="cpu", dtype="fp32", cache_bytes=5 * entry)
+    entry, key = (
+        SIZE // 16 * (SIZE // 16) * 64 * 4,
+        500,
+    )  # one picture's latents in float32, and at most so much for its key
+    small = Pipeline(tiny_bundle, device="cpu", dtype="fp32", cache_bytes=5 * (entry + key))
     off = Pipeline(tiny_bundle, device="cpu", dtype="fp32", cache_bytes=0)
     for seed in range(3):
         kept, made_anew = (p.conditioner([draw(seed)]).stacked() for p in (small, off))
         assert_close(kept, made_anew, rms=1e-5)
         assert len(small.conditioning_cache) == 5
-        assert small.conditioning_cache.nbytes == 5 * entry
+        assert 5 * entry < small.conditioning_cache.nbytes <= 5 * (entry + key)
     assert len(off.conditioning_cache) == off.conditioning_cache.nbytes == 0
+
+
+def test_a_long_prompt_counts_in_the_cache() -> None:
+    """It is kept as the entry's key, and can be larger than the embeddings."""
+    cache = TensorCache(10_000)
+    cache.put(("a", 8), (torch.zeros(10),))
+    assert len(cache) == 1
+    cache.put(("b" * 20_000, 8), (torch.zeros(10),))
+    assert len(cache) == 1
+    for i in range(9):
+        cache.put((str(i) * 3000, 8), (torch.zeros(10),))
+        assert cache.nbytes < 10_000
+    assert len(cache) == 3
+    cache.put(("8" * 3000, 8), (torch.zeros(10),))
+    assert len(cache) == 3
+    cache.clear()
+    assert cache.nbytes == 0
 
 
 def test_prompts_are_encoded_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

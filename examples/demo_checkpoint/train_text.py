@@ -24,7 +24,7 @@ from examples.demo_checkpoint.attributes import Attributes, describe, reword
 from examples.demo_checkpoint.muon import Muon
 from examples.demo_checkpoint.renders import Renders
 from examples.demo_checkpoint.training import Clock, learning_rate
-from mogle_rt.encoders.text_models import load_tokenizer
+from mogle_rt.encoders.tokenizers import load_tokenizer
 
 TOKENS = 48  # T5's, which is the most that a prompt may have
 WIDTH = 128  # of both encoders

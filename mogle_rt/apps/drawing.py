@@ -17,7 +17,7 @@ from mogle_rt import __version__
 from mogle_rt.apps.program import console, say
 from mogle_rt.bundle.preview import preview
 from mogle_rt.errors import InputError, OutputError
-from mogle_rt.jobs.image_files import check_suffix, save_image
+from mogle_rt.jobs.image_files import check_prompt, check_suffix, save_image
 from mogle_rt.jobs.naming import Naming, check_writable
 from mogle_rt.jobs.plan import Drawing, Existing, count_prompts, plan, shard, to_draw
 from mogle_rt.jobs.record import Job, JobRecord, digest_of, mask_names
@@ -104,6 +104,9 @@ def draw(request: Request, start: float) -> None:
                 say(
                     f"of {unknown:,} images that are there no record tells what they were drawn from; they stay as they are"
                 )
+        if request.metadata:
+            for drawing in todo:
+                check_prompt(drawing.path, drawing.prompt)
         if todo:
             if request.prompts_found and len(names) > 1 and (line := count_prompts(todo)):
                 say(line)

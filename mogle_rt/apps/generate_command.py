@@ -12,6 +12,7 @@ import typer
 from mogle_rt.apps.program import must_exist, parse_json, say, tell_details
 from mogle_rt.errors import InputError, MaskError
 
+MOST_IMAGES = 1_000_000  # of a mask; all are listed before the first is drawn
 SEEDS = 1_000_000  # random seeds are below this, so that they are short enough to type
 FACE, OUTPUT, MODEL = "What is drawn", "Files", "How it is computed"
 
@@ -88,7 +89,10 @@ def generate(
         typer.Option("--format", help="png or jpg, if --output has no suffix; default: png.", rich_help_panel=OUTPUT),
     ] = None,
     metadata: Annotated[
-        bool, typer.Option(help="Write prompt, seed and settings into the images.", rich_help_panel=OUTPUT)
+        bool,
+        typer.Option(
+            help="Write prompt, seed, settings and the mask's file name into the images.", rich_help_panel=OUTPUT
+        ),
     ] = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace existing images.", rich_help_panel=OUTPUT)
@@ -166,6 +170,8 @@ def generate(
 
     if num_images < 1 or batch_size < 1:
         raise InputError(f"--num-images and --batch-size must be 1 or more, got {num_images} and {batch_size}")
+    if num_images > MOST_IMAGES:
+        raise InputError(f"--num-images must be at most {MOST_IMAGES:,}, got {num_images:,}")
     masks: list[Path | None] = list(find_masks(mask)) if mask else [None]
     most = 2**63 - len(masks) * num_images - 1
     if seed is not None and not 0 <= seed <= most:

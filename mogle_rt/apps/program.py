@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 
-from mogle_rt.errors import ConfigError, MogleError
+from mogle_rt.errors import ConfigError, MogleError, printable
 
 console = Console(stderr=True, highlight=False, emoji=False)
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
@@ -22,6 +22,8 @@ HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 def run_app(program: typer.Typer) -> None:
     """Run a program. An error becomes one line on stderr and a non-zero exit code, never a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has it ignored
+        signal.signal(signal.SIGHUP, _terminate)  # the terminal was closed
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn  # type: ignore[assignment]
@@ -32,6 +34,10 @@ def run_app(program: typer.Typer) -> None:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except MemoryError:
         _fail("not enough memory; try a smaller size or batch")
+    except ImportError as error:
+        if "map segment" not in str(error) and "allocate memory" not in str(error):
+            raise
+        _fail(f"not enough memory to load the libraries ({error})")
     except RuntimeError as error:
         if "DefaultCPUAllocator" in str(error):
             _fail("not enough memory; try a smaller size or batch")
@@ -97,11 +103,10 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 
 def _warn(message: Warning | str, *_: object) -> None:
-    """Print a warning in one line, without its place in the code."""
-    console.print(f"warning: {' '.join(str(message).split())}", markup=False, soft_wrap=True)
+    """A warning in one line, without the place in the code."""
+    console.print(f"warning: {printable(str(message))}", markup=False, soft_wrap=True)
 
 
 def _fail(message: str) -> NoReturn:
-    line = " ".join(message.split())
-    console.print(f"error: {line}", markup=False, soft_wrap=True)
+    console.print(f"error: {printable(message)}", markup=False, soft_wrap=True)
     sys.exit(1)

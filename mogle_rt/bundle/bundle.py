@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from mogle_rt.bundle import schema, storage
+from mogle_rt.bundle.components import TABLES, component
 from mogle_rt.bundle.container import MappedFile, TensorInfo, read_chunks, read_header
 from mogle_rt.bundle.schema import check_names
 from mogle_rt.bundle.shipped import bundle_path
 from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import MAX_TEXT_TOKENS, PATCH, MogleConfig, Options, SchedulerConfig, TransformerConfig
 from mogle_rt.errors import CheckpointError, ConfigError
+from mogle_rt.values import read_json
 
 FORMAT = "mogle_rt"
 FORMAT_VERSION = 2
@@ -49,8 +51,12 @@ class BundleConfig(Options):
     text_encoder_2: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.vae, Mapping):
-            raise ConfigError(f"vae must be a configuration, got {type(self.vae).__name__}")
+        for part in TABLES:
+            values = getattr(self, part)
+            if part == "vae" or values is not None:
+                component(part, values)
+                # It names a folder of whoever made the file, which is nobody else's business.
+                object.__setattr__(self, part, {n: v for n, v in values.items() if n != "_name_or_path"})
         t, clip, t5 = self.transformer, self.text_encoder or {}, self.text_encoder_2 or {}
         for name, size, of, expected in (
             ("mogle latent_dim", self.mogle.latent_dim, "in_channels", t.in_channels),
@@ -69,7 +75,7 @@ class BundleConfig(Options):
             CheckpointError: the text is not JSON, or a configuration is not valid.
         """
         try:
-            raw = json.loads(text)
+            raw = read_json(text)
             return cls.from_mapping(
                 raw
                 | {
@@ -78,7 +84,7 @@ class BundleConfig(Options):
                     "scheduler": SchedulerConfig.from_mapping(raw["scheduler"]),
                 }
             )
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{what}: the configuration in the file is damaged: {reason}") from None
 
@@ -136,7 +142,7 @@ class Bundle(TensorSource):
     def default_text_tokens(self) -> int:
         """The default number of T5 tokens: the limit of T5's tokenizer (512 for FLUX), but at most 512."""
         try:
-            length = json.loads(self.files("tokenizer_2")["tokenizer_config.json"])["model_max_length"]
+            length = read_json(self.files("tokenizer_2")["tokenizer_config.json"])["model_max_length"]
         except (KeyError, TypeError, ValueError):
             return MAX_TEXT_TOKENS
         return min(length, MAX_TEXT_TOKENS) if isinstance(length, int) and length > 0 else MAX_TEXT_TOKENS
@@ -170,6 +176,10 @@ class Bundle(TensorSource):
 
     def _shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         return {name: self.tensors[f"{part}.{name}"].shape for name in self.names(part)}
+
+    def check_unchanged(self) -> None:
+        """Check that nobody has written to the file since it was opened: see `MappedFile.check_unchanged`."""
+        self._file.check_unchanged()
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor with this full name, as a read-only view of the file."""

@@ -163,9 +163,30 @@ class MappedFile:
     """A memory map of a file. Tensors are views of it, so nothing is read until it is used."""
 
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as f:
-            self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        self.path = path
+        self._open = path.open("rb", buffering=0)  # kept, so that the file can be asked whether it is still the same
+        self._map = mmap.mmap(self._open.fileno(), 0, access=mmap.ACCESS_READ)
+        self._state = self._now()
         self._bytes = torch.from_numpy(np.asarray(_Unprotected(np.frombuffer(self._map, dtype=np.uint8))))
+
+    def _now(self) -> tuple[int, int]:
+        state = os.fstat(self._open.fileno())
+        return state.st_size, state.st_mtime_ns
+
+    def check_unchanged(self) -> None:
+        """Check that nobody has written to the file since it was opened.
+
+        Its pages are read as they are used, so such a change gives other results without a word; and where the file was
+        cut short, the system ends the process (SIGBUS). A file that was replaced by another of the same name is no
+        change: what was opened stays as it was.
+
+        Raises:
+            CheckpointError: its size or its time is another.
+        """
+        (size, _), now = self._state, self._now()
+        if now != self._state:
+            was = f"it had {size:,} bytes and has {now[0]:,}" if now[0] != size else "its time is another"
+            raise CheckpointError(f"{self.path}: was changed while it was in use ({was}); open it again")
 
     def view(self, infos: Sequence[TensorInfo]) -> torch.Tensor | None:
         """One flat tensor over adjacent tensors of one dtype, without a copy.

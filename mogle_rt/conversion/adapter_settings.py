@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,16 @@ from typing import Any
 from mogle_rt.conversion.folders import read_json
 from mogle_rt.conversion.hub import PEFT_SETTINGS, PEFT_WEIGHTS
 from mogle_rt.errors import CheckpointError
+from mogle_rt.values import Range, quoted, real, whole
+from mogle_rt.values import read_json as parse_json
 
 FILE_NAMES = (PEFT_WEIGHTS, "pytorch_lora_weights.safetensors")
 LONGEST_PATTERN = 500  # the most characters of a regular expression that names layers
+MOST_PATTERNS = 10_000
+MOST_REPEATS = 2  # in a pattern: what it takes to match grows with the length of a name to this power
+MOST_GROUPS = 3
+MOST_REPEATING = 20  # patterns with any
+ALPHAS, RANKS = Range(-1e6, 1e6), Range(1, 1 << 14)
 
 
 def adapter_file(path: Path) -> Path:
@@ -91,9 +97,9 @@ def adapter_settings(file: Path, metadata: Mapping[str, str]) -> AdapterSettings
     if text is not None:
         where = f"{file}: its lora_adapter_metadata"
         try:
-            raw = json.loads(text)
+            raw = parse_json(text)
             values = {key.removeprefix("transformer."): value for key, value in raw.items()}
-        except (ValueError, AttributeError, RecursionError) as error:
+        except (ValueError, AttributeError) as error:
             raise CheckpointError(f"{where} is damaged: {error}") from None
         found.append(_parsed(values, where))
     beside = file.parent / PEFT_SETTINGS
@@ -111,16 +117,16 @@ def _said(settings: AdapterSettings) -> tuple[Any, ...]:
 def _parsed(values: Mapping[str, Any], where: str) -> AdapterSettings:
     kind = values.get("peft_type", "LORA")
     if kind != "LORA":
-        raise CheckpointError(f"{where}: peft_type is {kind!r}; only LORA is supported")
+        raise CheckpointError(f"{where}: peft_type is {quoted(kind)}; only LORA is supported")
     if values.get("use_dora"):
         raise CheckpointError(f"{where}: the adapter uses DoRA (use_dora); only plain LoRA is supported")
     try:
         alpha, rank = values.get("lora_alpha"), values.get("r")
         return AdapterSettings(
-            alpha=None if alpha is None else float(alpha),
-            rank=None if rank is None else _whole(rank),
-            alphas={_pattern(k): float(v) for k, v in (values.get("alpha_pattern") or {}).items()},
-            ranks={_pattern(k): _whole(v) for k, v in (values.get("rank_pattern") or {}).items()},
+            alpha=None if alpha is None else real(alpha, "lora_alpha", ALPHAS),
+            rank=None if rank is None else _rank(rank, "r"),
+            alphas={k: real(v, "an alpha", ALPHAS) for k, v in _patterns(values.get("alpha_pattern"))},
+            ranks={k: _rank(v, "a rank") for k, v in _patterns(values.get("rank_pattern"))},
             stabilised=bool(values.get("use_rslora")),
             where=where,
         )
@@ -128,17 +134,37 @@ def _parsed(values: Mapping[str, Any], where: str) -> AdapterSettings:
         raise CheckpointError(f"{where} is damaged: {error}") from None
 
 
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value:
-        raise ValueError(f"a rank must be a whole number, got {value!r}")
-    return int(value)
+def _rank(value: Any, what: str) -> int:
+    return whole(int(value) if isinstance(value, float) and value.is_integer() else value, what, RANKS)
 
 
-def _pattern(text: str) -> str:
-    if len(text) > LONGEST_PATTERN:
-        raise ValueError(f"a pattern of {len(text)} characters")
-    re.compile(text)  # compiled alone first, so that a parenthesis in it can't close the one added below
-    return re.compile(rf"(.*\.)?({text})$").pattern
+def _patterns(values: Any) -> Iterator[tuple[str, Any]]:
+    """Regular expressions that name layers, compiled as peft does, each with its value.
+
+    Raises:
+        ValueError: too many or too long, or one that could take for ever. Python's matcher tries every way of dividing a
+            name among the repeats of a pattern; with repeats inside of repeats there are exponentially many.
+    """
+    patterns = values or {}
+    if len(patterns) > MOST_PATTERNS:
+        raise ValueError(f"it has more than {MOST_PATTERNS:,} patterns")
+    repeating = 0
+    for text, value in patterns.items():
+        if len(text) > LONGEST_PATTERN:
+            raise ValueError(f"a pattern of {len(text)} characters")
+        re.compile(text)  # compiled alone first, so that a parenthesis in it can't close the one added below
+        bare = re.sub(r"\\.", "x", text)  # without escapes
+        outside = re.sub(r"\[\^?\]?[^\]]*\]", "x", bare)  # and without sets of characters
+        repeats = len(re.findall(r"[*+{?]", outside))
+        repeating += repeats > 0
+        if outside.count("(") > MOST_GROUPS:  # each can have several ways to match
+            raise ValueError(f"pattern {quoted(text)}: at most {MOST_GROUPS} groups can be in a pattern")
+        if repeats > MOST_REPEATS or repeating > MOST_REPEATING or re.search(r"\)[*+{?]", outside):
+            raise ValueError(
+                f"pattern {quoted(text)}: at most {MOST_REPEATS} repeats (*, +, ?, {{}}) of single characters can be in a "
+                f"pattern, and at most {MOST_REPEATING} patterns can have any"
+            )
+        yield re.compile(rf"(.*\.)?({text})$").pattern, value
 
 
 def _matched(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:

@@ -216,8 +216,10 @@ def _files(folder: Path) -> dict[str, SourceTensor]:
     for path in sorted(folder.iterdir()):
         if path.suffix not in TOKENIZER_SUFFIXES or not path.is_file():
             continue
+        if path.stat().st_size > TOKENIZER_FILE_LIMIT:  # before it is read; no tokenizer needs it
+            continue
         data = path.read_bytes()
-        if data and len(data) <= TOKENIZER_FILE_LIMIT:
+        if data:
             files[path.name] = HeldTensor(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     if not files:
         raise CheckpointError(f"{folder}: holds no tokenizer files (*.json, *.txt, *.model)")

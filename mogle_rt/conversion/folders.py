@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,9 @@ from mogle_rt.bundle.container import read_header
 from mogle_rt.conversion.hub import FLUX_FOLDERS
 from mogle_rt.conversion.tensors import SourceTensor, StoredTensor
 from mogle_rt.errors import CheckpointError
+from mogle_rt.values import read_json as parse_json
+
+LARGEST_JSON = 64 << 20  # bytes; an index of FLUX.1-dev has 120 kB
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -20,10 +22,12 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, can't be read or doesn't hold an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it has more than {LARGEST_JSON:,} bytes")
+        value = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, holds {type(value).__name__}")

@@ -6,6 +6,7 @@ stored layers that correspond to it then share A, and each gets its own rows of 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 from mogle_rt.bundle import schema
 from mogle_rt.bundle.container import read_header
 from mogle_rt.config import TransformerConfig
-from mogle_rt.conversion.adapter_settings import AdapterSettings, adapter_file, adapter_settings
+from mogle_rt.conversion.adapter_settings import RANKS, AdapterSettings, adapter_file, adapter_settings
 from mogle_rt.conversion.flux_names import Rows, flux_layers
 from mogle_rt.conversion.tensors import HeldTensor, SourceTensor, StoredTensor
 from mogle_rt.errors import CheckpointError
@@ -78,19 +79,19 @@ def read_adapter(path: Path, config: TransformerConfig) -> dict[str, LowRank]:
     file = adapter_file(path)
     tensors, metadata = read_header(file)
     settings = adapter_settings(file, metadata)
-    spellings = _spellings(config)
-    parts: dict[str, dict[str, Tensor]] = {}
+    spellings, shapes = _spellings(config), schema.transformer_tensors(config)
+    parts: dict[str, dict[str, StoredTensor]] = {}
     for key, info in tensors.items():
         name, kind = _layer_and_kind(key, file)
         if kind in parts.get(name, {}):
             raise CheckpointError(f"{file}: {key!r} is there twice, under two spellings of its name")
-        parts.setdefault(name, {})[kind] = StoredTensor(file, info).load()
+        parts.setdefault(name, {})[kind] = StoredTensor(file, info)
     result: dict[str, LowRank] = {}
     for name, pair in parts.items():
         rows = spellings.get(name)
         if rows is None:
             raise CheckpointError(f"{file}: unexpected LoRA of layer {name!r}")
-        for layer, branch in _branches(name, pair, rows, config, settings, file):
+        for layer, branch in _branches(name, pair, rows, config, shapes, settings, file):
             if layer in result:
                 raise CheckpointError(f"{file}: layer {layer!r} has two LoRAs, under two spellings of its name")
             result[layer] = branch
@@ -160,32 +161,41 @@ def _spellings(config: TransformerConfig) -> dict[str, Rows]:
 
 
 def _branches(
-    name: str, pair: Mapping[str, Tensor], rows: Rows, config: TransformerConfig, settings: AdapterSettings, file: Path
+    name: str,
+    pair: Mapping[str, StoredTensor],
+    rows: Rows,
+    config: TransformerConfig,
+    shapes: Mapping[str, schema.Shape],
+    settings: AdapterSettings,
+    file: Path,
 ) -> list[tuple[str, LowRank]]:
     """The branches of the layer ``name`` of the file, one for each stored layer that it corresponds to."""
     if not {"A", "B"} <= pair.keys():
         raise CheckpointError(f"{file}: layer {name!r} has only a part of its LoRA ({', '.join(pair)})")
-    down, up = pair["A"], pair["B"]
-    shapes = schema.transformer_tensors(config)
-    if down.ndim == 4 and up.ndim == 4 and down.shape[2:] == up.shape[2:] == (1, 1):  # stored as 1 x 1 convolutions
-        down, up = down[..., 0, 0], up[..., 0, 0]
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not len(down):
-        raise CheckpointError(f"{file}: LoRA of {name!r}: shapes {list(down.shape)} and {list(up.shape)} don't fit")
+    stored_down, stored_up = pair["A"].shape, pair["B"].shape
+    if len(stored_down) == 4 and len(stored_up) == 4 and stored_down[2:] == stored_up[2:] == (1, 1):
+        stored_down, stored_up = stored_down[:2], stored_up[:2]  # stored as 1 x 1 convolutions
+    if not len(stored_down) == len(stored_up) == 2 or stored_down[0] != stored_up[1] or not stored_down[0]:
+        raise CheckpointError(f"{file}: LoRA of {name!r}: shapes {list(stored_down)} and {list(stored_up)} don't fit")
+    rank, given = stored_down
     outs = [shapes[f"{layer}.weight"][0] for layer in rows.layers]
-    if up.shape[0] == 3 * config.width < sum(outs):  # XLabs adapts only q, k and v in single blocks
+    if stored_up[0] == 3 * config.width < sum(outs):  # XLabs adapts only q, k and v in single blocks
         outs, layers = outs[:3], rows.layers[:3]
     else:
         layers = rows.layers
     inner = shapes[f"{layers[0]}.weight"][1]
-    if down.shape[1] != inner or up.shape[0] != sum(outs):
+    if given != inner or stored_up[0] != sum(outs):
         raise CheckpointError(
-            f"{file}: LoRA of {name!r} goes from {down.shape[1]} to {up.shape[0]} channels, the layer from {inner} to "
+            f"{file}: LoRA of {name!r} goes from {given} to {stored_up[0]} channels, the layer from {inner} to "
             f"{sum(outs)}"
         )
-    if "alpha" in pair and pair["alpha"].numel() != 1:
+    if rank > RANKS.most:
+        raise CheckpointError(f"{file}: LoRA of {name!r} has rank {rank}; at most {RANKS.most:g} is read")
+    if "alpha" in pair and math.prod(pair["alpha"].shape) != 1:
         raise CheckpointError(f"{file}: alpha of {name!r} must be one number, has shape {list(pair['alpha'].shape)}")
-    rank = down.shape[0]
-    scale = settings.scale(name, rank, pair["alpha"].item() if "alpha" in pair else None, file)
+    # Nothing has been read so far: a header can describe more than there is memory for.
+    down, up = pair["A"].load().view(rank, inner), pair["B"].load().view(-1, rank)
+    scale = settings.scale(name, rank, pair["alpha"].load().item() if "alpha" in pair else None, file)
     up = up if scale == 1 else (up.double() * scale).to(up.dtype)
     if rows.swapped:
         up = torch.cat(up.chunk(2)[::-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Hashable
 
@@ -44,15 +45,15 @@ class TensorCache:
 
     def put(self, key: Hashable, entry: tuple[Tensor, ...]) -> None:
         """Keep an entry, unless it is larger than the whole cache."""
-        size = _nbytes(entry)
+        size = _nbytes(key, entry)
         if size > self.max_bytes:
             return
-        self.nbytes -= _nbytes(self._entries.pop(key, ()))
+        if key in self._entries:
+            self.nbytes -= _nbytes(key, self._entries.pop(key))
         self._entries[key] = entry
         self.nbytes += size
         while self.nbytes > self.max_bytes:
-            _, dropped = self._entries.popitem(last=False)
-            self.nbytes -= _nbytes(dropped)
+            self.nbytes -= _nbytes(*self._entries.popitem(last=False))
 
     def clear(self) -> None:
         """Drop every entry."""
@@ -60,5 +61,7 @@ class TensorCache:
         self.nbytes = 0
 
 
-def _nbytes(entry: tuple[Tensor, ...]) -> int:
-    return sum(t.nbytes for t in entry)
+def _nbytes(key: Hashable, entry: tuple[Tensor, ...]) -> int:
+    """What an entry takes, its key included: a key can be a long prompt, or the bytes of a mask."""
+    parts = key if isinstance(key, tuple) else (key,)
+    return sum(map(sys.getsizeof, parts)) + sum(t.nbytes for t in entry)

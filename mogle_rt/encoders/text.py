@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.encoders.streamed_text import streamed_t5
-from mogle_rt.encoders.text_models import load_text_encoder, load_tokenizer
+from mogle_rt.encoders.text_models import load_text_encoder
+from mogle_rt.encoders.tokenizers import load_tokenizer, without_panic
 from mogle_rt.errors import CheckpointError
 from mogle_rt.torch_api.settings import settled
 
@@ -63,16 +64,23 @@ class TextEncoders:
             prompt_embeds [B, T, J] and pooled_prompt_embeds [B, P].
         """
         clip_length = self.clip.config.max_position_embeddings
-        pooled = self.clip(self._tokens(self.tokenizer, "CLIP", prompts, clip_length)).pooler_output
-        sequence = self.t5(self._tokens(self.tokenizer_2, "T5", prompts, max_sequence_length))[0]
+        pooled = self.clip(self._tokens(self.tokenizer, "CLIP", prompts, clip_length, self.clip)).pooler_output
+        sequence = self.t5(self._tokens(self.tokenizer_2, "T5", prompts, max_sequence_length, self.t5))[0]
         return sequence, pooled
 
-    def _tokens(self, tokenizer: Any, name: str, prompts: list[str], length: int) -> Tensor:
+    def _tokens(self, tokenizer: Any, name: str, prompts: list[str], length: int, model: Any) -> Tensor:
         def tokenize(**options: Any) -> Any:
-            return tokenizer(prompts, return_tensors="pt", max_length=length, **options).input_ids
+            what = f"{name}'s tokenizer can't read this prompt"
+            return without_panic(lambda: tokenizer(prompts, **options).input_ids, what)
 
-        ids = tokenize(padding="max_length", truncation=True)
-        for prompt, full in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
+        ids = tokenize(return_tensors="pt", max_length=length, padding="max_length", truncation=True)
+        words = model.config.vocab_size
+        if ids.shape != (len(prompts), length) or ids.min() < 0 or ids.max() >= words:
+            raise CheckpointError(
+                f"{name}'s tokenizer gives {list(ids.shape)} numbers up to {int(ids.max())}, its encoder takes "
+                f"{[len(prompts), length]} up to {words - 1}: the bundle's parts don't fit each other"
+            )
+        for prompt, full in zip(prompts, tokenize(verbose=False), strict=True):
             if len(full) > length:
                 logger.warning(
                     "%s reads %d tokens; the prompt %r has %d and is cut", name, length, prompt[:60], len(full)

@@ -1,26 +1,26 @@
-"""Load the text encoders and tokenizers of the transformers library from a bundle."""
+"""Load the text encoders of the transformers library from a bundle."""
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from mogle_rt.bundle.schema import Shape
+from mogle_rt.bundle.components import check_layers, component
+from mogle_rt.bundle.schema import Shape, check_names
 from mogle_rt.encoders.vae import one_line_reason, tensor_shapes
-from mogle_rt.errors import CheckpointError
+from mogle_rt.errors import CheckpointError, ConfigError
 from mogle_rt.torch_api.settings import NoInitialValues
+from mogle_rt.values import quoted
 
 _LOADING = threading.RLock()
 
 
 @contextlib.contextmanager
-def _loading() -> Iterator[None]:
+def loading() -> Iterator[None]:
     """Let one thread at a time use transformers' loaders, and silence them, since the bundle has been checked already.
 
     While transformers loads a model, it replaces functions of PyTorch and of its own classes, and the default dtype,
@@ -50,21 +50,18 @@ def _text_classes(part: str) -> tuple[Any, Any]:
     return transformers.T5EncoderModel, transformers.T5Config
 
 
-def _text_config(part: str, config: Mapping[str, Any]) -> Any:
+def _text_config(part: str, config: Mapping[str, Any], tensors: int | None = None) -> Any:
     model_type = config.get("model_type")
     wanted = ("clip_text_model", "clip") if part == "text_encoder" else ("t5",)
     if model_type not in wanted:
-        raise CheckpointError(f"{part}: model_type must be {wanted[0]!r}, got {model_type!r}")
-    return _text_classes(part)[1].from_dict(_harmless(config))
-
-
-def _harmless(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Drop the entries that name code, because transformers fetches attention and quantisation kernels from the hub."""
-    return {
-        name: _harmless(value) if isinstance(value, Mapping) else value
-        for name, value in config.items()
-        if "implementation" not in name and name not in ("quantization_config", "auto_map")
-    }
+        raise CheckpointError(f"{part}: model_type must be {wanted[0]!r}, got {quoted(model_type)}")
+    try:
+        known = component(part, config)
+        if tensors is not None:
+            check_layers(part, known, tensors)
+        return _text_classes(part)[1].from_dict(known)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def text_encoder_shapes(part: str, config: Mapping[str, Any], found: Mapping[str, object]) -> dict[str, Shape]:
@@ -77,8 +74,8 @@ def text_encoder_shapes(part: str, config: Mapping[str, Any], found: Mapping[str
         CheckpointError: the configuration does not describe such an encoder.
     """
     try:
-        with _loading(), torch.device("meta"), NoInitialValues():
-            model = _text_classes(part)[0](_text_config(part, config))
+        with loading(), torch.device("meta"), NoInitialValues():
+            model = _text_classes(part)[0](_text_config(part, config, len(found)))
     except CheckpointError:
         raise
     except Exception as error:  # transformers passes on any error of its checks and layers
@@ -98,13 +95,19 @@ def load_text_encoder(part: str, config: Mapping[str, Any], tensors: Mapping[str
         CheckpointError: the configuration is not valid, or the tensors don't match it.
     """
 
+    expected = text_encoder_shapes(part, config, tensors)
+    check_names({name: tuple(t.shape) for name, t in tensors.items()}, expected, part)
     model_class, _ = _text_classes(part)
     dtype = next(iter(tensors.values())).dtype
     try:
         # All weights come from the file. Drawing random ones first would take time, and import PyTorch's compiler.
-        with _loading(), NoInitialValues():
+        with loading(), NoInitialValues():
             model, report = model_class.from_pretrained(
-                None, config=_text_config(part, config), state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+                None,
+                config=_text_config(part, config, len(tensors)),
+                state_dict=dict(tensors),
+                dtype=dtype,
+                output_loading_info=True,
             )
     except CheckpointError:
         raise
@@ -124,7 +127,7 @@ def empty_t5(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """
     model_class, _ = _text_classes("text_encoder_2")
     try:
-        with _loading(), torch.device("meta"), NoInitialValues():
+        with loading(), torch.device("meta"), NoInitialValues():
             model = model_class(_text_config("text_encoder_2", config)).to(dtype)
     except CheckpointError:
         raise
@@ -137,24 +140,3 @@ def empty_t5(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
             if name.rpartition(".")[2] in (model_class._keep_in_fp32_modules or ()):
                 module.to(torch.float32)
     return model.eval().requires_grad_(False)
-
-
-def load_tokenizer(part: str, files: Mapping[str, bytes]) -> Any:
-    """Load CLIP's tokenizer (``tokenizer``) or T5's (``tokenizer_2``) from its files.
-
-    Raises:
-        CheckpointError: the files are not those of such a tokenizer.
-    """
-    from transformers import CLIPTokenizer, T5Tokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for name, data in files.items():
-                (Path(folder) / Path(name).name).write_bytes(data)
-            with _loading():
-                tokenizer = (CLIPTokenizer if part == "tokenizer" else T5Tokenizer).from_pretrained(folder)
-        except Exception as error:  # transformers passes on any error of its parsers
-            raise CheckpointError(f"{part}: its files can't be read: {one_line_reason(error)}") from None
-    if not isinstance(tokenizer.model_max_length, (int, float)):  # transformers accepts any value
-        raise CheckpointError(f"{part}: model_max_length must be a number, got {tokenizer.model_max_length!r}")
-    return tokenizer

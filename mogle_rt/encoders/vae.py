@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mogle_rt.bundle.components import component
 from mogle_rt.bundle.schema import Shape, check_names
 from mogle_rt.config import VAE_SCALE
 from mogle_rt.encoders.group_norm import exact_norms
-from mogle_rt.errors import CheckpointError
+from mogle_rt.errors import CheckpointError, ConfigError, printable
 from mogle_rt.torch_api.settings import NoInitialValues
 
 ENCODE_PIXELS = 512 * 512  # the most pixels encoded at once; this limits the VAE's memory and doesn't change results
@@ -42,15 +42,13 @@ def autoencoder(config: Mapping[str, Any]) -> Any:
 
     try:
         with torch.device("meta"), NoInitialValues():
-            vae = AutoencoderKL.from_config(dict(config))
+            vae = AutoencoderKL.from_config(component("vae", config))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
     except Exception as error:  # diffusers passes on any error of its layers
         raise CheckpointError(f"vae: not a valid AutoencoderKL configuration: {one_line_reason(error)}") from None
     if len(vae.config.block_out_channels) != 4:
         raise CheckpointError(f"vae: must scale by 8 (four blocks), has {len(vae.config.block_out_channels)} blocks")
-    for name in ("scaling_factor", "shift_factor"):
-        value = vae.config[name]
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise CheckpointError(f"vae: {name} must be a number, got {value!r}")
     return vae
 
 
@@ -64,8 +62,8 @@ def vae_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if upcast else dtype
 
 
-def one_line_reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def one_line_reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {printable(str(error)[:600])}"
 
 
 def tensor_shapes(module: torch.nn.Module) -> dict[str, Shape]:

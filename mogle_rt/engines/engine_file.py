@@ -10,14 +10,17 @@ import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mogle_rt.bundle.files import atomic_write
-from mogle_rt.errors import CheckpointError
+from mogle_rt.config import DTYPE_NAMES
+from mogle_rt.errors import CheckpointError, ConfigError
+from mogle_rt.values import Count, OneOf, Range, Sha256, parsed, read_json
 
 MAGIC = b"MOGLETRT"
 FORMAT_VERSION = 1
 MAX_HEADER = 1 << 20
+Shape = tuple[Annotated[int, Range(1, 2**31)], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +37,16 @@ class EngineHeader:
         weight_streaming, refittable: the options that the engine was built with.
     """
 
-    format_version: int = FORMAT_VERSION
+    format_version: Count = FORMAT_VERSION
     runtime: str
     runtime_version: str
     target: str
     graph: str
-    dtype: str
-    bundle_sha256: str
-    graph_sha256: str
-    profile: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-    plan_bytes: int
+    dtype: Annotated[str, OneOf(*DTYPE_NAMES)]
+    bundle_sha256: Sha256
+    graph_sha256: Sha256
+    profile: Mapping[str, tuple[Shape, Shape, Shape]]
+    plan_bytes: Count
     weight_streaming: bool = False
     refittable: bool = False
 
@@ -86,18 +89,16 @@ def read_engine(path: Path) -> tuple[EngineHeader, int]:
     if not start.startswith(MAGIC) or length > MAX_HEADER:
         raise CheckpointError(f"{path}: not an engine file of mogle_rt")
     try:
-        raw = json.loads(text)
+        raw = read_json(text)
     except ValueError:
         raise CheckpointError(f"{path}: damaged engine file: its header is not JSON") from None
     if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(f"{path}: engine file of another version; build it again")
     try:
-        profile = {name: tuple(tuple(shape) for shape in shapes) for name, shapes in raw["profile"].items()}
-        header = EngineHeader(**raw | {"profile": profile})
-        if not isinstance(header.plan_bytes, int):
-            raise TypeError(f"plan_bytes must be a number, got {header.plan_bytes!r}")
-    except (TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: damaged engine file: {type(error).__name__}: {error}") from None
+        header = parsed(EngineHeader, raw, "header")
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: damaged engine file: {error}") from None
+    assert isinstance(header, EngineHeader)
     begin = len(MAGIC) + 8 + length
     if size != begin + header.plan_bytes:
         raise CheckpointError(f"{path}: cut short: {size} bytes where {begin + header.plan_bytes} are needed")

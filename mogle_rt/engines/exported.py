@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import DTYPE_NAMES, ModelConfig
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.engines.manifest import GraphSpec, Manifest, manifest_path
-from mogle_rt.engines.onnxruntime_import import import_onnxruntime
+from mogle_rt.engines.onnxruntime_import import PROVIDERS, SILENT, first_line, load_onnxruntime, provider
 from mogle_rt.errors import CheckpointError, ConfigError, DeviceError
 from mogle_rt.loop.schedule import Schedule
 
@@ -26,8 +25,14 @@ TYPES = {
     "INT64": torch.int64,
     "UINT8": torch.uint8,
 }
+ORT_TYPES = {
+    "FLOAT": "tensor(float)",
+    "FLOAT16": "tensor(float16)",
+    "BFLOAT16": "tensor(bfloat16)",
+    "INT64": "tensor(int64)",
+    "UINT8": "tensor(uint8)",
+}
 ONNX_NUMBERS = {torch.float32: 1, torch.uint8: 2, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 PREPACK_BYTES = 1 << 30  # weights up to this size are rearranged for speed; larger ones stay mapped from their file
 KEPT = "experts"  # this graph has only a few megabytes, so its session is kept on a GPU too
 # The classes of onnxruntime's errors that concern the graph and not the machine.
@@ -46,12 +51,6 @@ HEAVY = frozenset(
         "Softmax",
     )
 )
-# A model with a single Identity node. It shows whether a provider works before gigabytes are read for it.
-PROBE = (
-    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
-    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x12"
-)
-SILENT, WARNINGS = 4, 2  # log severities of onnxruntime; the second is its default
 NO_ATTENTION = -1e4  # log(condition_scale) for 0: its exponential is 0 in every dtype
 
 
@@ -72,15 +71,16 @@ class ExportedGraphs:
         self.manifest = Manifest.read(path)
         self.folder = manifest_path(path).parent
         self.manifest.check_files(self.folder)
-        if bundle.content_hash not in (self.manifest.bundle["sha256"], self.manifest.weights.sha256):
-            raise CheckpointError(
-                f"{self.folder}: was exported from another bundle ({self.manifest.bundle['name']}) than {bundle.path}"
-            )
-        if dict(self.manifest.model_config) != model.to_dict():
-            other = [n for n, value in model.to_dict().items() if self.manifest.model_config.get(n) != value]
+        self.manifest.check_graphs(bundle.config, self.folder)
+        of = self.manifest.bundle
+        if not bundle.content_hash or bundle.content_hash not in (of.sha256, self.manifest.weights.sha256):
+            raise CheckpointError(f"{self.folder}: was exported from another bundle ({of.name}) than {bundle.path}")
+        exported = self.manifest.model_config
+        if exported != model:
+            other = next(n for n, value in model.to_dict().items() if getattr(exported, n) != value)
             raise ConfigError(
-                f"{self.folder}: was exported with {other[0]} = {self.manifest.model_config.get(other[0])}, but "
-                f"{getattr(model, other[0])} is asked for; export with --model-config, or pass the same model_config"
+                f"{self.folder}: was exported with {other} = {getattr(exported, other)}, but "
+                f"{getattr(model, other)} is asked for; export with --model-config, or pass the same model_config"
             )
         if manifest_dtype(self.manifest) != dtype:
             raise ConfigError(
@@ -100,77 +100,10 @@ class ExportedGraphs:
 
 
 def manifest_dtype(manifest: Manifest) -> torch.dtype:
-    """The dtype in which the graphs compute.
-
-    Raises:
-        CheckpointError: the manifest names an unknown dtype.
-    """
-    name = DTYPE_NAMES.get(manifest.dtype)
-    if name is None:
-        raise CheckpointError(f"damaged manifest: dtype {manifest.dtype!r}")
-    dtype = getattr(torch, name)
+    """The dtype in which the graphs compute."""
+    dtype = getattr(torch, DTYPE_NAMES[manifest.dtype])
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def load_onnxruntime(device: torch.device, dtype: torch.dtype) -> Any:
-    """The module onnxruntime, after checking that it can run graphs of this dtype on this device.
-
-    Raises:
-        DeviceError: onnxruntime is not installed, or can't run such graphs there.
-    """
-    try:
-        onnxruntime = import_onnxruntime()
-    except ImportError as error:
-        raise DeviceError(
-            f"engine onnxruntime needs the package onnxruntime ({error}): pip install 'mogle-rt[export]'"
-        ) from None
-    provider = PROVIDERS.get(device.type)
-    if provider is None:
-        raise DeviceError(f"engine onnxruntime runs on cpu or cuda, not on {device.type}")
-    available = onnxruntime.get_available_providers()
-    if provider not in available:
-        raise DeviceError(
-            f"this onnxruntime has no {provider} (it has {', '.join(available)}); "
-            f"install onnxruntime-gpu, or use device cpu"
-        )
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        raise DeviceError("onnxruntime's CPU kernels don't support bf16; export with --dtype fp32, or use cuda")
-    if device.type == "cuda":
-        _probe(onnxruntime, device)
-    return onnxruntime
-
-
-def _provider(device: torch.device) -> Any:
-    """The provider for a device, with its options. TF32 is off, so that float32 means float32."""
-    name = PROVIDERS[device.type]
-    return (name, {"device_id": str(device.index or 0), "use_tf32": "0"}) if device.type == "cuda" else name
-
-
-@cache
-def _probe(ort: Any, device: torch.device) -> None:
-    """Check that onnxruntime really uses the provider that was asked for.
-
-    Where the provider's libraries or driver are missing, onnxruntime falls back to the CPU and only logs the reason.
-
-    Raises:
-        DeviceError: onnxruntime falls back to another provider on this machine.
-    """
-    # The error below already says what is wrong, so onnxruntime should not log it as well. Missing libraries are logged
-    # by the logger of the whole process, so for a moment the sessions of other threads log nothing either.
-    ort.set_default_logger_severity(SILENT)
-    try:
-        session = ort.InferenceSession(PROBE, providers=[_provider(device)], enable_fallback=0)
-        got, reason = session.get_providers()[0], "its libraries or driver are missing"
-    except Exception as error:  # onnxruntime has its own classes for each kind
-        got, reason = "nothing", _first_line(error)
-    finally:
-        ort.set_default_logger_severity(WARNINGS)
-    if got != PROVIDERS[device.type]:
-        raise DeviceError(
-            f"onnxruntime fell back from {PROVIDERS[device.type]} to {got} on {device}: {reason}; "
-            f"fix that, or use device cpu"
-        )
 
 
 class Session:
@@ -200,14 +133,34 @@ class Session:
             options.add_session_config_entry("session.disable_prepacking", "1")
         path = folder / graph.file
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=[_provider(device)], enable_fallback=0)
+            self.session = ort.InferenceSession(str(path), options, providers=[provider(device)], enable_fallback=0)
         except Exception as error:  # onnxruntime has its own classes for each kind
-            reason = _first_line(error)
+            reason = first_line(error)
             if type(error).__name__ in REFUSALS or "Load model from" in reason:
                 raise CheckpointError(f"{path}: onnxruntime refuses it: {reason}") from None
             raise DeviceError(f"{path}: onnxruntime can't load it on {device}: {reason}") from None
+        self._check_tensors(path)
         if device.type == "cuda":
             self._check_assignment(path)
+
+    def _check_tensors(self, path: Path) -> None:
+        """The graph has the inputs and outputs that the manifest says.
+
+        Raises:
+            CheckpointError: names the first that differs.
+        """
+        for said, got in (
+            (self.graph.inputs, self.session.get_inputs()),
+            (self.graph.outputs, self.session.get_outputs()),
+        ):
+            expected = [(t.name, ORT_TYPES[t.dtype], list(t.shape)) for t in said]
+            has = [(v.name, v.type, list(v.shape)) for v in got]
+            if has != expected:
+                differs = next((a for a, b in zip(has, expected, strict=False) if a != b), (has or expected)[-1])
+                raise CheckpointError(
+                    f"{path}: is not the graph that the manifest describes: {differs[0]!r} of {differs[1]} and shape "
+                    f"{differs[2]}; export again"
+                )
 
     def _check_assignment(self, path: Path) -> None:
         """Check that no heavy node was assigned to the CPU."""
@@ -260,7 +213,7 @@ class Session:
             self.session.run_with_iobinding(binding)
             binding.synchronize_outputs()
         except Exception as error:  # onnxruntime has its own classes for each kind
-            raise DeviceError(f"{self.graph.file}: onnxruntime failed: {_first_line(error)}") from None
+            raise DeviceError(f"{self.graph.file}: onnxruntime failed: {first_line(error)}") from None
 
     def __call__(self, inputs: Mapping[str, Tensor], **axes: int) -> dict[str, Tensor]:
         """Run the graph once. Inputs may be on any device; the results are new tensors on the session's device."""
@@ -268,10 +221,6 @@ class Session:
         results = self.outputs(**axes)
         self.run(self.binding(placed, results))
         return results
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 class StepPreparation:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mogle_rt.engines.contract import Conditions
-from mogle_rt.engines.exported import TYPES, ExportedGraphs, Session, StepPreparation, load_onnxruntime, manifest_dtype
+from mogle_rt.engines.exported import TYPES, ExportedGraphs, Session, StepPreparation, manifest_dtype
+from mogle_rt.engines.onnxruntime_import import load_onnxruntime
 from mogle_rt.engines.velocity import VelocityLoop
 from mogle_rt.loop.schedule import Schedule
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.engines.engine_file import EngineHeader, read_engine
-from mogle_rt.engines.exported import ExportedGraphs, StepPreparation, load_onnxruntime, manifest_dtype, run_axes
+from mogle_rt.engines.exported import ExportedGraphs, StepPreparation, manifest_dtype, run_axes
 from mogle_rt.engines.manifest import GraphSpec
+from mogle_rt.engines.onnxruntime_import import load_onnxruntime
 from mogle_rt.engines.velocity import VelocityLoop
 from mogle_rt.errors import CheckpointError, DeviceError, InputError, MogleError
 from mogle_rt.loop.schedule import Schedule
@@ -150,13 +151,13 @@ class TensorRTEngine(VelocityLoop):
         Raises:
             CheckpointError, DeviceError: no engine fits.
         """
-        found = [e for e in self.exported.manifest.engines if e.header.get("runtime") == self.package.name]
+        found = [e for e in self.exported.manifest.engines if e.header.runtime == self.package.name]
         if not found:
             raise CheckpointError(
                 f"{self.exported.folder}: holds no {self.package.name} engine; build one: "
-                f"python -m mogle_rt.export {self.exported.manifest.bundle['name']} --format {self.package.name}"
+                f"python -m mogle_rt.export {self.exported.manifest.bundle.name} --format {self.package.name}"
             )
-        targets = " or ".join(sorted({str(e.header.get("target")) for e in found}))
+        targets = " or ".join(sorted({e.header.target for e in found}))
         first = self.exported.folder / found[0].file
         if self.device.type != "cuda":
             raise DeviceError(
@@ -164,7 +165,7 @@ class TensorRTEngine(VelocityLoop):
                 f"not on {self.device.type}; use engine torch or onnxruntime here"
             )
         have = ".".join(map(str, torch.cuda.get_device_capability(self.device)))
-        found = [e for e in found if e.header.get("target") == have]
+        found = [e for e in found if e.header.target == have]
         if not found:
             raise DeviceError(
                 f"{first}: was built for compute capability {targets}, but {torch.cuda.get_device_name(self.device)} "
@@ -185,7 +186,7 @@ class TensorRTEngine(VelocityLoop):
     def _check(self, path: Path, version: str) -> EngineHeader:
         """Read the header of an engine, and check that the engine fits the export and the package."""
         header, _ = read_engine(path)
-        if not header.fits(self.exported.manifest.bundle["sha256"], self.exported.graph(header.graph).sha256):
+        if not header.fits(self.exported.manifest.bundle.sha256, self.exported.graph(header.graph).sha256):
             raise CheckpointError(f"{path}: was built from another export of the graph; build it again")
         if header.runtime_version != version:
             raise DeviceError(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 from mogle_rt.errors import InputError
+from mogle_rt.values import read_json
 
 
 def prompts_of(
@@ -86,8 +86,8 @@ def _entries(path: Path) -> dict[str, object]:
     if not path.is_file():
         return {}
     try:
-        entries = json.loads(path.read_text("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
+        entries = read_json(path.read_text("utf-8-sig"))
+    except ValueError as error:
         raise InputError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(entries, dict):
         raise InputError(f"{path}: must hold a JSON object of captions by file name, holds {type(entries).__name__}")

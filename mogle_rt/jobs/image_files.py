@@ -17,6 +17,7 @@ from mogle_rt.errors import OutputError
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 JPEG_XMP_LIMIT = 65_504  # bytes: a JPEG segment's 65,533, less the XMP namespace at its start
+ROOM_FOR_OTHERS = 4096  # bytes for all settings but the prompt
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
 
@@ -32,6 +33,17 @@ def check_suffix(path: Path) -> str:
         raise OutputError(
             f"{path}: images are written as {', '.join(SUFFIXES)}, not {path.suffix or 'no suffix'!r}"
         ) from None
+
+
+def check_prompt(path: Path, prompt: str) -> None:
+    """Check that a JPEG can hold the prompt, before the image is drawn; a PNG holds any.
+
+    Raises:
+        OutputError: it can't.
+    """
+    size = len(xmp({"prompt": prompt})) + ROOM_FOR_OTHERS
+    if check_suffix(path) == "JPEG" and size > JPEG_XMP_LIMIT:
+        raise OutputError(f"{path}: a JPEG can't hold settings of {size} bytes; write a PNG, or no metadata")
 
 
 def xmp(settings: Mapping[str, Any] | None) -> bytes:

@@ -20,8 +20,10 @@ from typing import Any, Self
 from mogle_rt.errors import OutputError
 from mogle_rt.jobs.claims import Claims
 from mogle_rt.jobs.plan import Drawing
+from mogle_rt.values import Range, parsed, read_json, whole
 
 NAME = "mogle-rt-jobs.jsonl"
+SEEDS = Range(0, 2**63 - 1)
 Settings = Mapping[str, Any]
 
 
@@ -226,25 +228,28 @@ class JobRecord:
     def _read(self, content: bytes) -> None:
         for number, text in enumerate(content.splitlines(), 1):
             try:
-                line = json.loads(text)
+                line = read_json(text)
             except ValueError:  # a process could not finish it
                 continue
             try:
                 self._take(line)
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            except (ValueError, KeyError, TypeError, IndexError):
                 raise OutputError(
                     f"{self.path}: line {number} is not of a record of jobs; remove the file, or choose another folder"
                 ) from None
 
     def _take(self, line: Any) -> None:
         if "settings" in line:
-            self.jobs.append(Job(dict(line["settings"]), int(line["seed"]), list(line["masks"]), len(self.jobs)))
-        elif "more_masks" in line:
-            self.jobs[line["job"]].masks += list(line["more_masks"])
+            settings = parsed(Mapping[str, Any], line["settings"], "settings")
+            masks = list(parsed(tuple[str, ...], line["masks"], "masks"))
+            self.jobs.append(Job(dict(settings), whole(line["seed"], "seed", SEEDS), masks, len(self.jobs)))
+            return
+        job = whole(line["job"], "job", Range(0, len(self.jobs) - 1))
+        if "more_masks" in line:
+            self.jobs[job].masks += parsed(tuple[str, ...], line["more_masks"], "more_masks")
         else:
             fact = {key: line[key] for key in ("job", "seed", "mask", "prompt")}
-            _ = self.jobs[fact["job"]]
-            self._images[line["image"]] = fact
+            self._images[parsed(str, line["image"], "image")] = fact
 
 
 def mask_names(masks: Sequence[Path | None]) -> list[str]:

@@ -27,6 +27,9 @@ EVEN = 3
 """The largest difference between neighbouring pixels, in each channel, within a patch of one colour."""
 OVERSHOOT = 0.35
 """How far sharpening and ringing go beyond the two colours at a border, as a fraction of their difference."""
+MOST_COMPARED = 16_000_000
+"""Colours of a picture that are compared with mixtures of two classes, each pair counted by itself. A large mask of few
+regions takes a million. A picture that is all borders of all classes would take hundreds of millions, and minutes."""
 TILE = 1024
 HALO = 48
 """Larger than the distance that a decision depends on, which is the sum of: a detail within BORDER, its 9 x 9 square
@@ -42,6 +45,31 @@ class _Foreign(NamedTuple):
     x: int
     nearest: int
     distance: float
+
+
+class _Mixtures:
+    """Compares colours with mixtures of two classes, up to `MOST_COMPARED` of them in a picture.
+
+    Args:
+        what: names the picture.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what, self._left = what, MOST_COMPARED
+
+    def distance(self, colours: NDArray[np.uint8], a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """Distances of colours [n, 3] from the nearest mixture of two colours, [n].
+
+        Raises:
+            MaskError: the picture has more borders than any mask.
+        """
+        self._left -= len(colours)
+        if self._left < 0:
+            raise MaskError(
+                f"{self._what}: too many of its colours lie between those of two classes; save the mask without "
+                "smoothing, or smaller"
+            )
+        return _from_mixture(colours, a, b)
 
 
 def distances(colours: NDArray[Any], palette: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -84,7 +112,7 @@ def settle(
     """
     height, width = labels.shape
     known = np.unique(labels[sure]).tolist()
-    settled = labels.copy()
+    settled, mixtures = labels.copy(), _Mixtures(what)
     for top in range(0, height, TILE):
         foreign: list[_Foreign] = []
         for left in range(0, width, TILE):
@@ -93,7 +121,7 @@ def settle(
             if sure[around].all() and labels[around].min() == labels[around].max():
                 continue
             inner = np.s_[top - y0 : top - y0 + TILE, left - x0 : left - x0 + TILE]
-            tile, wrong = _settle_tile(labels[around], sure[around], picture[around], palette, known, inner)
+            tile, wrong = _settle_tile(labels[around], sure[around], picture[around], palette, known, inner, mixtures)
             settled[top : top + TILE, left : left + TILE] = tile[inner]
             if wrong is not None:
                 foreign.append(wrong._replace(y=wrong.y + y0, x=wrong.x + x0))
@@ -114,6 +142,7 @@ def _settle_tile(
     palette: NDArray[np.uint8],
     known: list[int],
     inner: tuple[slice, slice],
+    mixtures: _Mixtures,
 ) -> tuple[Labels, _Foreign | None]:
     """Process one tile with its halo: return its labels, and the first pixel within ``inner`` that can't be decided."""
     bits = np.where(sure, np.uint32(1) << labels.astype(np.uint32), np.uint32(0))
@@ -125,7 +154,7 @@ def _settle_tile(
     thin = ~unsure & ~_has(choice, own)
     for a, b in itertools.combinations(_members(choice[thin], known), 2):
         between = np.flatnonzero(thin & _has(choice, a) & _has(choice, b))
-        thin[between] = _from_mixture(colours[between], palette[a], palette[b]) > 2 * TOLERANCE
+        thin[between] = mixtures.distance(colours[between], palette[a], palette[b]) > 2 * TOLERANCE
     if thin.any():
         details = np.zeros_like(bits)
         details[rows[thin], columns[thin]] = np.uint32(1) << own[thin].astype(np.uint32)
@@ -137,11 +166,11 @@ def _settle_tile(
         for b in known:
             if a != b:
                 beside = np.flatnonzero(foreign & _has(around, a))
-                foreign[beside] = _from_mixture(colours[beside], palette[a], palette[b]) > 2 * TOLERANCE
+                foreign[beside] = mixtures.distance(colours[beside], palette[a], palette[b]) > 2 * TOLERANCE
     odd = unsure & ~foreign  # find patches of one colour that is no blend of the classes near them
     for a, b in itertools.combinations(_members(around[odd], known), 2):
         between = np.flatnonzero(odd & _has(around, a) & _has(around, b))
-        odd[between] = _from_mixture(colours[between], palette[a], palette[b]) > TOLERANCE
+        odd[between] = mixtures.distance(colours[between], palette[a], palette[b]) > TOLERANCE
     if odd.any():
         strange = np.zeros_like(sure)
         strange[rows[odd], columns[odd]] = True

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mogle_rt.errors import MaskError
+from mogle_rt.errors import MaskError, printable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """The formats that are read. Pillow reads many more, some of them by starting other programs."""
@@ -139,6 +139,5 @@ def load_array(path: Path) -> NDArray[Any]:
 
 
 def one_line(error: object) -> str:
-    """A message on one line of printable characters, cut after 200."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:200]
+    """A message on one line, of printable characters, cut where it is long."""
+    return printable(str(error)[:400] or type(error).__name__)[:200]

@@ -478,6 +478,17 @@ def test_settings_too_long_for_a_jpeg(tmp_path: Path) -> None:
     assert (tmp_path / "more.png").exists()
 
 
+def test_a_prompt_that_no_jpeg_holds_is_told_before_anything_is_drawn(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mogle_rt.pipeline, "Pipeline", lambda *_, **__: pytest.fail("it is loaded"))
+    result = run("generate", tiny_bundle, "-p", "x" * 70_000, "-o", tmp_path / "face.jpg", *QUICK)
+    assert result.code == 1
+    assert "a JPEG can't hold settings of" in result.err
+    result = run("generate", tiny_bundle, "-n", 10**12, "-o", tmp_path, *QUICK)
+    assert "--num-images must be at most 1,000,000, got 1,000,000,000,000" in result.err
+
+
 # Usage
 
 

@@ -26,7 +26,7 @@ from mogle_rt.apps.cli import app
 from mogle_rt.bundle import shipped as demo
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import ModelConfig
-from mogle_rt.encoders.text_models import load_tokenizer
+from mogle_rt.encoders.tokenizers import load_tokenizer
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.engines.torch_engine import TorchEngine
 from mogle_rt.errors import InputError

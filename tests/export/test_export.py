@@ -26,7 +26,7 @@ from mogle_rt.config import NUM_CLASSES, ModelConfig, MogleConfig
 from mogle_rt.cost.job import FLUX_BUNDLE
 from mogle_rt.encoders.vae import autoencoder, tensor_shapes
 from mogle_rt.engines.exported import ExportedGraphs, Session, StepPreparation
-from mogle_rt.engines.manifest import Manifest
+from mogle_rt.engines.manifest import BundleSpec, Manifest
 from mogle_rt.engines.onnx_engine import OnnxEngine
 from mogle_rt.engines.onnxruntime_import import import_onnxruntime
 from mogle_rt.engines.torch_engine import TorchEngine
@@ -389,7 +389,7 @@ def test_manifest_describes_the_graphs(tiny_bundle: Path, tmp_path: Path) -> Non
     assert manifest.schedule["scheduler"]["base_shift"] == 0.5
     assert [c["index"] for c in manifest.classes] == list(range(NUM_CLASSES))
     assert manifest.classes[1] == {"index": 1, "name": "skin", "color": [204, 0, 0]}
-    assert manifest.bundle == {"name": tiny_bundle.name, "sha256": Bundle(tiny_bundle).content_hash}
+    assert manifest.bundle == BundleSpec(name=tiny_bundle.name, sha256=Bundle(tiny_bundle).content_hash)
 
 
 def test_manifest_is_json_for_all(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -27,12 +29,12 @@ from mogle_rt.apps import program
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import ModelConfig
 from mogle_rt.engines.engine_file import EngineHeader, read_engine, write_engine
-from mogle_rt.engines.exported import ExportedGraphs, Session
+from mogle_rt.engines.exported import ORT_TYPES, ExportedGraphs, Session
 from mogle_rt.engines.manifest import EngineSpec, Manifest
 from mogle_rt.engines.tensorrt_engine import PACKAGES, Loaded, TensorRTEngine, check_profile
 from mogle_rt.export import exporter
 from mogle_rt.export.__main__ import app
-from mogle_rt.export.exporter import export
+from mogle_rt.export.exporter import export, tensor_spec
 from mogle_rt.export.tensorrt import Profile, Size
 from tests.apps.test_cli import QUICK, Result
 from tests.apps.test_cli import run as run_cli
@@ -373,13 +375,83 @@ def test_tampered_graph(exported: Path) -> None:
         (b"\xff{", "can't be read as a manifest"),
         (b"[]", "not the manifest of a mogle_rt export"),
         (b'{"format": "mogle_rt export", "format_version": 99}', "manifest version 99; this version reads 1"),
-        (b'{"format": "mogle_rt export", "format_version": 1}', "damaged manifest: KeyError"),
+        (b'{"format": "mogle_rt export", "format_version": 1}', "damaged manifest: manifest has no entry 'software'"),
     ],
 )
 def test_damaged_manifest(content: bytes, message: str, exported: Path) -> None:
     (exported / "manifest.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         graphs_of(exported)
+
+
+def changed(folder: Path, *way: str | int, to: object) -> None:
+    """Put a value into the manifest, at the end of a way of names and numbers."""
+    raw = json.loads((folder / "manifest.json").read_text())
+    place = raw
+    for step in way[:-1]:
+        place = place[step]
+    place[way[-1]] = to
+    (folder / "manifest.json").write_text(json.dumps(raw))
+
+
+LIES: dict[str, tuple[tuple[str | int, ...], object, str]] = {
+    "a number for a text": (("graphs", "step", "file"), 5, "manifest.graphs.step.file must be a text, got 5"),
+    "null for a number": (("weights", "bytes"), None, "manifest.weights.bytes must be a whole number, got None"),
+    "negative": (("weights", "bytes"), -1, "manifest.weights.bytes must be from 0 to .*, got -1"),
+    "huge": (("opset",), 10**400, "manifest.opset must be from 1 to 100, got a number of more than 80 digits"),
+    "a list for an object": (("graphs",), [], "manifest.graphs must be an object"),
+    "another dtype": (("dtype",), "int4", "manifest.dtype must be one of fp32, fp16, bf16, got 'int4'"),
+    "an absolute path": (("weights", "file"), "/etc/passwd", "must be the name of a file in the same folder"),
+    "a path out": (("graphs", "step", "file"), "../step.onnx", "must be the name of a file in the same folder"),
+    "a path on Windows": (("graphs", "step", "file"), "C:\\step.onnx", "must be the name of a file in the same folder"),
+    "no hash": (("graphs", "step", "sha256"), "0" * 63, "must be a SHA-256"),
+    "an unknown axis": (("graphs", "step", "inputs", 0, "shape", 0), "rows", "shape.0. must be a whole number"),
+    "another switch": (("model_config", "union_cond_attn"), 1, "union_cond_attn must be true or false"),
+    "an unknown entry": (("weights", "url"), "x", "manifest.weights has the unknown entry 'url'"),
+    "another input": (("graphs", "step", "inputs", 0, "name"), "__class__", "no input '__class__'"),
+    "an input twice": (("graphs", "step", "inputs", 0, "name"), "bank", "no input 'bank'"),
+    "another size": (("graphs", "experts", "outputs", 0, "shape", 3), 2**30, r"no output 'bank' of FLOAT and shape"),
+    "another type": (("graphs", "experts", "outputs", 0, "dtype"), "INT64", "no output 'bank' of INT64"),
+    "no outputs": (("graphs", "step", "outputs"), [], "graph 'step' lacks the output 'velocity'"),
+    "an unknown graph": (("graphs", "x\x1b[31m"), {"file": "step.onnx"}, "manifest.graphs.'x.*x1b.31m' has no entry"),
+    "an escape in a text": (("dtype",), "\x1b]0;owned\x07\n", r"got '\\x1b\]0;owned\\x07\\n'"),
+    "a long text": (("dtype",), "x" * 10**6, "got 'x{70,80}…$"),
+    "an engine": (("engines",), [{"file": "a", "graph": "step", "header": {}}], "header has no entry 'runtime'"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_lies_in_the_manifest(name: str, exported: Path) -> None:
+    """Each is one line, and nothing is allocated or opened by it."""
+    way, value, message = LIES[name]
+    changed(exported, *way, to=value)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        graphs_of(exported)
+    assert str(caught.value).isprintable()
+
+
+def test_a_link_out_of_the_folder(exported: Path, tmp_path: Path) -> None:
+    """A graph that is a link to another folder's file is refused, as every loader refuses it."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (exported / "step.onnx").rename(elsewhere / "step.onnx")
+    (exported / "step.onnx").symlink_to(elsewhere / "step.onnx")
+    with pytest.raises(CheckpointError, match=r"step\.onnx: is a link to another folder"):
+        graphs_of(exported)
+
+
+def test_a_graph_that_the_manifest_does_not_describe(exported: Path) -> None:
+    """Its hash is the manifest's, and yet its inputs have other names: found when it is opened, before it is run."""
+    model = onnx.load(exported / "step.onnx", load_external_data=False)
+    for node in model.graph.node:
+        for i, used in enumerate(node.input):
+            node.input[i] = "time_tables" if used == "time_table" else used
+    next(v for v in model.graph.input if v.name == "time_table").name = "time_tables"
+    (exported / "step.onnx").write_bytes(model.SerializeToString())
+    changed(exported, "graphs", "step", "sha256", to=hashlib.sha256(model.SerializeToString()).hexdigest())
+    exports = graphs_of(exported)
+    with pytest.raises(CheckpointError, match=r"is not the graph that the manifest describes: 'time_tables' of tensor"):
+        Session(exported, exports.graph("step"), torch.device("cpu"), 0)
 
 
 def test_another_bundle(exported: Path, tmp_path: Path) -> None:
@@ -439,6 +511,14 @@ def test_no_device_of_onnxruntime(exported: Path) -> None:
         Session(exported, graphs_of(exported).graph("step"), torch.device("mps"), 0)
 
 
+def described(values: Any) -> list[Any]:
+    """Inputs or outputs of a graph as onnxruntime tells them."""
+    found = []
+    for spec in map(tensor_spec, values):
+        found.append(SimpleNamespace(name=spec.name, type=ORT_TYPES[spec.dtype], shape=list(spec.shape)))
+    return found
+
+
 class FakeRuntime:
     """An onnxruntime that says it has CUDA.
 
@@ -469,7 +549,13 @@ class FakeRuntime:
             raise self.failure
         nodes = [SimpleNamespace(name=f"block/{op}", op_type=op) for op in self.on_cpu]
         part = SimpleNamespace(ep_name="CPUExecutionProvider", get_nodes=lambda: nodes)
-        return SimpleNamespace(get_providers=lambda: self.providers, get_provider_graph_assignment_info=lambda: [part])
+        graph = onnx.load(model, load_external_data=False).graph if isinstance(model, str) else onnx.GraphProto()
+        return SimpleNamespace(
+            get_providers=lambda: self.providers,
+            get_provider_graph_assignment_info=lambda: [part],
+            get_inputs=lambda: described(graph.input),
+            get_outputs=lambda: described(graph.output),
+        )
 
 
 CUDA = ["CUDAExecutionProvider", "CPUExecutionProvider"]
@@ -534,7 +620,7 @@ def add_engine(folder: Path, **changes: Any) -> Path:
         "target": "8.9",
         "graph": "step",
         "dtype": "fp32",
-        "bundle_sha256": manifest.bundle["sha256"],
+        "bundle_sha256": manifest.bundle.sha256,
         "graph_sha256": manifest.graphs["step"].sha256,
         "profile": {"latents": ((1, 4, 64), (1, 4, 64), (2, 16, 64))},
         "plan_bytes": 4,
@@ -542,7 +628,7 @@ def add_engine(folder: Path, **changes: Any) -> Path:
     header = EngineHeader(**values | changes)
     path = folder / "step.engine"
     write_engine(path, header, memoryview(b"plan"))
-    spec = EngineSpec(file=path.name, graph="step", header=header.to_dict())
+    spec = EngineSpec(file=path.name, graph="step", header=header)
     replace(manifest, engines=(spec,)).write(folder)
     return path
 
@@ -683,7 +769,10 @@ def test_damaged_engine(exported: Path) -> None:
         (whole[:16] + b"x" + whole[17:], "its header is not JSON"),
         (whole.replace(b'"format_version": 1', b'"format_version": 7'), "of another version; build it again"),
         (whole.replace(b'"target"', b'"garget"'), "damaged engine file"),
-        (whole.replace(b'"plan_bytes": 4,', b'"plan_bytes":"",'), "damaged engine file: TypeError: plan_bytes must be"),
+        (
+            whole.replace(b'"plan_bytes": 4,', b'"plan_bytes":"",'),
+            r"damaged .*: header\.plan_bytes must be a whole number",
+        ),
     ):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=message):

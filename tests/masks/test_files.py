@@ -173,6 +173,17 @@ def test_a_photograph_is_refused_by_a_sample() -> None:
     assert time.process_time() - start < 1
 
 
+def test_a_picture_of_nothing_but_borders_is_refused_after_some_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its colours would be compared with the mixtures of 171 pairs of classes: 20 s for 4096²."""
+    cells = np.random.default_rng(0).integers(0, 19, (16, 16)).astype(np.uint8)
+    small = rgb(np.kron(cells, np.ones((16, 16), dtype=np.uint8))).resize((128, 128), Image.Resampling.BILINEAR)
+    picture = np.asarray(small.resize((256, 256), Image.Resampling.BILINEAR))
+    masks.to_labels(picture)
+    monkeypatch.setattr(borders, "MOST_COMPARED", 10_000)
+    with pytest.raises(MaskError, match="too many of its colours lie between those of two classes"):
+        masks.to_labels(picture)
+
+
 def test_settling_takes_little_memory() -> None:
     """A blurred picture of 2048²: 340 bytes a pixel before, now the picture, its labels and a tile's work."""
     picture = np.asarray(rgb(draw_face(256)).resize((2048, 2048), Image.Resampling.BILINEAR))
