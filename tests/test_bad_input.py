@@ -336,6 +336,9 @@ RUNS = {
         edit_config(lambda c: c["vae"].update({k: v[1:] for k, v in c["vae"].items() if isinstance(v, list)})),
         ("vae", "four blocks", "3"),
     ),
+    "vae_config_without_shift": Case(
+        edit_config(lambda c: c["vae"].pop("shift_factor")), ("vae: shift_factor must be a number, got none",)
+    ),
     "clip_tensor_missing": Case(
         edit_tensors(lambda t: t.pop("text_encoder.final_layer_norm.weight")),
         ("text_encoder", "final_layer_norm.weight"),
@@ -582,6 +585,9 @@ SOURCES = {
     ),
     "vae_tensor_missing": Case(
         tensors_of("vae", lambda t: t.pop("decoder.conv_in.weight")), ("vae", "missing tensor 'decoder.conv_in.weight'")
+    ),
+    "vae_config_without_shift": Case(
+        edit_config(lambda c: c["vae"].pop("shift_factor")), ("vae: shift_factor must be a number, got none",)
     ),
     "clip_tensor_missing": Case(
         tensors_of("text_encoder", lambda t: [t.pop(n) for n in list(t) if n.endswith("final_layer_norm.bias")]),

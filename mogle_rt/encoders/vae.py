@@ -49,6 +49,8 @@ def autoencoder(config: Mapping[str, Any]) -> Any:
         raise CheckpointError(f"vae: not a valid AutoencoderKL configuration: {one_line_reason(error)}") from None
     if len(vae.config.block_out_channels) != 4:
         raise CheckpointError(f"vae: must scale by 8 (four blocks), has {len(vae.config.block_out_channels)} blocks")
+    if vae.config.shift_factor is None:  # as diffusers takes it where nothing is said
+        raise CheckpointError("vae: shift_factor must be a number, got none")
     return vae
 
 
