@@ -586,9 +586,6 @@ SOURCES = {
     "vae_tensor_missing": Case(
         tensors_of("vae", lambda t: t.pop("decoder.conv_in.weight")), ("vae", "missing tensor 'decoder.conv_in.weight'")
     ),
-    "vae_config_without_shift": Case(
-        edit_config(lambda c: c["vae"].pop("shift_factor")), ("vae: shift_factor must be a number, got none",)
-    ),
     "clip_tensor_missing": Case(
         tensors_of("text_encoder", lambda t: [t.pop(n) for n in list(t) if n.endswith("final_layer_norm.bias")]),
         ("text_encoder", "missing tensor", "final_layer_norm.bias"),
