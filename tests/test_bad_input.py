@@ -984,11 +984,15 @@ def test_a_prompt_for_a_bundle_without_text_encoders(tiny_files: Files, tmp_path
     words = f"{path}: holds no text encoders"
     with unchanged(tmp_path):
         pipe = Pipeline(path, device="cpu", dtype="fp32")
-        advice = "; pass prompt_embeds and pooled_prompt_embeds instead of a prompt"
+        advice = (
+            "; pass prompt_embeds and pooled_prompt_embeds instead of a prompt, or no prompt, to draw from the mask "
+        )
+        advice += "alone"
         assert_raises(CheckpointError, lambda: pipe(None, "a face", 2, height=32, width=32), words + advice)
-        for prompt in (("-p", "a face"), ()):  # on the command line there is no other way
-            result = run("generate", path, *prompt, "-o", tmp_path / "x.png", *QUICK)
-            assert_one_line(result, words, "convert it with them")
+        result = run("generate", path, "-p", "a face", "-o", tmp_path / "x.png", *QUICK)
+        assert_one_line(result, words, "convert it with them", "or give --embeds", "it draws from masks alone")
+        result = run("embed", path, "a face", "-o", tmp_path / "x.safetensors")
+        assert_one_line(result, words, "take a bundle that was converted with them")
 
 
 NO_DEVICES = ("gpu", "cuda:x", "cuda:-1", "vulkan", "meta", "xpu", "", True, -1, 256, "cuda:200", ["cpu"])

@@ -99,6 +99,13 @@ def _print_written(output: Path, start: float) -> None:
     console.print(f"{output}: {format_bytes(size)} in {time.perf_counter() - start:.1f} s", soft_wrap=True)
 
 
+def _text_encoders(bundle: Bundle) -> str:
+    if bundle.has_text_encoders:
+        return "CLIP and T5"
+    alone = ", or be empty" if bundle.names("empty_prompt") else ""
+    return f"none: prompts must come as embeddings{alone}"
+
+
 def info(
     checkpoint: Annotated[Path, typer.Argument(help="A bundle, or demo.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read the whole file and check its hash.")] = False,
@@ -120,7 +127,7 @@ def info(
         "LoRA rank": ", ".join(map(str, ranks)),
         "mixture": f"1 global and 19 region experts, hidden {m.expert_dim}" if m.has_expert else "identity experts",
         "ablation": ", ".join(ablation) or "none",
-        "text encoders": "CLIP and T5" if bundle.has_text_encoders else "none: prompts must come as embeddings",
+        "text encoders": _text_encoders(bundle),
         "sha256": bundle.content_hash,
     }
     out = Console(soft_wrap=True, highlight=False, emoji=False)

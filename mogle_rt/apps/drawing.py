@@ -17,6 +17,7 @@ from mogle_rt import __version__
 from mogle_rt.apps.program import console, say
 from mogle_rt.bundle.preview import preview
 from mogle_rt.errors import InputError, OutputError
+from mogle_rt.jobs.embeddings import EmbeddedPrompts
 from mogle_rt.jobs.image_files import check_prompt, check_suffix, save_image
 from mogle_rt.jobs.naming import Naming, check_writable
 from mogle_rt.jobs.plan import Drawing, Existing, count_prompts, plan, shard, to_draw
@@ -24,6 +25,8 @@ from mogle_rt.jobs.record import Job, JobRecord, digest_of, mask_names
 from mogle_rt.jobs.work import Work
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mogle_rt.pipeline import Pipeline
 
 
@@ -36,6 +39,7 @@ class Request:
         masks: None where an image has none.
         prompts: of each mask.
         prompts_found: whether they were looked for beside the masks.
+        embeds: the prompts' embeddings, where the text encoders are not to be used.
         num_images: of each mask.
         seed: of the first image; None goes on with a job's, or takes ``drawn_seed``.
         naming: what the files are called.
@@ -52,6 +56,7 @@ class Request:
     masks: Sequence[Path | None]
     prompts: Sequence[str]
     prompts_found: bool
+    embeds: EmbeddedPrompts | None
     num_images: int
     seed: int | None
     drawn_seed: int
@@ -118,11 +123,12 @@ def draw(request: Request, start: float) -> None:
                     job, drawings = begun, request.drawings(begun)
                     todo = to_draw(shard(drawings, request.part), request.existing)
                 job = begun
+            embeddings = None if request.embeds is None else request.embeds.load()
             work = Work(todo, request.batch_size, shapes, record, request.existing, share=request.share)
             done = 0
             with _bar(pipe, len(todo)) as bar, _told_how_to_go_on(request, record, bar):
                 for batch in work:
-                    _draw(pipe, batch, request, seconds)
+                    _draw(pipe, batch, request, embeddings, seconds)
                     for drawing in batch:
                         if record is not None:
                             record.drawn(job, drawing, digests)
@@ -154,15 +160,17 @@ def _settings(request: Request) -> dict[str, Any]:
         content_hash = Bundle(request.checkpoint).content_hash
     else:
         content_hash = facts.content_hash
-        if facts.prompts == "none":
+        if request.embeds is None and (facts.prompts == "none" or (facts.prompts == "empty" and any(request.prompts))):
+            alone = " With --prompt '' it draws from masks alone." if facts.prompts == "empty" else ""
             raise InputError(
                 f"{request.checkpoint}: holds no text encoders, which generate needs for prompts; convert it with them, "
-                "or call mogle_rt.Pipeline with prompt_embeds"
+                f"or give --embeds, a file that mogle-rt embed writes with such a bundle.{alone}"
             )
     names = {"num_inference_steps": "steps", "guidance_scale": "guidance"}  # those of the options
     call = {names.get(name, name): value for name, value in request.call.items()}
     model = {"model_config": request.model["model_config"].to_dict(), "dtype": request.model["dtype"]}
-    return {"bundle": content_hash, "num_images": request.num_images} | call | model
+    embeds = None if request.embeds is None else [request.embeds.bundle, request.embeds.tokens]
+    return {"bundle": content_hash, "num_images": request.num_images, "embeds": embeds} | call | model
 
 
 def _read_masks(
@@ -224,7 +232,13 @@ def _told_how_to_go_on(request: Request, record: JobRecord | None, bar: Any) -> 
         raise
 
 
-def _draw(pipe: Pipeline, batch: list[Drawing], request: Request, seconds: dict[str, float]) -> None:
+def _draw(
+    pipe: Pipeline,
+    batch: list[Drawing],
+    request: Request,
+    embeddings: Mapping[str, tuple[Tensor, Tensor]] | None,
+    seconds: dict[str, float],
+) -> None:
     """Draw one batch into its files, and add its times to ``seconds``."""
     import torch
 
@@ -234,10 +248,14 @@ def _draw(pipe: Pipeline, batch: list[Drawing], request: Request, seconds: dict[
     transformer, side = pipe.bundle.config.transformer, pipe.bundle.default_size
     tokens = (request.call["height"] or side) // PATCH * ((request.call["width"] or side) // PATCH)
     rows = len(batch) * (2 * tokens + pipe.bundle.default_text_tokens)
+    prompts: dict[str, Any] = {"prompt": [job.prompt for job in batch]}
+    if embeddings is not None:
+        sequence, pooled = (torch.stack(x) for x in zip(*(embeddings[job.prompt] for job in batch), strict=True))
+        prompts = {"prompt_embeds": sequence, "pooled_prompt_embeds": pooled}
     with suitable_threads(rows, transformer.width, pipe.device):
         images = pipe(
             [job.mask for job in batch if job.mask is not None] or None,
-            [job.prompt for job in batch],
+            **prompts,
             # The generators are on the CPU, so that a seed gives the same noise on every device.
             generator=[torch.Generator("cpu").manual_seed(job.seed) for job in batch],
             **request.call,

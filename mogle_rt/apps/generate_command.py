@@ -53,6 +53,12 @@ def generate(
             rich_help_panel=FACE,
         ),
     ] = 1,
+    embeds: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts as embeddings, a file of mogle-rt embed: no text encoders are loaded.", rich_help_panel=FACE
+        ),
+    ] = None,
     num_images: Annotated[
         int, typer.Option("--num-images", "-n", help="Images for each mask.", rich_help_panel=FACE)
     ] = 1,
@@ -165,6 +171,7 @@ def generate(
     from mogle_rt.arguments import check_names, check_options
     from mogle_rt.config import PATCH, ModelConfig, dtype_name, parse_bytes
     from mogle_rt.jobs.captions import prompts_of
+    from mogle_rt.jobs.embeddings import EmbeddedPrompts
     from mogle_rt.jobs.naming import Naming
     from mogle_rt.jobs.plan import find_masks
 
@@ -186,6 +193,9 @@ def generate(
     if verbose:
         tell_details()
     memory = None if max_memory is None else parse_bytes(max_memory)
+    embedded = None if embeds is None else EmbeddedPrompts.read(embeds)
+    if embedded is not None:
+        prompts = embedded.prompts_of_masks(None if prompt is None else prompts, prompts)
     naming = Naming(output, suffix, masks=len(masks), several_images=num_images > 1)
     switches = ModelConfig.of(parse_json(model_config))
     check_names(device=device, engine=engine, kernels=kernels)
@@ -203,7 +213,8 @@ def generate(
             checkpoint=checkpoint,
             masks=masks,
             prompts=prompts,
-            prompts_found=prompt is None,
+            prompts_found=prompt is None and embeds is None,
+            embeds=embedded,
             num_images=num_images,
             seed=seed,
             drawn_seed=secrets.randbelow(SEEDS),

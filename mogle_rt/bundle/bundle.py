@@ -1,7 +1,8 @@
 """The bundle, ckpt.safetensors: one file that holds everything needed to draw an image, and is read lazily.
 
 Tensors have the reference's names with the prefix ``transformer.``, ``lora.``, ``mogle.``, ``vae.``, ``text_encoder.``
-or ``text_encoder_2.``. Tokenizer files are uint8 tensors with the prefix ``tokenizer.`` or ``tokenizer_2.``. The
+or ``text_encoder_2.``. A bundle without text encoders may hold the embeddings of the empty prompt, with the prefix
+``empty_prompt.``. Tokenizer files are uint8 tensors with the prefix ``tokenizer.`` or ``tokenizer_2.``. The
 configurations are JSON in the metadata. `mogle_rt.convert` writes this file.
 """
 
@@ -30,8 +31,9 @@ from mogle_rt.values import read_json
 FORMAT = "mogle_rt"
 FORMAT_VERSION = 2
 PLAIN_VERSION = 1  # of a bundle without weight formats, which earlier versions of this program read too
-PARTS = ("transformer", "lora", "mogle", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-TEXT_PARTS = PARTS[4:]
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+PARTS = ("transformer", "lora", "mogle", "vae", *TEXT_PARTS, "empty_prompt")
+EMPTY_SEQUENCE, EMPTY_VECTOR = "empty_prompt.prompt_embeds", "empty_prompt.pooled_prompt_embeds"
 DEFAULT_SIZE = 512  # pixels
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -140,12 +142,23 @@ class Bundle(TensorSource):
 
     @property
     def default_text_tokens(self) -> int:
-        """The default number of T5 tokens: the limit of T5's tokenizer (512 for FLUX), but at most 512."""
+        """The default number of T5 tokens: the limit of T5's tokenizer (512 for FLUX), but at most 512.
+
+        Without a tokenizer, it is that of the empty prompt's embeddings, if there are any.
+        """
+        if not self.names("tokenizer_2") and EMPTY_SEQUENCE in self.tensors:
+            return self.tensors[EMPTY_SEQUENCE].shape[0]
         try:
             length = read_json(self.files("tokenizer_2")["tokenizer_config.json"])["model_max_length"]
         except (KeyError, TypeError, ValueError):
             return MAX_TEXT_TOKENS
         return min(length, MAX_TEXT_TOKENS) if isinstance(length, int) and length > 0 else MAX_TEXT_TOKENS
+
+    def empty_prompt(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The embeddings of the empty prompt, T5's [T, J] and CLIP's [P], if they are there for T = ``tokens``."""
+        if EMPTY_SEQUENCE not in self.tensors or self.tensors[EMPTY_SEQUENCE].shape[0] != tokens:
+            return None
+        return self.tensor(EMPTY_SEQUENCE), self.tensor(EMPTY_VECTOR)
 
     def _check_tensors(self) -> None:
         for full in self.tensors:
@@ -167,6 +180,14 @@ class Bundle(TensorSource):
             if name not in ranks:
                 raise CheckpointError(f"{self.path}: missing LoRA of layer {name!r}")
         check_names(self._shapes("lora"), schema.lora_tensors(self.config.transformer, ranks), self.path)
+        if self.names("empty_prompt"):
+            found = self._shapes("empty_prompt")
+            length = min(max(1, *found.get("prompt_embeds", (1,))[:1]), MAX_TEXT_TOKENS)
+            shapes = {
+                "prompt_embeds": (length, config.joint_attention_dim),
+                "pooled_prompt_embeds": (config.pooled_projection_dim,),
+            }
+            check_names(found, shapes, self.path)
         for name, info in self.tensors.items():
             allowed = (torch.uint8,) if name.startswith("tokenizer") else FLOATS
             if name.startswith("transformer.") and name.removeprefix("transformer.") in fixed:

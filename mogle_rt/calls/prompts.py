@@ -38,11 +38,14 @@ class PromptEncoder:
         """Embed B prompts: return T5's embeddings [B, tokens, J] and CLIP's [B, P].
 
         Raises:
-            CheckpointError: the bundle holds no text encoders.
+            CheckpointError: the bundle holds no text encoders, and not the embeddings of these prompts either.
         """
         known = {p: found for p in prompts if (found := self.cache.get((p, tokens))) is not None}
         new = [p for p in dict.fromkeys(prompts) if p not in known]
-        if new:
+        kept = self.bundle.empty_prompt(tokens) if new == [""] else None
+        if kept is not None:
+            known[""] = tuple(t.to(self.device, self.dtype) for t in kept)
+        elif new:
             if self.encoders is None:
                 self.encoders = TextEncoders(self.bundle, self.device, self.dtype, streamed=self.streamed)
             for prompt, *made in zip(new, *self.encoders.encode(new, tokens), strict=True):

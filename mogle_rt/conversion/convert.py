@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mogle_rt.bundle import schema
-from mogle_rt.bundle.bundle import BundleConfig
+from mogle_rt.bundle.bundle import TEXT_PARTS, BundleConfig
 from mogle_rt.bundle.schema import check_names
 from mogle_rt.bundle.storage import storage_named
 from mogle_rt.config import SchedulerConfig, TransformerConfig, parse_dtype
@@ -20,6 +20,7 @@ from mogle_rt.conversion.lora import read_lora
 from mogle_rt.conversion.mogle_file import read_mogle
 from mogle_rt.conversion.single_file import read_transformer, refuse_other_models
 from mogle_rt.conversion.tensors import HeldTensor, SourceTensor
+from mogle_rt.conversion.writing.empty_prompt import empty_prompt
 from mogle_rt.conversion.writing.write import WrittenWeights, write_bundle
 from mogle_rt.encoders.text_models import text_encoder_shapes
 from mogle_rt.encoders.vae import autoencoder, tensor_shapes
@@ -55,7 +56,8 @@ def convert(
             own names or diffusers' names (also with ComfyUI's prefix, and in scaled fp8), or GGUF. A path or a hub id.
         dtype: "bf16", "fp16" or "fp32" (or a torch dtype) for all weights. None keeps each weight's stored dtype, but
             converts what is stored in eight bits or fewer to bfloat16.
-        text_encoders: False leaves CLIP and T5 out; prompts must then be given as embeddings.
+        text_encoders: False leaves CLIP and T5 out. The bundle then holds the embeddings of the empty prompt, if the
+            encoders are in ``flux``; other prompts must be given as embeddings.
         weights: "int8", "fp8" or "int4" stores the blocks' weights in fewer bits, see docs/precision.md. None stores them
             like all others.
         on_weights: is called with a report of how well each layer is kept in that format.
@@ -142,6 +144,12 @@ def gather(
             tensors |= {f"{part}.{name}": found[name] for name in expected}
         for part in ("tokenizer", "tokenizer_2"):
             tensors |= {f"{part}.{name}": tensor for name, tensor in _files(flux / part).items()}
+    elif all((flux / part).is_dir() for part in TEXT_PARTS):
+        clip, t5 = (_without_extras(read_folder(flux / part), part, flux / part) for part in TEXT_PARTS[:2])
+        files = {
+            part: {n: t.load().numpy().tobytes() for n, t in _files(flux / part).items()} for part in TEXT_PARTS[2:]
+        }
+        tensors |= {f"empty_prompt.{name}": tensor for name, tensor in empty_prompt(flux, clip, t5, files).items()}
     try:
         bundle = BundleConfig(transformer=config, mogle=mogle_config, scheduler=scheduler, vae=vae, **configs)
     except ConfigError as error:

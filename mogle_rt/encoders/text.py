@@ -35,6 +35,7 @@ class TextEncoders:
         if not bundle.has_text_encoders:
             raise CheckpointError(
                 f"{bundle.path}: holds no text encoders; pass prompt_embeds and pooled_prompt_embeds instead of a prompt"
+                + (", or no prompt, to draw from the mask alone" if bundle.names("empty_prompt") else "")
             )
         config = bundle.config
         assert config.text_encoder is not None
