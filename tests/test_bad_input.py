@@ -427,6 +427,7 @@ TAMPERED = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", TAMPERED)
 def test_tampering_is_found(name: str, tiny_files: Files, tmp_path: Path) -> None:
     path = tiny_files.convert(tmp_path / "ckpt.safetensors", dtype="fp16", text_encoders=False)
@@ -961,6 +962,7 @@ CALLS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", CALLS)
 def test_bad_calls(name: str, pipe: Pipeline) -> None:
     call = CALLS[name]
@@ -1146,6 +1148,7 @@ COMMANDS: dict[str, tuple[Args, tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", COMMANDS)
 def test_bad_commands(name: str, tiny_bundle: Path, tmp_path: Path) -> None:
     make, words = COMMANDS[name]

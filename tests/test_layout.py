@@ -192,3 +192,12 @@ def test_kernels_stand_alone() -> None:
     """Kernels know torch, triton and each other."""
     for path in (ROOT.parent / "kernels").glob("*.py"):
         assert not imports(path.read_text()) & set(MODULES), path.name
+
+
+def test_quick_tests_are_of_every_room() -> None:
+    """`make quick` has tests of every folder that has tests."""
+    folders: dict[Path, bool] = {}
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        folders[path.parent] = folders.get(path.parent, False) or "pytest.mark.quick" in path.read_text()
+    assert len(folders) > 10
+    assert [folder.name for folder, quick in folders.items() if not quick] == []

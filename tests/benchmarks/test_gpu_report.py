@@ -38,6 +38,7 @@ def test_says_that_there_is_no_card(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not path.exists()
 
 
+@pytest.mark.quick
 def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert missing(("torch", "no_such_module")) == ["no_such_module"]
     monkeypatch.setattr(gpu_report, "NEEDED", ("torch", "no_such_module"))

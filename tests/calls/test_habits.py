@@ -63,6 +63,7 @@ def test_from_pretrained_fetches_a_hub_id(tiny_bundle: Path, monkeypatch: pytest
     assert asked == [("owner/faces", DEFAULT_FILE), ("owner/faces", "other.safetensors")]
 
 
+@pytest.mark.quick
 def test_from_pretrained_says_what_a_diffusers_folder_becomes(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"a folder without a bundle ckpt\.safetensors"):
         Pipeline.from_pretrained(tmp_path)
@@ -236,6 +237,7 @@ def test_callbacks_find_what_they_know(pipe: Pipeline) -> None:
         run(pipe, callback_on_step_end=look, callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
 
 
+@pytest.mark.quick
 def test_a_seed_is_a_generator_for_each_image(pipe: Pipeline) -> None:
     both = run(pipe, ["a", "b"], seed=5)
     assert torch.equal(both, run(pipe, ["a", "b"], generator=[seeded(5), seeded(6)]))

@@ -52,6 +52,7 @@ def test_loaded_unloaded_and_loaded_again(pipe: Pipeline, styles: list[Path]) ->
     assert torch.equal(draw(pipe), styled)
 
 
+@pytest.mark.quick
 def test_several_adapters(pipe: Pipeline, styles: list[Path]) -> None:
     plain = draw(pipe)
     pipe.load_lora_weights(styles[0], adapter_name="a", weight=0.5)

@@ -54,6 +54,7 @@ def test_a_spawned_process_draws_the_same(pipe: Pipeline, tmp_path: Path) -> Non
     assert torch.equal(torch.load(path), draw(pipe))
 
 
+@pytest.mark.quick
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_fork_is_told_what_to_do(pipe: Pipeline) -> None:
     """Before it waits for anything: another thread may be drawing at the time, and doesn't exist in the fork."""

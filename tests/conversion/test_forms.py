@@ -93,6 +93,7 @@ def assert_same(found: Tensors, expected: Tensors) -> None:
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_flux_s_own_names(prefix: str, dtype: torch.dtype, tiny_files: Files, stored: Tensors, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def test_it_leaves_no_file_and_opens_no_connection(tmp_path: Path) -> None:
     assert [path for path in home.rglob("*") if path.is_file()] == []
 
 
+@pytest.mark.quick
 def test_a_choice_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, "0")
     import_onnxruntime()

@@ -416,6 +416,7 @@ def test_embedded_weights_stand_alone(tiny_bundle: Path, tmp_path: Path) -> None
         check(folder, None)
 
 
+@pytest.mark.quick
 def test_copy_is_a_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
     folder = export(tiny_bundle, tmp_path / "out", weights="copy", dtype="fp16")
     copied, bundle = Bundle(folder / COPY_NAME), Bundle(tiny_bundle)

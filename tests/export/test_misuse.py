@@ -92,6 +92,7 @@ def test_command(tiny_bundle: Path, tmp_path: Path) -> None:
     assert again.err.count(" ok") == 8
 
 
+@pytest.mark.quick
 def test_generate_by_onnxruntime(exported: Path) -> None:
     common = (exported / "tiny.safetensors", "-p", "a face", "--seed", 3, *QUICK)
     for engine, file in (("torch", "a.png"), ("onnxruntime", "b.png")):
@@ -648,6 +649,7 @@ def test_engines_outlive_an_export(exported: Path) -> None:
     assert Manifest.read(exported).engines == ()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("fault", ["stale", "damaged", "another GPU's, gone"])
 def test_one_engine_does_not_block_another(fault: str, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """step_scaled's is unfit: step's runs, and the fault is told where the other is needed."""

@@ -12,6 +12,8 @@ from mogle_rt.jobs.captions import prompts_of
 from mogle_rt.jobs.naming import Naming
 from mogle_rt.jobs.plan import Drawing, count_prompts, find_masks, plan, shard
 
+pytestmark = pytest.mark.quick
+
 
 def names(masks: list[Path | None], output: Path | str, count: int = 1, suffix: str | None = None) -> list[str]:
     naming = Naming(Path(output), suffix, masks=len(masks), several_images=count > 1)

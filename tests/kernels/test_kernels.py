@@ -83,6 +83,7 @@ def test_touches_its_arguments_alone_and_as_declared(case: Case, sizes: dict[str
     assert (traffic.bytes_read, traffic.bytes_written) == (cost.read, cost.written)
 
 
+@pytest.mark.quick
 @in_the_interpreter
 def test_fp16_residual_is_clipped(seed: int) -> None:
     case = BY_NAME["residual"]
@@ -94,6 +95,7 @@ def test_fp16_residual_is_clipped(seed: int) -> None:
     assert (made["x"] == 65504).all()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_separate_operations_compute_the_same(case: Case, seed: int) -> None:
     """What a kernel's time is compared with does the kernel's work."""

@@ -41,6 +41,7 @@ def refused(case: Case, name: str, change: Change, message: str) -> None:
             assert torch.allclose(value, before[n], rtol=0, atol=0, equal_nan=True), n
 
 
+@pytest.mark.quick
 @in_the_interpreter
 @pytest.mark.parametrize(
     ("kernel", "name", "change", "message"),
@@ -214,6 +215,7 @@ def test_which_mixture_moves_less() -> None:
     assert whole < 0.4 * gate
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_recorded_launches_are_as_declared(case: Case) -> None:
     """As many as the cost says."""

@@ -32,6 +32,8 @@ formats = pytest.mark.parametrize(
     ],
 )
 
+pytestmark = pytest.mark.quick
+
 
 @formats
 @pytest.mark.parametrize("gelu", [False, True])

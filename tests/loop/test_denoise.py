@@ -13,6 +13,8 @@ from mogle_rt.loop.denoise import denoise
 from mogle_rt.loop.progress import Progress
 from mogle_rt.loop.schedule import Position, Schedule, step_capacity, with_further_rows
 
+pytestmark = pytest.mark.quick
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 STEPS = 5
 SCHEDULE = Schedule(torch.linspace(1, 0, STEPS + 1), torch.arange(STEPS), torch.arange(STEPS))

@@ -37,6 +37,7 @@ def renumbered(labels: Labels, order: str) -> Labels:
     return np.array([names.index(name) for name in CLASS_NAMES], dtype=np.uint8)[labels]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("order", PARSERS)
 def test_orders_of_parsers(order: str, tmp_path: Path) -> None:
     for labels in (random_labels(0), draw_face(64)):
@@ -82,6 +83,7 @@ def test_bisenet_s_own_colours(background: tuple[int, int, int]) -> None:
     np.testing.assert_array_equal(masks.to_labels(renumbered_palette), labels)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("order", PARSERS)
 def test_another_order_is_told_of(order: str) -> None:
     for labels in FACES:

@@ -10,6 +10,8 @@ import torch
 from mogle_rt.memory import devices, threads
 from mogle_rt.memory.threads import suitable_threads, worthwhile_threads
 
+pytestmark = pytest.mark.quick
+
 CPU = torch.device("cpu")
 
 

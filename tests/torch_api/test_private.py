@@ -18,6 +18,8 @@ from mogle_rt.linear import onednn
 from mogle_rt.torch_api import private
 from tests.conftest import assert_close
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(mogle_rt.__file__).parents[1]
 FOLDERS = ("mogle_rt", "kernels", "export")
 SEVERAL = {"torch._subclasses.fake_tensor"}  # kernels stand alone, so they have a use of their own

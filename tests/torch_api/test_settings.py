@@ -161,6 +161,7 @@ def test_precision_is_float32_within_and_the_callers_afterwards() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
+@pytest.mark.quick
 def test_one_thread_that_wants_float32_has_it() -> None:
     """Flags are the process's: while one thread computes without TF32, another that may use it doesn't."""
     before, allowed_in, strict_in, read, strict_out = flags(), *(threading.Event() for _ in range(4))
@@ -189,6 +190,7 @@ def test_one_thread_that_wants_float32_has_it() -> None:
     assert flags() == before
 
 
+@pytest.mark.quick
 def test_a_pipeline_asks_for_tf32(tiny_bundle: Path) -> None:
     for allowed, expected in ((False, "ieee"), (True, "tf32")):
         seen: list[str] = []
@@ -197,6 +199,7 @@ def test_a_pipeline_asks_for_tf32(tiny_bundle: Path) -> None:
         assert seen == [expected] * 2
 
 
+@pytest.mark.quick
 def test_other_threads_keep_their_autocast() -> None:
     entered, checked = threading.Event(), threading.Event()
 
