@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.option.markexpr != "quick" or not collection_path.name.startswith("test_"):
         return None
     return None if "pytest.mark.quick" in collection_path.read_text() else True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse names that hold an address in memory: processes that test side by side must give a test the same name."""
+    for item in items:
+        if re.search(r" at 0x[0-9a-f]+", item.nodeid):
+            raise pytest.UsageError(f"{item.nodeid}: the name differs from process to process; give the values ids")
 
 
 def make_once(path: Path, make: Callable[[Path], object]) -> Path:
