@@ -758,6 +758,7 @@ NO_PATHS = {
     "one_word": ("flux", "no such file or folder, nor a hub id"),
     "too_long": ("x" * 300, "File name too long"),
     "home_of_nobody": ("~nobody-at-all/flux", "home directory"),
+    "a_file": ("flux.gguf", "flux.gguf: no such file or folder"),
     "no_hub_id": ("a/b..c", "no such file or folder, nor a hub id"),
     "hub_id_too_long": ("a/" + "b" * 200, "no such file or folder, nor a hub id"),
     "climbing_out": ("a/b/c/../../d", "a/b/c/../../d"),

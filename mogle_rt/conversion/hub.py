@@ -40,6 +40,8 @@ def find(spec: str | Path, *, default_file: str | None = None) -> Path:
     except (OSError, RuntimeError) as error:  # a name too long, a folder without permission, ~ of an unknown user
         raise CheckpointError(f"{name}: can't be read: {error}") from None
     if not _HUB_NAME.fullmatch(name) or name.startswith("."):
+        if Path(name).suffix.lower() in WEIGHT_SUFFIXES:  # nobody means a hub id by that
+            raise CheckpointError(f"{name}: no such file or folder")
         raise CheckpointError(f"{name}: no such file or folder, nor a hub id like {RELEASED_FLUX}")
     if _is_local(name):
         raise CheckpointError(f"{name}: no such file or folder")

@@ -22,6 +22,7 @@ from mogle_rt.errors import CheckpointError, ConfigError
 from mogle_rt.values import Range, file_name, read_json, real, whole
 
 LARGEST_FILE = 64 << 20  # bytes; T5's tokenizer.json has 2.4 MB
+TOKENS = Range(0, 1 << 20)  # numbers of tokens; CLIP has 49,408, T5 32,128
 EXTRA_IDS = Range(0, 10_000)  # T5 has 100
 MAX_LENGTH = Range(1, 1e31)  # tokens; transformers writes 1e30 where there is no limit
 
@@ -87,7 +88,22 @@ def _check_files(files: Mapping[str, bytes]) -> None:
                 raise ConfigError(f"{name} must hold a JSON object")
             if name == "tokenizer_config.json":
                 whole(values.get("extra_ids", 0), "extra_ids", EXTRA_IDS)
+            for token in _numbers(name, values):
+                whole(token, f"{name}: a token's number", TOKENS)
             _check_tables(values)
+
+
+def _numbers(name: str, values: dict[str, Any]) -> Iterator[Any]:
+    """Every number that a file gives to a token. The library makes tables as long as the largest."""
+    if name in ("vocab.json", "added_tokens.json"):
+        yield from values.values()
+    if name == "tokenizer.json":
+        model, added = values.get("model"), values.get("added_tokens")
+        if isinstance(model, dict) and isinstance(model.get("vocab"), dict):
+            yield from model["vocab"].values()
+        yield from (one.get("id") for one in (added if isinstance(added, list) else ()) if isinstance(one, dict))
+    if name == "tokenizer_config.json" and isinstance(values.get("added_tokens_decoder"), dict):
+        yield from (int(key) if key.isdecimal() and len(key) < 20 else key for key in values["added_tokens_decoder"])
 
 
 def _check_tables(values: Any) -> None:

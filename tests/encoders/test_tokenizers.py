@@ -93,6 +93,9 @@ def files_with(bundle: Path, part: str, name: str, change: Callable[[Any], None]
             "a way leads out of its table",
         ),
         ("tokenizer.json", lambda v: v.update(normalizer={"precompiled_charsmap": 5}), "is not base64"),
+        ("tokenizer.json", lambda v: v["added_tokens"][0].update(id=10**9), "number must be from 0 to 1048576"),
+        ("tokenizer_config.json", lambda v: v.update(added_tokens_decoder={str(10**9): {}}), "number must be from 0"),
+        ("tokenizer_config.json", lambda v: v.update(added_tokens_decoder={"x": {}}), "must be a whole number"),
     ],
 )
 def test_what_a_tokenizer_may_not_say(
@@ -100,6 +103,13 @@ def test_what_a_tokenizer_may_not_say(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         load_tokenizer("tokenizer_2", files_with(tiny_bundle, "tokenizer_2", name, change))
+
+
+def test_a_number_that_takes_gigabytes(tiny_bundle: Path) -> None:
+    """The library made a table of 11 GB for one such number in 4 kB, and ended the process where there was less."""
+    files = files_with(tiny_bundle, "tokenizer", "vocab.json", lambda v: v.update(x=10**18))
+    with pytest.raises(CheckpointError, match=r"vocab.json: a token's number must be from 0 to 1048576, got 10+$"):
+        load_tokenizer("tokenizer", files)
 
 
 @pytest.mark.parametrize("name", ["../x.json", "a/b.json", "C:x.json", ""])
