@@ -257,10 +257,13 @@ def check_tensor(name: str, value: Any, shape: tuple[int | None, ...]) -> None:
 
     if not isinstance(value, torch.Tensor):
         raise InputError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.is_nested or value.layout != torch.strided or value.is_meta:
+        kind = "nested" if value.is_nested else "meta" if value.is_meta else "sparse"
+        raise InputError(f"{name} must be a dense tensor that holds data, got a {kind} one")
     if value.ndim != len(shape) or any(s not in (None, v) for s, v in zip(shape, value.shape, strict=True)):
         wanted = ", ".join("any" if s is None else str(s) for s in shape)
         raise InputError(f"{name} must have shape [{wanted}], got {list(value.shape)}")
-    if not value.is_floating_point():
-        raise InputError(f"{name} must be floating point, got {value.dtype}")
+    if not value.is_floating_point() or value.dtype.itemsize == 1:
+        raise InputError(f"{name} must be floating point of 16, 32 or 64 bits, got {value.dtype}")
     if not bool(torch.isfinite(value).all()):
         raise NumericalError(f"{name} holds NaN or infinite values")

@@ -910,6 +910,17 @@ CALLS = {
         {"latents": torch.zeros(1, 5, 64)}, ("latents must have shape [1, 4, 64], got [1, 5, 64]",)
     ),
     "latents_of_integers": Call({"latents": torch.zeros(1, 4, 64).long()}, ("latents must be floating point", "int64")),
+    "latents_in_eight_bits": Call(
+        {"latents": torch.zeros(1, 4, 64).to(torch.float8_e4m3fn)}, ("must be floating point of 16, 32 or 64", "float8")
+    ),
+    "latents_sparse": Call(
+        {"latents": torch.zeros(1, 4, 64).to_sparse()}, ("latents must be a dense tensor", "sparse")
+    ),
+    "latents_meta": Call({"latents": torch.zeros(1, 4, 64, device="meta")}, ("latents must be a dense tensor", "meta")),
+    "latents_nested": Call(
+        {"latents": torch.nested.nested_tensor([torch.zeros(4, 64)], layout=torch.jagged)}, ("dense tensor", "nested")
+    ),
+    "prompt_of_megabytes": Call({"prompt": "x" * 10**7}, ("at most 100,000 characters, got 10,000,000",)),
     "latents_an_array": Call({"latents": np.zeros((1, 4, 64))}, ("latents must be a tensor, got ndarray",)),
     "latents_with_nan": Call({"latents": torch.full((1, 4, 64), torch.nan)}, ("latents holds NaN",), NumericalError),
     "latents_with_infinity": Call(

@@ -98,6 +98,7 @@ def to_label_batch(
     Raises:
         MaskError: see `to_labels`, or the list is empty. For a list, the message says which mask it was.
     """
+    _check_dense(mask)
     if _is_array(mask) and mask.ndim == 4 and mask.shape[1] == 1:
         mask = mask[:, 0]
     if _is_array(mask) and (mask.ndim == 4 or (mask.ndim == 3 and not _is_colour(tuple(mask.shape)))):
@@ -216,6 +217,17 @@ def _is_array(value: object) -> TypeGuard[NDArray[Any] | Tensor]:
     return isinstance(value, np.ndarray) or _is_tensor(value)
 
 
+def _check_dense(value: object) -> None:
+    """Check that a tensor has its values in memory, one beside the other; anything else passes.
+
+    Raises:
+        MaskError: it is sparse, nested or on the meta device.
+    """
+    if _is_tensor(value) and (value.is_nested or value.is_meta or str(value.layout) != "torch.strided"):
+        kind = "nested" if value.is_nested else "meta" if value.is_meta else "sparse"
+        raise MaskError(f"a mask tensor must be dense and hold data, got a {kind} one")
+
+
 def _to_numpy(value: NDArray[Any] | Tensor) -> NDArray[Any]:
     """Return an array as it is, and a tensor as an array."""
     if not _is_tensor(value):
@@ -223,9 +235,7 @@ def _to_numpy(value: NDArray[Any] | Tensor) -> NDArray[Any]:
     import torch
 
     tensor: Tensor = value
-    if tensor.layout != torch.strided or tensor.is_meta:
-        kind = "meta" if tensor.is_meta else "sparse"
-        raise MaskError(f"a mask tensor must be dense and hold data, got a {kind} one")
+    _check_dense(tensor)
     dense = tensor.detach().cpu().resolve_conj().resolve_neg()
     try:
         numbers: NDArray[Any] = (dense.float() if dense.dtype == torch.bfloat16 else dense).numpy()

@@ -490,6 +490,7 @@ NO_MASKS: dict[str, tuple[Callable[[], Any], str]] = {
     "no_rows": (lambda: np.zeros((0, 5), dtype=np.uint8), r"got shape \[0, 5\]"),
     "no_pixels": (lambda: Image.new("L", (0, 5)), "a picture of 0 x 5 pixels holds no mask"),
     "sparse": (lambda: torch.zeros(4, 4).to_sparse(), "got a sparse one"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.zeros(4, 4)], layout=torch.jagged), "got a nested one"),
     "meta": (lambda: torch.zeros(4, 4, device="meta"), "got a meta one"),
     "number": (lambda: 3, "got int"),
     "nothing": (lambda: None, "got NoneType"),
