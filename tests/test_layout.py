@@ -37,6 +37,7 @@ ROOMS = [
     "calls",
     "pipeline",
     "jobs",
+    "server",
     "apps",
     "__main__",
 ]

@@ -12,6 +12,7 @@ from mogle_rt.apps.cost_command import cost
 from mogle_rt.apps.embed_command import embed
 from mogle_rt.apps.generate_command import generate
 from mogle_rt.apps.program import HELP_OPTIONS, run_app
+from mogle_rt.apps.serve_command import serve
 from mogle_rt.apps.several_values import SeveralMasks
 from mogle_rt.export.__main__ import main as export
 
@@ -29,6 +30,7 @@ for _name, _command in (
     ("cost", cost),
     ("generate", generate),
     ("embed", embed),
+    ("serve", serve),
     ("export", export),
     ("examples", examples),
 ):

@@ -13,12 +13,11 @@ import typer
 from rich.text import Text
 from tqdm import tqdm
 
-from mogle_rt import __version__
 from mogle_rt.apps.program import console, say
 from mogle_rt.bundle.preview import preview
 from mogle_rt.errors import InputError, OutputError
 from mogle_rt.jobs.embeddings import EmbeddedPrompts
-from mogle_rt.jobs.image_files import check_prompt, check_suffix, save_image
+from mogle_rt.jobs.image_files import check_prompt, check_suffix, save_image, settings_of
 from mogle_rt.jobs.naming import Naming, check_writable
 from mogle_rt.jobs.plan import Drawing, Existing, count_prompts, plan, shard, to_draw
 from mogle_rt.jobs.record import Job, JobRecord, digest_of, mask_names
@@ -263,19 +262,16 @@ def _draw(
     for name, value in pipe.last_run.seconds.items():
         seconds[name] = seconds.get(name, 0.0) + value
     for job, image in zip(batch, images, strict=True):
-        described = {
-            "prompt": job.prompt,
-            "seed": job.seed,
-            "mask": job.mask.name if job.mask else None,
-            "steps": request.call["num_inference_steps"],
-            "guidance_scale": request.call["guidance_scale"],
-            "size": list(image.size),
-            "condition_scale": request.call["condition_scale"],
-            "model_config": pipe.model_config.to_dict(),
-            "dtype": str(pipe.dtype).removeprefix("torch."),
-            "bundle_sha256": pipe.bundle.content_hash,
-            "software": f"mogle_rt {__version__}",
-        }
+        described = settings_of(
+            pipe,
+            image.size,
+            prompt=job.prompt,
+            seed=job.seed,
+            mask=job.mask.name if job.mask else None,
+            num_inference_steps=request.call["num_inference_steps"],
+            guidance_scale=request.call["guidance_scale"],
+            condition_scale=request.call["condition_scale"],
+        )
         save_image(image, job.path, described if request.metadata else None)
 
 

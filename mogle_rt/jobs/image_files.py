@@ -6,14 +6,18 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import escape
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from mogle_rt import __version__
 from mogle_rt.bundle.files import atomic_write
 from mogle_rt.errors import OutputError
+
+if TYPE_CHECKING:
+    from mogle_rt.pipeline import Pipeline
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 JPEG_XMP_LIMIT = 65_504  # bytes: a JPEG segment's 65,533, less the XMP namespace at its start
@@ -66,19 +70,50 @@ def xmp(settings: Mapping[str, Any] | None) -> bytes:
     ).encode(errors="backslashreplace")  # bytes of a file's name that are not text become JSON's escapes
 
 
-def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> None:
-    """Write a PNG or JPEG.
+def settings_of(
+    pipe: Pipeline,
+    size: tuple[int, int],
+    *,
+    prompt: str,
+    seed: int,
+    mask: str | None,
+    num_inference_steps: int,
+    guidance_scale: float,
+    condition_scale: float,
+) -> dict[str, Any]:
+    """The settings that are written into an image: those of the call, and what of the pipeline changes the result.
+
+    Args:
+        size: width and height in pixels. mask: its file's name, if it is known.
+    """
+    return {
+        "prompt": prompt,
+        "seed": seed,
+        "mask": mask,
+        "steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "size": list(size),
+        "condition_scale": condition_scale,
+        "model_config": pipe.model_config.to_dict(),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "bundle_sha256": pipe.bundle.content_hash,
+        "software": f"mogle_rt {__version__}",
+    }
+
+
+def encode_image(image: Image.Image, kind: str, settings: Mapping[str, Any] | None = None, quality: int = 95) -> bytes:
+    """The contents of an image file.
 
     Args:
         image: RGB.
-        path: a name that ends in .png, .jpg or .jpeg. An existing file is replaced only when the new one is complete.
+        kind: "PNG" or "JPEG".
         settings: prompt, seed and so on, as values that JSON can hold, to write into the file; None leaves them out.
             The mark of AI generation (IPTC DigitalSourceType trainedAlgorithmicMedia) is always written.
+        quality: of a JPEG, from 1 to 95.
 
     Raises:
-        OutputError: the suffix is another, the settings are too large for a JPEG, or the file can't be written.
+        OutputError: the settings are too large for a JPEG.
     """
-    kind = check_suffix(path)
     packet = xmp(settings)
     buffer = io.BytesIO()
     if kind == "PNG":
@@ -90,7 +125,25 @@ def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any] | Non
         image.save(buffer, kind, pnginfo=info)
     else:
         if len(packet) > JPEG_XMP_LIMIT:
-            raise OutputError(f"{path}: a JPEG can't hold settings of {len(packet)} bytes; write a PNG, or no metadata")
-        image.save(buffer, kind, quality=95, subsampling=0, xmp=packet)
+            raise OutputError(f"a JPEG can't hold settings of {len(packet)} bytes; write a PNG, or no metadata")
+        image.save(buffer, kind, quality=quality, subsampling=0, xmp=packet)
+    return buffer.getvalue()
+
+
+def save_image(image: Image.Image, path: Path, settings: Mapping[str, Any] | None = None) -> None:
+    """Write a PNG or JPEG.
+
+    Args:
+        image, settings: see `encode_image`.
+        path: a name that ends in .png, .jpg or .jpeg. An existing file is replaced only when the new one is complete.
+
+    Raises:
+        OutputError: the suffix is another, the settings are too large for a JPEG, or the file can't be written.
+    """
+    kind = check_suffix(path)
+    try:
+        data = encode_image(image, kind, settings)
+    except OutputError as error:
+        raise OutputError(f"{path}: {error}") from None
     with atomic_write(path) as f:
-        f.write(buffer.getvalue())
+        f.write(data)

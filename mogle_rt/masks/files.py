@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 LOSSY = ("JPEG", "MPO")
 MAX_PIXELS = 4096 * 4096
 """The most pixels of a mask. A file's header is checked for this before anything is decoded."""
+MOST_VALUES = 20 * MAX_PIXELS  # of an array that holds a plane for each class
+NPY = b"\x93NUMPY"  # the first bytes of a .npy file
 NUMBER_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 ORIENTATION = 0x0112  # the EXIF tag
@@ -38,15 +42,20 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(source: Path | BinaryIO, what: str | None = None) -> Image.Image:
     """Open and decode a picture.
+
+    Args:
+        source: a path, or a stream of a file's contents.
+        what: the picture's name in errors; None takes the path.
 
     Raises:
         MaskError: there is no such file, it has another format, is too large, or can't be decoded.
     """
+    path = str(source) if what is None else what
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            return decoded(image, str(path))
+        with Image.open(source, formats=FORMATS) as image:
+            return decoded(image, path)
     except MaskError:
         raise
     except FileNotFoundError:
@@ -119,6 +128,29 @@ def warn_if_all_hidden(hidden: NDArray[np.bool_], what: str) -> NDArray[np.bool_
     return hidden
 
 
+def array_from(data: bytes, what: str) -> NDArray[Any]:
+    """Read the array from the contents of a ``.npy`` file, and allocate no more than they hold.
+
+    Raises:
+        MaskError: the contents are damaged, hold Python objects, or the array is too large.
+    """
+    stream = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(stream)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects, which are not read")
+        held, needed = len(data) - stream.tell(), math.prod(shape) * dtype.itemsize
+        if held != needed:
+            raise ValueError(f"an array of shape {list(shape)} takes {needed} bytes, and {held} are there")
+        if math.prod(shape) > MOST_VALUES:
+            raise ValueError(f"a mask can have at most {MAX_PIXELS:,} pixels, got an array of shape {list(shape)}")
+        return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape, order="F" if fortran else "C")
+    except Exception as error:  # a damaged header can raise nearly any error
+        raise MaskError(f"{what}: can't be read: {one_line(error)}") from None
+
+
 def load_array(path: Path) -> NDArray[Any]:
     """Read the array in a ``.npy`` file. Pickled objects are refused.
 
@@ -133,7 +165,7 @@ def load_array(path: Path) -> NDArray[Any]:
         raise MaskError(f"{path}: can't be read: {one_line(error)}") from None
     if not isinstance(array, np.ndarray):
         raise MaskError(f"{path}: must hold one array")
-    if array.size > 20 * MAX_PIXELS:  # an array may hold a plane for every class
+    if array.size > MOST_VALUES:  # an array may hold a plane for every class
         raise MaskError(f"{path}: a mask can have at most {MAX_PIXELS:,} pixels, got an array of {list(array.shape)}")
     return np.array(array)
 

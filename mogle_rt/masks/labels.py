@@ -5,6 +5,7 @@ Labels are uint8 [H, W] with values 0…18.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,9 @@ from mogle_rt.errors import MaskError
 from mogle_rt.masks.classes import CLASS_NAMES, PALETTE, Labels
 from mogle_rt.masks.files import (
     LOSSY,
+    NPY,
     NUMBER_MODES,
+    array_from,
     check_pixels,
     decoded,
     load_array,
@@ -44,7 +47,7 @@ from mogle_rt.masks.smoothing import refuse_smoothed
 if TYPE_CHECKING:
     from torch import Tensor
 
-MaskLike: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[Any] | Tensor"
+MaskLike: TypeAlias = "str | bytes | os.PathLike[str] | Image.Image | NDArray[Any] | Tensor"
 
 
 def to_labels(
@@ -69,6 +72,8 @@ def to_labels(
     table = order_table(order)
     if isinstance(mask, (str, os.PathLike)):
         labels = _from_path(mask, table)
+    elif isinstance(mask, bytes):
+        labels = _from_bytes(mask, table)
     elif isinstance(mask, Image.Image):
         labels = _from_image(decoded(mask, "mask"), table, "mask")
     elif _is_array(mask):
@@ -205,6 +210,13 @@ def _from_path(mask: str | os.PathLike[str], table: Labels) -> Labels:
     if path.suffix.lower() == ".npy":
         return _from_array(load_array(path), table, str(path))
     return _from_image(open_picture(path), table, str(path))
+
+
+def _from_bytes(data: bytes, table: Labels) -> Labels:
+    """Read the contents of a file, which never name another file."""
+    if data.startswith(NPY):
+        return _from_array(array_from(data, "mask"), table, "mask")
+    return _from_image(open_picture(io.BytesIO(data), "mask"), table, "mask")
 
 
 def _is_tensor(value: object) -> TypeGuard[Tensor]:

@@ -115,9 +115,22 @@ def part_files(folder: Path) -> dict[str, list[tuple[str, Path]]]:
     """Find the part files in a folder (CelebAMask-HQ's ``00000_hair.png``): by face, each part's class and file."""
     faces: dict[str, list[tuple[str, Path]]] = {}
     for path in sorted(folder.iterdir()):
-        if match := _PART_FILE.fullmatch(path.name):
-            faces.setdefault(match["face"], []).append((class_name(match["part"].lower()), path))
+        if _PART_FILE.fullmatch(path.name):
+            face, part = part_of(path.name)
+            faces.setdefault(face, []).append((part, path))
     return faces
+
+
+def part_of(name: str) -> tuple[str, str]:
+    """The face and the class that a part file's name tells.
+
+    Raises:
+        MaskError: it is not the name of a part file.
+    """
+    match = _PART_FILE.fullmatch(name)
+    if match is None:
+        raise MaskError(f"{name[:60]!r} is not the name of a part file, such as 00000_hair.png")
+    return match["face"], class_name(match["part"].lower())
 
 
 def from_part_files(folder: Path) -> Labels:

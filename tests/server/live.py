@@ -1,0 +1,90 @@
+"""A server in this process, on a free port, for the tests of the server and of the page."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mogle_rt import Pipeline
+from mogle_rt.bundle.shipped import examples
+from mogle_rt.server.app import build_app
+from mogle_rt.server.drawing import Studio
+from mogle_rt.server.requests import Limits
+from mogle_rt.server.running import Server, listen, make_server
+
+MASKS = {one.name: one.mask.read_bytes() for one in examples()}
+GENERATIONS = "/v1/images/generations"
+SMALL = {"size": "64x64", "num_inference_steps": 2}
+LONG = {"size": "64x64", "num_inference_steps": 100}
+
+
+@dataclass
+class Live:
+    """A server that runs, and a client for it."""
+
+    url: str
+    client: httpx.Client
+    studio: Studio
+    server: Server
+    thread: threading.Thread
+
+    def draw(self, **fields: Any) -> httpx.Response:
+        return self.client.post(GENERATIONS, json=SMALL | fields)
+
+
+def encoded(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def pixels(b64: str) -> NDArray[np.uint8]:
+    """The pixels of an image in an answer."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64))).convert("RGB"))
+
+
+def own_pixels(pipe: Pipeline, mask: str, prompt: str, seed: int, **options: Any) -> NDArray[np.uint8]:
+    """The same image by a call of the pipeline."""
+    call = {"height": 64, "width": 64, "num_inference_steps": 2} | options
+    from mogle_rt.masks import to_labels
+
+    labels = to_labels(MASKS[mask], height=call["height"], width=call["width"])
+    return np.asarray(pipe(labels, prompt, seed=seed, **call).images[0])
+
+
+@contextmanager
+def live(
+    pipes: list[Pipeline],
+    *,
+    keys: list[bytes] | None = None,
+    limits: Limits | None = None,
+    grace: float = 30,
+    **options: Any,
+) -> Iterator[Live]:
+    """Serve until the block ends."""
+    studio = Studio(pipes, **options)
+    studio.start()
+    listening = listen("127.0.0.1", 0)
+    ready = threading.Event()
+    app = build_app(studio, "demo", keys=keys, limits=limits)
+    server = make_server(app, studio, grace=grace, ready=ready.set)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
+    thread.start()
+    assert ready.wait(60)
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    try:
+        with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
+            yield Live(url, client, studio, server, thread)
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()

@@ -1,0 +1,459 @@
+"""The server by its own protocol: answers equal the pipeline's, everything else is refused in one sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from mogle_rt import Pipeline
+from mogle_rt.masks import colorize, to_labels
+from mogle_rt.server.jobs import Job, Queued, Shape, Waiting
+from mogle_rt.server.refusals import Refusal
+from mogle_rt.server.requests import Limits
+from tests.server.live import GENERATIONS, LONG, MASKS, SMALL, Live, encoded, live, own_pixels, pixels
+
+SECRET = "a sentence that no log may hold"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    """The pipeline that answers are compared with; the server has others."""
+    pipeline = Pipeline("demo", device="cpu", dtype="fp32")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def pipes(pipe: Pipeline) -> list[Pipeline]:
+    made = [Pipeline("demo", device="cpu", dtype="fp32") for _ in range(2)]
+    for one in made:
+        one.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def served(pipes: list[Pipeline]) -> Iterator[Live]:
+    with live(pipes, places=16) as running:
+        yield running
+
+
+@pytest.fixture
+def one_worker(pipes: list[Pipeline]) -> Iterator[Live]:
+    """A server with one thread that draws, two places, and little patience."""
+    with live(pipes[:1], places=2) as running:
+        yield running
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    """The error of an answer, which has OpenAI's shape and one sentence."""
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert "\n" not in error["message"]
+    assert "Traceback" not in answer.text
+    return error
+
+
+def until(condition: Any) -> None:
+    """Wait until something is so; it fails after a time that only a hang takes."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def events(answer: httpx.Response) -> Iterator[dict[str, Any]]:
+    for line in answer.iter_lines():
+        if line.startswith("data: "):
+            yield json.loads(line[6:])
+
+
+def test_an_answer_is_the_pipelines_own_image(served: Live, pipe: Pipeline) -> None:
+    answer = served.draw(prompt="a woman", semantic_mask=encoded(MASKS["hat"]), seed=5, n=2)
+    assert answer.status_code == 200, answer.text
+    data = answer.json()["data"]
+    assert [one["seed"] for one in data] == [5, 6]
+    for one in data:
+        own = own_pixels(pipe, "hat", "a woman", one["seed"])
+        assert np.array_equal(pixels(one["b64_json"]), own)
+
+
+def test_an_uploaded_mask_is_the_same(served: Live, pipe: Pipeline) -> None:
+    fields = {"prompt": "a man", "seed": "3", "size": "64x64", "num_inference_steps": "2", "condition_scale": "0.5"}
+    upload = {"semantic_mask": ("../../etc/passwd", MASKS["beard"])}
+    answer = served.client.post(GENERATIONS, data=fields, files=upload)
+    assert answer.status_code == 200, answer.text
+    own = own_pixels(pipe, "beard", "a man", 3, condition_scale=0.5)
+    assert np.array_equal(pixels(answer.json()["data"][0]["b64_json"]), own)
+
+
+def test_the_masks_shape_gives_the_size(served: Live) -> None:
+    tall = io.BytesIO()
+    np.save(tall, np.tile(to_labels(MASKS["hat"]), (2, 1)))
+    answer = served.client.post(
+        GENERATIONS, json={"semantic_mask": encoded(tall.getvalue()), "num_inference_steps": 1, "size": "auto"}
+    )
+    assert answer.json()["size"] == "96x176"
+    warnings = served.draw(semantic_mask=encoded(tall.getvalue())).json()["warnings"]
+    assert "stretched" in warnings[0]
+    assert "made for images of 128 x 128" in warnings[1]
+
+
+def test_an_image_holds_its_settings(served: Live) -> None:
+    answer = served.draw(prompt="a woman", semantic_mask=encoded(MASKS["bun"]), seed=9, output_format="png")
+    picture = Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"])))
+    assert picture.info["prompt"] == "a woman"
+    assert picture.info["seed"] == "9"
+    assert "trainedAlgorithmicMedia" in picture.info["XML:com.adobe.xmp"]
+
+
+@pytest.mark.parametrize(
+    ("status", "fields", "words"),
+    [
+        (422, {"prompt": "x", "colour": "red"}, "unknown field 'colour'"),
+        (422, {}, "give a prompt"),
+        (422, {"prompt": 7}, "prompt"),
+        (422, {"prompt": "x" * 4001}, "prompt"),
+        (422, {"prompt": "x", "n": 0}, "n: must be"),
+        (422, {"prompt": "x", "n": True}, "n"),
+        (422, {"prompt": "x", "size": "100x64"}, "the nearest is 96"),
+        (422, {"prompt": "x", "size": "99999x99999"}, "multiple of 16"),
+        (422, {"prompt": "x", "size": "2048x2048"}, "at most 1,048,576 pixels"),
+        (422, {"prompt": "x", "size": "large"}, "WIDTHxHEIGHT"),
+        (422, {"prompt": "x", "num_inference_steps": 101}, "at most 100"),
+        (422, {"prompt": "x", "guidance_scale": -1}, "guidance_scale"),
+        (422, {"prompt": "x", "seed": -1}, "seed"),
+        (422, {"prompt": "x", "seed": 2**63}, "seed"),
+        (422, {"prompt": "x", "response_format": "url"}, "b64_json"),
+        (404, {"prompt": "x", "model": "dall-e-3"}, "this server has 'demo'"),
+        (400, {"semantic_mask": "/etc/passwd"}, "paths and addresses are not opened"),
+        (400, {"semantic_mask": "https://example.com/mask.png"}, "paths and addresses are not opened"),
+        (422, {"semantic_mask": encoded(b"/etc/passwd")}, "not a picture"),
+        (422, {"semantic_mask": encoded(b"\x93NUMPY\x01\x00")}, "can't be read"),
+        (422, {"semantic_mask": ""}, "not a picture"),
+    ],
+)
+def test_wrong_fields_are_refused(served: Live, status: int, fields: dict[str, Any], words: str) -> None:
+    answer = served.client.post(GENERATIONS, json=fields)
+    assert answer.status_code == status, answer.text
+    assert words in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "kind"),
+    [
+        (400, b"{", "application/json"),
+        (400, b"\xff\xfe", "application/json"),
+        (400, b"[" * 100_000, "application/json"),
+        (422, b"[]", "application/json"),
+        (422, b'{"prompt": "x", "guidance_scale": NaN}', "application/json"),
+        (415, b"prompt=x", "application/x-www-form-urlencoded"),
+        (415, b"", ""),
+        (400, b"nothing", "multipart/form-data"),
+        (400, b"nothing", "multipart/form-data; boundary=x"),
+    ],
+)
+def test_wrong_bodies_are_refused(served: Live, status: int, content: bytes, kind: str) -> None:
+    answer = served.client.post(GENERATIONS, content=content, headers={"Content-Type": kind})
+    assert answer.status_code == status, answer.text
+    error_of(answer)
+
+
+def test_bombs_are_refused(served: Live) -> None:
+    """Small files of large pictures and arrays are refused by what their headers say."""
+    picture = io.BytesIO()
+    Image.new("L", (4000, 4000)).save(picture, "PNG")
+    answer = served.draw(semantic_mask=encoded(picture.getvalue()))
+    assert answer.status_code == 422
+    assert "at most 4,194,304 pixels" in error_of(answer)["message"]
+    array = io.BytesIO()
+    np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": (10**6, 10**6)})
+    answer = served.draw(semantic_mask=encoded(array.getvalue()))
+    assert answer.status_code == 422
+    assert "0 are there" in error_of(answer)["message"]
+
+
+def test_uploads_are_limited(pipes: list[Pipeline]) -> None:
+    with live(pipes[:1], limits=Limits(upload=1000)) as running:
+
+        def parts() -> Iterator[bytes]:
+            for _ in range(100):
+                yield b"x" * 100
+
+        for content in (b"x" * 1001, parts()):
+            answer = running.client.post(GENERATIONS, content=content, headers={"Content-Type": "application/json"})
+            assert answer.status_code == 413
+            assert "1,000 bytes" in error_of(answer)["message"]
+
+
+def test_strangers_are_refused(served: Live) -> None:
+    """A page of another site can neither send requests from its visitor's browser, nor by a name that leads here."""
+    for headers, status in (({"Host": "evil.example"}, 421), ({"Origin": "https://evil.example"}, 403)):
+        answer = served.client.post(GENERATIONS, json=SMALL | {"prompt": "x"}, headers=headers)
+        assert answer.status_code == status
+        error_of(answer)
+    assert served.client.get("/health", headers={"Origin": served.url}).status_code == 200
+    assert served.client.get("/health", headers={"Host": "localhost:1"}).status_code == 200
+
+
+def test_a_key_is_asked_for(pipes: list[Pipeline]) -> None:
+    key = "a-key-of-the-test"
+    with live(pipes[:1], keys=[b"another-key-of-it", key.encode()]) as running:
+        for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": key}):
+            for path in ("/v1/models", "/metrics", "/settings.json"):
+                answer = running.client.get(path, headers=given)
+                assert answer.status_code == 401
+                error_of(answer)
+        right = {"Authorization": f"Bearer {key}", "Host": "faces.example"}
+        assert running.client.get("/v1/models", headers=right).status_code == 200
+        assert running.client.get("/").status_code == 200
+        assert running.client.get("/health").status_code == 200
+
+
+def test_other_addresses(served: Live) -> None:
+    for path, status in (
+        ("/v1/images", 404),
+        (GENERATIONS, 405),
+        ("/examples/../prompts.json", 404),
+        ("/examples/..%2fprompts.json", 404),
+        ("/examples/absent.png", 404),
+        ("/page/index.html", 404),
+        ("/v1/models/other", 404),
+    ):
+        answer = served.client.get(path)
+        assert answer.status_code == status, path
+        error_of(answer)
+    assert served.client.get("/examples/hat.png").content == MASKS["hat"]
+    assert served.client.get("/v1/models").json()["data"][0]["id"] == "demo"
+    fields = served.client.get("/openapi.json").json()["paths"][GENERATIONS]["post"]["requestBody"]
+    assert "semantic_mask" in fields["content"]["application/json"]["schema"]["properties"]
+
+
+def test_masks_are_read_in_every_form(served: Live) -> None:
+    labels = to_labels(MASKS["hat"])
+    colours, array = io.BytesIO(), io.BytesIO()
+    Image.fromarray(colorize(labels)).save(colours, "PNG")
+    np.save(array, labels)
+    forms = [[("semantic_mask", ("m", data))] for data in (MASKS["hat"], colours.getvalue(), array.getvalue())]
+    parts = []
+    for number, name in ((1, "skin"), (13, "hair")):
+        plane = io.BytesIO()
+        Image.fromarray((labels == number).astype(np.uint8) * 255).save(plane, "PNG")
+        parts.append(("semantic_mask", (f"00000_{name}.png", plane.getvalue())))
+    two = np.where(np.isin(labels, (1, 13)), labels, 0)
+    for files, expected in ((forms[0], labels), (forms[1], labels), (forms[2], labels), (parts, two)):
+        answer = served.client.post("/v1/masks", files=files).json()
+        read = np.frombuffer(base64.b64decode(answer["labels"]), np.uint8).reshape(answer["height"], answer["width"])
+        assert np.array_equal(read, expected)
+    answer = served.client.post("/v1/masks", files=[("semantic_mask", ("x.png", b"no picture"))])
+    assert answer.status_code == 422
+    error_of(answer)
+
+
+def test_a_stream_tells_steps_and_previews_and_changes_nothing(served: Live, pipe: Pipeline) -> None:
+    asked = SMALL | {"prompt": "a woman", "semantic_mask": encoded(MASKS["bun"]), "seed": 1, "num_inference_steps": 6}
+    with served.client.stream("POST", GENERATIONS, json=asked | {"stream": True, "partial_images": 2}) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        told = list(events(answer))
+    kinds = [event["type"].removeprefix("image_generation.") for event in told]
+    assert kinds[0] == "queued"
+    assert kinds[-1] == "completed"
+    assert [event["step"] for event in told if event["type"].endswith("progress")] == [1, 2, 3, 4, 5, 6]
+    previews = [event for event in told if event["type"].endswith("partial_image")]
+    assert 1 <= len(previews) <= 2
+    assert pixels(previews[0]["b64_json"]).shape == (64, 64, 3)
+    own = own_pixels(pipe, "bun", "a woman", 1, num_inference_steps=6)
+    assert np.array_equal(pixels(told[-1]["b64_json"]), own)
+
+
+def test_a_preview_looks_like_the_image(served: Live) -> None:
+    """A preview half way is nearer to the image than the image of another seed and prompt is."""
+    asked = {"semantic_mask": encoded(MASKS["hat"]), "num_inference_steps": 8, "size": "128x128", "stream": True}
+    made = []
+    for prompt, seed in (("a woman with a yellow hat", 1), ("an old man on a black background", 2)):
+        body = asked | {"prompt": prompt, "seed": seed, "partial_images": 1}
+        with served.client.stream("POST", GENERATIONS, json=body) as answer:
+            made.append([event for event in events(answer) if "b64_json" in event])
+    (preview, image), (_, other) = ([pixels(event["b64_json"]).astype(float) for event in one] for one in made)
+    assert np.abs(preview - image).mean() < np.abs(other - image).mean() / 2
+
+
+def test_a_job_can_be_cancelled(one_worker: Live) -> None:
+    with one_worker.client.stream("POST", GENERATIONS, json=LONG | {"prompt": "x", "stream": True}) as answer:
+        told = events(answer)
+        job = next(told)["job"]
+        while next(told)["type"] != "image_generation.progress":
+            pass
+        assert httpx.delete(f"{one_worker.url}/v1/jobs/{job}", trust_env=False).json()["cancelled"]
+        last = list(told)[-1]
+    assert last["error"]["code"] == "cancelled"
+    assert one_worker.draw(prompt="x").status_code == 200
+    assert one_worker.client.delete(f"/v1/jobs/{job}").status_code == 404
+    assert one_worker.studio.metrics.images._value.get() == 1
+
+
+def test_a_client_that_leaves_frees_its_place(one_worker: Live) -> None:
+    """Both what is being drawn and what waits ends when nobody wants it any more, with and without a stream."""
+    waiting = one_worker.studio.waiting
+    for stream in (True, False):
+        with contextlib.ExitStack() as stack:
+            for number in range(3):
+                client = stack.enter_context(httpx.Client(base_url=one_worker.url, timeout=60, trust_env=False))
+                body = LONG | {"prompt": "x", "stream": stream}
+                if stream:
+                    stack.enter_context(client.stream("POST", GENERATIONS, json=body))
+                else:
+                    client.timeout = httpx.Timeout(0.5)
+                    with pytest.raises(httpx.ReadTimeout):
+                        client.post(GENERATIONS, json=body)
+                    until(lambda: not len(waiting) and not one_worker.studio.metrics.drawing._value.get())
+                if number == 0:
+                    until(lambda: not len(waiting))  # it is being drawn
+            if stream:
+                assert len(waiting) == 2
+                refused = one_worker.draw(prompt="x")
+                assert refused.status_code == 429
+                assert refused.headers["Retry-After"]
+                assert "2 images wait already" in error_of(refused)["message"]
+        until(lambda: not len(waiting) and not one_worker.studio.metrics.drawing._value.get())
+    assert one_worker.studio.metrics.images._value.get() == 0
+
+
+def test_stopping_finishes_or_refuses(pipes: list[Pipeline]) -> None:
+    """What is being drawn is finished, what waits is refused, and the server ends."""
+    with live(pipes[:1], places=8) as running, ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(running.draw, prompt="x", num_inference_steps=20, seed=i) for i in range(6)]
+        until(lambda: len(running.studio.waiting) == 5)
+        running.server.should_exit = True
+        codes = sorted(one.result().status_code for one in asked)
+        running.thread.join(60)
+    assert codes == [200, *[503] * 5]
+
+
+def test_stopping_does_not_wait_for_ever(pipes: list[Pipeline]) -> None:
+    with live(pipes[:1], grace=0.2) as running, ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(running.client.post, GENERATIONS, json=LONG | {"prompt": "x", "size": "256x256"})
+        until(lambda: running.studio.metrics.drawing._value.get())
+        running.server.should_exit = True
+        answer = asked.result()
+    assert answer.status_code == 503
+    assert error_of(answer)["code"] == "shutting_down"
+
+
+def test_nothing_of_a_person_is_logged(
+    served: Live, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where drawing fails with an error that quotes it."""
+    caplog.set_level(logging.DEBUG)
+    served.draw(prompt=SECRET)
+    served.draw(prompt=SECRET, size="1x1")
+    served.client.get(f"/{SECRET}?{SECRET}")
+    served.client.get("/", headers={"User-Agent": SECRET, "Referer": SECRET})
+
+    def fail(self: Pipeline, *_: Any, **__: Any) -> None:
+        raise RuntimeError(SECRET)
+
+    monkeypatch.setattr(Pipeline, "__call__", fail)
+    answer = served.draw(prompt=SECRET)
+    assert answer.status_code == 500
+    assert SECRET not in answer.text
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith(("mogle_rt", "uvicorn"))]
+    assert any("RuntimeError while drawing" in line for line in ours)
+    assert not any(SECRET in line or SECRET.replace(" ", "%20") in line for line in ours)
+    assert SECRET.replace(" ", "%20") not in served.client.get("/metrics").text
+
+
+def test_one_bad_image_does_not_spoil_a_batch(
+    pipe: Pipeline, pipes: list[Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a batch fails, its images are drawn alone. In a batch an image is its own, up to rounding."""
+    call, sizes = Pipeline.__call__, []
+
+    def fails_of_bad(self: Pipeline, masks: Any, prompts: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(len(prompts))
+        if "bad" in prompts:
+            raise MemoryError
+        return call(self, masks, prompts, *args, **options)
+
+    monkeypatch.setattr(Pipeline, "__call__", fails_of_bad)
+    with live(pipes[:1], max_batch=3) as running, ThreadPoolExecutor(5) as threads:
+        first = threads.submit(running.draw, prompt="x", num_inference_steps=40)
+        until(lambda: sizes)
+        asked = [threads.submit(running.draw, prompt=prompt, seed=4) for prompt in ("a woman", "bad", "a man")]
+        first.result()
+        answers = [one.result() for one in asked]
+    assert [answer.status_code for answer in answers] == [200, 503, 200]
+    assert sorted(sizes) == [1, 1, 1, 1, 3]
+    monkeypatch.undo()
+    blank = np.zeros((64, 64), np.uint8)
+    own = np.asarray(pipe(blank, "a woman", seed=4, height=64, width=64, num_inference_steps=2).images[0])
+    assert np.array_equal(pixels(answers[0].json()["data"][0]["b64_json"]), own)
+
+
+def test_a_batch_holds_images_of_one_shape_in_their_order() -> None:
+    async def check() -> None:
+        def job(steps: int, count: int = 1) -> Job:
+            shape = Shape(64, 64, steps, 3.5, 1.0)
+            return Job(prompt="", labels=np.zeros((64, 64), np.uint8), shape=shape, seed=0, count=count, watched=True)
+
+        def taken(most: int) -> list[tuple[Job, int]]:
+            return [(draw.job, draw.index) for draw in waiting.take(most)]
+
+        waiting = Waiting(6)
+        a, b, c, d = job(2), job(3, 2), job(2), job(3)
+        for one in (a, b, c, d):
+            waiting.put(one)
+        with pytest.raises(Refusal, match="5 images wait already"):
+            waiting.put(job(2, 2))
+        with pytest.raises(Refusal, match="n can be at most 6"):
+            waiting.put(job(2, 7))
+        assert taken(2) == [(a, 0), (c, 0)]
+        assert [await b.next_event(), await b.next_event()] == [Queued(1), Queued(0)]
+        assert taken(2) == [(b, 0), (b, 1)]
+        d.cancel()
+        waiting.forget(d)
+        assert len(waiting) == 0
+        waiting.close()
+        assert taken(1) == []
+        with pytest.raises(Refusal, match="shutting down"):
+            waiting.put(a)
+
+    asyncio.run(check())
+
+
+def test_many_clients(served: Live, pipe: Pipeline) -> None:
+    """Mixed requests at once: every good answer is the pipeline's own image, broken ones are refused, none is lost."""
+    names = sorted(MASKS)
+
+    def ask(i: int) -> tuple[int, httpx.Response]:
+        body: dict[str, Any] = {"prompt": f"face {i % 3}", "semantic_mask": encoded(MASKS[names[i % 8]]), "seed": i}
+        body["num_inference_steps"] = 1 + i % 2
+        if i % 8 == 7:
+            body["seed"] = "many"
+        with httpx.Client(base_url=served.url, timeout=120, trust_env=False) as client:
+            return i, client.post(GENERATIONS, json=SMALL | body)
+
+    with ThreadPoolExecutor(8) as threads:
+        answers = dict(threads.map(ask, range(24)))
+    for i, answer in answers.items():
+        if i % 8 == 7:
+            assert answer.status_code == 422
+            continue
+        assert answer.status_code == 200, answer.text
+        own = own_pixels(pipe, names[i % 8], f"face {i % 3}", i, num_inference_steps=1 + i % 2)
+        assert np.array_equal(pixels(answer.json()["data"][0]["b64_json"]), own)
+    assert threading.active_count() < 60
