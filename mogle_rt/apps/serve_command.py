@@ -51,6 +51,10 @@ def serve(
         str, typer.Option(help="torch, or for an export: onnxruntime, tensorrt, tensorrt-rtx.")
     ] = "torch",
     engine_path: Annotated[Path | None, typer.Option(help="The export's folder; default: the bundle's folder.")] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="The most memory to use on the device, such as 8GB, for all workers. Default: what is free."),
+    ] = None,
     model_config: Annotated[str | None, typer.Option(help="The reference's switches as JSON.")] = None,
 ) -> None:
     """Serve images in the shape of OpenAI's API, and a page to paint masks on."""
@@ -59,7 +63,7 @@ def serve(
         raise ConfigError(f"the server needs {', '.join(missing)}: install them with pip install 'mogle-rt[serve]'")
     from mogle_rt.arguments import check_names
     from mogle_rt.bundle.shipped import bundle_path
-    from mogle_rt.config import ModelConfig, dtype_name
+    from mogle_rt.config import ModelConfig, dtype_name, parse_bytes
     from mogle_rt.server.access import is_loopback, read_keys
     from mogle_rt.server.requests import Limits
     from mogle_rt.server.running import listen, make_server
@@ -80,6 +84,10 @@ def serve(
             f"--host {host} can be reached from other machines: give --api-key-file too, or take 127.0.0.1"
         )
     check_names(device=device, engine=engine, kernels=kernels)
+    memory = None if max_memory is None else parse_bytes(max_memory)
+    if memory is not None:
+        workers = workers or 1
+        memory //= workers
     options: dict[str, Any] = {
         "device": device,
         "dtype": None if dtype is None else dtype_name(dtype),
@@ -87,6 +95,7 @@ def serve(
         "kernels": kernels,
         "engine": engine,
         "engine_path": engine_path,
+        "max_memory": memory,
     }
     must_exist(bundle_path(checkpoint), CheckpointError)
     listening = listen(host, port)

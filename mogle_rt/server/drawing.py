@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mogle_rt.config import PATCH
-from mogle_rt.errors import InputError, MogleError
+from mogle_rt.errors import InputError, InsufficientMemoryError, MogleError
 from mogle_rt.jobs.image_files import encode_image, settings_of
 from mogle_rt.memory.threads import suitable_threads, worthwhile_threads
 from mogle_rt.pipeline import Pipeline
@@ -185,6 +185,8 @@ def _refusal_of(error: Exception) -> Refusal:
     """What a client is told of an error while drawing. The log gets the place, and no message: it may quote a prompt."""
     if isinstance(error, InputError):
         return Refusal(422, str(error), code="invalid_value")
+    if isinstance(error, InsufficientMemoryError):
+        return Refusal(503, str(error), code="out_of_memory")
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if out_of_memory or "DefaultCPUAllocator" in str(error):
         return Refusal(503, "not enough memory for this image; ask for a smaller one", code="out_of_memory")
