@@ -1,7 +1,7 @@
 """The first seconds, each time in a process of its own: the help page, a mistake, and the demo's first image.
 
 The first image is also timed with the ordinary imports, which a user's own program has: the difference is what
-`mogle_rt.apps.quick_imports` saves.
+`mogle_rt.start.quick_imports` saves.
 """
 
 from __future__ import annotations

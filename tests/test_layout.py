@@ -38,6 +38,7 @@ ROOMS = [
     "pipeline",
     "jobs",
     "server",
+    "start",
     "apps",
     "__main__",
 ]

@@ -197,7 +197,7 @@ def _check_sheet(request: Request) -> None:
 
 def _load(request: Request) -> Pipeline:
     with console.status(Text(f"loading {request.checkpoint} …")):
-        from mogle_rt.apps.quick_imports import import_models
+        from mogle_rt.start.quick_imports import import_models
 
         import_models()
         from mogle_rt.pipeline import Pipeline

@@ -50,7 +50,7 @@ def embed(
         raise CheckpointError(f"{checkpoint}: holds no text encoders; take a bundle that was converted with them")
 
     with console.status(Text(f"loading {checkpoint} …")):
-        from mogle_rt.apps.quick_imports import import_models
+        from mogle_rt.start.quick_imports import import_models
 
         import_models()
         import torch

@@ -100,7 +100,7 @@ def serve(
     must_exist(bundle_path(checkpoint), CheckpointError)
     listening = listen(host, port)
     with console.status(Text(f"loading {checkpoint} …")):
-        from mogle_rt.apps.quick_imports import import_models
+        from mogle_rt.start.quick_imports import import_models
 
         import_models()
         from mogle_rt.pipeline import Pipeline

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mogle_rt.apps import quick_imports
+from mogle_rt.start import quick_imports
 from tests.apps.test_cli import QUICK, draw_mask, one_thread, run
 
 HEAVY = ("torch", "diffusers", "transformers")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from typing import TYPE_CHECKING
 
-from mogle_rt.apps.quick_imports import import_models
+from mogle_rt.start.quick_imports import import_models
 
 if TYPE_CHECKING:
     from torch import Tensor

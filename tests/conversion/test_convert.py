@@ -583,7 +583,7 @@ def write_sparse_checkpoint(folder: Path) -> Files:
 FULL_SIZE = """
 import json, sys, time
 from pathlib import Path
-from mogle_rt.apps.quick_imports import import_models
+from mogle_rt.start.quick_imports import import_models
 import_models()  # as the command line does
 import mogle_rt.conversion.convert, mogle_rt.pipeline
 

@@ -504,7 +504,7 @@ FULL_SIZE = """
 import json, sys, time
 from pathlib import Path
 import onnx, torch
-from mogle_rt.apps.quick_imports import import_models
+from mogle_rt.start.quick_imports import import_models
 import_models()  # as the command line does
 import mogle_rt.pipeline, mogle_rt.export.exporter, mogle_rt.export.verify
 

@@ -128,7 +128,7 @@ def test_importing_within_outer_settings(tiny_bundle: Path, expected: dict[str, 
 import torch
 torch.set_default_device("meta")
 torch.set_default_dtype(torch.float16)
-from mogle_rt.apps.quick_imports import import_models
+from mogle_rt.start.quick_imports import import_models
 import_models()
 from tests.torch_api.test_settings import draw
 from mogle_rt import Pipeline

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from mogle_rt.apps.stand_ins import StandIn, few_distributions
+from mogle_rt.start.stand_ins import StandIn, few_distributions
 
 # Packages that diffusers and transformers use only if they are installed. None of them is needed for drawing.
 OPTIONAL = (
