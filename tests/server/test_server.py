@@ -404,6 +404,7 @@ def test_one_bad_image_does_not_spoil_a_batch(
     assert np.array_equal(pixels(answers[0].json()["data"][0]["b64_json"]), own)
 
 
+@pytest.mark.quick
 def test_a_batch_holds_images_of_one_shape_in_their_order() -> None:
     async def check() -> None:
         def job(steps: int, count: int = 1) -> Job:
