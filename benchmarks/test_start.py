@@ -14,7 +14,10 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 PROGRAM = (sys.executable, "-m", "mogle_rt")
-ORDINARY = "from mogle_rt.apps import cli; from mogle_rt.start import quick_imports; quick_imports.import_models = lambda: None; cli.main()"
+ORDINARY = (
+    "from mogle_rt.apps import cli; from mogle_rt.start import quick_imports; "
+    "quick_imports.import_models = lambda: None; cli.main()"
+)
 IMAGE = ("generate", "demo", "-m", "examples/mask.png", "-p", "a young woman", "--seed", "1", "--overwrite")
 ROOT = Path(__file__).parents[1]
 ROUNDS = 3
