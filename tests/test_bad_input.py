@@ -625,7 +625,7 @@ SOURCES = {
     "index_that_climbs_out": Case(
         edit_weight_map(lambda c: c["weight_map"].update({X: "../../../../etc/passwd"})), ("passwd", "no such file")
     ),
-    "lora_absent": Case(lambda f: f.lora.unlink(), ("pytorch_lora_weights.safetensors",)),
+    "lora_absent": Case(lambda f: f.lora.unlink(), ("pytorch_lora_weights.safetensors: no such file or folder",)),
     "lora_half_missing": Case(
         tensors_of("lora", lambda t: t.pop(LORA_B)), ("'x_embedder' has only a part of its LoRA (A)",)
     ),
@@ -673,7 +673,7 @@ SOURCES = {
     "lora_metadata_patterns_a_list": Case(
         lora_metadata('{"alpha_pattern": [1]}'), ("lora_adapter_metadata is damaged",)
     ),
-    "mogle_absent": Case(lambda f: f.mogle.unlink(), ("mogle.pt",)),
+    "mogle_absent": Case(lambda f: f.mogle.unlink(), ("mogle.pt: no such file or folder",)),
     "mogle_empty": Case(lambda f: f.mogle.write_bytes(b""), ("mogle.pt", "not a PyTorch file, damaged or cut short")),
     "mogle_a_text": Case(
         lambda f: f.mogle.write_text("hello"), ("mogle.pt", "not a PyTorch file, damaged or cut short")
@@ -761,7 +761,7 @@ NO_PATHS = {
     "a_file": ("flux.gguf", "flux.gguf: no such file or folder"),
     "no_hub_id": ("a/b..c", "no such file or folder, nor a hub id"),
     "hub_id_too_long": ("a/" + "b" * 200, "no such file or folder, nor a hub id"),
-    "climbing_out": ("a/b/c/../../d", "a/b/c/../../d"),
+    "climbing_out": ("a/b/c/../../d", "a/b/c/../../d: not a local path, and the hub answered: "),
     "offline": ("nobody/no-such-model", "the hub can't be reached; download it elsewhere and pass its path"),
     "file_offline": ("nobody/no-such-model/x.safetensors", "the hub can't be reached"),
 }

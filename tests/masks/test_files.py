@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import time
 import tracemalloc
@@ -87,6 +88,16 @@ def test_smoothed_numbers_are_refused(size: int, method: Image.Resampling) -> No
     with pytest.raises(MaskError, match="class numbers were smoothed"):
         masks.to_labels(smooth)
     masks.to_labels(np.asarray(Image.fromarray(labels).resize((size, size), Image.Resampling.NEAREST)))
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["down", "across"])
+def test_numbers_smoothed_in_one_direction_are_refused(turned: bool) -> None:
+    """Bands of classes, of which only the borders between them are smoothed."""
+    bands = np.repeat(np.array([0, 13, 1, 17, 4, 18], dtype=np.uint8), 40)[:, None].repeat(64, axis=1)
+    smooth = np.asarray(Image.fromarray(bands).resize((64, 400), Image.Resampling.BILINEAR))
+    for mask, smoothed in ((bands, False), (smooth, True)):
+        with pytest.raises(MaskError, match="numbers were smoothed") if smoothed else contextlib.nullcontext():
+            masks.to_labels(mask.T if turned else mask)
 
 
 def test_numbers_in_a_jpeg_are_refused() -> None:

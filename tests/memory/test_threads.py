@@ -40,10 +40,11 @@ def test_they_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.get_num_threads() == 3
         with suitable_threads(176, 256, torch.device("cuda")):
             assert torch.get_num_threads() == 3
-        monkeypatch.setenv("OMP_NUM_THREADS", "3")
-        with suitable_threads(176, 256, CPU):
-            assert torch.get_num_threads() == 3
-        monkeypatch.delenv("OMP_NUM_THREADS")
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            monkeypatch.setenv(name, "3")
+            with suitable_threads(176, 256, CPU):
+                assert torch.get_num_threads() == 3
+            monkeypatch.delenv(name)
         torch.set_num_threads(2)  # somebody chose
         with suitable_threads(176, 256, CPU):
             assert torch.get_num_threads() == 2

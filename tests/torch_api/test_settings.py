@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mogle_rt import Pipeline
+from mogle_rt.torch_api import settings
 from mogle_rt.torch_api.settings import settled
 from tests.torch_api.precision_flags import flags
 
@@ -187,6 +188,23 @@ def test_one_thread_that_wants_float32_has_it() -> None:
     strict_out.set()
     thread.join(10)
     assert seen == {"alone": "tf32", "together": "ieee", "alone again": "tf32"}
+    assert flags() == before
+
+
+@pytest.mark.quick
+def test_an_interrupt_at_the_start_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context that was not yet counted is not counted out: the next one may still use TF32."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    before = flags()
+    with monkeypatch.context() as patched:
+        patched.setattr(settings._Precision, "read", interrupt)
+        with pytest.raises(KeyboardInterrupt), settled():
+            pass
+    with settled(allow_tf32=True):
+        assert flags()["cuda.matmul"] == "tf32"
     assert flags() == before
 
 
