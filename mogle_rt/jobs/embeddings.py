@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from mogle_rt.bundle.files import atomic_write
 from mogle_rt.errors import InputError
+from mogle_rt.values import parsed, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,16 +51,15 @@ class EmbeddedPrompts:
         try:
             with safe_open(path, framework="np") as file:
                 metadata, shapes = file.metadata() or {}, [file.get_slice(name).get_shape() for name in NAMES]
-            prompts = json.loads(metadata.get("prompts", "[]"))
+            prompts = parsed(tuple[str, ...], read_json(metadata.get("prompts", "[]")), "prompts")
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{path}: no such file") from None
         except (OSError, SafetensorError, ValueError) as error:
             raise InputError(f"{path}: holds no embeddings of prompts: {' '.join(str(error).split())}") from None
         counts = {len(prompts), *(shape[0] for shape in shapes if shape)}
-        texts = isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
-        if metadata.get("format") != FORMAT or not texts or not prompts or len(counts) > 1 or len(shapes[0]) != 3:
+        if metadata.get("format") != FORMAT or not prompts or len(counts) > 1 or len(shapes[0]) != 3:
             raise InputError(f"{path}: holds no embeddings of prompts; `mogle-rt embed` writes them")
-        return cls(path, tuple(prompts), metadata.get("bundle", ""), shapes[0][1])
+        return cls(path, prompts, metadata.get("bundle", ""), shapes[0][1])
 
     def prompts_of_masks(self, given: Sequence[str] | None, found: Sequence[str]) -> list[str]:
         """The prompt of each mask, all of which are in the file.

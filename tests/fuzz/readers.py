@@ -25,14 +25,17 @@ from mogle_rt.conversion.convert import gather
 from mogle_rt.conversion.lora import read_adapter
 from mogle_rt.conversion.mogle_file import read_mogle
 from mogle_rt.conversion.single_file import read_transformer
+from mogle_rt.conversion.writing.quantize import quantize
 from mogle_rt.encoders.tokenizers import load_tokenizer, without_panic
 from mogle_rt.engines.engine_file import EngineHeader, read_engine, write_engine
 from mogle_rt.engines.exported import ExportedGraphs
 from mogle_rt.export.exporter import export
 from mogle_rt.jobs.captions import _entries, prompts_of
+from mogle_rt.jobs.embeddings import EmbeddedPrompts, write_embeddings
 from mogle_rt.jobs.plan import Drawing
 from mogle_rt.jobs.record import NAME, JobRecord
 from mogle_rt.masks import colorize, to_image, to_labels
+from mogle_rt.model.loading import load_transformer
 from tests.checkpoints import TINY, Files
 from tests.fuzz.mutators import as_json, bytes_spoiled, hostile_value, safetensors_spoiled, spoiled
 
@@ -53,6 +56,8 @@ def readers(files: Files, bundle: Path, folder: Path) -> dict[str, Attempt]:
     export(bundle, exported, dtype="fp32", weights="copy")
     return {
         "bundle": functools.partial(_bundle, bundle.read_bytes(), folder / "bundle.safetensors"),
+        "quantised bundle": functools.partial(_quantised, _int4(bundle, folder), folder / "small.safetensors"),
+        "embeddings": functools.partial(_embeddings, _embeddings_file(folder), folder / "spoiled.safetensors"),
         "bundle, run": functools.partial(_bundle_run, bundle.read_bytes(), folder / "run.safetensors"),
         "tokenizer": functools.partial(_tokenizer, {p: Bundle(bundle).files(p) for p in ("tokenizer", "tokenizer_2")}),
         "LoRA": functools.partial(_lora, files.lora.read_bytes(), folder / "lora"),
@@ -84,6 +89,38 @@ def _bundle(data: bytes, path: Path, r: random.Random) -> None:
     opened = Bundle(path)
     _ = opened.default_size, opened.default_text_tokens, opened.lora_ranks()
     opened.verify()
+
+
+def _int4(bundle: Path, folder: Path) -> bytes:
+    path = folder / "int4.safetensors"
+    quantize(bundle, path, "int4")
+    return path.read_bytes()
+
+
+def _quantised(data: bytes, path: Path, r: random.Random) -> None:
+    """A bundle whose header says how its weights are stored; it is opened, and the transformer is loaded."""
+
+    def describe(header: Any) -> None:
+        metadata = header["__metadata__"]
+        metadata["weights"] = as_json(spoiled(json.loads(metadata["weights"]), r), r).decode(errors="replace")
+
+    path.write_bytes(safetensors_spoiled(data, r, describe))
+    opened = Bundle(path)
+    load_transformer(opened, torch.device("cpu"), torch.float32)
+
+
+def _embeddings_file(folder: Path) -> bytes:
+    path = folder / "embeddings.safetensors"
+    write_embeddings(path, ["a", "b"], torch.zeros(2, 8, 16), torch.zeros(2, 16), "0" * 64)
+    return path.read_bytes()
+
+
+def _embeddings(data: bytes, path: Path, r: random.Random) -> None:
+    def describe(header: Any) -> None:
+        header["__metadata__"]["prompts"] = as_json(spoiled(["a", "b"], r), r).decode(errors="replace")
+
+    path.write_bytes(safetensors_spoiled(data, r, describe))
+    EmbeddedPrompts.read(path).prompts_of_masks(None, ["a"])
 
 
 def _bundle_run(data: bytes, path: Path, r: random.Random) -> None:

@@ -22,8 +22,8 @@ from tests.fuzz.readers import Attempt, readers
 SLOW = ("bundle, run", "graph")
 ATTEMPTS = 20
 NAMES = (
-    *("bundle", "bundle, run", "tokenizer", "LoRA", "MoGLE", "FLUX folder", "transformer in one file", "GGUF", "mask"),
-    *("prompts", "job record", "manifest", "graph", "engine"),
+    *("bundle", "quantised bundle", "bundle, run", "embeddings", "tokenizer", "LoRA", "MoGLE", "FLUX folder"),
+    *("transformer in one file", "GGUF", "mask", "prompts", "job record", "manifest", "graph", "engine"),
 )
 
 
