@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import os
@@ -85,6 +86,7 @@ def _follow(child: int, reading: int, report: Report, at: int) -> int:
 
 
 def _attempts(name: str, attempt: Callable[[random.Random], object], seed: int, numbers: range, writing: int) -> None:
+    faulthandler.disable()  # what pytest's would say of a signal, the report says shorter
     quiet = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(quiet, stream)
