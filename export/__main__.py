@@ -16,6 +16,7 @@ from rich.table import Table
 
 from mogle_rt.apps.program import HELP_OPTIONS, parse_json, run_app
 from mogle_rt.errors import DeviceError, InputError
+from mogle_rt.installed import install_command
 
 if TYPE_CHECKING:
     from mogle_rt.bundle.bundle import Bundle
@@ -200,7 +201,7 @@ def _require_onnx() -> None:
         try:
             load()
         except ImportError as error:
-            raise DeviceError(f"export needs the package {package} ({error}): pip install 'mogle-rt[export]'") from None
+            raise DeviceError(f"export needs the package {package} ({error}): {install_command('export')}") from None
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ ROOT = Path(mogle_rt.__file__).parent
 # Rooms, from the ground up: each imports only from the ones before it. A room is a folder or a module of mogle_rt.
 ROOMS = [
     "errors",
+    "installed",
     "values",
     "config",
     "torch_api",

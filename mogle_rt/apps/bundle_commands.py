@@ -137,7 +137,7 @@ def info(
     for part in PARTS:
         tensors = {n: i for n, i in bundle.tensors.items() if n.startswith(f"{part}.")}
         if tensors:
-            dtypes = ", ".join(sorted({str(i.dtype).removeprefix("torch.") for i in tensors.values()}))
+            dtypes = ", ".join(sorted({i.dtype_name for i in tensors.values()}))
             count = "-" if part.startswith("tokenizer") else f"{parameter_count(tensors, bundle.storages):,}"
             size = sum(i.end - i.begin for i in tensors.values())
             table.add_row(part, str(len(tensors)), count, format_bytes(size), dtypes)
@@ -158,7 +158,7 @@ def _weights_by_format(bundle: Bundle) -> str:
     for stack in block_stacks(bundle.config.transformer):
         for layer in stack:
             storage, plain = bundle.storages.get(layer), bundle.tensors[f"transformer.{layer}.weight"]
-            name = str(plain.dtype).removeprefix("torch.") if storage is None else storage.name
+            name = plain.dtype_name if storage is None else storage.name
             size = plain.end - plain.begin if storage is None else storage.nbytes(storage.shape_of(plain.shape))
             count = found.setdefault(name, [0, 0])
             count[0], count[1] = count[0] + 1, count[1] + size

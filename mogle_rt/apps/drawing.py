@@ -14,7 +14,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from mogle_rt.apps.program import console, say
-from mogle_rt.bundle.preview import preview
+from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.errors import InputError, OutputError
 from mogle_rt.jobs.embeddings import EmbeddedPrompts
 from mogle_rt.jobs.image_files import check_prompt, check_suffix, save_image, settings_of
@@ -149,18 +149,14 @@ def _settings(request: Request) -> dict[str, Any]:
     """What an image depends on besides its mask, prompt and seed, for the record.
 
     Raises:
-        CheckpointError: there is no such bundle.
+        CheckpointError: see `Bundle`.
         InputError: it has no text encoders.
     """
-    facts = preview(request.checkpoint)
-    if facts is None:  # no bundle: opening it says why
-        from mogle_rt.bundle.bundle import Bundle
-
-        content_hash = Bundle(request.checkpoint).content_hash
-    else:
-        content_hash = facts.content_hash
-        if request.embeds is None and (facts.prompts == "none" or (facts.prompts == "empty" and any(request.prompts))):
-            alone = " With --prompt '' it draws from masks alone." if facts.prompts == "empty" else ""
+    bundle = Bundle(request.checkpoint)
+    if request.embeds is None and not bundle.has_text_encoders:
+        empty = bool(bundle.names("empty_prompt"))
+        if not empty or any(request.prompts):
+            alone = " With --prompt '' it draws from masks alone." if empty else ""
             raise InputError(
                 f"{request.checkpoint}: holds no text encoders, which generate needs for prompts; convert it with them, "
                 f"or give --embeds, a file that mogle-rt embed writes with such a bundle.{alone}"
@@ -169,7 +165,7 @@ def _settings(request: Request) -> dict[str, Any]:
     call = {names.get(name, name): value for name, value in request.call.items()}
     model = {"model_config": request.model["model_config"].to_dict(), "dtype": request.model["dtype"]}
     embeds = None if request.embeds is None else [request.embeds.bundle, request.embeds.tokens]
-    return {"bundle": content_hash, "num_images": request.num_images, "embeds": embeds} | call | model
+    return {"bundle": bundle.content_hash, "num_images": request.num_images, "embeds": embeds} | call | model
 
 
 def _read_masks(

@@ -28,7 +28,7 @@ def embed(
 ) -> None:
     """Write prompts as embeddings, which `generate --embeds` draws without text encoders."""
     from mogle_rt.arguments import check_names, prompt_list
-    from mogle_rt.bundle.preview import preview
+    from mogle_rt.bundle.bundle import Bundle
     from mogle_rt.config import dtype_name
     from mogle_rt.jobs.captions import prompts_of
     from mogle_rt.jobs.naming import check_writable
@@ -45,8 +45,8 @@ def embed(
     if output.exists() and not overwrite:
         raise OutputError(f"{output}: exists already; choose another name, or --overwrite")
     check_writable(output)
-    facts = preview(checkpoint)
-    if facts is not None and facts.prompts != "all":
+    bundle = Bundle(checkpoint)
+    if not bundle.has_text_encoders:
         raise CheckpointError(f"{checkpoint}: holds no text encoders; take a bundle that was converted with them")
 
     with console.status(Text(f"loading {checkpoint} …")):
@@ -55,13 +55,12 @@ def embed(
         import_models()
         import torch
 
-        from mogle_rt.bundle.bundle import Bundle
         from mogle_rt.calls.prompts import PromptEncoder
         from mogle_rt.encoders.cache import TensorCache
         from mogle_rt.jobs.embeddings import write_embeddings
         from mogle_rt.memory.devices import choose_device, choose_dtype
 
-        bundle, where = Bundle(checkpoint), choose_device(device)
+        where = choose_device(device)
         encoder = PromptEncoder(bundle, where, choose_dtype(dtype, where), TensorCache(0))
         with torch.no_grad():
             parts = [encoder([text], bundle.default_text_tokens) for text in texts]  # one at a time needs least memory

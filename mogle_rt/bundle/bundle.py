@@ -14,19 +14,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mogle_rt.bundle import schema, storage
 from mogle_rt.bundle.components import TABLES, component
-from mogle_rt.bundle.container import MappedFile, TensorInfo, read_chunks, read_header
+from mogle_rt.bundle.container import DTYPE_CODES, MappedFile, TensorInfo, read_chunks, read_header
 from mogle_rt.bundle.schema import check_names
 from mogle_rt.bundle.shipped import bundle_path
 from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import MAX_TEXT_TOKENS, PATCH, MogleConfig, Options, SchedulerConfig, TransformerConfig
 from mogle_rt.errors import CheckpointError, ConfigError
 from mogle_rt.values import read_json
+
+if TYPE_CHECKING:
+    import torch
 
 FORMAT = "mogle_rt"
 FORMAT_VERSION = 2
@@ -35,7 +36,7 @@ TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 PARTS = ("transformer", "lora", "mogle", "vae", *TEXT_PARTS, "empty_prompt")
 EMPTY_SEQUENCE, EMPTY_VECTOR = "empty_prompt.prompt_embeds", "empty_prompt.pooled_prompt_embeds"
 DEFAULT_SIZE = 512  # pixels
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOATS = ("F32", "F16", "BF16")  # codes of a safetensors file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +190,11 @@ class Bundle(TensorSource):
             }
             check_names(found, shapes, self.path)
         for name, info in self.tensors.items():
-            allowed = (torch.uint8,) if name.startswith("tokenizer") else FLOATS
+            allowed = ("U8",) if name.startswith("tokenizer") else FLOATS
             if name.startswith("transformer.") and name.removeprefix("transformer.") in fixed:
-                allowed = (fixed[name.removeprefix("transformer.")],)
-            if info.dtype not in allowed:
-                raise CheckpointError(f"{self.path}: tensor {name!r} can't be {info.dtype}")
+                allowed = (DTYPE_CODES[str(fixed[name.removeprefix("transformer.")])],)
+            if info.code not in allowed:
+                raise CheckpointError(f"{self.path}: tensor {name!r} can't be torch.{info.dtype_name}")
 
     def _shapes(self, part: str) -> dict[str, tuple[int, ...]]:
         return {name: self.tensors[f"{part}.{name}"].shape for name in self.names(part)}
@@ -215,10 +216,12 @@ class Bundle(TensorSource):
         Raises:
             CheckpointError: a float dtype was asked for, and the tensors are stored in a weight format.
         """
+        import torch
+
         infos = [self.tensors[n] for n in names]
         if dtype is None:
             dtype = infos[0].dtype
-        elif infos[0].dtype not in FLOATS and infos[0].dtype != dtype:
+        elif infos[0].code not in FLOATS and infos[0].dtype != dtype:
             raise CheckpointError(
                 f"{self.path}: tensor {names[0]!r} is stored as {infos[0].dtype}: without its scales it is no weight"
             )
@@ -251,6 +254,8 @@ class Bundle(TensorSource):
         Raises:
             CheckpointError: the contents were changed after conversion.
         """
+        import torch
+
         digest = hashlib.sha256(self._config_text.encode())
         for name, info in sorted(self.tensors.items(), key=lambda item: (item[1].begin, item[1].end, item[0])):
             digest.update(hashed_entry(name, info))
@@ -265,7 +270,7 @@ class Bundle(TensorSource):
 
 def hashed_entry(name: str, info: TensorInfo) -> bytes:
     """What the bundle's hash includes of a tensor before its bytes, so that exchanged names change the hash."""
-    return json.dumps([name, str(info.dtype), list(info.shape)]).encode()
+    return json.dumps([name, f"torch.{info.dtype_name}", list(info.shape)]).encode()
 
 
 def parameter_count(tensors: Mapping[str, TensorInfo], storages: Mapping[str, storage.WeightStorage]) -> int:

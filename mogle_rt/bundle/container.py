@@ -15,43 +15,67 @@ import struct
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mogle_rt.errors import CheckpointError
 
+if TYPE_CHECKING:
+    import torch
+
+# A dtype's code in the format: PyTorch's name, and bytes. They are names so that a header can be read without PyTorch.
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
 }
-DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+DTYPE_CODES = {f"torch.{name}": code for code, (name, _) in DTYPES.items()}
 MAX_HEADER = 100 << 20  # the safetensors package refuses larger ones too
 MOST_DIMENSIONS = 64  # the most dimensions of a tensor, as in NumPy; a convolution's weight has four
 CHUNK = 8 << 20  # bytes held in memory at once while a tensor is read in chunks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class TensorInfo:
-    """A tensor's dtype, shape and place in its file. ``begin`` and ``end`` are byte offsets from the file's start."""
+    """Where a tensor is in its file. ``begin`` and ``end`` are absolute byte offsets, ``code`` is a key of `DTYPES`."""
 
-    dtype: torch.dtype
+    code: str
     shape: tuple[int, ...]
     begin: int
     end: int
+
+    def __init__(self, dtype: torch.dtype | str, shape: tuple[int, ...], begin: int, end: int) -> None:
+        """``dtype`` is PyTorch's, or a code of the format."""
+        code = dtype if isinstance(dtype, str) else DTYPE_CODES[str(dtype)]
+        for name, value in (("code", code), ("shape", shape), ("begin", begin), ("end", end)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype, of PyTorch."""
+        import torch
+
+        dtype = getattr(torch, self.dtype_name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """PyTorch's name of the dtype, such as "bfloat16"."""
+        return DTYPES[self.code][0]
 
     @property
     def numel(self) -> int:
@@ -74,8 +98,8 @@ def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> Tenso
         raise CheckpointError(
             f"{path}: damaged header: tensor {name!r} has {len(shape)} dimensions, at most {MOST_DIMENSIONS} are read"
         )
-    info = TensorInfo(DTYPES[code], shape, data_start + begin, data_start + end)
-    if end - begin != info.numel * info.dtype.itemsize:
+    info = TensorInfo(code, shape, data_start + begin, data_start + end)
+    if end - begin != info.numel * DTYPES[code][1]:
         raise CheckpointError(
             f"{path}: tensor {name!r} of shape {list(shape)} and {code} can't take {end - begin} bytes"
         )
@@ -131,6 +155,8 @@ def read_chunks(path: Path, info: TensorInfo, *, once: bool = False) -> Iterator
     Raises:
         CheckpointError: the file has meanwhile been removed or cut short, or can't be read.
     """
+    import torch
+
     left = info.end - info.begin
     buffer = bytearray(min(CHUNK, max(left, 1)))
     try:
@@ -167,7 +193,12 @@ class MappedFile:
         self._open = path.open("rb", buffering=0)  # kept, so that the file can be asked whether it is still the same
         self._map = mmap.mmap(self._open.fileno(), 0, access=mmap.ACCESS_READ)
         self._state = self._now()
-        self._bytes = torch.from_numpy(np.asarray(_Unprotected(np.frombuffer(self._map, dtype=np.uint8))))
+
+    @cached_property
+    def _bytes(self) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(np.asarray(_Unprotected(np.frombuffer(self._map, dtype=np.uint8))))
 
     def _now(self) -> tuple[int, int]:
         state = os.fstat(self._open.fileno())
@@ -195,7 +226,7 @@ class MappedFile:
         file and must not be written to.
         """
         for a, b in itertools.pairwise(infos):
-            if a.end != b.begin or a.dtype != b.dtype:
+            if a.end != b.begin or a.code != b.code:
                 return None
         dtype = infos[0].dtype
         if infos[0].begin % dtype.itemsize:
@@ -224,7 +255,7 @@ def write_header(file: BinaryIO, tensors: dict[str, TensorInfo], metadata: dict[
     entries: dict[str, object] = {"__metadata__": metadata}
     for name, info in tensors.items():
         entries[name] = {
-            "dtype": DTYPE_CODES[info.dtype],
+            "dtype": info.code,
             "shape": list(info.shape),
             "data_offsets": [info.begin - start, info.end - start],
         }

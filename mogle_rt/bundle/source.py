@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from mogle_rt.bundle.container import TensorInfo
 from mogle_rt.bundle.storage import WeightStorage
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from mogle_rt.bundle.bundle import BundleConfig
 
 LORA_DOWN = ".lora_A.weight"

@@ -7,16 +7,18 @@ stacks into one are all stored in the same way, because one product multiplies w
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from mogle_rt.config import Options
 from mogle_rt.errors import CheckpointError, ConfigError
 
-Kinds = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # what follows a layer's name -> dtype and shape
+if TYPE_CHECKING:
+    import torch
+
+Kinds: TypeAlias = "dict[str, tuple[torch.dtype, tuple[int, ...]]]"  # what follows a layer's name -> dtype and shape
 
 LARGEST_ROTATION = 256
 INT4_GROUP = 64
@@ -43,7 +45,7 @@ class WeightStorage(Options):
 
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Bytes of these tensors."""
-        return sum(torch.Size(s).numel() * dtype.itemsize for dtype, s in self.kinds(shape).values())
+        return sum(math.prod(s) * dtype.itemsize for dtype, s in self.kinds(shape).values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,8 @@ class Int8Storage(WeightStorage):
     def kinds(self, shape: tuple[int, int]) -> Kinds:
         """See `WeightStorage.kinds`."""
         _require_divides("int8", "rotation", self.rotation, shape)
+        import torch
+
         return {"weight": (torch.int8, shape), "weight_scale": (torch.float32, shape[:1])}
 
     @classmethod
@@ -82,6 +86,8 @@ class Fp8Storage(WeightStorage):
 
     def kinds(self, shape: tuple[int, int]) -> Kinds:
         """See `WeightStorage.kinds`."""
+        import torch
+
         return {"weight": (torch.float8_e4m3fn, shape), "weight_scale": (torch.float32, shape[:1])}
 
     @classmethod
@@ -117,6 +123,8 @@ class Int4Storage(WeightStorage):
         """See `WeightStorage.kinds`."""
         _require_divides("int4", "group", self.group, shape)
         out, inner = shape
+        import torch
+
         kinds: Kinds = {
             "weight": (torch.uint8, (out, inner // 2)),
             "weight_scale": (torch.bfloat16, (out, inner // self.group)),

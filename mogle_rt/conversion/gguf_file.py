@@ -14,6 +14,7 @@ from torch import Tensor
 from mogle_rt.bundle.container import CHUNK
 from mogle_rt.conversion.tensors import UNPACKED, SourceTensor
 from mogle_rt.errors import CheckpointError, ConfigError
+from mogle_rt.installed import install_command
 
 UNPACKED_ALREADY = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_TENSORS = 100_000  # FLUX has 1,160 in its own names
@@ -66,7 +67,7 @@ def read_gguf(path: Path) -> dict[str, SourceTensor]:
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise ConfigError(f"{path}: GGUF files need the package gguf: pip install 'mogle-rt[gguf]'") from None
+        raise ConfigError(f"{path}: GGUF files need the package gguf: {install_command('gguf')}") from None
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":

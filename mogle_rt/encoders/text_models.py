@@ -74,7 +74,8 @@ def text_encoder_shapes(part: str, config: Mapping[str, Any], found: Mapping[str
         CheckpointError: the configuration does not describe such an encoder.
     """
     try:
-        model = unloaded_text_encoder(part, config, len(found))
+        with loading(), torch.device("meta"), NoInitialValues():
+            model = _text_classes(part)[0](_text_config(part, config, len(found)))
     except CheckpointError:
         raise
     except Exception as error:  # transformers passes on any error of its checks and layers
@@ -85,19 +86,6 @@ def text_encoder_shapes(part: str, config: Mapping[str, Any], found: Mapping[str
     if any(name.startswith("text_model.") for name in found):
         shapes = {f"text_model.{name.removeprefix('text_model.')}": shape for name, shape in shapes.items()}
     return shapes
-
-
-def unloaded_text_encoder(part: str, config: Mapping[str, Any], tensors: int) -> Any:
-    """CLIP's (``text_encoder``) or T5's (``text_encoder_2``) encoder on the meta device, without weights.
-
-    ``tensors`` is how many there are for it.
-
-    Raises:
-        CheckpointError: the configuration is for another kind of model. Other errors are those of transformers.
-    """
-    with loading(), torch.device("meta"), NoInitialValues():
-        model = _text_classes(part)[0](_text_config(part, config, tensors))
-    return model.eval().requires_grad_(False)
 
 
 def load_text_encoder(part: str, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:

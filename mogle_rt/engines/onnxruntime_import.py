@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mogle_rt.errors import DeviceError, printable
+from mogle_rt.installed import install_command
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # A model with a single Identity node. It shows whether a provider works before gigabytes are read for it.
@@ -46,7 +47,7 @@ def load_onnxruntime(device: torch.device, dtype: torch.dtype) -> Any:
         onnxruntime = import_onnxruntime()
     except ImportError as error:
         raise DeviceError(
-            f"engine onnxruntime needs the package onnxruntime ({error}): pip install 'mogle-rt[export]'"
+            f"engine onnxruntime needs the package onnxruntime ({error}): {install_command('export')}"
         ) from None
     provider = PROVIDERS.get(device.type)
     if provider is None:

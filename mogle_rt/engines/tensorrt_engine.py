@@ -22,6 +22,7 @@ from mogle_rt.engines.manifest import GraphSpec
 from mogle_rt.engines.onnxruntime_import import load_onnxruntime
 from mogle_rt.engines.velocity import VelocityLoop
 from mogle_rt.errors import CheckpointError, DeviceError, InputError, MogleError
+from mogle_rt.installed import install_command
 from mogle_rt.loop.schedule import Schedule
 
 
@@ -49,9 +50,9 @@ PACKAGES = {
     "tensorrt": Package(
         "tensorrt",
         "tensorrt",
-        "pip install --extra-index-url https://pypi.nvidia.com 'mogle-rt[tensorrt]', or use tensorrt-rtx",
+        f"{install_command('tensorrt')} --extra-index-url https://pypi.nvidia.com, or use tensorrt-rtx",
     ),
-    "tensorrt-rtx": Package("tensorrt-rtx", "tensorrt_rtx", "pip install 'mogle-rt[tensorrt-rtx]'"),
+    "tensorrt-rtx": Package("tensorrt-rtx", "tensorrt_rtx", install_command("tensorrt-rtx")),
 }
 
 

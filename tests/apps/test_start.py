@@ -37,8 +37,8 @@ def probe(*commands: tuple[object, ...]) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith("[")]
 
 
-def test_help_and_examples_load_nothing_heavy() -> None:
-    commands = (("--help",), ("generate", "--help"), ("export", "--help"), ("examples",))
+def test_help_examples_and_info_load_nothing_heavy() -> None:
+    commands = (("--help",), ("generate", "--help"), ("export", "--help"), ("examples",), ("info", "demo"))
     assert probe(*commands) == ["[] 0"] * len(commands)
 
 
@@ -49,6 +49,9 @@ def test_mistakes_are_told_before_anything_heavy_is_loaded(tmp_path: Path) -> No
     commands: tuple[tuple[object, ...], ...] = (
         ("generate", "demo", "-m", tmp_path / "absent.png", "-o", tmp_path / "x.png"),
         ("generate", tmp_path / "absent.safetensors", "-o", tmp_path / "x.png"),
+        ("info", tmp_path / "absent.safetensors"),
+        ("generate", "demo", "--embeds", tmp_path / "absent.safetensors", "-o", tmp_path / "x.png"),
+        ("embed", "demo", "a face", "-o", tmp_path / "file" / "p.safetensors"),
         ("generate", "demo", "-m", mask, "-o", tmp_path / "file" / "x.png"),
         ("generate", "demo", "-m", mask, "-o", mask),
         (*good, "--steps", 0),

@@ -663,3 +663,14 @@ def test_a_mistyped_path_stays_on_this_machine(name: str, tmp_path: Path, monkey
     assert str(caught.value) == f"{name}: no such file or folder"
     with pytest.raises(AssertionError, match="the hub was asked"):
         hub.find("owner/repository/lora.safetensors")
+
+
+@pytest.mark.parametrize("level", ["", "flux/transformer", "flux/vae"])
+def test_a_folder_too_high_or_too_low(level: str, tiny_files: Files, tmp_path: Path) -> None:
+    folder = tiny_files.folder / level
+    with pytest.raises(CheckpointError) as caught:
+        mogle_rt.convert(folder, tiny_files.lora, tiny_files.mogle, tmp_path / "b.safetensors")
+    assert str(caught.value).startswith(f"{folder}: is not FLUX's folder in diffusers' layout, which holds the folders")
+    assert str(caught.value).endswith(f"did you mean {tiny_files.flux.resolve()}?")
+    with pytest.raises(CheckpointError, match=r"tokenizer_2$"):
+        mogle_rt.convert(tmp_path, tiny_files.lora, tiny_files.mogle, tmp_path / "b.safetensors")

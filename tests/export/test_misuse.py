@@ -36,6 +36,7 @@ from mogle_rt.export import exporter
 from mogle_rt.export.__main__ import app
 from mogle_rt.export.exporter import export, tensor_spec
 from mogle_rt.export.tensorrt import Profile, Size
+from mogle_rt.installed import install_command
 from tests.apps.test_cli import QUICK, Result
 from tests.apps.test_cli import run as run_cli
 from tests.checkpoints import Files, write_checkpoint
@@ -153,7 +154,7 @@ def test_wrong_options(what: str, tiny_bundle: Path, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
 def test_missing_package(package: str, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    assert_one_line(run(tiny_bundle), f"export needs the package {package}", "pip install 'mogle-rt[export]'")
+    assert_one_line(run(tiny_bundle), f"export needs the package {package}", install_command("export"))
 
 
 def test_file_as_folder(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from mogle_rt.config import MAX_TEXT_TOKENS
 from mogle_rt.conversion.folders import read_json
 from mogle_rt.conversion.tensors import HeldTensor, SourceTensor
-from mogle_rt.encoders.text_models import load_text_encoder, unloaded_text_encoder
+from mogle_rt.encoders.text_models import empty_t5, load_text_encoder
 from mogle_rt.encoders.tokenizers import load_tokenizer
 from mogle_rt.errors import CheckpointError
 from mogle_rt.torch_api.settings import settled
@@ -50,7 +50,7 @@ def empty_prompt(
     tokenizer, tokenizer_2 = (load_tokenizer(part, files[part]) for part in ("tokenizer", "tokenizer_2"))
     length = encoder.config.max_position_embeddings
     pooled = encoder(_tokens(tokenizer, length)).pooler_output[0]
-    model = unloaded_text_encoder("text_encoder_2", read_json(flux / "text_encoder_2" / "config.json"), len(t5))
+    model = empty_t5(read_json(flux / "text_encoder_2" / "config.json"), torch.float32)
     for prefix, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
             _read_when_used(module, prefix, t5)

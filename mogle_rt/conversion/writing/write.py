@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mogle_rt.bundle import schema
-from mogle_rt.bundle.bundle import FLOATS, BundleConfig
+from mogle_rt.bundle.bundle import BundleConfig
 from mogle_rt.bundle.files import atomic_write
 from mogle_rt.bundle.storage import WeightStorage, storage_named
 from mogle_rt.conversion.tensors import SourceTensor
@@ -165,6 +165,6 @@ def _kinds(storage: WeightStorage) -> list[str]:
 def _stored_dtype(name: str, source: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     if name.startswith("tokenizer"):
         return source
-    if source not in (*FLOATS, torch.float64):
+    if source not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise CheckpointError(f"tensor {name!r} is {source}; weights must be float32, float16, bfloat16 or float64")
     return wanted or (torch.float32 if source == torch.float64 else source)
