@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -496,7 +497,7 @@ def test_bfloat16_on_a_cpu(tiny_bundle: Path, tmp_path: Path) -> None:
 
 def test_missing_onnxruntime(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(DeviceError, match=r"needs the package onnxruntime .*pip install 'mogle-rt\[export\]'"):
+    with pytest.raises(DeviceError, match=r"needs the package onnxruntime .*" + re.escape(install_command("export"))):
         Pipeline(exported / "tiny.safetensors", device="cpu", engine="onnxruntime")
 
 
