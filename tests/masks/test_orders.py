@@ -105,3 +105,13 @@ def test_a_mask_in_its_own_order_is_not_told_of() -> None:
                     masks.to_labels(mask)
             for order in PARSERS:
                 masks.to_labels(renumbered(labels, order), order=order)
+
+
+def test_a_few_parts_could_lie_so_by_chance() -> None:
+    """Bands of some classes, one above the other, are told of in no order: too few relations hold or don't."""
+    rng = np.random.default_rng(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(50):
+            bands = rng.choice(len(CLASS_NAMES), 5, replace=False).astype(np.uint8)
+            masks.to_labels(bands.repeat(16)[:, None].repeat(64, axis=1))
