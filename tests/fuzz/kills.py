@@ -135,6 +135,7 @@ def main() -> int:
             if left:
                 what = what or f"left over: {left}"
             done[name] += 1
+            print(f"\r{number + 1} of {options.kills}", end="", file=sys.stderr, flush=True)
             if what:
                 faults += 1
                 print(f"{name}, kill {number} by {with_signal.name}: {what}", flush=True)
