@@ -188,7 +188,9 @@ def _plans(demand: Demand, device: str, room: int, set_aside: int) -> Iterator[P
     if not streams:
         return
     able = sum(sublayer.slot is not None for sublayer in demand.sublayers)
-    for streamed in range(1, able + 1):
+    # A multiple of the slots: otherwise the last sublayer of a step has the slot of the first, whose weights could not be
+    # read while the last is computed.
+    for streamed in sorted({*range(SLOTS, able + 1, SLOTS), able} - {0}):
         yield plan(streamed, text, modulation)
     if device == "cpu" and able == count and count:
         yield plan(count, text, modulation, takes_turns=True)
