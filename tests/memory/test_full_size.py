@@ -3,6 +3,7 @@ nothing, and copies run beside computations."""
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +129,6 @@ def test_eight_gigabytes_are_enough(order: list[Happened]) -> None:
         assert order[at - 1][0] == "wait"
         assert order[at + 1][0] == "record"
     # The host waits only where pinned memory is filled again, never for a computation.
-    after_copies = [now for before, now in zip(order, order[1:], strict=False) if before[0] == "copy"]
+    after_copies = [now for before, now in itertools.pairwise(order) if before[0] == "copy"]
     assert {kind for kind, _ in after_copies} == {"record"}
     assert {name for kind, name in order if kind == "host waits"} == {name for _, name in after_copies}
