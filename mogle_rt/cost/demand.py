@@ -110,7 +110,7 @@ def demand(source: TensorSource, run: Run) -> Demand:
         text_streamed=_largest_text(source, text) * item if run.prompts else 0,
         modulation=sum(modulation) * item,
         encode=_encoder(run, source, vae_item),
-        prepare=2 * max(modulation, default=0) * item,
+        prepare=max(modulation, default=0) * item,
         step=_step(run, layout, source, plans),
         decode=_decoder(run, source, vae_item),
     )
