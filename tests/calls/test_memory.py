@@ -32,7 +32,7 @@ PROMPT = "an old man with a grey beard"
 
 def drawn(pipe: Pipeline, size: int = 64, **options: Any) -> Any:
     mask = np.kron(np.array([[0, 13], [1, 10]], dtype=np.uint8), np.ones((32, 32), dtype=np.uint8))
-    call = {"num_inference_steps": 2, "seed": 3, "height": size, "width": size, "output_type": "np"}
+    call: dict[str, Any] = {"num_inference_steps": 2, "seed": 3, "height": size, "width": size, "output_type": "np"}
     return pipe(mask, PROMPT, **call | options).images
 
 
