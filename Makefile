@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SIDE_BY_SIDE := -n logical --maxprocesses 8 --dist worksteal
 RANDOM_INPUTS := $(addprefix tests/,bundle encoders fuzz linear masks model kernels/test_dispatch.py kernels/test_kernels.py)
 
-.PHONY: demo test quick fuzz oldest bench gpu lint clean
+.PHONY: demo test quick fuzz oldest bench gpu page-test lint clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mogle_rt needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -41,6 +41,11 @@ bench: $(STAMP)  ## the benchmarks, into benchmarks/RESULTS.md
 
 gpu:  ## GPU tests and kernel timings with the Python and PyTorch that are there, into gpu-report.md; installs nothing
 	TRITON_INTERPRET=0 $(PYTHON) -m benchmarks.gpu_report
+
+page-test: $(STAMP)  ## the page's tests in a browser, which this installs if there is none
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[page-test]'
+	test -x /usr/bin/chromium || $(BIN)/python -m playwright install --with-deps chromium
+	$(BIN)/python -m pytest tests/server/test_page.py
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
