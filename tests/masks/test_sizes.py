@@ -12,7 +12,7 @@ import torch
 from mogle_rt import Pipeline
 from mogle_rt.jobs.plan import Drawing, batches
 from mogle_rt.masks import Labels, to_image
-from mogle_rt.masks.sizes import default_size, warn_of_distortion
+from mogle_rt.masks.sizes import default_size, warn_of_distortion, warn_of_other_size
 from tests.apps.test_cli import run as run_command
 from tests.masks.test_orders import FACES, renumbered
 
@@ -94,3 +94,36 @@ def test_an_order_reaches_the_pipeline(tmp_path: Path) -> None:
         assert result.code == 0, result.err
         images.append((output / f"{name}_0.png").read_bytes())
     assert images[0] == images[1]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "side", "told"),
+    [
+        (512, 512, 128, True),
+        (64, 64, 128, True),
+        (128, 128, 128, False),
+        (160, 96, 128, False),
+        (1024, 1024, 512, False),  # a model of this size draws others, too
+    ],
+)
+def test_sizes_that_a_small_model_was_not_made_for(height: int, width: int, side: int, told: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_other_size(height, width, side)
+    assert len(caught) == told
+    if told:
+        assert f"made for images of 128 x 128 pixels; at {width} x {height}" in str(caught[0].message)
+
+
+def test_the_call_warns_of_size_and_guidance_once_each() -> None:
+    pipe = Pipeline("demo", device="cpu", dtype="fp32")
+    pipe.set_progress_bar_config(disable=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pipe(None, "", 1, 7.0, height=64, width=64, output_type="latent")
+    texts = [str(one.message) for one in caught]
+    assert sum("made for images of 128 x 128" in text for text in texts) == 1
+    assert sum("guidance_scale 7 has no effect" in text for text in texts) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe(None, "", 1, height=128, width=128, output_type="latent")  # FLUX's own guidance is no wish
