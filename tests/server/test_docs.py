@@ -1,0 +1,67 @@
+"""The examples of docs/server.md, against a server that runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mogle_rt import Pipeline
+from mogle_rt.bundle.shipped import write_examples
+from tests.server.live import Live, live
+from tests.test_docs import ROOT, blocks
+
+PAGE = ROOT / "docs" / "server.md"
+ADDRESS = "http://127.0.0.1:8000"
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Live]:
+    pipe = Pipeline("demo", device="cpu", dtype="fp32")
+    pipe.set_progress_bar_config(disable=True)
+    with live([pipe]) as running:
+        yield running
+
+
+@pytest.mark.skipif(shutil.which("curl") is None or shutil.which("bash") is None, reason="needs curl and bash")
+def test_curl_examples(served: Live, tmp_path: Path) -> None:
+    write_examples(tmp_path / "masks")
+    shown = [block.text for block in blocks(PAGE, "sh") if ADDRESS in block.text]
+    assert len(shown) == 2
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "no_proxy": "*"}
+    outputs = [
+        subprocess.run(
+            ["bash", "-e"],
+            input=text.replace(ADDRESS, served.url),
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+        for text in shown
+    ]
+    assert Image.open(tmp_path / "face.png").size == (128, 128)
+    told = [json.loads(line[6:]) for line in outputs[1].splitlines() if line.startswith("data: ")]
+    assert told[-1]["type"] == "image_generation.completed"
+    assert any(event["type"] == "image_generation.partial_image" for event in told)
+
+
+def test_openai_example(served: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
+    write_examples(tmp_path / "masks")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "*")
+    (shown,) = (block for block in blocks(PAGE, "python") if ADDRESS in block.text)
+    exec(compile(shown.text.replace(ADDRESS, served.url), shown.place, "exec"), {"__name__": "__main__"})
+    for number in range(2):
+        assert Image.open(f"face-{number}.png").size == (128, 128)
