@@ -28,11 +28,13 @@ from triton.compiler import ASTSource
 
 from mogle_rt.kernels.common import Launch
 from mogle_rt.kernels.workloads import DTYPES, variants, workloads
+from mogle_rt.kernels.workloads_in_few_bits import few_bits
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+POINTERS |= {torch.int8: "*i8", torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv"}
 # The instructions that are counted: matrix products, copies into shared memory, the widest and the narrowest accesses.
 CUDA_INSTRUCTIONS = re.compile(
-    r"\b(HMMA|HGMMA|UTCHMMA|LDGSTS|LDG|STG)\b(\.[\w.]*)?",
+    r"\b(HMMA|HGMMA|UTCHMMA|IMMA|IGMMA|UTCIMMA|QMMA|QGMMA|UTCQMMA|LDGSTS|LDG|STG)\b(\.[\w.]*)?",
 )
 HIP_INSTRUCTIONS = re.compile(
     r"\b(v_mfma|global_load_dwordx4|buffer_load_dwordx4|global_store_dwordx4|buffer_store_dwordx4)"
@@ -66,8 +68,13 @@ class Resources:
 
     @property
     def tensor_cores(self) -> str:
-        """The matrix instruction that the kernel uses: wgmma, tcgen05, mma or mfma; empty if it uses none."""
-        names = {"UTCHMMA": "tcgen05", "HGMMA": "wgmma", "HMMA": "mma", "v_mfma": "mfma"}
+        """The matrix instruction that the kernel uses most; empty if it uses none.
+
+        wgmma, tcgen05, mma or mfma for 16 bits and TF32; with s8 or e4m3 behind it for products in eight bits.
+        """
+        names = {"UTCIMMA": "tcgen05 s8", "IGMMA": "wgmma s8", "IMMA": "mma s8"}
+        names |= {"UTCQMMA": "tcgen05 e4m3", "QGMMA": "wgmma e4m3", "QMMA": "mma e4m3"}
+        names |= {"UTCHMMA": "tcgen05", "HGMMA": "wgmma", "HMMA": "mma", "v_mfma": "mfma"}
         return next((name for sass, name in names.items() if self.instructions.get(sass)), "")
 
     @property
@@ -134,7 +141,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
 
 
 def _launches(name: str, dtype: str) -> list[Launch]:
-    known = [*workloads(DTYPES[dtype], "meta"), *variants(DTYPES[dtype])]
+    known = [*workloads(DTYPES[dtype], "meta"), *variants(DTYPES[dtype]), *few_bits(DTYPES[dtype], "meta")]
     return next(w for w in known if w.name == name).launches()
 
 

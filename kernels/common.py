@@ -69,6 +69,11 @@ def recording() -> Iterator[list[Launch]]:
         _recorded.reset(token)
 
 
+def recording_now() -> bool:
+    """Whether launches of this thread are recorded instead of being run."""
+    return _recorded.get() is not None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Launch a kernel on the device of its first argument, or only record the launch inside `recording`."""
     recorded = _recorded.get()
