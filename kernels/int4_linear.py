@@ -30,7 +30,7 @@ def tiles(rows: int, columns: int, heights: Sequence[int]) -> Tiles:
         wide //= 2
     if interpreted():
         return Tiles(min(power_of_two(rows, 16), 128), min(wide, power_of_two(columns, 16)), 64, 4, 1)
-    return Tiles(64 if rows > 32 else 32, wide, 64, 4, 3)
+    return Tiles(64 if rows > 32 else 32, wide, 64, 8, 3)
 
 
 @triton.jit
@@ -67,6 +67,7 @@ def _int4_linear_kernel(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     TALL: tl.constexpr,
+    ADD: tl.constexpr,
     GELU: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -107,7 +108,7 @@ def _int4_linear_kernel(
         acc = tl.dot(inner.to(at), tl.trans(rank_up.to(at)), acc=acc, input_precision=PRECISION)
     epilogue(
         acc, m, n, rows, columns, bias_ptr, low_ptr, up_ptr, out_ptr, low_stride, up_stride, out_stride,
-        R, R_BLOCK, GELU, PRECISION,
+        R, R_BLOCK, ADD, GELU, PRECISION,
     )  # fmt: skip
 
 
@@ -122,6 +123,7 @@ def int4_linear(
     low: Tensor | None,
     up: Tensor | None,
     out: Tensor,
+    add: bool,
     gelu: bool,
 ) -> None:
     """out = x weightᵀ + (x downᵀ) rank_upᵀ + low upᵀ + bias, through GELU (tanh form) if asked for.
@@ -135,6 +137,7 @@ def int4_linear(
             `mogle_rt.bundle.storage.Int4Storage`; the group is a power of two up to 64.
         down: bf16 [layers * rank, K], of up to four stacked layers; rank_up: bf16 [columns, rank]; or None.
         heights: columns of each stacked layer; their sum is ``columns``.
+        add: to what is in ``out``, in place of the bias: the product of further columns of the weight.
         bias, low, up, out, gelu: see `mogle_rt.kernels.scaled_linear.scaled_linear`; of x's dtype.
 
     Raises:
@@ -197,6 +200,7 @@ def int4_linear(
         COLUMNS=t.columns,
         INNER=t.inner,
         TALL=DEEP,
+        ADD=add,
         GELU=gelu,
         PRECISION=precision(x.dtype),
         num_warps=t.warps,
@@ -215,6 +219,7 @@ def int4_linear_ref(
     low: Tensor | None,
     up: Tensor | None,
     out: Tensor,
+    add: bool,
     gelu: bool,
 ) -> None:
     """`int4_linear` by PyTorch in fp64, rounded where the kernel rounds."""
@@ -230,7 +235,7 @@ def int4_linear_ref(
             rows = slice(first, first + height)
             y[:, rows] += inner @ rank_up[rows].to(x.dtype).double().t()
             first += height
-    finish_ref(y, bias, low, up, out, gelu)
+    finish_ref(y + (out if add else bias).double(), low, up, out, gelu)
 
 
 def int4_linear_cost(
@@ -244,6 +249,7 @@ def int4_linear_cost(
     low: Tensor | None,
     up: Tensor | None,
     out: Tensor,
+    add: bool,
     gelu: bool,
 ) -> KernelCost:
     """The least that `int4_linear` takes: each number is moved once."""
@@ -252,5 +258,5 @@ def int4_linear_cost(
     flops = 2 * rows * columns * (K + R)
     if down is not None and rank_up is not None:
         flops += 2 * rows * (down.shape[0] * K + columns * rank_up.shape[1])
-    read = nbytes(x, packed, scales, down, rank_up, bias, low, up)
+    read = nbytes(x, packed, scales, down, rank_up, out if add else bias, low, up)
     return KernelCost(read=read, written=nbytes(out), flops=flops)

@@ -43,7 +43,11 @@ def tiles(rows: int, columns: int, inner: int) -> Tiles:
     """128 x 128 numbers of 64 columns in 8 bits: 16 KiB a loop step. The interpreter is fastest with few programs."""
     if interpreted():
         return Tiles(
-            min(power_of_two(rows, 16), 128), min(power_of_two(columns, 16), 128), min(power_of_two(inner, 32), 512), 4, 1
+            min(power_of_two(rows, 16), 128),
+            min(power_of_two(columns, 16), 128),
+            min(power_of_two(inner, 32), 512),
+            4,
+            1,
         )
     tall = 128 if rows > 64 else power_of_two(rows, 16)
     return Tiles(tall, 128, 128 if inner >= 128 else 64, 8 if tall == 128 else 4, 3)
@@ -66,20 +70,25 @@ def tile_of(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TALL: tl.c
 @triton.jit
 def epilogue(
     y, m, n, rows, columns, bias_ptr, low_ptr, up_ptr, out_ptr, low_stride, up_stride, out_stride,
-    R: tl.constexpr, R_BLOCK: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, R_BLOCK: tl.constexpr, ADD: tl.constexpr, GELU: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add low-rank columns and the bias, apply GELU, round and write."""
+    """Add low-rank columns and the bias (or, with ADD, what is there), apply GELU, round and write."""
     live, wide = m < rows, n < columns
     m64, n64 = m.to(tl.int64), n.to(tl.int64)
     if R > 0:
         r = tl.arange(0, R_BLOCK)
-        low = tl.load(low_ptr + (m64 * low_stride)[:, None] + r[None, :], mask=live[:, None] & (r < R)[None, :], other=0.0)
+        low = tl.load(
+            low_ptr + (m64 * low_stride)[:, None] + r[None, :], mask=live[:, None] & (r < R)[None, :], other=0.0
+        )
         up = tl.load(up_ptr + (n64 * up_stride)[:, None] + r[None, :], mask=wide[:, None] & (r < R)[None, :], other=0.0)
         y = tl.dot(low, tl.trans(up), acc=y, input_precision=PRECISION)
-    y += tl.load(bias_ptr + n, mask=wide, other=0.0).to(tl.float32)[None, :]
+    at = (m64 * out_stride)[:, None] + n[None, :]
+    if ADD:
+        y += tl.load(out_ptr + at, mask=live[:, None] & wide[None, :], other=0.0).to(tl.float32)
+    else:
+        y += tl.load(bias_ptr + n, mask=wide, other=0.0).to(tl.float32)[None, :]
     if GELU:
         y = y * tl.sigmoid(y * (GELU_A + GELU_B * y * y))
-    at = (m64 * out_stride)[:, None] + n[None, :]
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=live[:, None] & wide[None, :])
 
 
@@ -126,7 +135,7 @@ def _scaled_linear_kernel(
     y = acc.to(tl.float32) * x_scale[:, None] * weight_scale[None, :]
     epilogue(
         y, m, n, rows, columns, bias_ptr, low_ptr, up_ptr, out_ptr, low_stride, up_stride, out_stride,
-        R, R_BLOCK, GELU, PRECISION,
+        R, R_BLOCK, False, GELU, PRECISION,
     )  # fmt: skip
 
 
@@ -233,14 +242,13 @@ def scaled_linear_ref(
     """`scaled_linear` by PyTorch in fp64, rounded once at the end."""
     y = x.double() @ weight.double().t()
     y = y * x_scales.double()[:, None] * weight_scales.double()
-    finish_ref(y, bias, low, up, out, gelu)
+    finish_ref(y + bias.double(), low, up, out, gelu)
 
 
-def finish_ref(y: Tensor, bias: Tensor, low: Tensor | None, up: Tensor | None, out: Tensor, gelu: bool) -> None:
-    """The epilogue by PyTorch. y: fp64 [rows, columns]."""
+def finish_ref(y: Tensor, low: Tensor | None, up: Tensor | None, out: Tensor, gelu: bool) -> None:
+    """The epilogue's low-rank columns, GELU and rounding by PyTorch. y: fp64 [rows, columns]."""
     if low is not None and up is not None:
         y = y + low.double() @ up.double().t()
-    y = y + bias.double()
     out.copy_(F.gelu(y, approximate="tanh") if gelu else y)
 
 

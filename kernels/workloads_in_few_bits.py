@@ -1,4 +1,4 @@
-"""The arguments of the kernels for weights in eight and four bits, at FLUX.1-dev's sizes; see `mogle_rt.kernels.workloads`."""
+"""The arguments of the kernels for weights in few bits, at FLUX.1-dev's sizes; see `mogle_rt.kernels.workloads`."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ def few_bits(dtype: torch.dtype, device: str) -> list[Workload]:
         wide = new(rows, WIDTH + R)
         making = {
             "x": wide[:, :WIDTH],
+            "more": None,
             "out": _bytes(new, rows, WIDTH, dtype=eight),
             "scales": new(rows, dtype=torch.float32),
             "rotation": 256 if name == "int8" else 1,
         }
-        found.append(
-            Workload(f"quantize_rows-{name}", quantize_rows, quantize_rows_ref, quantize_rows_cost, making)
-        )
+        found.append(Workload(f"quantize_rows-{name}", quantize_rows, quantize_rows_ref, quantize_rows_cost, making))
         arguments = {
             "x": making["out"],
             "x_scales": making["scales"],
@@ -71,6 +70,7 @@ def few_bits(dtype: torch.dtype, device: str) -> list[Workload]:
         "low": new(TEXT + rows, R),
         "up": new(columns, R),
         "out": new(TEXT + rows, columns),
+        "add": False,
         "gelu": False,
     }
     found.append(Workload("int4_linear", int4_linear, int4_linear_ref, int4_linear_cost, four))

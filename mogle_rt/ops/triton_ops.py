@@ -56,7 +56,7 @@ def _schema(of: Any, name: str) -> str:
     return ", ".join(f"Tensor {name}_{field.name}" for field in fields(of))
 
 
-def _define(module: Any, name: str, schema: str) -> Callable[..., None]:
+def define(module: Any, name: str, schema: str) -> Callable[..., None]:
     """Define operator mogle_rt::``name`` from a module's ``name``, ``name``_ref and ``name``_cost, all called alike."""
     kernel, twin, cost = (getattr(module, f"{name}{suffix}") for suffix in ("", "_ref", "_cost"))
     kinds = [parameter.annotation for parameter in inspect.signature(kernel, eval_str=True).parameters.values()]
@@ -100,29 +100,29 @@ def declared(operator: str, args: Sequence[Any]) -> KernelCost:
     return _COSTS[operator](*args)
 
 
-_norm_modulate = _define(
+_norm_modulate = define(
     norm_kernels,
     "norm_modulate",
     "Tensor x, Tensor scale, Tensor shift, SymInt[] bounds, Tensor(a!) out, Tensor? lora_down, SymInt lora_from",
 )
-_residual = _define(
+_residual = define(
     residual_kernels,
     "residual",
     "Tensor(a!) x, Tensor y, Tensor gate, SymInt[] bounds, Tensor? lora_up, SymInt lora_up_from, bool clip",
 )
-_residual_norm_modulate = _define(
+_residual_norm_modulate = define(
     residual_kernels,
     "residual_norm_modulate",
     "Tensor(a!) x, Tensor y, Tensor gate, Tensor scale, Tensor shift, SymInt[] bounds, Tensor(b!) out, "
     "Tensor? lora_down, SymInt lora_from, Tensor? lora_up, SymInt lora_up_from, bool clip",
 )
-_qk_norm_rope = _define(rope_kernels, "qk_norm_rope", "Tensor(a!) x, Tensor norm_weight, SymInt[] bounds, Tensor rope")
+_qk_norm_rope = define(rope_kernels, "qk_norm_rope", "Tensor(a!) x, Tensor norm_weight, SymInt[] bounds, Tensor rope")
 _GATE, _EXPERTS = _schema(Gate, "gate"), _schema(Experts, "experts")
-_gate_mix = _define(gate_kernels, "gate_mix", f"{_GATE}, Tensor bank, Tensor(a!) out")
-_gate_mix_mean = _define(gate_kernels, "gate_mix_mean", f"{_GATE}, Tensor bank, Tensor(a!) sums, Tensor(b!) out")
-_region_experts = _define(expert_kernels, "region_experts", f"{_EXPERTS}, Tensor(a!) bank")
-_region_expert_mix = _define(fused_kernels, "region_expert_mix", f"{_GATE}, {_EXPERTS}, Tensor(a!) out")
-_joint_attention = _define(
+_gate_mix = define(gate_kernels, "gate_mix", f"{_GATE}, Tensor bank, Tensor(a!) out")
+_gate_mix_mean = define(gate_kernels, "gate_mix_mean", f"{_GATE}, Tensor bank, Tensor(a!) sums, Tensor(b!) out")
+_region_experts = define(expert_kernels, "region_experts", f"{_EXPERTS}, Tensor(a!) bank")
+_region_expert_mix = define(fused_kernels, "region_expert_mix", f"{_GATE}, {_EXPERTS}, Tensor(a!) out")
+_joint_attention = define(
     attention_kernels,
     "joint_attention",
     "Tensor q, Tensor k, Tensor v, Tensor(a!) out, SymInt condition_from, str visibility, Tensor log_scale",

@@ -1,14 +1,17 @@
 """What the quantised formats share: how they are read, and the product by unpacking, which any device can do.
 
-A weight is unpacked into memory that all layers share, just before its product, and multiplied as a plain one. That
-takes the time of the exact product and a little more, and the memory of the stored weight.
+Where fused kernels run, a format multiplies by kernels of its own. Elsewhere a weight is unpacked into
+memory that all layers share, just before its product, and multiplied as a plain one. That takes the time of the exact
+product and a little more, and the memory of the stored weight.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from mogle_rt.bundle.storage import Int8Storage, WeightStorage
@@ -30,10 +33,8 @@ class QuantisedWeight(WeightFormat):
 
     Attributes:
         values, scales: as stored, plain tensors without gaps.
-        further_columns, further_rows: see `Further`; the rows are rotated as the weight is.
+        further_columns, further_rows: see `Further`; where weights are unpacked, the rows are rotated as the weight is.
     """
-
-    path = "unpacked"
 
     def __init__(self, stored: StoredLayer, further: Further) -> None:
         storage = stored.storage
@@ -44,11 +45,14 @@ class QuantisedWeight(WeightFormat):
             )
         self.storage: WeightStorage = storage
         self.dtype, self._scratch, self._own = stored.dtype, stored.scratch, stored.shape
+        self._by_kernels = stored.kernels and self._kernels_take(stored)
+        self.path = "kernels" if self._by_kernels else "unpacked"
         self._rotation = storage.rotation if isinstance(storage, Int8Storage) else 1
         self.values, self.scales = stored.load_stored("weight"), stored.load_stored("weight_scale")
         _require_scales(stored, self.scales)
-        self.further_columns, self.further_rows = further.columns, further.rows
-        if self.further_rows is not None:
+        self.further_columns = None if further.columns is None else further.columns.contiguous()
+        self.further_rows = further.rows
+        if self.further_rows is not None and not self._by_kernels:
             self.further_rows = rotate(self.further_rows, self._rotation)
         rows = 0 if self.further_rows is None else len(self.further_rows)
         columns = 0 if self.further_columns is None else self.further_columns.shape[1]
@@ -75,6 +79,25 @@ class QuantisedWeight(WeightFormat):
         """As stored, and what rides along."""
         return [self.values, self.scales, *(t for t in (self.further_columns, self.further_rows) if t is not None)]
 
+    def _kernels_take(self, stored: StoredLayer) -> bool:
+        """Whether the format's own kernels multiply such a layer, where kernels run at all."""
+        return True
+
+    @abstractmethod
+    def _multiply(
+        self, out: Tensor, bias: Tensor, rows: slice, low_up: Tensor | None, gelu: bool
+    ) -> Callable[[tuple[Tensor, ...], Tensor | None], None]:
+        """Prepare the product with some rows of the weight by the format's own kernels.
+
+        Args:
+            out: [l, columns], where the result is written. bias: [columns].
+            rows: of the weight.
+            low_up: [columns, R], of the branch that rides in the input's further columns.
+
+        Returns:
+            The product, of the inputs without further columns, and of these [l, R] or None.
+        """
+
     @abstractmethod
     def _unpack(self, rows: slice, into: Tensor) -> None:
         """These rows of the weight, as they are stored (perhaps rotated), into [rows, in]."""
@@ -84,6 +107,8 @@ class QuantisedWeight(WeightFormat):
     ) -> tuple[Multiply, bool]:
         """See `WeightFormat.product`."""
         start, stop, _ = columns.indices(self.shape[0])
+        if self._by_kernels:
+            return self._product_by_kernels(out, bias, start, stop, gelu), gelu
         weight = self._scratch.take("weight", (stop - start, self.shape[1]), out.device, self.dtype)
         if self._rotation > 1:
             rotated = self._scratch.take("rotated", (len(out), self.shape[1]), out.device, self.dtype)
@@ -96,6 +121,28 @@ class QuantisedWeight(WeightFormat):
             return multiply(*inputs) if self._rotation == 1 else multiply(self._rotated(inputs, rotated))
 
         return unpack_and_multiply, gelu_done
+
+    def _product_by_kernels(self, out: Tensor, bias: Tensor, start: int, stop: int, gelu: bool) -> Multiply:
+        (height, inner), further = self._own, self.further_rows
+        own = out[:, : max(0, min(stop, height) - start)]
+        up = None if self.further_columns is None else self.further_columns[start : min(stop, height)]
+        multiply = self._multiply(own, bias[: own.shape[1]], slice(start, min(stop, height)), up, gelu)
+        beyond = None if further is None or stop <= height else further[max(start - height, 0) : stop - height]
+        assert beyond is None or not gelu, "columns in which a branch rides don't go through GELU"
+
+        def run(*inputs: Tensor) -> Tensor:
+            low = inputs[0][:, inner:] if up is not None else None
+            plain = (inputs[0][:, :inner],) if up is not None else inputs
+            multiply(plain, low)
+            if beyond is not None:
+                position, target = 0, out[:, own.shape[1] :]
+                for x in plain:
+                    part = beyond[:, position : position + x.shape[1]].t()
+                    torch.mm(x, part, out=target) if position == 0 else target.addmm_(x, part)
+                    position += x.shape[1]
+            return out
+
+        return run
 
     def _fill(self, weight: Tensor, start: int, stop: int) -> None:
         """The rows from start to stop of the extended weight."""

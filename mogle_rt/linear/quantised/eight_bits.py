@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,23 @@ class ScaledRows(QuantisedWeight):
 
     def _unpack(self, rows: slice, into: Tensor) -> None:
         into.copy_(self.values[rows]).mul_(self.scales[rows, None])
+
+    def _multiply(
+        self, out: Tensor, bias: Tensor, rows: slice, low_up: Tensor | None, gelu: bool
+    ) -> Callable[[tuple[Tensor, ...], Tensor | None], None]:
+        from mogle_rt.ops import few_bits  # here, as Triton may be missing
+
+        count, wanted = (len(out), self._own[1]), self.wants
+        assert wanted is not None
+        values = self._scratch.take("rows", count, out.device, wanted.dtype)
+        scales = self._scratch.take("row scales", count[:1], out.device, torch.float32)
+
+        def multiply(inputs: tuple[Tensor, ...], low: Tensor | None) -> None:
+            more = inputs[1] if len(inputs) > 1 else None
+            few_bits.quantize_rows(inputs[0], more, values, scales, wanted.rotation)
+            few_bits.scaled_linear(values, scales, self.values[rows], self.scales[rows], bias, low, low_up, out, gelu)
+
+        return multiply
 
 
 class Int8Weight(ScaledRows):
@@ -35,3 +54,8 @@ class Fp8Weight(ScaledRows):
         super().__init__(stored, further)
         require_finite(stored, "weight", self.values)
         self.wants = RowForm(torch.float8_e4m3fn)
+
+    def _kernels_take(self, stored: StoredLayer) -> bool:
+        from mogle_rt.ops import few_bits
+
+        return few_bits.multiplies_fp8(stored.device)

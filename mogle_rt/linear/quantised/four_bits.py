@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 
 from torch import Tensor
@@ -36,6 +37,47 @@ class Int4Weight(QuantisedWeight):
     def tensors(self) -> list[Tensor]:
         """See `QuantisedWeight.tensors`."""
         return [*super().tensors(), *(t for t in (self.down, self.up) if t is not None)]
+
+    def _kernels_take(self, stored: StoredLayer) -> bool:
+        """Groups of a power of two, and stacked layers of which each fills whole tiles."""
+        group = self.storage.to_dict()["group"]
+        return group & (group - 1) == 0 and group <= 64 and all(height % 16 == 0 for height in stored.heights)
+
+    def _multiply(
+        self, out: Tensor, bias: Tensor, rows: slice, low_up: Tensor | None, gelu: bool
+    ) -> Callable[[tuple[Tensor, ...], Tensor | None], None]:
+        from mogle_rt.ops import few_bits  # here, as Triton may be missing
+
+        starts = [0, *self._ends[:-1]]
+        spans = [(max(rows.start, a), min(rows.stop, b)) for a, b in zip(starts, self._ends, strict=True)]
+        layers = [number for number, (a, b) in enumerate(spans) if a < b]
+        heights = [spans[number][1] - spans[number][0] for number in layers]
+        group = self._own[1] // self.scales.shape[1]
+
+        def multiply(inputs: tuple[Tensor, ...], low: Tensor | None) -> None:
+            packed, scales = self.values[rows], self.scales[rows]
+            up = None if self.up is None else self.up[rows]
+            down = None if self.down is None else self.down[layers[0] * self._rank : (layers[-1] + 1) * self._rank]
+            first = 0
+            for number, x in enumerate(inputs):
+                last = first + x.shape[1]
+                few_bits.int4_linear(
+                    x,
+                    packed[:, first // 2 : last // 2],
+                    scales[:, first // group : last // group],
+                    None if down is None else down[:, first:last],
+                    up,
+                    heights,
+                    bias,
+                    low,
+                    low_up,
+                    out,
+                    number > 0,
+                    gelu and number == len(inputs) - 1,
+                )
+                first = last
+
+        return multiply
 
     def _unpack(self, rows: slice, into: Tensor) -> None:
         unpack_int4(self.values[rows], self.scales[rows], into)
