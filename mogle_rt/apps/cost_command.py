@@ -31,6 +31,9 @@ def cost(
     classes: Annotated[int, typer.Option(help="Classes in each mask; absent ones share one picture.")] = 12,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default: the bundle's, or bf16.")] = None,
     kernels: Annotated[str | None, typer.Option(help="Operations that compute a step: triton or torch.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="int8, fp8 or int4: the blocks' weights in fewer bits; default: the bundle's.")
+    ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="A card, e.g. 'RTX 4090': print its shortest times and what fits on it.")
     ] = None,
@@ -53,7 +56,7 @@ def cost(
 
     options: dict[str, Any] = {"height": height, "width": width, "batch": batch, "steps": steps}
     options |= {"text_tokens": text_tokens, "classes": classes}
-    asked = options | {"kernels": kernels, "dtype": None if dtype is None else parse_dtype(dtype)}
+    asked = options | {"kernels": kernels, "weights": weights, "dtype": None if dtype is None else parse_dtype(dtype)}
     given = {name: value for name, value in asked.items() if value is not None}
     job = Job(**given) if checkpoint is None else Job.of(Bundle(checkpoint), **given)
     result = estimate(job)
@@ -61,10 +64,11 @@ def cost(
     limits = {name: _limits(card, way, job.dtype.itemsize) for name, way in ways.items()} if card else {}
     settings = {name: getattr(job, name) for name in options} | {
         "kernels": ops.choice(kernels, torch.device("meta")),
+        "weights": job.weights or "plain",
         "dtype": str(job.dtype).removeprefix("torch."),
         "image_tokens": job.tokens,
     }
-    parts = {part: {"parameters": n, "bytes": n * job.dtype.itemsize} for part, n in result.parameters.items()}
+    parts = {part: {"parameters": n, "bytes": result.nbytes[part]} for part, n in result.parameters.items()}
     if as_json:
         report: dict[str, Any] = {"job": settings | {"pictures": job.pictures}, "parts": parts}
         report["cost"] = {name: way.to_dict() for name, way in ways.items()}

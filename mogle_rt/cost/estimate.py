@@ -64,9 +64,10 @@ class JobCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A job's cost for this engine and for the reference, and the number of parameters of each part."""
+    """A job's cost for this engine and for the reference, and the parameters and bytes of each part."""
 
     parameters: dict[str, int]
+    nbytes: dict[str, int]
     engine: JobCost
     reference: JobCost
 
@@ -79,7 +80,7 @@ def estimate(job: Job) -> Estimate:
         return torch.empty(*shape, device=meta, dtype=dtype)
 
     with counting() as counter:
-        bundle = WeightlessBundle(job.config, job.ranks)
+        bundle = WeightlessBundle(job.config, job.ranks, job.weights)
         engine = TorchEngine(bundle, meta, dtype, job.model, kernels=job.kernels)
         of_vae = vae_dtype(job.config.vae, dtype)
         vae = nn.Module.to(autoencoder(job.config.vae), of_vae).eval()  # diffusers' own `to` prints messages
@@ -141,4 +142,6 @@ def estimate(job: Job) -> Estimate:
         peak=weights + max(ledger.peak, max(encode_alone.peak, decode_alone.peak) - resident),
         **common,
     )
-    return Estimate(parameters=parameters | dict(job.text), engine=mine, reference=theirs)
+    nbytes = {part: count * dtype.itemsize for part, count in (parameters | dict(job.text)).items()}
+    nbytes |= bundle.nbytes(dtype)
+    return Estimate(parameters=parameters | dict(job.text), nbytes=nbytes, engine=mine, reference=theirs)

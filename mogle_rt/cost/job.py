@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mogle_rt.bundle import schema
-from mogle_rt.bundle.bundle import Bundle, BundleConfig
+from mogle_rt.bundle.bundle import Bundle, BundleConfig, parameter_count
 from mogle_rt.bundle.container import TensorInfo
 from mogle_rt.bundle.source import TensorSource
+from mogle_rt.bundle.storage import WeightStorage, storage_named, stored_shapes
 from mogle_rt.config import FLUX_DEV, NUM_CLASSES, NUM_EXPERTS, PATCH, ModelConfig, MogleConfig, SchedulerConfig
 from mogle_rt.errors import InputError
 
@@ -46,6 +47,7 @@ class Job:
         classes: classes in each mask; all others are the same black picture. Faces' masks hold about a dozen.
         model, condition_scale: this engine's switches; the reference is counted at the released setting.
         kernels: this engine's operations, see `mogle_rt.ops.choice.choose`; the job is a GPU's.
+        weights: the format that this engine's weights of the blocks are stored in; None: plainly.
 
     Raises:
         InputError: a size or count is out of range.
@@ -64,8 +66,11 @@ class Job:
     model: ModelConfig = field(default_factory=ModelConfig)
     condition_scale: float = 1.0
     kernels: str | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
+        if self.weights is not None:
+            storage_named(self.weights)
         for name, unit, most in (
             ("height", PATCH, 8192),
             ("width", PATCH, 8192),
@@ -88,6 +93,7 @@ class Job:
             "height": bundle.default_size,
             "width": bundle.default_size,
             "text_tokens": bundle.default_text_tokens,
+            "weights": next(iter(sorted({storage.name for storage in bundle.storages.values()})), None),
         }
         return cls(config=bundle.config, ranks=bundle.lora_ranks(), text=text, **own | options)
 
@@ -105,18 +111,25 @@ class Job:
 class WeightlessBundle(TensorSource):
     """A bundle without a file: the names and shapes that its configuration asks for, tensors without values."""
 
-    def __init__(self, config: BundleConfig, ranks: Mapping[str, int]) -> None:
+    def __init__(self, config: BundleConfig, ranks: Mapping[str, int], weights: str | None = None) -> None:
+        transformer = schema.transformer_tensors(config.transformer)
+        storages: dict[str, WeightStorage] = {}
+        for stack in schema.block_stacks(config.transformer) if weights is not None else ():
+            for layer in stack:
+                out, inner = transformer[f"{layer}.weight"]
+                storages[layer] = storage_named(str(weights)).of((out, inner))
+        stored, dtypes = stored_shapes(transformer, storages)
         shapes = {
-            "transformer": schema.transformer_tensors(config.transformer),
+            "transformer": stored,
             "lora": schema.lora_tensors(config.transformer, dict(ranks)),
             "mogle": schema.mogle_tensors(config.mogle),
         }
         infos = {
-            f"{part}.{name}": TensorInfo(torch.float32, shape, 0, 0)
+            f"{part}.{name}": TensorInfo(dtypes.get(name, torch.float32), shape, 0, 0)
             for part, named in shapes.items()
             for name, shape in named.items()
         }
-        super().__init__(config, infos)
+        super().__init__(config, infos, storages)
 
     def load(self, names: Sequence[str], device: torch.device, dtype: torch.dtype | None) -> Tensor:
         """An empty tensor of the shape that the real one has."""
@@ -131,7 +144,20 @@ class WeightlessBundle(TensorSource):
         """Parameters by part; ``modulation`` is what the loop doesn't need: AdaLN's layers and what feeds them."""
         counts = dict.fromkeys(("transformer", "modulation", "lora", "mogle"), 0)
         for name, info in self.tensors.items():
-            part, _, rest = name.partition(".")
-            aside = part == "transformer" and (rest.startswith("time_text_embed.") or ".linear." in rest)
-            counts["modulation" if aside else part] += info.numel
+            counts[self._group(name)] += parameter_count({name: info}, self.storages)
         return counts
+
+    def nbytes(self, dtype: torch.dtype) -> dict[str, int]:
+        """Bytes by part, as of `parameters`: what is stored in a weight format as it is stored, all else in ``dtype``."""
+        counts = dict.fromkeys(("transformer", "modulation", "lora", "mogle"), 0)
+        for name, info in self.tensors.items():
+            layer, _, kind = name.removeprefix("transformer.").rpartition(".")
+            own = layer in self.storages and kind.startswith("weight")
+            counts[self._group(name)] += info.numel * (info.dtype if own else dtype).itemsize
+        return counts
+
+    @staticmethod
+    def _group(name: str) -> str:
+        part, _, rest = name.partition(".")
+        aside = part == "transformer" and (rest.startswith("time_text_embed.") or ".linear." in rest)
+        return "modulation" if aside else part
