@@ -18,6 +18,7 @@ from mogle_rt.linear.contract import Place, StoredLayer, WeightFormat
 from mogle_rt.linear.layer import Linear, Product
 
 CPU = torch.device("cpu")
+KERNELS = False  # whether layers are loaded for a step of fused kernels
 
 
 class Held(TensorSource):
@@ -76,7 +77,7 @@ class RandomLayer:
         fused: bool = False,
         padding: int = 0,
     ) -> Linear:
-        stored = StoredLayer(self.source, ("a", "b"), CPU, torch.float32)
+        stored = StoredLayer(self.source, ("a", "b"), CPU, torch.float32, kernels=KERNELS)
         branches = self.low_rank
         return Linear.load(stored, weight_format, branches, place=place, fused=fused, padding=padding, parts=parts)
 

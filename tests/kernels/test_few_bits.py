@@ -1,0 +1,339 @@
+"""Kernels for weights in eight and four bits: against their twins in float64, in Triton's interpreter and compiled."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mogle_rt.bundle.storage import STORAGES, Fp8Storage, Int4Storage, Int8Storage, WeightStorage
+from mogle_rt.kernels import int4_linear as four_bits
+from mogle_rt.kernels import scaled_linear as eight_bits
+from mogle_rt.kernels.common import recording
+from mogle_rt.kernels.int4_linear import int4_linear, int4_linear_cost, int4_linear_ref
+from mogle_rt.kernels.quantize_rows import LARGEST, quantize_rows, quantize_rows_cost, quantize_rows_ref
+from mogle_rt.kernels.scaled_linear import scaled_linear, scaled_linear_cost, scaled_linear_ref
+from mogle_rt.kernels.workloads_in_few_bits import few_bits
+from mogle_rt.linear.contract import Place
+from mogle_rt.linear.formats import FORMATS
+from mogle_rt.linear.quantised.rotation import rotate
+from mogle_rt.linear.quantised.rounding import quantised
+from tests.conftest import assert_close, in_the_interpreter, make_once, relative_rms
+from tests.kernels.interpreter import recorded
+from tests.linear.layers import run
+from tests.linear.quantised import QuantisedLayer
+from tests.linear.test_layer import STREAMS, TAIL
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EIGHT = [torch.int8, torch.float8_e4m3fn]
+# Half the distance from 1 to the next number: the rounding of a result. Sums in fp32 add far less.
+UNITS = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(params=["large", "as on a GPU"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter has larger tiles than a GPU. Both are tested."""
+    if request.param != "large":
+        monkeypatch.setattr(eight_bits, "tiles", lambda *_: eight_bits.Tiles(16, 32, 64, 4, 1))
+        monkeypatch.setattr(four_bits, "tiles", lambda *_: four_bits.Tiles(16, 16, 64, 4, 1))
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("eight", EIGHT, ids=str)
+@pytest.mark.parametrize(("rotation", "columns", "first"), [(1, 37, 37), (4, 36, 12), (16, 48, 48), (256, 768, 256)])
+def test_quantize_rows(rotation: int, columns: int, first: int, eight: torch.dtype, dtype: torch.dtype) -> None:
+    """As the twin, bit by bit in int8; scales are those of the rotation that weights are stored with."""
+    wide = torch.randn(5, columns + 3).to(dtype)
+    x, more = wide[:, :first], wide[:, first:columns] if first < columns else None
+    x[3] = 0
+    if more is not None:
+        more[3] = 0
+    made, twin = ((torch.full((5, columns), 3.0).to(eight), torch.full((5,), torch.nan)) for _ in range(2))
+    views = [t for t in (x, more) if t is not None], list(made)
+    with recorded(*views) as traffic:
+        quantize_rows(x, more, *made, rotation)
+    quantize_rows_ref(x, more, *twin, rotation)
+    cost = quantize_rows_cost(x, more, *made, rotation)
+    assert (traffic.bytes_read, traffic.bytes_written) == (cost.read, cost.written)
+    exact = rotate(wide[:, :columns].double(), rotation)
+    assert_close(made[1], exact.abs().amax(1) / LARGEST[eight], rms=1e-6)
+    assert float(made[1][3]) == 0
+    assert not made[0][3].float().any()
+    values, expected = made[0].float(), twin[0].float()
+    if eight == torch.int8 and rotation == 1:
+        assert torch.equal(values, expected)
+    # Sums in another order may round another way at a tie. (The interpreter also rounds float8 down where a number
+    # would become the next power of two.)
+    step = 1.0 if eight == torch.int8 else expected.abs() / 7 + 1e-3
+    assert bool(((values - expected).abs() <= step).all())
+    assert float((values != expected).float().mean()) < (0.01 if eight == torch.int8 else 0.1)
+    assert_close(values[:3] * made[1][:3, None], exact[:3].float(), rms=0.01 if eight == torch.int8 else 0.05)
+
+
+@in_the_interpreter
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_are_not_hidden(value: float) -> None:
+    x = torch.randn(2, 64)
+    x[1, 5] = value
+    for rotation in (1, 16):
+        out, scales = torch.empty(2, 64, dtype=torch.int8), torch.empty(2)
+        quantize_rows(x, None, out, scales, rotation)
+        assert scales.isfinite().tolist() == [True, False]
+
+
+def eight_bit_arguments(eight: torch.dtype, dtype: torch.dtype, *, rank: int, gelu: bool) -> dict[str, Any]:
+    rows, columns, inner = 37, 50, 96
+    x, weight = (
+        (torch.randn(n, inner + 16) * 40).clamp(-127, 127).round().to(eight)[:, :inner] for n in (rows, columns)
+    )
+    low, up = torch.randn(rows, rank + 2).to(dtype)[:, :rank], torch.randn(columns, rank).to(dtype)
+    return {
+        "x": x,
+        "x_scales": torch.rand(rows) / 100,
+        "weight": weight,
+        "weight_scales": torch.rand(columns) / 100,
+        "bias": torch.randn(columns).to(dtype),
+        "low": low if rank else None,
+        "up": up if rank else None,
+        "out": torch.full((rows, columns + 5), torch.nan).to(dtype)[:, :columns],
+        "gelu": gelu,
+    }
+
+
+@in_the_interpreter
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("eight", EIGHT, ids=str)
+@pytest.mark.parametrize(("rank", "gelu"), [(0, False), (5, True)])
+@pytest.mark.usefixtures("tiles")
+def test_scaled_linear(rank: int, gelu: bool, eight: torch.dtype, dtype: torch.dtype) -> None:
+    made = eight_bit_arguments(eight, dtype, rank=rank, gelu=gelu)
+    twin = made | {"out": torch.empty_like(made["out"])}
+    with recorded([t for n, t in made.items() if isinstance(t, Tensor) and n != "out"], [made["out"]]) as traffic:
+        scaled_linear(**made)
+    scaled_linear_ref(**twin)
+    assert_close(made["out"], twin["out"], rms=UNITS[dtype])
+    assert bool(made["out"]._base is not None and made["out"]._base[:, 50:].isnan().all())
+    cost = scaled_linear_cost(**made)
+    assert (traffic.bytes_read, traffic.bytes_written) == (cost.read, cost.written)
+
+
+@in_the_interpreter
+@pytest.mark.usefixtures("tiles")
+def test_integer_products_are_exact() -> None:
+    """Whatever the order of the sums: the largest values there are, at FLUX's longest row; the same bytes twice."""
+    inner = 15360
+    x, weight = (torch.randint(-127, 128, (16, inner), dtype=torch.int8) for _ in range(2))
+    x[0], weight[0] = 127, -127
+    ones, bias = torch.ones(16), torch.zeros(16)
+    outs = [torch.empty(16, 16) for _ in range(2)]
+    for out in outs:
+        scaled_linear(x, ones, weight, ones, bias, None, None, out, False)
+    exact = x.long() @ weight.long().t()
+    assert int(exact[0, 0]) == -127 * 127 * inner
+    assert torch.equal(outs[0].double(), exact.float().double())  # rounded once, to float32
+    assert torch.equal(outs[0], outs[1])
+
+
+def four_bit_arguments(dtype: torch.dtype, *, rank: int, low: int, add: bool, group: int = 64) -> dict[str, Any]:
+    rows, inner, heights = 37, 192, [32, 48, 50]
+    columns = sum(heights)
+    return {
+        "x": torch.randn(rows, inner + 8).to(dtype)[:, :inner],
+        "packed": torch.randint(0, 256, (columns, inner // 2 + 16), dtype=torch.uint8)[:, : inner // 2],
+        "scales": (torch.rand(columns, inner // group) / 10).bfloat16(),
+        "down": (torch.randn(len(heights) * rank, inner) / 10).bfloat16() if rank else None,
+        "rank_up": (torch.randn(columns, rank) / 10).bfloat16() if rank else None,
+        "heights": heights,
+        "bias": torch.randn(columns).to(dtype),
+        "low": torch.randn(rows, low).to(dtype) if low else None,
+        "up": torch.randn(columns, low).to(dtype) if low else None,
+        "out": torch.randn(rows, columns).to(dtype),
+        "add": add,
+        "gelu": low > 0,
+    }
+
+
+@in_the_interpreter
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rank", "low", "add", "group"), [(0, 0, False, 64), (8, 5, False, 64), (8, 0, True, 16), (8, 5, True, 64)]
+)
+@pytest.mark.usefixtures("tiles")
+def test_int4_linear(rank: int, low: int, add: bool, group: int, dtype: torch.dtype) -> None:
+    made = four_bit_arguments(dtype, rank=rank, low=low, add=add, group=group)
+    twin = made | {"out": made["out"].clone()}
+    readable = [t for n, t in made.items() if isinstance(t, Tensor) and n != "out"]
+    with recorded(readable, [made["out"]]) as traffic:
+        int4_linear(**made)
+    int4_linear_ref(**twin)
+    assert_close(made["out"], twin["out"], rms=2 * UNITS[dtype])
+    cost = int4_linear_cost(**made)
+    assert (traffic.bytes_read, traffic.bytes_written) == (cost.read, cost.written)
+
+
+@in_the_interpreter
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"x": torch.zeros(37, 96)}, "x must be int8 or float8_e4m3fn"),
+        ({"weight": torch.zeros(50, 95, dtype=torch.int8)}, r"weight must be \[50, 96\]"),
+        ({"x_scales": torch.zeros(36)}, r"x_scales must be \[37\]"),
+        ({"low": None}, "low and up are given together"),
+        ({"out": torch.zeros(37, 50, dtype=torch.float64)}, "out must be one of"),
+    ],
+)
+def test_wrong_arguments_are_refused(change: dict[str, Any], told: str) -> None:
+    made = eight_bit_arguments(torch.int8, torch.float32, rank=4, gelu=False)
+    with pytest.raises(ValueError, match=told):
+        scaled_linear(**made | change)
+
+
+@in_the_interpreter
+def test_other_wrong_arguments_are_refused() -> None:
+    x, scales = torch.zeros(2, 48), torch.zeros(2)
+    with pytest.raises(ValueError, match="rotation must be 1, 4, 16, 64 or 256 and divide 48"):
+        quantize_rows(x, None, torch.zeros(2, 48, dtype=torch.int8), scales, 64)
+    with pytest.raises(ValueError, match="out must be int8 or float8_e4m3fn"):
+        quantize_rows(x, None, torch.zeros(2, 48), scales, 1)
+    made = four_bit_arguments(torch.float32, rank=8, low=0, add=False)
+    with pytest.raises(ValueError, match="must be multiples of 16"):
+        int4_linear(**made | {"heights": [30, 50, 50]})
+    with pytest.raises(ValueError, match="that add up to 130"):
+        int4_linear(**made | {"heights": [30, 50]})
+
+
+def emulated(x: Tensor, plain: Tensor, storage: WeightStorage) -> Tensor:
+    """x plainᵀ as the kernels compute it, in float64."""
+    tensors = quantised(plain, storage)
+    if isinstance(storage, Int4Storage):
+        y = torch.empty(len(x), len(plain), dtype=torch.float64)
+        bias, heights = torch.zeros(len(plain)), [len(plain)]
+        out = torch.empty(len(x), len(plain))
+        parts = tensors["weight"], tensors["weight_scale"], tensors["weight_down"], tensors["weight_up"]
+        int4_linear_ref(x, *parts, heights, bias, None, None, out, False, False)
+        return y.copy_(out)
+    rotation = storage.rotation if isinstance(storage, Int8Storage) else 1
+    values, scales = torch.empty(x.shape, dtype=tensors["weight"].dtype), torch.empty(len(x))
+    quantize_rows(x, None, values, scales, rotation)
+    y = values.double() @ tensors["weight"].double().t()
+    return y * scales.double()[:, None] * tensors["weight_scale"].double()
+
+
+@in_the_interpreter
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("split", [None, (16, 32)], ids=str)
+@pytest.mark.parametrize("place", [Place.ALONE, Place.AFTER_NORM, Place.BEFORE_RESIDUAL])
+@pytest.mark.parametrize("storage", [Int8Storage(rotation=16), Fp8Storage(), Int4Storage(group=16, rank=8)], ids=str)
+def test_layers_multiply_by_kernels(
+    storage: WeightStorage, place: Place, split: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W8A8's integer result is emulated exactly; a branch that rides, and one beside it, are never rounded to few bits."""
+    if split and place is Place.AFTER_NORM:
+        pytest.skip("norms write one input")
+    random = QuantisedLayer(48, 96, ((4, TAIL), (3, "image")))
+    plain = [random.weight[:32].clone(), random.weight[32:].clone()]
+    random.quantise(storage)
+    monkeypatch.setattr("tests.linear.layers.KERNELS", True)
+    layer = random.load(FORMATS[storage.name], place, fused=place is not Place.ALONE)
+    assert layer.weight.path == "kernels"
+    x = torch.randn(9, 48, generator=torch.Generator().manual_seed(1))
+    y, _ = run(layer, x, STREAMS, 1, split=split)
+    again, _ = run(layer, x, STREAMS, 1, split=split)
+    assert torch.equal(y, again)
+    expected = torch.cat([emulated(x, part, storage) for part in plain], dim=1) + random.bias.double()
+    branches = random.exact(x, STREAMS, 1) - F.linear(x.double(), random.weight.double(), random.bias.double())
+    assert_close(y, (expected + branches).float(), rms=2e-6)
+
+
+@in_the_interpreter
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize("weights", STORAGES)
+def test_golden_steps_by_kernels(weights: str, golden_bundle: Any, tmp_path: Path) -> None:
+    """The whole step in the interpreter, twice with the same bytes."""
+    from mogle_rt.bundle.bundle import Bundle
+    from tests.conftest import GoldenCase
+    from tests.linear.quantised import quantised_bundle
+    from tests.linear.test_formats import golden_run
+    from tests.linear.test_quantised import GOLDEN_TOLERANCE
+
+    case = GoldenCase.load("base")
+    path = quantised_bundle(golden_bundle("tiny"), tmp_path / "small.safetensors", weights)
+    engine, latents = golden_run(case, Bundle(path), "triton", None)
+    assert f"{weights} (kernels) " in engine.weight_formats
+    moved, expected = (x - case.tensors["noise"] for x in (latents, case.tensors["final_latents"]))
+    assert 1e-4 < relative_rms(moved, expected) < GOLDEN_TOLERANCE[weights]
+    assert torch.equal(golden_run(case, Bundle(path), "triton", None)[1], latents)
+
+
+def test_recorded_launches_are_as_declared() -> None:
+    for work in few_bits(torch.bfloat16, "meta"):
+        with recording() as launches:
+            work.run(**work.arguments)
+        assert len(launches) == work.declared().launches == 1
+
+
+PROGRAM = """
+import dataclasses, json
+from mogle_rt.kernels.aot import compile_jobs
+names = ("quantize_rows-int8", "scaled_linear-int8", "scaled_linear-int8-gelu", "int4_linear")
+jobs = [(name, "bf16", target) for name in names for target in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")]
+jobs += [("scaled_linear-int8", "bf16", "sm_89"), ("int4_linear", "bf16", "sm_89")]
+fp8 = ("quantize_rows-fp8", "scaled_linear-fp8")
+jobs += [(name, "bf16", target) for name in fp8 for target in ("sm_89", "sm_90", "sm_100", "sm_120")]
+rows = [{"workload": n, **dataclasses.asdict(r), "cores": r.tensor_cores, "wide": r.wide_loads, "stores": r.wide_stores,
+         "narrow": r.narrow_accesses} for n, _, r in compile_jobs(jobs)]
+print(json.dumps(rows))
+"""
+CORES = {
+    "scaled_linear-int8": {"sm_80": "mma s8", "sm_89": "mma s8", "sm_90": "wgmma s8", "sm_100": "mma s8"},
+    "scaled_linear-fp8": {"sm_89": "mma e4m3", "sm_90": "wgmma e4m3", "sm_100": "tcgen05 e4m3", "sm_120": "mma e4m3"},
+    "int4_linear": {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma"},
+}
+
+
+def compile_few_bits(table: Path) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    table.write_text(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiles_for_every_gpu(shared_folder: Path) -> None:
+    """On tensor cores of the right kind, without spills, within shared memory, sixteen bytes at a time.
+
+    (Blackwell's own instructions have int8, but Triton does not use them; it takes those of older GPUs.)
+    """
+    from mogle_rt.kernels.chips import SHARED_LIMITS
+
+    rows = json.loads(make_once(shared_folder / "few-bits.json", compile_few_bits).read_text())
+    assert len(rows) == 30
+    for r in rows:
+        assert r["spills"] == 0, r
+        assert r["shared"] <= SHARED_LIMITS[r["target"]], r
+        if r["target"].startswith("gfx"):
+            continue
+        assert r["wide"] >= 1, r
+        assert r["stores"] >= 1, r
+        assert r["narrow"] <= (3 if r["workload"] == "int4_linear" else 0), r  # a scale for each of a tile's rows
+        expected = CORES.get(r["workload"].removesuffix("-gelu"), {}).get(r["target"])
+        if expected is not None:
+            assert r["cores"] == expected, r
+        if r["workload"].startswith("quantize_rows"):
+            assert r["cores"] == "", r
