@@ -44,7 +44,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """The interpreter has larger tiles than a GPU. Both are tested."""
     if request.param != "large":
         monkeypatch.setattr(eight_bits, "tiles", lambda *_: eight_bits.Tiles(16, 32, 64, 4, 1))
-        monkeypatch.setattr(four_bits, "tiles", lambda *_: four_bits.Tiles(16, 16, 64, 4, 1))
+        monkeypatch.setattr(four_bits, "tiles", lambda *_: eight_bits.Tiles(16, 16, 64, 4, 1))
 
 
 @in_the_interpreter
