@@ -288,11 +288,11 @@ def test_recorded_launches_are_as_declared() -> None:
 PROGRAM = """
 import dataclasses, json
 from mogle_rt.kernels.aot import compile_jobs
-names = ("quantize_rows-int8", "scaled_linear-int8", "scaled_linear-int8-gelu", "int4_linear")
-jobs = [(name, "bf16", target) for name in names for target in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")]
-jobs += [("scaled_linear-int8", "bf16", "sm_89"), ("int4_linear", "bf16", "sm_89")]
-fp8 = ("quantize_rows-fp8", "scaled_linear-fp8")
-jobs += [(name, "bf16", target) for name in fp8 for target in ("sm_89", "sm_90", "sm_100", "sm_120")]
+jobs = [("quantize_rows-int8", "bf16", target) for target in ("sm_90", "gfx942")]
+jobs += [("scaled_linear-int8", "bf16", target) for target in ("sm_80", "sm_90", "sm_100", "gfx942")]
+jobs += [("scaled_linear-int8-gelu", "bf16", "sm_90"), ("quantize_rows-fp8", "bf16", "sm_89")]
+jobs += [("scaled_linear-fp8", "bf16", target) for target in ("sm_89", "sm_90", "sm_100")]
+jobs += [("int4_linear", "bf16", target) for target in ("sm_89", "sm_90", "sm_120", "gfx942")]
 rows = [{"workload": n, **dataclasses.asdict(r), "cores": r.tensor_cores, "wide": r.wide_loads, "stores": r.wide_stores,
          "narrow": r.narrow_accesses} for n, _, r in compile_jobs(jobs)]
 print(json.dumps(rows))
@@ -318,12 +318,13 @@ def compile_few_bits(table: Path) -> None:
 def test_compiles_for_every_gpu(shared_folder: Path) -> None:
     """On tensor cores of the right kind, without spills, within shared memory, sixteen bytes at a time.
 
-    (Blackwell's own instructions have int8, but Triton does not use them; it takes those of older GPUs.)
+    On Blackwell, Triton multiplies int8 with the instructions of older GPUs. GPUs of one generation get the same code, see
+    `tests.kernels.compiled`.
     """
     from mogle_rt.kernels.chips import SHARED_LIMITS
 
     rows = json.loads(make_once(shared_folder / "few-bits.json", compile_few_bits).read_text())
-    assert len(rows) == 30
+    assert len(rows) == 15
     for r in rows:
         assert r["spills"] == 0, r
         assert r["shared"] <= SHARED_LIMITS[r["target"]], r
