@@ -72,12 +72,14 @@ def test_quantize_rows(rotation: int, columns: int, first: int, eight: torch.dty
     values, expected = made[0].float(), twin[0].float()
     if eight == torch.int8 and rotation == 1:
         assert torch.equal(values, expected)
-    # Sums in another order may round another way at a tie. (The interpreter also rounds float8 down where a number
-    # would become the next power of two.)
+    # Sums in another order may round another way at a tie. (The interpreter loses the carry where float8 is rounded up to
+    # a power of two: these numbers are left out.)
+    if eight != torch.int8:
+        whole = expected.frexp().mantissa.abs() == 0.5
+        values, expected = values[~whole], expected[~whole]
     step = 1.0 if eight == torch.int8 else expected.abs() / 7 + 1e-3
     assert bool(((values - expected).abs() <= step).all())
-    assert float((values != expected).float().mean()) < (0.01 if eight == torch.int8 else 0.1)
-    assert_close(values[:3] * made[1][:3, None], exact[:3].float(), rms=0.01 if eight == torch.int8 else 0.05)
+    assert float((values != expected).float().mean()) < 0.01
 
 
 @in_the_interpreter
