@@ -25,7 +25,8 @@ LONGEST_PROMPT = 100_000  # characters; T5 reads 512 tokens at most
 MOST_STEPS = 10_000  # modulations are held for every step: at FLUX's full size, 2 MB per step and image
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is a finite real number. True and False are none."""
     if not isinstance(value, Real) or isinstance(value, bool):
         return False
     try:
@@ -66,16 +67,16 @@ def check_options(
             raise InputError(f"{name} can be at most {most}, got {number!r}")
     for name, size in (("height", height), ("width", width)):
         if not isinstance(size, Integral) or isinstance(size, bool) or size < PATCH or size % PATCH:
-            near = f"; the nearest is {max(PATCH, round(size / PATCH) * PATCH)}" if _is_number(size) else ""
+            near = f"; the nearest is {max(PATCH, round(size / PATCH) * PATCH)}" if is_number(size) else ""
             raise InputError(f"{name} must be a multiple of {PATCH}, got {size!r}{near}")
         if size > MOST:
             raise InputError(f"{name} can be at most {MOST}, got {size!r}")
     for name, value in (("guidance_scale", guidance_scale), ("condition_scale", condition_scale)):
-        if not _is_number(value) or value < 0:
+        if not is_number(value) or value < 0:
             raise InputError(f"{name} must be a finite number of 0 or more, got {value!r}")
-    if not _is_number(position_scale) or position_scale <= 0:
+    if not is_number(position_scale) or position_scale <= 0:
         raise InputError(f"position_scale must be a positive number, got {position_scale!r}")
-    if not isinstance(position_delta, Sequence) or [_is_number(v) for v in position_delta] != [True, True]:
+    if not isinstance(position_delta, Sequence) or [is_number(v) for v in position_delta] != [True, True]:
         raise InputError(f"position_delta must be two numbers (rows, columns), got {position_delta!r}")
     if output_type not in ("pil", "np", "pt", "latent"):
         raise InputError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mogle_rt.arguments import (
     Generators,
@@ -24,7 +23,7 @@ from mogle_rt.arguments import (
     warn_of_guidance,
 )
 from mogle_rt.bundle.bundle import Bundle
-from mogle_rt.calls.callbacks import StepCallback, called_back
+from mogle_rt.calls.callbacks import StepCallback, denoise_for
 from mogle_rt.calls.decoding import Decoder
 from mogle_rt.calls.habits import DiffusersHabits
 from mogle_rt.calls.memory import FitsMemory, MemoryPlans, tells_of_memory
@@ -36,14 +35,15 @@ from mogle_rt.calls.styles import LoraMethods
 from mogle_rt.calls.turns import one_at_a_time
 from mogle_rt.config import DEFAULT_GUIDANCE, PATCH, VAE_SCALE, ModelConfig
 from mogle_rt.cost.demand import Run
+from mogle_rt.edits.methods import EditMethods
+from mogle_rt.edits.start import StartImage
 from mogle_rt.encoders.cache import TensorCache
 from mogle_rt.encoders.conditioning import Conditioner, MaskPosterior
 from mogle_rt.encoders.vae import autoencoder, load_autoencoder, vae_dtype
 from mogle_rt.engines.choice import EngineName, engine_dtype, make_engine
 from mogle_rt.engines.contract import Conditions, Engine
-from mogle_rt.loop.denoise import denoise, initial_latents
-from mogle_rt.loop.progress import Progress
-from mogle_rt.loop.schedule import Schedule, make_schedule
+from mogle_rt.loop.denoise import initial_latents
+from mogle_rt.loop.schedule import make_schedule
 from mogle_rt.masks.labels import MaskLike, resize, to_label_batch
 from mogle_rt.masks.orders import Order
 from mogle_rt.masks.sizes import default_size, warn_of_distortion, warn_of_other_size
@@ -53,7 +53,7 @@ from mogle_rt.torch_api.settings import settled
 CACHE_BYTES = 256 << 20
 
 
-class Pipeline(DiffusersHabits, FitsMemory, LoraMethods):
+class Pipeline(DiffusersHabits, FitsMemory, LoraMethods, EditMethods):
     """Runs Face-MoGLE from a bundle.
 
     Threads may share a pipeline; their calls then wait for each other. Processes can't share one: a pipeline that is
@@ -197,6 +197,7 @@ class Pipeline(DiffusersHabits, FitsMemory, LoraMethods):
         *,
         seed: int | Sequence[int] | None = None,
         mask_order: Order = "celebamask",
+        start: StartImage | None = None,
         **others: Any,
     ) -> PipelineOutput:
         """Draw faces. Each image of a batch equals the image that would be drawn alone, up to rounding.
@@ -233,6 +234,7 @@ class Pipeline(DiffusersHabits, FitsMemory, LoraMethods):
                 for one image draws with ``seed + i``, or with ``seed[i]``. A seed gives the same noise on every device.
             mask_order: what the numbers of a label map mean: "celebamask", "bisenet", "farl", or the names of the
                 classes; see `mogle_rt.masks.to_labels`.
+            start: images to start from instead of noise alone, as `edit`, `image_to_image` and `inpaint` make it.
             others: arguments of diffusers' `FluxPipeline` that are not supported here. They raise an error that says
                 why, unless their value asks for nothing, such as None.
 
@@ -285,10 +287,11 @@ class Pipeline(DiffusersHabits, FitsMemory, LoraMethods):
             check_embeddings(prompt_embeds, pooled_prompt_embeds, t.joint_attention_dim, t.pooled_projection_dim)
         pairs = common_count(len(labels), len(prompts) if prompt_embeds is None else prompt_embeds.shape[0])
         batch = pairs * num_images_per_prompt
+        first = 0 if start is None else start.first_step(num_inference_steps, len(labels), height, width)
         generator = generator if seed is None else seeded_generators(seed, generator, batch)
         generators = generator_list(generator, batch, self.device)
-        report = self.last_run = RunReport(batch_size=batch, steps=num_inference_steps)
-        self._num_timesteps, self._guidance_scale = num_inference_steps, guidance_scale
+        report = self.last_run = RunReport(batch_size=batch, steps=num_inference_steps - first)
+        self._num_timesteps, self._guidance_scale = report.steps, guidance_scale
 
         shape = {"height": height, "width": width, "batch": batch, "steps": num_inference_steps}
         tokens = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1]
@@ -299,14 +302,16 @@ class Pipeline(DiffusersHabits, FitsMemory, LoraMethods):
         drawn_by = generator if generators is None else generators
         channels = self.bundle.config.transformer.in_channels // 4
         unpacked = (batch, channels, height // VAE_SCALE, width // VAE_SCALE)
-        noise = initial_latents(latents, unpacked, drawn_by, self.device, self.dtype)
-        with progress_bar(num_inference_steps, self._progress_bar_config) as bar:
+        latents, kept = initial_latents(latents, unpacked, drawn_by, self.device, self.dtype), None
+        with progress_bar(report.steps, self._progress_bar_config) as bar:
             stage = Stages(bar, self.device, report.seconds, described="desc" in self._progress_bar_config)
             with stage("text"):
                 if prompt_embeds is None or pooled_prompt_embeds is None:
                     prompt_embeds, pooled_prompt_embeds = self.prompt_encoder(prompts, max_sequence_length)
             with stage("mask"), self._vae_in_memory():
                 masks = self.conditioner.for_images(labels, batch, mask_posterior, drawn_by)
+                if start is not None:
+                    latents, kept = start.begin(self.conditioner.image_latents, latents, schedule, first)
             with stage("prepare"):
                 self.engine.prepare(
                     Conditions(
@@ -318,31 +323,16 @@ class Pipeline(DiffusersHabits, FitsMemory, LoraMethods):
                         condition_scale=condition_scale,
                         position_delta=(rows, columns),
                         position_scale=float(position_scale),
+                        kept=kept,
                     ),
                     schedule,
                 )
             with stage("denoise"):
-                packed = self._denoise(noise, schedule, callback_on_step_end, bar)
+                packed = denoise_for(self, latents, schedule, first, callback_on_step_end, bar)
             report.interrupted, report.execution = self._interrupt, self.engine.execution
             report.weights = self.engine.weight_formats
             images = packed
             if output_type != "latent":
                 with stage("decode"), self._vae_in_memory():
-                    images = self.decoder(packed, height, width, output_type)
+                    images = self.decoder(packed, height, width, output_type, None if start is None else start.paste)
         return PipelineOutput(images=images) if return_dict else (images,)  # type: ignore[return-value]
-
-    def _denoise(self, noise: Tensor, schedule: Schedule, callback: StepCallback | None, bar: tqdm[NoReturn]) -> Tensor:
-        bar.unpause()  # restart the bar's clock, so that its rate counts only the steps
-
-        def on_step(k: int, latents: Tensor) -> Tensor:
-            assert callback is not None
-            return called_back(callback, self, k, schedule.timesteps[k], latents)
-
-        return denoise(
-            self.engine,
-            noise,
-            schedule,
-            None if callback is None else on_step,
-            lambda: self._interrupt,
-            None if bar.disable else Progress(self.device, bar.update),
-        )

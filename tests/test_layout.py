@@ -36,6 +36,7 @@ ROOMS = [
     "cost",
     "arguments",
     "calls",
+    "edits",
     "pipeline",
     "jobs",
     "server",

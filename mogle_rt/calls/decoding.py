@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +27,18 @@ class Decoder:
         self.vae = vae
         self.image_processor = VaeImageProcessor(vae_scale_factor=VAE_SCALE * 2)
 
-    def __call__(self, packed: Tensor, height: int, width: int, output_type: OutputType) -> Any:
+    def __call__(
+        self,
+        packed: Tensor,
+        height: int,
+        width: int,
+        output_type: OutputType,
+        finish: Callable[[Tensor], Tensor] | None = None,
+    ) -> Any:
         """Decode packed latents [B, N, 64] of images of height x width pixels.
+
+        Args:
+            finish: changes the images, [B, 3, H, W] in [0, 1], before they are converted.
 
         Returns:
             The images in the form that `PipelineOutput` describes for this ``output_type``.
@@ -45,4 +56,7 @@ class Decoder:
             raise NumericalError(
                 f"the decoded image holds NaN or infinity: the VAE doesn't decode it in {self.vae.dtype}"
             )
-        return self.image_processor.postprocess(image, output_type=output_type)
+        if finish is None:
+            return self.image_processor.postprocess(image, output_type=output_type)
+        image = finish(self.image_processor.postprocess(image, output_type="pt"))
+        return self.image_processor.postprocess(image, output_type, do_denormalize=[False] * len(image))

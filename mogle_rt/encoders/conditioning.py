@@ -112,19 +112,32 @@ class Conditioner:
         noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return self._pack(mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise)
 
+    def image_latents(self, pixels: Tensor) -> Tensor:
+        """Encode images, [B, 3, H, W] with values in [0, 1]: the mean of the VAE's posterior, packed as [B, N, 64]."""
+        at_once = self._at_once(pixels.shape[2] * pixels.shape[3])
+        parameters = torch.cat([self._parameters(part) for part in pixels.split(at_once)])
+        return self._pack(parameters.chunk(2, dim=1)[0])
+
     def _pack(self, z: Tensor) -> Tensor:
         return pack_latents((z - self.vae.config.shift_factor) * self.vae.config.scaling_factor)
 
     def _encode(self, pictures: Sequence[tuple[Labels, int]]) -> Tensor:
         """The posterior's mean and log variance, [P, 32, H/8, W/8], of pictures given as (labels, picture number)."""
-        # A CPU is faster with one picture at a time, because the activations then stay in its caches.
-        at_once = 1 if self.vae.device.type == "cpu" else max(1, ENCODE_PIXELS // pictures[0][0].size)
-        parts = []
+        parts, at_once = [], self._at_once(pictures[0][0].size)
         for i in range(0, len(pictures), at_once):
             drawn = np.stack([condition_picture(labels, number) for labels, number in pictures[i : i + at_once]])
-            x = torch.from_numpy(drawn).to(self.vae.device).permute(0, 3, 1, 2).to(self.vae.dtype) / 255 * 2 - 1
-            parts.append(self.vae.encode(arranged(x, pictures[0][0].size)).latent_dist.parameters.contiguous())
+            parts.append(self._parameters(torch.from_numpy(drawn).permute(0, 3, 1, 2), largest=255))
         return torch.cat(parts)
+
+    def _at_once(self, pixels: int) -> int:
+        """How many pictures of so many pixels are encoded at once."""
+        # A CPU is faster with one picture at a time, because the activations then stay in its caches.
+        return 1 if self.vae.device.type == "cpu" else max(1, ENCODE_PIXELS // pixels)
+
+    def _parameters(self, pictures: Tensor, largest: int = 1) -> Tensor:
+        """The posteriors of pictures [P, 3, H, W] whose values go from 0 to ``largest``."""
+        x = pictures.to(self.vae.device).to(self.vae.dtype) / largest * 2 - 1
+        return self.vae.encode(arranged(x, x.shape[2] * x.shape[3])).latent_dist.parameters.contiguous()
 
 
 PictureKey: TypeAlias = tuple[tuple[int, ...], int, bytes]

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from mogle_rt.encoders.mask_planes import MaskPlanes
+from mogle_rt.loop.blend import Kept
 from mogle_rt.loop.denoise import Denoiser
 from mogle_rt.loop.schedule import Schedule
 
@@ -22,6 +23,7 @@ class Conditions:
         guidance_scale: the strength of the distilled guidance. Models without guidance ignore it.
         grid: the rows and columns of image tokens, (H / 16, W / 16).
         condition_scale, position_delta, position_scale: see `Pipeline`.
+        kept: what an edit keeps of an image; None draws everything anew.
     """
 
     masks: MaskPlanes
@@ -32,6 +34,7 @@ class Conditions:
     condition_scale: float = 1.0
     position_delta: tuple[float, float] = (0, 0)
     position_scale: float = 1.0
+    kept: Kept | None = None
 
     @classmethod
     def from_mask_latents(cls, mask_latents: Tensor, **others: Any) -> Conditions:

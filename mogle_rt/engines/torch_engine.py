@@ -161,7 +161,7 @@ class TorchEngine:
             visibility=Visibility.of(self.model, c.condition_scale),
             add_cond_attn=self.model.add_cond_attn,
         )
-        shapes = {kind: (batch, capacity, layout, kind, self.styles.shape) for kind in (Bank, Fused)}
+        shapes = {kind: (batch, capacity, layout, kind, self.styles.shape, c.kept is None) for kind in (Bank, Fused)}
         self._runner = None  # if its shapes are not kept, this frees its buffers before new ones are made
         inputs = with_room(
             lambda: self._inputs(c, schedule, capacity, shapes),
@@ -207,6 +207,7 @@ class TorchEngine:
             rope=self.ops.rope_buffer(rope_table(joint_ids.to(self.device), self.config.axes_dims_rope)),
             sigma_steps=of_steps(schedule.sigmas.diff().to(self.device)),
             log_scale=log_scale_of(c.condition_scale, self.device),
+            kept=None if c.kept is None else c.kept.to(self.device, self.dtype).for_steps(capacity),
         )
         self.weights.release("transformer.context_embedder.weight")  # no step needs it
         return inputs

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from mogle_rt.loop.blend import Blend, Kept
 from mogle_rt.loop.denoise import euler
 from mogle_rt.loop.schedule import Position, Schedule
 
@@ -19,11 +20,13 @@ class VelocityLoop(ABC):
     _sigmas = torch.zeros(1, dtype=torch.float32, device="cpu")
     _latents = torch.zeros(1, dtype=torch.float32, device="cpu")
     _position: Position | None = None  # None until a run is prepared
+    _blend: Blend | None = None  # only for edits
 
-    def follow(self, schedule: Schedule, device: torch.device) -> None:
-        """Set the schedule of the next run."""
+    def follow(self, schedule: Schedule, device: torch.device, kept: Kept | None = None) -> None:
+        """Set the schedule of the next run, and what it keeps of an image."""
         self._sigmas = schedule.sigmas.to(device)
         self._position = Position(len(schedule))
+        self._blend = None if kept is None else Blend(kept.to(device, kept.original.dtype))
 
     @abstractmethod
     def step(self, latents: Tensor, k: int) -> Tensor:
@@ -48,6 +51,9 @@ class VelocityLoop(ABC):
         k = position.next_step()
         velocity = self.step(self._latents, k)
         self._latents = euler(self._latents, velocity, self._sigmas[k], self._sigmas[k + 1])
+        if self._blend is not None:
+            self._blend.select(torch.tensor([k], device=self._latents.device))
+            self._blend(self._latents)
         position.go_to(k + 1)
 
     def latents(self) -> Tensor:

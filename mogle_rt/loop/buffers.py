@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mogle_rt.config import TransformerConfig
 from mogle_rt.linear.views import first_columns
+from mogle_rt.loop.blend import Kept
 from mogle_rt.model.layout import Layout
 from mogle_rt.model.mixture import Bank, Fused
 from mogle_rt.model.modulation import ModulationTables
@@ -30,6 +31,7 @@ class StepInputs:
         rope: [L, …], rotary table of the joint sequence [text, image, condition], as made by `Ops.rope_buffer`.
         sigma_steps: [S] float32, for each step the next noise level minus its own.
         log_scale: float32 [1], log(condition_scale), see `AttentionPlan`.
+        kept: what an edit keeps, [N, B, 64]; None in runs that are no edits, whose steps don't blend.
 
     S is the run's capacity for steps, see `mogle_rt.loop.schedule.step_capacity`. Rows beyond the actual number of
     steps are never read.
@@ -43,6 +45,7 @@ class StepInputs:
     rope: Tensor
     sigma_steps: Tensor
     log_scale: Tensor
+    kept: Kept | None = None
 
 
 class Buffers:

@@ -65,15 +65,17 @@ def denoise(
     on_step: OnStep | None = None,
     stop: Callable[[], bool] = lambda: False,
     progress: Progress | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """Run all steps. Without ``on_step`` and ``progress`` the host only starts each step and does not wait for the GPU.
+    """Run the steps. Without ``on_step`` and ``progress`` the host only starts each step and does not wait for the GPU.
 
     Args:
-        latents: [B, N, 64], noise.
+        latents: [B, N, 64], noise, or an image with the noise of the first step.
         on_step: called after each step with a fresh copy of the latents. The loop continues with the latents that it
             returns, which may be this copy after editing. If it returns None, the latents stay as they are.
         stop: called after ``on_step``; the loop ends early if it returns True.
         progress: counts each step before ``on_step`` is called.
+        first: the step to begin with. If it is the number of steps, none is run, and the latents stay as they are.
 
     Returns:
         [B, N, 64].
@@ -81,8 +83,8 @@ def denoise(
     Raises:
         NumericalError: the result contains NaN or infinity.
     """
-    engine.start(latents)
-    for k in range(len(schedule)):
+    engine.start(latents, first)
+    for k in range(first, len(schedule)):
         engine.advance()
         if progress is not None:
             progress.queued()

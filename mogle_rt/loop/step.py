@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from mogle_rt.linear.layer import Product
 from mogle_rt.linear.views import first_columns, flat
+from mogle_rt.loop.blend import Blend
 from mogle_rt.loop.buffers import Buffers, StepInputs, shape_and_place, tensors_of
 from mogle_rt.loop.sublayers import DoubleAttention, DoubleMlp, LastSingle, NormArguments, Single, Sublayer
 from mogle_rt.model.layout import Layout
@@ -59,6 +61,7 @@ class Step:
         self.modulation = inputs.modulation.buffers()
         self.time = None if inputs.time_table is None else inputs.time_table[:1].clone()
         self.sigma_step = inputs.sigma_steps[:1].clone()
+        self.blend = None if inputs.kept is None else Blend(inputs.kept)
         self.links: list[Sublayer] = []
         for block, mod in zip(transformer.blocks, self.modulation.double, strict=True):
             self.links.append(DoubleAttention(block, mod, b, inputs.rope, layout, ops))
@@ -107,14 +110,18 @@ class Step:
 
     def addresses(self) -> list[int]:
         """The addresses of all tensors that the step reads or writes, except the weights."""
-        held = (self.inputs, self.modulation, self.time, self.sigma_step, list(vars(self.buffers).values()))
-        return [t.data_ptr() for t in tensors_of(held)]
+        held = (*self._own(), *tensors_of(list(vars(self.buffers).values())))
+        return [t.data_ptr() for t in held]
+
+    def _own(self) -> list[Tensor]:
+        """The inputs, and the buffers outside of `Buffers`."""
+        blend = [] if self.blend is None else self.blend.buffers
+        return tensors_of((self.inputs, self.modulation, self.time, self.sigma_step, blend))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all inputs and buffers, which only this step holds. Weights are not counted."""
-        own = tensors_of((self.inputs, self.modulation, self.time, self.sigma_step))
-        return sum(t.nbytes for t in own) + self.buffers.nbytes
+        return sum(t.nbytes for t in self._own()) + self.buffers.nbytes
 
     def seek(self, k: int) -> None:
         """Go to step k."""
@@ -127,6 +134,8 @@ class Step:
         if inputs.time_table is not None:
             torch.index_select(inputs.time_table, 0, index, out=self.time)
         torch.index_select(inputs.sigma_steps, 0, index, out=self.sigma_step)
+        if self.blend is not None:
+            self.blend.select(index)
 
     def condition(self) -> None:
         """Compute the condition tokens from the latents, by gate and mixture."""
@@ -173,6 +182,8 @@ class Step:
         self._transform(section)
         if section.last:  # update the latents, x + (σ' - σ) v, and increase the index
             self.buffers.latents.addcmul_(self.buffers.velocity, self.sigma_step)
+            if self.blend is not None:
+                self.blend(self.buffers.latents)
             self.buffers.index.add_(1)
 
     def advance(self) -> None:

@@ -1,0 +1,1 @@
+"""Draw a region of an image anew, and keep the rest."""
