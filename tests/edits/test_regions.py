@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -21,12 +23,12 @@ from mogle_rt.errors import InputError
 pytestmark = pytest.mark.quick
 
 
-def distances(region: NDArray[np.bool_]) -> NDArray[np.int64]:
+def distances(region: NDArray[np.bool_]) -> NDArray[np.integer[Any]]:
     """From each pixel to the nearest one of the region, in a chess king's moves."""
     rows, columns = np.nonzero(region)
-    y, x = np.indices(region.shape)
-    away = np.maximum(abs(y[..., None] - rows), abs(x[..., None] - columns))
-    return away.min(-1)  # type: ignore[no-any-return]
+    y, x = np.indices((*region.shape, 1))[:2]
+    away: NDArray[np.integer[Any]] = np.maximum(abs(y - rows), abs(x - columns)).min(-1)
+    return away
 
 
 @pytest.mark.parametrize(("margin", "feather"), [(0, 0), (1, 1), (5, 0), (5, 2), (6, 3), (8, 8), (40, 20)])
