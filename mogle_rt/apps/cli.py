@@ -9,6 +9,7 @@ import typer
 from mogle_rt import __version__
 from mogle_rt.apps.bundle_commands import convert, examples, info, quantize
 from mogle_rt.apps.cost_command import cost
+from mogle_rt.apps.edit_command import edit
 from mogle_rt.apps.embed_command import embed
 from mogle_rt.apps.generate_command import generate
 from mogle_rt.apps.program import HELP_OPTIONS, run_app
@@ -29,6 +30,7 @@ for _name, _command in (
     ("info", info),
     ("cost", cost),
     ("generate", generate),
+    ("edit", edit),
     ("embed", embed),
     ("serve", serve),
     ("export", export),

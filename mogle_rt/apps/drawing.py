@@ -17,11 +17,13 @@ from mogle_rt.apps.program import console, say
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.errors import InputError, OutputError
 from mogle_rt.jobs.embeddings import EmbeddedPrompts
-from mogle_rt.jobs.image_files import check_prompt, check_suffix, save_image, settings_of
+from mogle_rt.jobs.image_files import MASK, check_prompt, check_suffix, save_image, settings_of
 from mogle_rt.jobs.naming import Naming, check_writable
 from mogle_rt.jobs.plan import Drawing, Existing, count_prompts, plan, shard, to_draw
 from mogle_rt.jobs.record import Job, JobRecord, digest_of, mask_names
+from mogle_rt.jobs.settings_read import mask_text
 from mogle_rt.jobs.work import Work
+from mogle_rt.masks.labels import to_labels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +116,7 @@ def draw(request: Request, start: float) -> None:
         if todo:
             if request.prompts_found and len(names) > 1 and (line := count_prompts(todo)):
                 say(line)
-            pipe = _load(request)
+            pipe = load_pipeline(request.checkpoint, **request.model)
             seconds = {"load": time.perf_counter() - start}
             if record is not None:
                 begun = record.begin(*identity, **asked)
@@ -172,8 +174,6 @@ def _read_masks(
     request: Request,
 ) -> tuple[dict[Path | None, tuple[int, ...] | None], dict[Path | None, str]]:
     """The shape and the digest of each mask. All are read before anything is drawn, so that a bad one is told at once."""
-    from mogle_rt.masks.labels import to_labels
-
     order, shapes, digests = request.call["mask_order"], {}, {}
     for mask in dict.fromkeys(request.masks):
         shapes[mask] = None if mask is None else to_labels(mask, order=order).shape
@@ -191,14 +191,15 @@ def _check_sheet(request: Request) -> None:
         raise OutputError(f"{path}: exists already; choose another name, --overwrite or --skip-existing")
 
 
-def _load(request: Request) -> Pipeline:
-    with console.status(Text(f"loading {request.checkpoint} …")):
+def load_pipeline(checkpoint: Path, **model: Any) -> Pipeline:
+    """Load a pipeline, and say so meanwhile. model: arguments of `Pipeline`."""
+    with console.status(Text(f"loading {checkpoint} …")):
         from mogle_rt.start.quick_imports import import_models
 
         import_models()
         from mogle_rt.pipeline import Pipeline
 
-        return Pipeline(request.checkpoint, **request.model)
+        return Pipeline(checkpoint, **model)
 
 
 @contextmanager
@@ -268,6 +269,8 @@ def _draw(
             guidance_scale=request.call["guidance_scale"],
             condition_scale=request.call["condition_scale"],
         )
+        if request.metadata and job.mask is not None:
+            described[MASK] = mask_text(to_labels(job.mask, order=request.call["mask_order"]))
         save_image(image, job.path, described if request.metadata else None)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 JPEG_XMP_LIMIT = 65_504  # bytes: a JPEG segment's 65,533, less the XMP namespace at its start
 ROOM_FOR_OTHERS = 4096  # bytes for all settings but the prompt
+MASK = "mask_png"  # the setting that holds the mask itself, see `mogle_rt.jobs.settings_read.mask_text`
 DIGITAL_SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
 
@@ -108,18 +109,23 @@ def encode_image(image: Image.Image, kind: str, settings: Mapping[str, Any] | No
         image: RGB.
         kind: "PNG" or "JPEG".
         settings: prompt, seed and so on, as values that JSON can hold, to write into the file; None leaves them out.
-            The mark of AI generation (IPTC DigitalSourceType trainedAlgorithmicMedia) is always written.
+            A JPEG is written without the mask if there is no room for it. The mark of AI generation (IPTC
+            DigitalSourceType trainedAlgorithmicMedia) is always written.
         quality: of a JPEG, from 1 to 95.
 
     Raises:
         OutputError: the settings are too large for a JPEG.
     """
     packet = xmp(settings)
+    if kind == "JPEG" and settings is not None and len(packet) > JPEG_XMP_LIMIT:
+        packet = xmp({key: value for key, value in settings.items() if key != MASK})
     buffer = io.BytesIO()
     if kind == "PNG":
         info = PngInfo()
         info.add_itxt("XML:com.adobe.xmp", packet.decode())
         for key, value in (settings or {}).items():
+            if key == MASK:  # once is enough, in the packet
+                continue
             text = value if isinstance(value, str) else json.dumps(value)
             info.add_itxt(key, text.encode(errors="backslashreplace").decode())
         image.save(buffer, kind, pnginfo=info)

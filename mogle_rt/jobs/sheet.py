@@ -81,3 +81,24 @@ def _fitting(
     while len(shown) > 1 and pen.textlength(f"…{shown}", font=font) > width:
         shown = shown[1:]
     return f"…{shown}"
+
+
+def write_row(path: Path, pictures: Sequence[tuple[Image.Image, str]]) -> None:
+    """Write pictures side by side at their own sizes, each with a line of text below it.
+
+    Args:
+        path: .png or .jpg; replaced if it is there.
+
+    Raises:
+        OutputError: the file can't be written.
+    """
+    width = sum(picture.width + GAP for picture, _ in pictures) + GAP
+    height = max(picture.height for picture, _ in pictures)
+    sheet = Image.new("RGB", (width, height + CAPTION + 2 * GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(CAPTION - 3)
+    x = GAP
+    for picture, text in pictures:
+        sheet.paste(picture, (x, GAP))
+        pen.text((x, GAP + height), _fitting(text, pen, font, picture.width), fill="black", font=font)
+        x += picture.width + GAP
+    save_image(sheet, path)

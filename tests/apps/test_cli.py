@@ -28,6 +28,7 @@ from mogle_rt import Pipeline, masks
 from mogle_rt.apps import cli
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.jobs.image_files import save_image, xmp
+from mogle_rt.jobs.settings_read import ImageSettings, read_settings
 from tests.checkpoints import Files
 
 QUICK = ("--steps", "2", "--height", "32", "--width", "48", "--device", "cpu", "--dtype", "fp32")
@@ -251,7 +252,14 @@ def test_generate(name: str, tiny_bundle: Path, mask: Path, tmp_path: Path) -> N
     kinds, (described,) = parse_xmp(packet)
     assert kinds == [AI_GENERATED]
     assert described.pop("model_config").items() >= switches.items()
+    held = ImageSettings(mask_png=described.pop("mask_png")).labels
+    assert held is not None
+    assert np.array_equal(held, masks.to_labels(mask))
     assert described == settings
+    read = read_settings(output)
+    assert (read.prompt, read.seed, read.steps, read.guidance_scale) == (prompt, 7, 2, 2.5)
+    assert read.labels is not None
+    assert np.array_equal(read.labels, held)
 
 
 def test_generate_draws_what_the_pipeline_draws(tiny_bundle: Path, mask: Path, tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"strength": 0}, "strength must be a number above 0 and at most 1, got 0"),
     ({"strength": 1.5}, "strength must be a number above 0 and at most 1, got 1.5"),
     ({"strength": float("nan")}, "strength must be"),
-    ({"strength": 0.1}, "strength 0.1 of 3 steps leaves none to run: take a strength of 0.33 or more"),
+    ({"strength": 1e-20}, "strength 1e-20 of 3 steps leaves none to run: take a strength of 0.33 or more"),
     ({"height": 32}, "height can't be chosen here: the result has the image's size, 64 x 64"),
     ({"start": 1}, "start can't be chosen here"),
     ({"margin": -1}, "margin must be a whole number"),

@@ -21,6 +21,7 @@ from mogle_rt.cost.counting import Count, counting
 from mogle_rt.cost.job import FLUX_BUNDLE, Job, WeightlessBundle
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.engines.torch_engine import TorchEngine
+from mogle_rt.loop.blend import Kept
 from mogle_rt.loop.schedule import Schedule
 from mogle_rt.loop.step import Step
 from mogle_rt.ops.attention import attention_with_lse
@@ -48,6 +49,7 @@ def full_size(
     transformer: TransformerConfig = FLUX_DEV,
     mixture: str | None = None,
     style_rank: int = 0,
+    edit: bool = False,
 ) -> Iterator[tuple[Step, Callable[[], Count]]]:
     """A prepared step of FLUX.1-dev, 512 x 512, bf16, on fake CUDA; and what was counted since it was last asked."""
     ranks = dict.fromkeys(schema.lora_modules(transformer), 4)
@@ -66,6 +68,8 @@ def full_size(
             layers = {name.removesuffix(".weight"): shape for name, shape in shapes if len(shape) == 2}
             style = {n: LowRank(empty(style_rank, inner), empty(out, style_rank)) for n, (out, inner) in layers.items()}
             engine.styles.load("style", style, 0.5)
+        latents = [empty(batch, job.tokens, 64) for _ in range(3)]
+        kept = Kept(original=latents[0], difference=latents[1], amount=latents[2], sigmas=torch.empty(4))
         conditions = Conditions.from_mask_latents(
             empty(batch, NUM_EXPERTS, job.tokens, 64),
             prompt_embeds=empty(batch, job.text_tokens, flux.joint_attention_dim),
@@ -73,6 +77,7 @@ def full_size(
             guidance_scale=3.5,
             grid=(32, 32),
             condition_scale=condition_scale,
+            kept=kept if edit else None,
         )
         engine.prepare(conditions, Schedule(torch.empty(5), torch.empty(4), torch.empty(4)))
         counter.take()
@@ -114,6 +119,18 @@ def test_styles_wait_for_nothing(kernels: str) -> None:
         assert trace(step.advance) == first
         layers = len(list(step.transformer.layers()))
     assert len(first) >= len(plain) + 2 * layers
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+def test_edits_wait_for_nothing(kernels: str) -> None:
+    """Three launches more: the noise level, the image's latents at this level, and the blend with them."""
+    with full_size(kernels=kernels, transformer=FEW_BLOCKS) as (step, taken):
+        step.advance()
+        plain = taken()
+    with full_size(kernels=kernels, transformer=FEW_BLOCKS, edit=True) as (step, taken):
+        first = trace(step.advance)
+        assert taken().launches == plain.launches + 3
+        assert trace(step.advance) == first
 
 
 class Epilogues(TorchDispatchMode):
