@@ -50,6 +50,7 @@ def check_options(
     callback: object = None,
     callback_inputs: Sequence[str] = ("latents",),
     mask_posterior: str = "mean",
+    strength: float = 1.0,
 ) -> None:
     """Check the options of a call.
 
@@ -74,6 +75,8 @@ def check_options(
     for name, value in (("guidance_scale", guidance_scale), ("condition_scale", condition_scale)):
         if not is_number(value) or value < 0:
             raise InputError(f"{name} must be a finite number of 0 or more, got {value!r}")
+    if not is_number(strength) or not 0 < strength <= 1:
+        raise InputError(f"strength must be a number above 0 and at most 1, got {strength!r}")
     if not is_number(position_scale) or position_scale <= 0:
         raise InputError(f"position_scale must be a positive number, got {position_scale!r}")
     if not isinstance(position_delta, Sequence) or [is_number(v) for v in position_delta] != [True, True]:

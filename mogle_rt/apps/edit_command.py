@@ -131,7 +131,7 @@ def edit(
         "guidance_scale": _first(guidance, known.guidance_scale, 3.5),
         "condition_scale": _first(condition_scale, known.condition_scale, 1.0),
     }
-    check_options(**call)
+    check_options(strength=strength, **call)
     check_names(device=device, engine=engine)
     memory = None if max_memory is None else parse_bytes(max_memory)
     target = image.with_name(f"{image.stem}_edited.png") if output is None else output

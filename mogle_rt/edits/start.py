@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mogle_rt.arguments import is_number
+from mogle_rt.arguments import check_options
 from mogle_rt.calls.prompts import repeated
 from mogle_rt.edits.regions import latent_weights
 from mogle_rt.encoders.vae import pack_latents
@@ -38,8 +38,7 @@ class StartImage:
     weights: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not is_number(self.strength) or not 0 < self.strength <= 1:
-            raise InputError(f"strength must be a number above 0 and at most 1, got {self.strength!r}")
+        check_options(strength=self.strength)
 
     def first_step(self, steps: int, masks: int, height: int, width: int) -> int:
         """The first step that is run of a call's ``steps``; if nothing is to be drawn anew, it is ``steps``: none.

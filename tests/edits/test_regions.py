@@ -33,7 +33,7 @@ def distances(region: NDArray[np.bool_]) -> NDArray[np.integer[Any]]:
 
 @pytest.mark.parametrize(("margin", "feather"), [(0, 0), (1, 1), (5, 0), (5, 2), (6, 3), (8, 8), (40, 20)])
 def test_weights_follow_the_distance(margin: int, feather: int) -> None:
-    region = np.zeros((32, 48), dtype=np.bool_)
+    region = np.zeros((32, 120), dtype=np.bool_)
     region[3:6, 20:30] = region[25, 2] = region[31, 47] = True
     weights = pixel_weights(region, margin, feather).numpy()[0]
     away = distances(region)
