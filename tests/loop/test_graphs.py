@@ -23,6 +23,7 @@ from mogle_rt.config import ModelConfig
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.engines.torch_engine import TorchEngine
 from mogle_rt.errors import ConfigError
+from mogle_rt.loop.blend import Kept
 from mogle_rt.loop.buffers import tensors_of
 from mogle_rt.loop.denoise import denoise
 from mogle_rt.loop.graphs import GRAPH, why_eager
@@ -516,6 +517,36 @@ def test_graph_equals_eager(bundle: Bundle, dtype: torch.dtype, kernels: str, ba
         results.append(runs[:2])
     for a, b in zip(*results, strict=True):
         assert_close(a, b, rms=1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_edit_s_graph_equals_eager(bundle: Bundle) -> None:
+    """The blend is in the graph and reads each run's own image, also after a run of the same shape that is no edit."""
+    asked, cuda = asked_of(bundle), torch.device("cuda")
+
+    def edit(seed: int) -> Conditions:
+        g = torch.Generator().manual_seed(seed)
+        original, noise = (torch.randn(1, GRID[0] * GRID[1], 64, generator=g) for _ in range(2))
+        amount = torch.rand(original.shape, generator=g).round()
+        schedule = make_schedule(bundle.config.scheduler, STEPS, GRID[0] * GRID[1])
+        kept = Kept(original=original, difference=noise - original, amount=amount, sigmas=schedule.sigmas[1:])
+        return replace(asked(1), kept=kept)
+
+    results = []
+    for graphs in (True, False):
+        engine = TorchEngine(bundle, cuda, torch.float32, ModelConfig(), cuda_graphs=graphs)
+        runs = [run(engine, bundle, c) for c in (asked(1), edit(1), edit(2), asked(1), edit(1))]
+        assert (engine.execution == GRAPH) is graphs
+        assert torch.equal(runs[0], runs[3])
+        assert torch.equal(runs[1], runs[4])
+        kept = edit(2).kept
+        assert kept is not None
+        inside = kept.amount == 1
+        assert torch.equal(runs[2].cpu()[inside], kept.original[inside])
+        results.append(runs)
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, rms=1e-6)
 
 
 @pytest.mark.gpu
