@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mogle_rt.apps.program import format_bytes
-from mogle_rt.errors import InputError
+from mogle_rt.errors import InputError, InsufficientMemoryError
 
 if TYPE_CHECKING:
     from mogle_rt.cost.estimate import JobCost
@@ -37,14 +37,21 @@ def cost(
     gpu: Annotated[
         str | None, typer.Option(help="A card, e.g. 'RTX 4090': print its shortest times and what fits on it.")
     ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="With --gpu: the most memory to use there, such as 8GB; default: all of it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, FLOPs, milliseconds.")] = False,
 ) -> None:
     """Count what a job takes, and what the reference's way of computing takes. This needs neither weights nor a GPU."""
+    from mogle_rt.config import parse_bytes
     from mogle_rt.cost.gpus import find_gpu
 
     if (checkpoint is None) != flux_dev:
         raise InputError("give a bundle or --flux-dev, one of them")
     card = None if gpu is None else find_gpu(gpu)
+    if max_memory is not None and card is None:
+        raise InputError("--max-memory needs --gpu, the card whose memory is meant")
+    allowed = None if max_memory is None else parse_bytes(max_memory)
 
     import torch
 
@@ -52,6 +59,7 @@ def cost(
     from mogle_rt.config import parse_dtype
     from mogle_rt.cost.estimate import estimate
     from mogle_rt.cost.job import Job
+    from mogle_rt.cost.prediction import plan_on, predicted_step_ms
     from mogle_rt.ops import choice as ops
 
     options: dict[str, Any] = {"height": height, "width": width, "batch": batch, "steps": steps}
@@ -61,6 +69,13 @@ def cost(
     job = Job(**given) if checkpoint is None else Job.of(Bundle(checkpoint), **given)
     result = estimate(job)
     ways = {"mogle_rt": result.engine, "reference": result.reference}
+    plan, refused, predicted = None, "", 0.0
+    if card:
+        try:
+            plan = plan_on(job, card, allowed, result.parameters["vae"])
+            predicted = predicted_step_ms(card, result.engine.step, plan, job.dtype.itemsize)
+        except InsufficientMemoryError as error:
+            refused = str(error)
     limits = {name: _limits(card, way, job.dtype.itemsize) for name, way in ways.items()} if card else {}
     settings = {name: getattr(job, name) for name in options} | {
         "kernels": ops.choice(kernels, torch.device("meta")),
@@ -73,6 +88,10 @@ def cost(
         report: dict[str, Any] = {"job": settings | {"pictures": job.pictures}, "parts": parts}
         report["cost"] = {name: way.to_dict() for name, way in ways.items()}
         report["gpu"] = vars(card) | {"limits": limits} if card else None
+        if card:
+            seconds = predicted * job.steps / 1000
+            times = {"predicted_step_ms": predicted, "predicted_seconds_of_all_steps": seconds}
+            report["plan"] = {"refused": refused} if plan is None else vars(plan) | {"peak": plan.peak} | times
         typer.echo(json.dumps(report, indent=2))
         return
 
@@ -107,6 +126,12 @@ def cost(
         for label, key in (("  fits", "fits"), ("  fits with text encoders", "fits_with_text")):
             table.add_row(label, *("yes" if way[key] else "no" for way in limits.values()))
     out.print(table)
+    if card and plan is None:
+        out.print(f"\nno plan fits {card.name}: {refused}", markup=False)
+    elif plan:
+        out.print(f"\n{plan}", markup=False)
+        total = f"{job.steps} steps {predicted * job.steps / 1000:,.1f} s"
+        out.print(f"predicted, not measured: {predicted:,.0f} ms a step, {total}", markup=False)
 
 
 def _limits(card: Gpu, way: JobCost, itemsize: int) -> dict[str, float]:

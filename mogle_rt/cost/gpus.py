@@ -20,6 +20,8 @@ class Gpu:
         single_tflops: fp32 without TF32 (PyTorch's default for matrix products), TFLOP/s.
         bandwidth: of its memory, GB/s (10^9 bytes).
         memory: GiB.
+        link: PCI Express to the host, in one direction, GB/s: 15.75 for 8 lanes of version 4, 31.5 for 16, 63 for 16 of
+            version 5.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Gpu:
     single_tflops: float
     bandwidth: float
     memory: float
+    link: float
 
     def compute_ms(self, flops: float, itemsize: int) -> float:
         """Time that ``flops`` floating point operations take at least, in values of ``itemsize`` bytes, ms."""
@@ -44,38 +47,41 @@ class Gpu:
 GPUS = (
     # NVIDIA H100 Tensor Core GPU datasheet (SXM and PCIe; 1,979 and 1,513 TFLOPS with sparsity), and the Hopper
     # architecture whitepaper, table 2: https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet
-    Gpu("H100 SXM", 989.4, 66.9, 3350, 80),
-    Gpu("H100 PCIe", 756.5, 51.2, 2000, 80),
+    Gpu("H100 SXM", 989.4, 66.9, 3350, 80, 63),
+    Gpu("H100 PCIe", 756.5, 51.2, 2000, 80, 63),
     # NVIDIA H200 Tensor Core GPU datasheet:
     # https://resources.nvidia.com/en-us-data-center-overview-mc/en-us-data-center-overview/hpc-datasheet-sc23-h200
-    Gpu("H200", 989.4, 66.9, 4800, 141),
+    Gpu("H200", 989.4, 66.9, 4800, 141, 63),
     # NVIDIA DGX B200 datasheet, an eighth of eight: https://resources.nvidia.com/en-us-dgx-systems/dgx-b200-datasheet
-    Gpu("B200", 2250, 75, 8000, 180),
+    Gpu("B200", 2250, 75, 8000, 180, 63),
     # NVIDIA A100 datasheet (SXM):
     # https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
-    Gpu("A100 80GB", 312, 19.5, 2039, 80),
-    Gpu("A100 40GB", 312, 19.5, 1555, 40),
+    Gpu("A100 80GB", 312, 19.5, 2039, 80, 31.5),
+    Gpu("A100 40GB", 312, 19.5, 1555, 40, 31.5),
     # NVIDIA L40S, L4 and A10 datasheets: https://resources.nvidia.com/en-us-l40s/l40s-datasheet-28413,
     # https://www.nvidia.com/en-us/data-center/l4/, https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a10/pdf/a10-datasheet.pdf
-    Gpu("L40S", 362.05, 91.6, 864, 48),
-    Gpu("L4", 121, 30.3, 300, 24),
-    Gpu("A10", 125, 31.2, 600, 24),
+    Gpu("L40S", 362.05, 91.6, 864, 48, 31.5),
+    Gpu("L4", 121, 30.3, 300, 24, 31.5),
+    Gpu("A10", 125, 31.2, 600, 24, 31.5),
     # NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix A (BF16 with FP32 accumulate):
     # https://images.nvidia.com/aem-dam/Solutions/geforce/blackwell/nvidia-rtx-blackwell-gpu-architecture.pdf
-    Gpu("RTX 5090", 209.5, 104.8, 1792, 32),
+    Gpu("RTX 5090", 209.5, 104.8, 1792, 32, 63),
     # NVIDIA Ada GPU Architecture whitepaper V2, appendix A (BF16 with FP32 accumulate):
     # https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf
-    Gpu("RTX 4090", 165.2, 82.6, 1008, 24),
-    Gpu("RTX 4080", 97.5, 48.7, 717, 16),
+    Gpu("RTX 4090", 165.2, 82.6, 1008, 24, 31.5),
+    Gpu("RTX 4080", 97.5, 48.7, 717, 16, 31.5),
+    # No whitepaper has it: 46 SMs x 512 FLOP a cycle (the 4090's, per SM) x 2.475 GHz, and
+    # https://www.nvidia.com/en-us/geforce/graphics-cards/40-series/rtx-4070-family/
+    Gpu("RTX 4070", 58.3, 29.1, 504, 12, 31.5),
     # No whitepaper has it: 24 SMs x 512 FLOP a cycle (the 4090's, per SM) x 2.46 GHz, and
     # https://www.nvidia.com/en-us/geforce/graphics-cards/40-series/rtx-4060-4060ti/
-    Gpu("RTX 4060 8GB", 30.2, 15.1, 272, 8),
+    Gpu("RTX 4060 8GB", 30.2, 15.1, 272, 8, 15.75),
     # NVIDIA Ampere GA102 GPU Architecture whitepaper V2, appendix A (BF16 with FP32 accumulate):
     # https://www.nvidia.com/content/PDF/nvidia-ampere-ga-102-gpu-architecture-whitepaper-v2.pdf
-    Gpu("RTX 3090", 71, 35.6, 936, 24),
+    Gpu("RTX 3090", 71, 35.6, 936, 24, 31.5),
     # No whitepaper has it: 28 SMs x 512 FLOP a cycle (the 3090's, per SM) x 1.78 GHz, and
     # https://www.nvidia.com/en-us/geforce/graphics-cards/30-series/rtx-3060-3060ti/
-    Gpu("RTX 3060 12GB", 25.5, 12.7, 360, 12),
+    Gpu("RTX 3060 12GB", 25.5, 12.7, 360, 12, 31.5),
 )
 
 

@@ -77,6 +77,7 @@ class Plan:
             for CUDA's own needs.
         streamed: places of the sublayers that are streamed, among ``sublayers`` in all.
         resident: bytes of the weights that are held during the steps. slots: bytes in which streamed ones take turns.
+        streamed_bytes: of all weights that a step streams.
         text, modulation: "kept", "streamed", or "none" if the job needs none.
         takes_turns: the VAE and the steps are not in memory at the same time.
         stages: bytes in use at the peak of each stage of a call.
@@ -89,6 +90,7 @@ class Plan:
     sublayers: int
     resident: int
     slots: int
+    streamed_bytes: int
     text: str
     modulation: str
     takes_turns: bool
@@ -230,6 +232,7 @@ def _plan(
         sublayers=len(d.sublayers),
         resident=weights,
         slots=slots,
+        streamed_bytes=sum(d.sublayers[place].slot or 0 for place in streamed),
         text=text,
         modulation=modulation,
         takes_turns=takes_turns,

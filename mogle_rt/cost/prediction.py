@@ -1,0 +1,61 @@
+"""A job on a card: the same plan that a pipeline makes there, and the time that is predicted for it. Nothing is measured.
+
+A step takes as long as its arithmetic or its copies, whichever takes longer, as both run at the same time:
+
+    max(FLOPs / (0.6 x the datasheet's rate), streamed bytes / min(0.8 x the link's rate, 10 GB/s))
+
+Large products usually reach 60 to 75 % of a datasheet's rate, copies from pinned memory 80 % of the link's. Streamed
+weights are also copied once within the host's memory, at some 10 GB/s.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mogle_rt.cost.counting import Count
+from mogle_rt.cost.demand import Run, demand
+from mogle_rt.cost.gpus import Gpu
+from mogle_rt.cost.job import Job, WeightlessBundle
+from mogle_rt.memory.budget import CUDA_BYTES
+from mogle_rt.memory.planner import Plan, make_plan
+
+UTILISATION, LINK_SHARE, HOST_GBS = 0.6, 0.8, 10.0
+
+
+def plan_on(job: Job, card: Gpu, max_memory: int | None, vae_parameters: int) -> Plan:
+    """The plan of a job on a card with nothing else in its memory.
+
+    Args:
+        max_memory: bytes that the process may use there; None for all that the card has.
+        vae_parameters: how many parameters the VAE has.
+
+    Raises:
+        InsufficientMemoryError: the job fits in no way.
+    """
+    allowed = int(card.memory * 2**30) if max_memory is None else min(max_memory, int(card.memory * 2**30))
+    run = Run(
+        device=torch.device("cuda"),
+        dtype=job.dtype,
+        height=job.height,
+        width=job.width,
+        batch=job.batch,
+        steps=job.steps,
+        text_tokens=job.text_tokens,
+        model=job.model,
+        kernels=job.kernels,
+        prompts=bool(job.text),
+        vae=vae_parameters,
+        text=job.text,
+    )
+    source = WeightlessBundle(job.config, job.ranks)
+    return make_plan(demand(source, run), device="cuda", room=max(0, allowed - CUDA_BYTES), set_aside=CUDA_BYTES)
+
+
+def predicted_step_ms(card: Gpu, step: Count, plan: Plan, itemsize: int) -> float:
+    """Milliseconds that a step is predicted to take, see above.
+
+    Args:
+        step: what it computes. plan: what it streams. itemsize: bytes of its numbers.
+    """
+    compute = card.compute_ms(step.flops, itemsize) / UTILISATION
+    return max(compute, plan.streamed_bytes / min(LINK_SHARE * card.link, HOST_GBS) / 1e6)
