@@ -13,6 +13,7 @@ from torch import Tensor
 from mogle_rt.arguments import check_embeddings, check_options, prompt_list
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.bundle.shipped import NAME
+from mogle_rt.calls.memory import MemoryPlans
 from mogle_rt.calls.prompts import PromptEncoder, repeated
 from mogle_rt.calls.turns import TakesTurns, one_at_a_time
 from mogle_rt.config import dtype_name, parse_dtype
@@ -66,6 +67,7 @@ class DiffusersHabits(TakesTurns):
     dtype: torch.dtype
     engine: Engine
     prompt_encoder: PromptEncoder
+    memory_plans: MemoryPlans
     _options: dict[str, Any]
 
     def __init__(self, *, allow_tf32: bool) -> None:
@@ -139,7 +141,7 @@ class DiffusersHabits(TakesTurns):
         if (device, dtype) == (self.device, self.dtype):
             return self
         self._refuse_loras("moved")
-        before, offload = self._options, self.prompt_encoder.offload
+        before, offload, streams_all = self._options, self.prompt_encoder.offload, self.memory_plans.streams_all
         try:
             self._options = before | {"device": device, "dtype": dtype}
             self._open()
@@ -148,7 +150,7 @@ class DiffusersHabits(TakesTurns):
             self._open()
             raise
         finally:
-            self.prompt_encoder.offload = offload
+            self.prompt_encoder.offload, self.memory_plans.streams_all = offload, streams_all
         return self
 
     def _refuse_loras(self, what: str) -> None:
@@ -201,24 +203,31 @@ class DiffusersHabits(TakesTurns):
         Raises:
             ConfigError: the given device is not the pipeline's device.
         """
-        chosen = gpu_id if device is None else device
+        self._check_device(gpu_id if device is None else device)
+        with self._turn():
+            self.prompt_encoder.offload, self.prompt_encoder.encoders = True, None
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: str | torch.device | None = None
+    ) -> None:
+        """Stream all weights of the steps, and read T5 layer by layer: the least memory, see `Pipeline.plan`.
+
+        Images don't change. By default, only what doesn't fit is streamed.
+
+        Raises:
+            ConfigError: the given device is not the pipeline's device, or the engine holds its weights itself.
+        """
+        self._check_device(gpu_id if device is None else device)
+        if self._options["engine"] != "torch":
+            raise ConfigError(f"engine {self._options['engine']} holds its weights itself; take engine torch")
+        with self._turn():
+            self.memory_plans.streams_all = True
+
+    def _check_device(self, chosen: int | str | torch.device | None) -> None:
         if chosen is not None:
             wanted = choose_device(chosen)
             if (wanted.type, wanted.index or 0) != (self.device.type, self.device.index or 0):
                 raise ConfigError(f"the pipeline is on {self.device}, not on {wanted}; call to({str(wanted)!r}) first")
-        with self._turn():
-            self.prompt_encoder.offload, self.prompt_encoder.encoders = True, None
-
-    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: object = None) -> None:
-        """Not supported.
-
-        Raises:
-            ConfigError: always; the message names the alternatives.
-        """
-        raise ConfigError(
-            "enable_sequential_cpu_offload is not supported: the transformer's weights stay on the device for all steps; "
-            "to free the memory of the text encoders, call enable_model_cpu_offload() or pass prompt_embeds"
-        )
 
     def enable_vae_slicing(self) -> None:
         """Does nothing: the VAE always decodes a batch in parts of at most 1024 x 1024 pixels (or of one image)."""

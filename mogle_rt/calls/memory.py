@@ -38,11 +38,12 @@ class MemoryPlans:
 
     Attributes:
         plan: of the last call; before the first, of the default image.
+        streams_all: whether everything is streamed that can be, whatever would fit.
     """
 
     def __init__(self, bundle: Bundle, run: Run, max_memory: str | int | None, *, streams: bool) -> None:
         self._bundle, self._run, self._max_memory, self._streams = bundle, run, max_memory, streams
-        self._demand, self._told = self._demand_of(run), False
+        self._demand, self._told, self.streams_all = self._demand_of(run), False, False
         try:
             self.plan = make_plan(self._demand, device=run.device.type, **self._budget())
         except InsufficientMemoryError:  # a call for a smaller image may fit
@@ -60,6 +61,9 @@ class MemoryPlans:
         run = replace(self._run, **job)
         budget, self._demand = self._budget(), self._demand_of(run)
         kept = same_plan(self.plan, self._demand, **budget)
+        least = least_plan(self._demand, device=run.device.type, **budget)
+        if self.streams_all and least.peak <= budget["room"]:
+            kept = least
         before, self.plan = self.plan, kept or make_plan(self._demand, device=run.device.type, **budget)
         if self.plan.stages != before.stages or not self._told:
             logger.info("%s", self.plan)

@@ -168,8 +168,6 @@ def test_offload_stays_on_after_to(tiny_bundle: Path) -> None:
 
 def test_what_is_not_needed_changes_nothing(pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
     expected = run(pipe)
-    with pytest.raises(ConfigError, match=r"enable_model_cpu_offload\(\) or pass prompt_embeds"):
-        pipe.enable_sequential_cpu_offload()
     pipe.enable_vae_slicing()
     pipe.disable_vae_slicing()
     pipe.enable_attention_slicing()
@@ -179,6 +177,17 @@ def test_what_is_not_needed_changes_nothing(pipe: Pipeline, caplog: pytest.LogCa
     assert "changes nothing" in caplog.text
     pipe.disable_vae_tiling()
     assert torch.equal(run(pipe), expected)
+
+
+def test_sequential_offload_streams_all_weights(tiny_bundle: Path) -> None:
+    """It stays on after ``to``. Images are the same to the bit."""
+    pipe = Pipeline(tiny_bundle, device="cpu", dtype="fp16")
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    offloaded = run(pipe.to(torch.float32))
+    assert len(pipe.plan.streamed) == pipe.plan.sublayers > 0
+    assert torch.equal(offloaded, run(Pipeline(tiny_bundle, device="cpu", dtype="fp32")))
+    with pytest.raises(DeviceError):
+        pipe.enable_sequential_cpu_offload(gpu_id=77)
 
 
 SOMETHING: dict[str, Any] = {"true_cfg_scale": 4.0, "joint_attention_kwargs": {"scale": 0.5}}

@@ -56,7 +56,7 @@ def test_full_size_takes_no_time_to_plan() -> None:
     assert needed.modulation == pytest.approx(6.56e9, rel=0.005)
     assert needed.text == 2 * sum(FLUX_TEXT.values())
     plan = make_plan(needed, device="cuda", room=7 * 10**9)
-    assert 7e9 - 0.31e9 < plan.peak <= 7e9  # the largest sublayer takes 0.3 GB
+    assert 7e9 - 0.61e9 < plan.peak <= 7e9  # two more sublayers, of 0.3 GB at most, would not fit
 
 
 @pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=needs_triton)])
