@@ -52,7 +52,7 @@ def parse_bytes(value: str | int) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         number = value
     else:
-        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([A-Za-z]{0,3})", str(value).strip())
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?([A-Za-z]{0,3})", str(value).strip())
         if match is None or match[2].upper() not in BYTE_UNITS:
             raise ConfigError(f"max_memory must be a size such as '8GB' or '7.5GiB', got {str(value)[:40]!r}")
         number = int(float(match[1]) * BYTE_UNITS[match[2].upper()])
