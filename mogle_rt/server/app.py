@@ -45,7 +45,8 @@ def build_app(studio: Studio, model: str, *, keys: list[bytes] | None = None, li
         limits: what one request may take.
     """
     limits = limits or Limits()
-    app = FastAPI(title="mogle_rt", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    # No pages of documentation, which would fetch scripts from elsewhere, and no redirects to what a Host header says.
+    app = FastAPI(title="mogle_rt", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Guard, keys=keys or [], metrics=studio.metrics)
     jobs: dict[str, Job] = {}
     bundle = studio.pipe.bundle

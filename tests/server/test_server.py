@@ -233,6 +233,7 @@ def test_other_addresses(served: Live) -> None:
         ("/examples/absent.png", 404),
         ("/page/index.html", 404),
         ("/v1/models/other", 404),
+        ("/v1/models/", 404),
     ):
         answer = served.client.get(path)
         assert answer.status_code == status, path
