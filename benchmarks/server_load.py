@@ -32,6 +32,8 @@ from PIL import Image
 from mogle_rt import Pipeline
 from mogle_rt.bundle.shipped import examples
 from mogle_rt.masks import to_labels
+from mogle_rt.memory.threads import suitable_threads
+from mogle_rt.server.drawing import tokens_of
 
 GENERATIONS = "/v1/images/generations"
 MASKS = {one.name: one.mask.read_bytes() for one in examples()}
@@ -75,11 +77,13 @@ def body_of(i: int, steps: int, size: str = "64x64") -> dict[str, Any]:
 
 
 def own(pipe: Pipeline, i: int, body: dict[str, Any]) -> np.ndarray[Any, Any]:
-    """The pipeline's own image of a request."""
+    """The pipeline's own image of a request, by as many threads: their number changes the rounding."""
     width, height = map(int, body["size"].split("x"))
     labels = to_labels(MASKS[NAMES[i % len(NAMES)]], height=height, width=width)
     steps, prompt = body["num_inference_steps"], body["prompt"]
-    return np.asarray(pipe(labels, prompt, steps, height=height, width=width, seed=i).images[0])
+    rows, of_model = tokens_of(pipe, height, width), pipe.bundle.config.transformer.width
+    with suitable_threads(rows, of_model, pipe.device):
+        return np.asarray(pipe(labels, prompt, steps, height=height, width=width, seed=i).images[0])
 
 
 def pixels(answer: httpx.Response) -> np.ndarray[Any, Any]:

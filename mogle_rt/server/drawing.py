@@ -63,7 +63,7 @@ class Studio:
         pipes: pipelines of one bundle; each gets a thread.
         places: the most images that wait.
         max_batch: the most images that one pipeline draws at once. None takes 8 on a GPU. On a CPU it takes 1: batches
-            are hardly faster there, and each image then is the one of a call for it alone to the last bit.
+            are hardly faster there, and so each image is, to the last bit, the one of a call for it with as many threads.
     """
 
     def __init__(self, pipes: Sequence[Pipeline], *, places: int = 32, max_batch: int | None = None) -> None:
