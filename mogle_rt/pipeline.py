@@ -334,5 +334,5 @@ class Pipeline(DiffusersHabits, FitsMemory, LoraMethods, EditMethods):
             images = packed
             if output_type != "latent":
                 with stage("decode"), self._vae_in_memory():
-                    images = self.decoder(packed, height, width, output_type, None if start is None else start.paste)
+                    images = self.decoder(packed, height, width, output_type, None if start is None else start.finish)
         return PipelineOutput(images=images) if return_dict else (images,)  # type: ignore[return-value]

@@ -38,7 +38,7 @@ class Decoder:
         """Decode packed latents [B, N, 64] of images of height x width pixels.
 
         Args:
-            finish: changes the images, [B, 3, H, W] in [0, 1], before they are converted.
+            finish: changes the images, float32 [B, 3, H, W] in [0, 1] on the CPU, before they are converted.
 
         Returns:
             The images in the form that `PipelineOutput` describes for this ``output_type``.
@@ -58,5 +58,8 @@ class Decoder:
             )
         if finish is None:
             return self.image_processor.postprocess(image, output_type=output_type)
-        image = finish(self.image_processor.postprocess(image, output_type="pt"))
-        return self.image_processor.postprocess(image, output_type, do_denormalize=[False] * len(image))
+        # On the CPU, because the plan of a GPU's memory knows of no further copy of all images.
+        finished = finish(self.image_processor.postprocess(image, output_type="pt").cpu().float())
+        if output_type == "pt":
+            return finished.to(image.device)
+        return self.image_processor.postprocess(finished, output_type, do_denormalize=[False] * len(finished))

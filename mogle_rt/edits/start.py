@@ -89,9 +89,13 @@ class StartImage:
         )
         return noised, kept
 
-    def paste(self, drawn: Tensor) -> Tensor:
-        """Put the kept pixels back into the drawn images, [B, 3, H, W] in [0, 1]: float32 of the same shape."""
-        if self.weights is None:
-            return drawn
-        original, weights = (repeated(x, len(drawn)).to(drawn.device) for x in (self.pixels, self.weights))
-        return torch.lerp(original, drawn.float(), weights)
+    @property
+    def finish(self) -> Callable[[Tensor], Tensor] | None:
+        """What puts the kept pixels back into the drawn images, float32 [B, 3, H, W] in [0, 1] on the CPU.
+
+        It is None where nothing is kept.
+        """
+        weights = self.weights
+        if weights is None:
+            return None
+        return lambda drawn: torch.lerp(repeated(self.pixels, len(drawn)), drawn, repeated(weights, len(drawn)))
