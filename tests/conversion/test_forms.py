@@ -526,7 +526,7 @@ def test_a_folder_as_peft_saves_it(given: str, stabilised: bool, tiny_files: Fil
         lora_alpha=7,
         target_modules=list(LORA_MODULES),
         rank_pattern={r"transformer_blocks\.1\.attn\.to_q": 2},
-        alpha_pattern={"proj_mlp": 3},
+        alpha_pattern={"proj_mlp": 3, "attn": 5},  # the second is no layer's whole name, so it names none
         use_rslora=stabilised,
         init_lora_weights=False,
     )
