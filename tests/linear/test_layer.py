@@ -147,6 +147,8 @@ def test_streams_without_rows() -> None:
     """Streams that have no rows join what lies on both sides of them."""
     branch = LowRankBranch(torch.empty(2, 1), torch.empty(1, 2), {"text", "image"})
     assert branch.spans((("text", 2), ("condition", 0), ("image", 3))) == [slice(0, 5)]
+    assert branch.spans((("text", 0), ("condition", 3), ("image", 2))) == [slice(3, 5)]
+    assert branch.tail_from((("text", 0), ("condition", 3), ("image", 2))) == 3
 
 
 def test_streams_must_be_the_rows() -> None:

@@ -303,6 +303,10 @@ def test_ranks_are_bounded(bundle: Bundle) -> None:
     styles.activate([], [])
     styles.load("more", adapter(1))
     assert styles.shape == (("proj_out", 8),)
+    styles.activate(["whole", "more"], [0.0, 1.0])  # an adapter of weight 0 takes no room
+    assert styles.shape == (("proj_out", 8),)
+    styles.activate(["whole"], [0.0])
+    assert (styles.shape, styles.version, styles.acts_within("proj_out")) == ((), 0, False)
 
 
 @pytest.mark.quick
