@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from mogle_rt.encoders.vae import pack_latents
@@ -45,6 +44,8 @@ def initial_latents(
     """
     if given is not None:
         return given.to(device, dtype)
+    from diffusers.utils.torch_utils import randn_tensor  # here, since `make gpu` tests the kernels without diffusers
+
     # The noise is always drawn in float32, so that a seed gives the same noise in every dtype.
     noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
     return pack_latents(noise).to(dtype)

@@ -137,6 +137,7 @@ def test_nothing_stays_of_what_is_let_go(demo: Bundle) -> None:
     ring = one.transformer.stream
     assert isinstance(ring, HostRing)
     held = [weakref.ref(x) for x in (one.prepared, one.prepared.buffers, one.transformer, ring, ring.slots[0])]
+    ring._worker.submit(lambda: None).result()  # after what is read ahead, which holds the ring as long as it is read
     del ring
     gc.disable()
     try:
