@@ -16,7 +16,7 @@ from torch import Tensor
 from mogle_rt.config import PATCH
 from mogle_rt.errors import InputError, InsufficientMemoryError, MogleError
 from mogle_rt.jobs.image_files import encode_image, settings_of
-from mogle_rt.memory.threads import suitable_threads, worthwhile_threads
+from mogle_rt.memory.threads import suitable_threads
 from mogle_rt.pipeline import Pipeline
 from mogle_rt.server.jobs import Draw, Drawn, Failed, Job, Waiting
 from mogle_rt.server.metrics import Metrics
@@ -25,32 +25,20 @@ from mogle_rt.server.refusals import Refusal, shutting_down
 
 logger = logging.getLogger("mogle_rt.server")
 
-MOST_SIDE_BY_SIDE = 8
-SMALL = 256 << 20  # bytes of a bundle that may be held several times
-
 
 def tokens_of(pipe: Pipeline, height: int, width: int) -> int:
     """The rows of a step's products for one image: image, condition and text."""
     return 2 * (height // PATCH) * (width // PATCH) + pipe.bundle.default_text_tokens
 
 
-def pipelines(open_pipeline: Callable[[], Pipeline], count: int | None = None) -> list[Pipeline]:
-    """The pipelines that draw side by side.
-
-    Several are only worth it on a CPU: one image of a small model keeps one core busy, so that the others are free for
-    other images. A large model keeps all cores busy, and on a GPU images are drawn in batches.
+def pipelines(open_pipeline: Callable[[], Pipeline], count: int = 1) -> list[Pipeline]:
+    """Open the pipelines that draw side by side.
 
     Args:
         open_pipeline: makes one.
-        count: how many; None chooses.
+        count: how many.
     """
-    first = open_pipeline()
-    if count is None:
-        cores, side = torch.get_num_threads(), first.bundle.default_size
-        rows, small = tokens_of(first, side, side), first.bundle.path.stat().st_size <= SMALL
-        threads = worthwhile_threads(rows, first.bundle.config.transformer.width, cores)
-        count = min(MOST_SIDE_BY_SIDE, cores // threads) if first.device.type == "cpu" and small else 1
-    every = [first, *(open_pipeline() for _ in range(count - 1))]
+    every = [open_pipeline() for _ in range(count)]
     for pipe in every:
         pipe.set_progress_bar_config(disable=True)
     return every
