@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -70,7 +71,9 @@ def live(
     grace: float = 30,
     **options: Any,
 ) -> Iterator[Live]:
-    """Serve until the block ends."""
+    """Serve until the block ends. Meanwhile images are drawn by one thread, here too: their number changes the rounding."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     studio = Studio(pipes, **options)
     studio.start()
     listening = listen("127.0.0.1", 0)
@@ -85,6 +88,7 @@ def live(
         with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
             yield Live(url, client, studio, server, thread)
     finally:
+        torch.set_num_threads(threads)
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive()
