@@ -167,7 +167,8 @@ def _step(run: Run, layout: Layout, source: TensorSource, plans: Mapping[str, La
     D, item = config.width, run.dtype.itemsize
     if run.device.type == "cpu":
         # An MLP's activation in oneDNN's own memory, and the weight that oneDNN packs while it multiplies.
-        return (rows * MLP_RATIO * D + MLP_RATIO * D * max(plan.shape[1] for plan in plans.values())) * item
+        packed = max(min(plan.shape[0], MLP_RATIO * D) * plan.shape[1] for plan in plans.values())
+        return (rows * MLP_RATIO * D + packed) * item
     if choose(run.kernels, run.device).RIDING:
         return rows * (D * item + 4 * config.num_attention_heads)
     return int(8.1 * rows * D * item)
