@@ -38,12 +38,13 @@ class MemoryPlans:
 
     Attributes:
         plan: of the last call; before the first, of the default image.
+        tile: see `Run`.
         streams_all: whether everything is streamed that can be, whatever would fit.
     """
 
     def __init__(self, bundle: Bundle, run: Run, max_memory: str | int | None, *, streams: bool) -> None:
         self._bundle, self._run, self._max_memory, self._streams = bundle, run, max_memory, streams
-        self._demand, self._told, self.streams_all = self._demand_of(run), False, False
+        self._demand, self._told, self.streams_all, self.tile = self._demand_of(run), False, False, 0
         try:
             self.plan = make_plan(self._demand, device=run.device.type, **self._budget())
         except InsufficientMemoryError:  # a call for a smaller image may fit
@@ -58,7 +59,7 @@ class MemoryPlans:
         Raises:
             InsufficientMemoryError: the job doesn't fit, whatever is streamed.
         """
-        run = replace(self._run, **job)
+        run = replace(self._run, tile=self.tile, **job)
         budget, self._demand = self._budget(), self._demand_of(run)
         kept = same_plan(self.plan, self._demand, **budget)
         least = least_plan(self._demand, device=run.device.type, **budget)

@@ -106,4 +106,14 @@ def set_weights(vae: Any, tensors: Mapping[str, torch.Tensor]) -> None:
                 module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
 
 
+VAE_TILE = 512  # pixels of a side of a tile
+
+
+def set_tile(vae: Any, tile: int) -> None:
+    """Let a VAE work on overlapping tiles of so many pixels a side, in images that are larger; 0 for whole images."""
+    vae.use_tiling = bool(tile)
+    if tile:
+        vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // VAE_SCALE
+
+
 DECODE_PIXELS = 1024 * 1024  # the most pixels decoded at once; this limits the VAE's memory and doesn't change results
