@@ -112,11 +112,11 @@ class PackedInEachCall(WeightFormat):
         """See `WeightFormat.product`."""
         assert len(widths) == 1, "inputs that are multiplied with a packed weight must lie in one buffer"
         weight = self.matrix[columns]
-        if len(out) > 1:
+        if len(out) > 1 and onednn.plain_equals_packed():
             return onednn.prepared(weight, bias, gelu=gelu), gelu
 
         def multiply(x: Tensor) -> Tensor:
-            # For a single row, oneDNN uses another kernel for plain weights, which rounds differently.
+            # Products with plain weights round differently for a single row, and in older releases for any number.
             return onednn.linear(x, onednn.pack(weight), bias, gelu=gelu)
 
         return multiply, gelu
