@@ -77,7 +77,7 @@ class Files:
         return self.folder / "mogle.pt"
 
     def convert(self, output: Path, **options: Any) -> Path:
-        """The bundle of these files."""
+        """Convert these files to a bundle; its path is returned."""
         return mogle_rt.convert(self.flux, self.lora, self.mogle, output, progress=False, **options)
 
 

@@ -69,12 +69,12 @@ def examples(count: int) -> hypothesis.settings:
 
 
 def relative_rms(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b||, in float64."""
+    """||a - b|| / ||b||, computed in float64."""
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
 def assert_close(a: Tensor, b: Tensor, *, rms: float, largest: float | None = None) -> None:
-    """Bounds the relative RMS error and the largest error relative to b's largest value (by default 20 times rms)."""
+    """Check the relative RMS error, and the largest error relative to b's largest value (by default 20 times rms)."""
     assert a.shape == b.shape
     assert relative_rms(a, b) <= rms
     assert float((a - b).abs().max() / b.abs().max()) <= (20 * rms if largest is None else largest)
@@ -175,7 +175,7 @@ def tiny_files(shared_folder: Path) -> Files:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_files: Files, shared_folder: Path) -> Path:
-    """Its bundle. Read-only as well."""
+    """The bundle of `tiny_files`. Read-only as well."""
     return make_once(shared_folder / "bundle" / "tiny.safetensors", tiny_files.convert)
 
 

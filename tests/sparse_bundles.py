@@ -1,4 +1,4 @@
-"""Bundles with FLUX.1-dev's width in sparse files: real numbers in a few blocks, holes (zeros) elsewhere.
+"""Bundles with FLUX.1-dev's width in sparse files: random numbers in a few blocks, holes (zeros) elsewhere.
 
 They take no room on the disk and no time to make, and their weights are as large as the released model's.
 """

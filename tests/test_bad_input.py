@@ -61,13 +61,13 @@ def _one_thread() -> Iterator[None]:
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file and folder below, with sizes and times of change."""
+    """Every file and folder in a folder, with its size and its time of change."""
     return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
 
 
 @contextlib.contextmanager
 def unchanged(folder: Path) -> Iterator[None]:
-    """Nothing in the folder is made, changed or removed in the block."""
+    """Check that the block makes, changes and removes nothing in the folder."""
     before = listing(folder)
     yield
     assert listing(folder) == before
@@ -97,7 +97,7 @@ Header = dict[str, Any]
 
 
 def read_raw(path: Path) -> tuple[Header, bytes]:
-    """A safetensors file by the format's definition, not by mogle_rt."""
+    """Read a safetensors file as the format's definition says, without mogle_rt."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     return json.loads(data[8 : 8 + length]), data[8 + length :]
@@ -127,7 +127,7 @@ def edit_config(change: Callable[[Header], object]) -> Callable[[Path], None]:
 
 
 def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
-    """Through the safetensors package: a whole file again, with other contents."""
+    """Write the file again with the safetensors package, whole, but with other contents."""
 
     def damage(path: Path) -> None:
         metadata, tensors = read_raw(path)[0].get("__metadata__"), load_file(path)
@@ -148,7 +148,7 @@ WEIGHT = "transformer.single_transformer_blocks.1.proj_out.weight"  # [32, 160],
 
 @dataclass(frozen=True)
 class Case:
-    """Damage done to a file or a folder, and what must be said of it."""
+    """Damage that is done to a file or a folder, and the words that the error must have."""
 
     damage: Callable[[Any], object]
     words: tuple[str, ...]
@@ -395,7 +395,7 @@ def test_bundles_that_cannot_be_run(name: str, tiny_bundle: Path, tmp_path: Path
     case, path = RUNS[name], tmp_path / "ckpt.safetensors"
     shutil.copy(tiny_bundle, path)
     case.damage(path)
-    Bundle(path)  # opens: the header is in order
+    Bundle(path)  # the header is in order, so the bundle opens
 
     def generate() -> None:
         Pipeline(path, device="cpu", dtype="fp32")(None, "a face", 2, height=32, width=32)
@@ -407,7 +407,7 @@ def test_bundles_that_cannot_be_run(name: str, tiny_bundle: Path, tmp_path: Path
 
 
 def exchange(header: Header) -> None:
-    """Two tensors of one shape take each other's place: the header is in order, the model is another."""
+    """Exchange two tensors of one shape: the header stays in order, but it is another model."""
     q, k = ("transformer.transformer_blocks.0.attn.to_" + x + ".weight" for x in "qk")
     header[q], header[k] = header[k], header[q]
 
@@ -434,7 +434,7 @@ def test_tampering_is_found(name: str, tiny_files: Files, tmp_path: Path) -> Non
     Bundle(path).verify()
     TAMPERED[name](path)
     with unchanged(tmp_path):
-        bundle = Bundle(path)  # nothing in the header's form gives it away
+        bundle = Bundle(path)  # the header's form shows nothing of it
         assert_raises(CheckpointError, bundle.verify, str(path), "contents were changed")
         assert_one_line(run("info", path, "--verify"), str(path), "contents were changed")
 
@@ -477,7 +477,7 @@ def edit_weight_map(change: Callable[[dict[str, Any]], object]) -> Callable[[Fil
 
 
 def part(name: str) -> Callable[[Files], Path]:
-    """The weights of a part."""
+    """A function from a checkpoint's files to those of one part's weights."""
     if name in ("vae", "transformer"):
         return lambda files: files.flux / name / "diffusion_pytorch_model.safetensors"
     return lambda files: files.lora if name == "lora" else files.flux / name / "model.safetensors"
@@ -740,7 +740,7 @@ def test_a_pickle_that_would_run_code(legacy: bool, tiny_files: Files, tmp_path:
     state = torch.load(tiny_files.mogle, weights_only=True)
     torch.save(state | {"extra": Marker(str(marker))}, evil, _use_new_zipfile_serialization=not legacy)
     torch.load(evil, weights_only=False)
-    assert marker.exists()  # it is live: careless loading runs it
+    assert marker.exists()  # the pickle works: careless loading runs its code
     marker.unlink()
     output = tmp_path / "ckpt.safetensors"
     with unchanged(tmp_path):
@@ -769,7 +769,7 @@ NO_PATHS = {
 
 @pytest.fixture
 def offline(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub's library with an empty cache and without the network."""
+    """Give the hub's library an empty cache, and no network."""
     monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
 
@@ -798,7 +798,7 @@ def test_released_files_offline(tmp_path: Path) -> None:
         assert_one_line(result, "black-forest-labs/FLUX.1-dev", "the hub can't be reached")
 
 
-ANSWER: Any = SimpleNamespace(headers={}, request=None)  # what the errors look at of an HTTP response
+ANSWER: Any = SimpleNamespace(headers={}, request=None)  # all that the hub's errors read of an HTTP response
 
 
 HUB_ERRORS: dict[str, tuple[Exception, str]] = {
@@ -849,7 +849,7 @@ GENERATOR = torch.Generator()
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of a call of the pipeline, and what must be said of them."""
+    """Arguments of a call of the pipeline, and the words that the error must have."""
 
     options: dict[str, Any]
     words: tuple[str, ...]
@@ -982,7 +982,7 @@ def test_bad_calls(name: str, pipe: Pipeline) -> None:
     if "prompt_embeds" in call.options or "pooled_prompt_embeds" in call.options:
         del options["prompt"]
     assert_raises(call.kind, lambda: pipe(**options | call.options), *call.words)
-    pipe(None, None, 1, height=16, width=16)  # none the worse for it
+    pipe(None, None, 1, height=16, width=16)  # the next call works
 
 
 def test_a_size_beyond_the_schedule() -> None:
@@ -1231,7 +1231,7 @@ def test_a_source_is_not_overwritten(source: Callable[[Files], Path], tiny_files
 
 @contextlib.contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
-    """Writing beyond the size fails, as on a full disk: the system's own error, from a real write."""
+    """Let writes beyond this size fail, as on a full disk, with the system's own error from a real write."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
@@ -1349,8 +1349,8 @@ def test_an_interrupted_convert(
 def test_a_convert_that_is_told_to_stop(
     number: signal.Signals, tiny_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command gets a real signal in the middle of writing. It was ignored before, so only the program's own answer
-    to it can end the program."""
+    """The command gets a real signal in the middle of writing. The test process ignores this signal, so the program
+    can only end by its own handling of it."""
     output = tmp_path / "ckpt.safetensors"
     output.write_text("an older bundle")
     write, calls = BundleWriter._write_chunk, 0

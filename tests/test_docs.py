@@ -28,7 +28,7 @@ EXPORTS = "mogle_rt.export.exporter"  # a snippet that exports is long, and test
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of code: its language, text, page and line, so that a failure names the place."""
+    """A fenced block of code: its language and text, and its page and line, which a failure shows."""
 
     language: str
     text: str
@@ -105,9 +105,9 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def parse(words: list[str]) -> None:
-    """Read a command line as the program would, without doing what it says.
+    """Parse a command line as the program would, without running it.
 
-    A sentence may name a command alone, as `mogle-rt convert`: then the command must exist, and nothing else is asked.
+    Where a sentence names only a command, as `mogle-rt convert`, that command must exist, and no options are needed.
 
     Raises:
         AssertionError: there is no such command.
@@ -175,7 +175,7 @@ def test_most_snippets_are_run() -> None:
     assert sum(map(runs_with_the_demo, SNIPPETS)) >= 0.7 * len(SNIPPETS)
 
 
-RUN = {block.text: block for block in SNIPPETS if runs_with_the_demo(block)}  # each once, wherever it is shown
+RUN = {block.text: block for block in SNIPPETS if runs_with_the_demo(block)}  # each text once, on however many pages
 
 
 @pytest.mark.parametrize("block", RUN.values(), ids=str)

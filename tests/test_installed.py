@@ -1,4 +1,4 @@
-"""The command for an extra: it names where the package came from."""
+"""The command that errors give for installing an extra names the place where the package came from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The house rules that a test can keep: imports go one way, importing is light, the package is whole."""
+"""Rules of the code's layout: imports go one way, importing loads little, and the wheel holds the whole package."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ MODULES = {module_name(path): path for path in package_files()}
 
 
 def imports(source: str, *, package: str = "mogle_rt") -> set[str]:
-    """Modules of the package that a source imports, without the package's name; also those imported within functions.
+    """Modules of the package that a source imports, also within functions. Their names begin behind the package's.
 
-    What stands under ``if TYPE_CHECKING`` is left out. Names that are no module stand for the module that holds them.
+    What stands under ``if TYPE_CHECKING`` is left out. An imported class or function counts as its module.
     """
     tree = ast.parse(source)
     types_only = {
@@ -132,7 +132,7 @@ def test_there_are_no_circles() -> None:
 
 
 def test_rooms_are_small() -> None:
-    """A room within a room counts its own modules, and is not one of the outer room's."""
+    """A folder within a room is counted by itself; its modules do not count in the outer room."""
     for folder in {path.parent for path in MODULES.values()} - {ROOT}:
         inside = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
         assert len(inside) <= LARGEST_ROOM, f"{folder.name} has {len(inside)} modules"
@@ -164,13 +164,14 @@ def run(code: str) -> str:
 
 
 def test_importing_is_light() -> None:
-    """Neither the package nor the command line's help waits for torch."""
+    """Neither importing the package nor the command line's help imports torch."""
     assert run("import sys, mogle_rt, mogle_rt.apps.cli; print('torch' in sys.modules)") == "False"
 
 
 def test_triton_and_the_extras_may_be_missing() -> None:
-    """All that PyTorch's operations need imports without them, the kernels' gate and experts, too. And `convert` stays
-    the function that it was, whatever modules are imported.
+    """Everything that runs on PyTorch's operations can be imported without them, even the kernels' gate and experts.
+
+    And `mogle_rt.convert` is still the function, although the module `convert` was imported.
     """
     missing = ("triton", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "gguf", "peft")
     modules = (

@@ -139,7 +139,7 @@ def test_numpy_s_numbers_are_numbers(pipe: Pipeline) -> None:
 
 
 def test_numbers_of_all_kinds_draw_the_same(pipe: Pipeline) -> None:
-    """The first kind mustn't decide what later calls of the shape may be given."""
+    """A first call with numbers of one kind doesn't decide which kinds later calls of the same shape may have."""
     kinds: list[Callable[[float], Any]] = [float, np.float64, np.float32, Fraction]
     images = []
     for kind in kinds:
@@ -153,7 +153,7 @@ def test_numbers_of_all_kinds_draw_the_same(pipe: Pipeline) -> None:
 def test_the_process_s_defaults_change_nothing(dtype: torch.dtype, tiny_bundle: Path, pipe: Pipeline) -> None:
     expected = run(pipe, draw(1), "a", generator=seeded(0))
     torch.set_default_dtype(dtype)
-    torch.set_default_device("meta")  # what lands there by mistake can't be used
+    torch.set_default_device("meta")  # a tensor that is made there by mistake holds no values
     try:
         again = run(pipe, draw(1), "a", generator=seeded(0), height=SIZE + 16)
         again = run(pipe, draw(1), "a", generator=seeded(0))
@@ -178,7 +178,7 @@ def test_threads_take_turns(pipe: Pipeline) -> None:
 def test_a_callback_may_not_call_its_own_pipeline(pipe: Pipeline) -> None:
     with pytest.raises(InputError, match="can't be called from within its own call; make another Pipeline"):
         run(pipe, None, None, callback_on_step_end=lambda pipe, *_: pipe(None, None))
-    run(pipe, None, None)  # and is free again
+    run(pipe, None, None)  # the pipeline is free again
 
 
 def test_a_tuple_if_asked_for(pipe: Pipeline) -> None:
@@ -273,7 +273,7 @@ def test_equal_planes_are_encoded_once(pipe: Pipeline, encoded: list[int]) -> No
 
 
 def test_masks_of_a_batch_share_planes(pipe: Pipeline, encoded: list[int]) -> None:
-    """Masks with a region in common have one plane for it, and each is what it would be alone."""
+    """Masks with a region in common share its plane, and each mask gets the latents that it would get alone."""
     first = draw(1)
     second = first.copy()
     second[first == np.unique(first)[-1]] = np.unique(first)[0]
@@ -300,7 +300,7 @@ def test_images_of_one_mask_share_its_planes(pipe: Pipeline, monkeypatch: pytest
 
 
 def test_a_mask_of_background_is_two_pictures(pipe: Pipeline, encoded: list[int]) -> None:
-    """Its palette picture is as black as the planes of the classes that it lacks; the background's plane is white."""
+    """The palette picture is black, as are the planes of absent classes; only the background's own plane is white."""
     masks = pipe.conditioner([np.zeros((SIZE, SIZE), dtype=np.uint8)])
     assert encoded == [2]
     assert masks.index.tolist() == [[0, 1] + [0] * 18]
@@ -334,7 +334,7 @@ def test_the_cache_is_bounded_and_can_be_off(tiny_bundle: Path) -> None:
 
 
 def test_a_long_prompt_counts_in_the_cache() -> None:
-    """It is kept as the entry's key, and can be larger than the embeddings."""
+    """The prompt itself is kept as the entry's key, and can take more memory than its embeddings."""
     cache = TensorCache(10_000)
     cache.put(("a", 8), (torch.zeros(10),))
     assert len(cache) == 1
@@ -355,7 +355,7 @@ def test_prompts_are_encoded_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatc
     first = run(pipe, None, ["a hat", "a beard", "a hat"], generator=[seeded(0)] * 3)
     assert len(pipe.prompt_cache) == 2
     assert pipe.prompt_encoder.encoders is not None
-    monkeypatch.setattr(pipe.prompt_encoder.encoders, "encode", None)  # would fail if it were called
+    monkeypatch.setattr(pipe.prompt_encoder.encoders, "encode", None)  # a call of it would fail
     assert_close(run(pipe, None, "a hat", generator=seeded(0)), first[:1], rms=1e-5)
 
 
@@ -375,7 +375,8 @@ def test_callback_sees_and_replaces_latents(pipe: Pipeline) -> None:
 
 
 def test_callback_may_edit_latents_in_place(pipe: Pipeline) -> None:
-    """As in diffusers, whether it returns them or not; and the edit of a last step, by an interrupt too, is the result."""
+    """As in diffusers, the callback may return the latents or not. An edit of the last step, or of the step that
+    the callback interrupts, is in the result."""
 
     def edited(returns: bool, stop_at: int | None = None) -> Tensor:
         def callback(p: Pipeline, step: int, timestep: Tensor, values: dict[str, Any]) -> dict[str, Any] | None:
@@ -433,7 +434,7 @@ def test_progress_bar(pipe: Pipeline, capfd: pytest.CaptureFixture[str]) -> None
         pipe.set_progress_bar_config()
     assert "3/3" in drawn
     stages = [drawn.index(f"{stage}:") for stage in ("text", "mask", "prepare", "denoise", "decode")]
-    assert stages == sorted(stages)  # each is shown when it begins, whatever it takes
+    assert stages == sorted(stages)  # each stage is shown when it begins
     assert "faces: 100%" in described
     assert "prepare" not in described
     assert failed.rstrip(" ").endswith("\r")  # the bar is wiped: what follows is the error's message
@@ -442,7 +443,7 @@ def test_progress_bar(pipe: Pipeline, capfd: pytest.CaptureFixture[str]) -> None
 def test_the_bar_s_rate_is_that_of_steps(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Steps take a second each; preparing takes an hour, which doesn't count."""
+    """Each step takes a second. Preparing takes an hour, which the rate leaves out."""
     clock, prepare = [0.0], pipe.engine.prepare
 
     def slow_prepare(*args: Any) -> None:
@@ -495,7 +496,7 @@ def test_packing_is_flux_s_and_unpacks() -> None:
 
 
 def test_the_pipeline_calls_any_engine(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop knows an engine by `sampling.Engine` alone."""
+    """The loop uses no more of an engine than `denoise.Denoiser` has."""
     steps: list[None] = []
     monkeypatch.setattr(pipe.engine, "advance", lambda: steps.append(None))
     noise = pipe(None, None, 4, height=SIZE, width=SIZE, generator=seeded(0), output_type="latent").images
@@ -507,7 +508,7 @@ def test_the_pipeline_calls_any_engine(pipe: Pipeline, monkeypatch: pytest.Monke
 def test_an_interrupt_while_inputs_are_copied_leaves_no_mixed_tables(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next run with the first one's prompt computes its modulations anew, as a part of them was overwritten."""
+    """The next run with the first prompt computes its modulations anew, since a part of them was overwritten."""
     from mogle_rt.loop.buffers import tensors_of
 
     g = torch.Generator().manual_seed(0)
@@ -533,7 +534,7 @@ def test_an_interrupt_while_inputs_are_copied_leaves_no_mixed_tables(
     double = pipe.engine.prepared.inputs.modulation.double  # type: ignore[attr-defined]
 
     class Interrupting(Tensor):
-        """Copied over the modulations, it fails behind the copy."""
+        """A tensor that raises right after it was copied over the modulations."""
 
     def with_an_interrupt(values: object) -> list[Tensor]:
         found = before(values)

@@ -1,4 +1,4 @@
-"""Values from files are what they must be, or refused; and no message holds more of them than a person reads."""
+"""Values from files are of the right types and ranges or are refused, and error messages quote them in short."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_single_numbers() -> None:
 
 
 def test_json_of_a_thousand_brackets() -> None:
-    """Python's parser ends in RecursionError; all that reads JSON expects ValueError."""
+    """Python's parser raises RecursionError here, but callers that read JSON expect ValueError."""
     with pytest.raises(ValueError, match="nested too deeply"):
         read_json("[" * 100_000)
 
@@ -108,7 +108,7 @@ def test_quotes_are_cut_and_escaped() -> None:
 
 @pytest.mark.parametrize("kind", [MogleError, CheckpointError, OutputError])
 def test_every_message_is_one_printable_line(kind: type[MogleError]) -> None:
-    """However a message was put together: a terminal's escapes, line ends and lone surrogates are written out."""
+    """Terminal escapes, line ends and lone surrogates in a message are written out, wherever they came from."""
     error = kind("/a  b/é.bin: \x1b[31mred\r\n\ud800 \u202e" + "x" * 10**6 + "; take another")
     assert str(error).startswith("/a  b/é.bin: \\x1b[31mred \\ud800 \\u202e")
     assert str(error).endswith("; take another")

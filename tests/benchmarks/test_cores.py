@@ -1,4 +1,4 @@
-"""The benchmarks' look at the processors leaves the program as it was."""
+"""When the benchmarks measure the processors, they change nothing in the program."""
 
 from __future__ import annotations
 

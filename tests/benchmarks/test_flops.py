@@ -33,7 +33,7 @@ def empty(*shape: int) -> Tensor:
 @pytest.mark.parametrize("kernels", [pytest.param("triton", marks=needs_triton), "torch"])
 @pytest.mark.parametrize(("name", "pixels", "batch"), [("tiny", 64, 4), ("width 256", 128, 1), ("FLUX width", 512, 1)])
 def test_a_steps_flops(name: str, pixels: int, batch: int, kernels: str) -> None:
-    """Within what the benchmark of a step asserts."""
+    """The counted FLOPs lie within the bounds that the benchmark of a step asserts."""
     size, side = SIZES[name], pixels // 16
     transformer = size.transformer
     ranks = dict.fromkeys(schema.lora_modules(transformer), 4)
@@ -66,7 +66,7 @@ def test_a_call_may_have_no_flops() -> None:
 def test_whatever_has_flops_is_timed_as_a_product(
     whole_scores: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise "nothing but products and attention" in the results would be less than that."""
+    """Otherwise the time in the results for "nothing but products and attention" would be too short."""
     if not whole_scores:
         monkeypatch.setattr(attention, "WHOLE_SCORES", 0)
     bundle = Bundle(write_checkpoint(tmp_path).convert(tmp_path / "b.safetensors"))

@@ -1,4 +1,4 @@
-"""`make gpu`, as far as it shows without a card."""
+"""`make gpu`, as far as it can be tested without a GPU."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_a_stage_counts_what_ran_in_its_time(sleep: int, passed: int, tmp_path: Path) -> None:
     tests = tmp_path / "test_some.py"
     tests.write_text(TESTS.replace("SLEEP", str(sleep)))
-    for seconds in (5, 60):  # the second where this machine is too busy to start pytest in the first
+    for seconds in (5, 60):  # 60 where this machine is too busy to start pytest within 5
         stage = run_stage("some", (str(tests),), seconds)
         if stage.counts["failed"] and (sleep or not stage.note):
             break
@@ -69,7 +69,7 @@ def test_a_stage_counts_what_ran_in_its_time(sleep: int, passed: int, tmp_path: 
 
 
 def test_kernels_tests_need_few_packages() -> None:
-    """The first stage's tests are collected where the packages for whole images are missing."""
+    """Where the packages for whole images are missing, pytest can still collect the first stage's tests."""
     blocked = ["diffusers", "transformers", "tokenizers", "PIL", "onnx", "onnxruntime", "scipy", "peft"]
     code = f"""
 import sys

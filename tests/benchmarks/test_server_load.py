@@ -1,4 +1,4 @@
-"""The load of `benchmarks.server_load`, a small one: nothing is lost, good answers are right, junk is refused."""
+"""A small run of `benchmarks.server_load`: no request is lost, good ones get the right image, junk is refused."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def test_fuzzed_requests_are_refused(served: Live) -> None:
 
 
 def test_mixed_requests_are_answered(served: Live) -> None:
-    """The pipeline that compares is the server's own: it waits its turn."""
+    """The server's own pipeline draws the images to compare with, when it isn't busy with a request."""
     mixed(served.url, served.studio.pipe, 40, steps=1)
     assert served.studio.metrics.cancelled._value.get() == 2

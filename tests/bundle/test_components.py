@@ -1,4 +1,4 @@
-"""Configurations of the VAE and the text encoders ask for no more than a person would."""
+"""Configurations of the VAE and the text encoders are refused where they ask for far more than real models do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The safetensors container: what others write is read, what is written others read, damage is found, writing is atomic."""
+"""The safetensors container: it reads others' files, others read its own, it finds damage, and it writes atomically."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_every_truncation_is_found(tmp_path: Path) -> None:
 @examples(300)
 @given(edits=st.lists(st.tuples(st.integers(0, 250), st.integers(0, 255)), min_size=1, max_size=3))
 def test_damaged_headers_are_refused_or_fit_the_file(edits: list[tuple[int, int]], tmp_path: Path) -> None:
-    """Whatever a header's bytes are: an error of this package, or tensors that lie within the file."""
+    """Whatever bytes a header has, reading it raises an error of this package or gives tensors within the file."""
     path = small_file(tmp_path / "x")
     data = bytearray(path.read_bytes())
     for position, value in edits:
@@ -164,7 +164,7 @@ def test_headers_of_any_json_are_refused_or_fit_the_file(header: object, tmp_pat
 
 
 def test_a_tensor_of_very_many_dimensions_is_refused_at_once(tmp_path: Path) -> None:
-    """The product of so many sizes would take minutes to compute, and the message would be megabytes long."""
+    """The product of so many sizes would take minutes to compute, and an error with it would be megabytes long."""
     entry = {"dtype": "F32", "shape": [2**62] * 200_000, "data_offsets": [0, 4]}
     raw = json.dumps({"x": entry}).encode()
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(4))
@@ -206,7 +206,7 @@ def test_neighbours_are_one_view(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("padding", range(8))
 def test_tensors_that_the_file_does_not_align(padding: int, tmp_path: Path) -> None:
-    """The format asks for no alignment; others' files may start anywhere."""
+    """The format asks for no alignment, so in others' files the data may begin at any byte."""
     tensor = torch.randn(5, 3, dtype=torch.float64)
     header = json.dumps({"x": {"dtype": "F64", "shape": [5, 3], "data_offsets": [0, 120]}}).encode() + b" " * padding
     path = tmp_path / "x"
@@ -218,7 +218,7 @@ def test_tensors_that_the_file_does_not_align(padding: int, tmp_path: Path) -> N
 
 
 def mapped_bytes() -> int:
-    """How much of the files that this process has mapped is in memory."""
+    """How many bytes of the files that this process has mapped are in memory."""
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssFile:"))
     return 1024 * int(line.split()[1])
 
@@ -261,7 +261,7 @@ def test_a_name_may_be_as_long_as_the_system_takes(tmp_path: Path) -> None:
 
 
 def test_threads_may_write_one_file(tmp_path: Path) -> None:
-    """One after the other or together: each writes a whole file, and the last stays."""
+    """Whether threads write one after the other or at once, each writes a whole file, and the last one stays."""
 
     def write(number: int) -> None:
         with atomic_write(tmp_path / "x") as f:
@@ -334,7 +334,7 @@ def fill(folder: Path, names: str, text: str) -> None:
 
 
 def test_replace_together(tmp_path: Path) -> None:
-    """New files take their names, what else is there stays, and the one named last comes last."""
+    """New files replace those of their names, all other files stay, and the file given as `last` is replaced last."""
     fill(tmp_path, "abx", "old")
     with replace_together(tmp_path, last="a") as new:
         fill(new, "abc", "new")
@@ -351,7 +351,7 @@ def test_replace_together(tmp_path: Path) -> None:
 def test_replace_together_or_not_at_all(
     error: BaseException, number: int, after: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever of the renames fails, or is interrupted right after it was done."""
+    """Any of the renames may fail, or be interrupted right after it was done: the folder is as it was before."""
     fill(tmp_path, "abx", "old")
     replace, calls = Path.replace, iter(range(100))
 
@@ -366,7 +366,7 @@ def test_replace_together_or_not_at_all(
 
     monkeypatch.setattr(Path, "replace", failing)
     expected = OutputError if isinstance(error, OSError) else KeyboardInterrupt
-    if number < 3:  # three new files come
+    if number < 3:  # the first three renames put the new files in place
         with pytest.raises(expected), replace_together(tmp_path, last="a") as new:
             fill(new, "abc", "new")
         assert contents(tmp_path) == {"a": "old", "b": "old", "x": "old"}

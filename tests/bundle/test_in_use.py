@@ -19,7 +19,7 @@ def overwrite(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(-100, os.SEEK_END)
         file.write(b"x")
-    os.utime(path, ns=(0, 0))  # a coarse clock could give it the time that it had
+    os.utime(path, ns=(0, 0))  # where the clock is coarse, the time of the change could be the old one
 
 
 def append(path: Path) -> None:
@@ -46,7 +46,7 @@ def test_changed_in_place(change: Callable[[Path], None], message: str, tmp_path
 
 
 def test_a_new_file_of_the_same_name_is_no_change(tmp_path: Path) -> None:
-    """What was opened stays as it was: so a bundle can be replaced under a program that runs."""
+    """The opened file stays as it was, so a bundle can be replaced while a program uses it."""
     path = tmp_path / "b.safetensors"
     shutil.copy(Bundle("demo").path, path)
     bundle = Bundle(path)

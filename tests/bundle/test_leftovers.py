@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.quick, pytest.mark.skipif(os.name == "nt", reason="no 
 
 
 def dies(work: Callable[[], None]) -> None:
-    """Run it in a fork, which must be killed by it."""
+    """Do the work in a fork, and check that the work killed it."""
     child = os.fork()
     if not child:
         try:
@@ -76,7 +76,7 @@ def test_what_is_being_written_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_what_others_named_is_left_alone(tmp_path: Path) -> None:
-    """Downloads of browsers end in .part too."""
+    """Other programs' unfinished files end in .part too, such as browsers' downloads."""
     for name in ("a.part", ".a.part", "movie.mkv.part", ".0123456789abcdef.part.txt"):
         (tmp_path / name).touch()
     (tmp_path / ".0123456789abcdef.part").symlink_to(tmp_path / "a.part")
@@ -100,7 +100,10 @@ def replacement(folder: Path) -> None:
 
 
 def test_a_replacement_killed_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the files are complete it is undone, from then on it is finished; and so it is if that is killed as well."""
+    """A kill before the new files are complete undoes the replacement; after that, the next process finishes it.
+
+    The same holds if the next process is killed as well.
+    """
     outcomes = []
     for moment in range(1, 100):
         folder = tmp_path / str(moment)
@@ -168,7 +171,7 @@ def test_a_replacement_that_fails_is_undone(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("links", [True, False])
 def test_modes_stay(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A private file that is replaced stays private, while it is written, too."""
+    """A private file that is replaced stays private, also while the new one is written."""
     if not links:
         monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(PermissionError()))
     for name in ("a", "m"):
@@ -188,7 +191,7 @@ def test_modes_stay(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("number", "ignored"), [(signal.SIGHUP, False), (signal.SIGHUP, True), (signal.SIGTERM, False)]
 )
 def test_signals_end_a_program_cleanly(number: signal.Signals, ignored: bool, tmp_path: Path) -> None:
-    """Of these a terminal sends one when it is closed. Under nohup it is ignored, and must stay so."""
+    """A terminal sends SIGHUP when it is closed. nohup has a program ignore it, and then it must stay ignored."""
     code = f"""
 import signal, time, typer
 from pathlib import Path

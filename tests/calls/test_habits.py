@@ -103,7 +103,7 @@ def test_to_changes_the_dtype_and_back(tiny_bundle: Path, pipe: Pipeline) -> Non
     run(moved)
     engine = moved.engine
     assert moved.to("cpu") is moved
-    assert moved.to(device="cpu", dtype=torch.float32).engine is engine  # nothing to do
+    assert moved.to(device="cpu", dtype=torch.float32).engine is engine  # it is there already
     assert moved.to(torch.float16) is moved
     assert moved.dtype == torch.float16
     assert torch.equal(run(moved), run(Pipeline(tiny_bundle, device="cpu", dtype="fp16")))
@@ -179,7 +179,7 @@ def test_what_is_not_needed_changes_nothing(pipe: Pipeline, caplog: pytest.LogCa
 
 
 def test_tiles_take_less_memory_and_change_larger_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images of a tile's size are the same to the bit, and so are all once tiles are switched off again."""
+    """Images of at most a tile's size are the same to the bit, and so is every image once tiles are off again."""
     monkeypatch.setattr(habits, "VAE_TILE", 128)
     pipe = Pipeline("demo", device="cpu", dtype="fp16")
     settings: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt", "seed": 0}
@@ -204,7 +204,7 @@ def test_tiles_take_less_memory_and_change_larger_images(monkeypatch: pytest.Mon
 
 
 def test_sequential_offload_streams_all_weights(tiny_bundle: Path) -> None:
-    """It stays on after ``to``. Images are the same to the bit."""
+    """Sequential offload stays on after ``to``, and images are the same to the bit."""
     pipe = Pipeline(tiny_bundle, device="cpu", dtype="fp16")
     pipe.enable_sequential_cpu_offload(device="cpu")
     offloaded = run(pipe.to(torch.float32))
@@ -218,7 +218,7 @@ SOMETHING: dict[str, Any] = {"true_cfg_scale": 4.0, "joint_attention_kwargs": {"
 
 
 def test_every_argument_of_flux_is_known_or_refused_by_name(pipe: Pipeline) -> None:
-    """And each has a value that means nothing, which is let through."""
+    """A value that asks for nothing, such as None or diffusers' default, is accepted."""
     known = set(inspect.signature(Pipeline.__call__).parameters)
     others = {k: v for k, v in inspect.signature(FluxPipeline.__call__).parameters.items() if k not in known}
     assert {"negative_prompt", "true_cfg_scale", "prompt_2", "sigmas"} <= set(others)
@@ -253,7 +253,7 @@ def test_the_prompt_first(first: Any, pipe: Pipeline, tmp_path: Path, monkeypatc
     with pytest.raises(MaskError, match=r"reads like a prompt: masks come first, so write pipe\(mask, prompt\)"):
         pipe(first)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(MaskError, match="no such file"):  # a name with a space, not a sentence
+    with pytest.raises(MaskError, match="no such file"):  # a file's name with a space in it is no prompt
         pipe("my mask.png")
 
 
@@ -297,7 +297,7 @@ def test_seeds_that_are_none(options: dict[str, Any], message: str, pipe: Pipeli
 
 
 def test_a_generator_of_another_device() -> None:
-    """The CPU's serves every device, as in diffusers; a GPU's can't draw what a CPU needs."""
+    """A CPU's generator serves every device, as in diffusers; a GPU's can't draw the noise of a pipeline on a CPU."""
 
     class OfAGpu(torch.Generator):
         device = torch.device("cuda")

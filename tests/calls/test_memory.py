@@ -1,4 +1,4 @@
-"""A pipeline within a given memory: the same images to the bit, and one line where memory runs out."""
+"""A pipeline in little memory draws the same images to the bit, and one line says where memory runs out."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def budget(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_less_memory_gives_the_same_image(expected: Any, budget: dict[str, int]) -> None:
-    """Byte by byte less, through every plan that there is."""
+    """The budget is set to a byte less than the last plan took, again and again, until no plan is left."""
     pipe = Pipeline("demo", "cpu")
     assert np.array_equal(drawn(pipe), expected)
     assert (pipe.plan.streamed, pipe.plan.text) == ((), KEPT)
@@ -77,7 +77,7 @@ def test_less_memory_gives_the_same_image(expected: Any, budget: dict[str, int])
 
 
 def test_a_new_pipeline_in_little_memory(expected: Any, budget: dict[str, int]) -> None:
-    """What can't hold the default image is opened all the same: a smaller one may fit."""
+    """A pipeline opens even where its default image can't fit into memory, since a smaller image may fit."""
     budget["room"] = 1
     pipe = Pipeline("demo", "cpu")
     with pytest.raises(
@@ -130,7 +130,7 @@ FAILURES = [
 def test_running_out_of_memory_is_one_line(
     stage: str, owner: Any, method: str, kind: int, shared: Pipeline, monkeypatch: pytest.MonkeyPatch, expected: Any
 ) -> None:
-    """Wherever it happens, whatever the error: what would fit is said, and the next call works."""
+    """Wherever memory runs out and with whatever error, the message says what would fit, and the next call works."""
     shared.prompt_cache.clear()
 
     def fails(*_: Any, **__: Any) -> None:
@@ -139,7 +139,7 @@ def test_running_out_of_memory_is_one_line(
     with monkeypatch.context() as patched:
         patched.setattr(owner, method, fails)
         with pytest.raises(InsufficientMemoryError) as caught:
-            drawn(shared, 80 if stage == "buffers" else 64)  # another size has buffers of its own
+            drawn(shared, 80 if stage == "buffers" else 64)  # another size makes new buffers
     assert str(caught.value).startswith("the memory ran out; ")
     assert "max_memory='" in str(caught.value) or "draw fewer pixels" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -182,8 +182,10 @@ for allowed in sys.argv[2:]:
 
 
 def test_measured_memory_is_what_was_planned(tmp_path: Path) -> None:
-    """Of a model of FLUX's width with four blocks, whose weights take 2.3 GB in float32, in a process of its own. In less
-    memory than the weights take, with all of Python's, it draws the same."""
+    """A model of FLUX's width with four blocks, whose weights take 2.3 GB in float32, runs in a process of its own.
+
+    In less memory than the weights alone would take, Python's own memory included, it draws the same image.
+    """
     few = replace(FLUX_DEV, num_layers=1, num_single_layers=3)
     path = write_sparse_bundle(tmp_path / "few.safetensors", few, real_blocks=["single_transformer_blocks.1.attn.to_q"])
     options: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
@@ -193,4 +195,4 @@ def test_measured_memory_is_what_was_planned(tmp_path: Path) -> None:
     assert none == 0
     assert total == same
     assert peak <= 1.02 * planned <= 1.02 * 3e9
-    assert planned - peak < PROCESS_BYTES  # what is set aside for the process was not all needed
+    assert planned - peak < PROCESS_BYTES  # what the plan sets aside for the process was not all needed

@@ -1,4 +1,4 @@
-"""LoRAs on a pipeline, by diffusers' names."""
+"""LoRAs on a pipeline, by the methods that diffusers has for them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_names_by_default(pipe: Pipeline, styles: list[Path]) -> None:
 
 
 def test_folders_and_scales(pipe: Pipeline, styles: list[Path], tmp_path: Path) -> None:
-    """A folder of peft's with its scale (here 2), and a file in a folder by its name."""
+    """Loaded are a folder as peft saves it, with its scale (here 2), and a file that is named within a folder."""
     pipe.load_lora_weights(styles[0], weight=2.0)
     expected = draw(pipe)
     pipe.unload_lora_weights()
@@ -103,7 +103,7 @@ def test_folders_and_scales(pipe: Pipeline, styles: list[Path], tmp_path: Path) 
 
 
 def test_from_the_hub(pipe: Pipeline, styles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers' file by default; peft's is fetched with the settings that hold its scale."""
+    """By default diffusers' file is fetched. peft's comes together with the settings that hold its scale."""
     repository, cache = tmp_path / "repository", tmp_path / "cache"
     for folder in (repository, cache):
         folder.mkdir()

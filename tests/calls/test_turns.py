@@ -1,4 +1,4 @@
-"""Pipelines in other processes: pickled and copied they open anew, and a fork is refused in time."""
+"""Pipelines in other processes: copies and pickles open the bundle anew, and a forked one is refused at once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,8 @@ def test_a_spawned_process_draws_the_same(pipe: Pipeline, tmp_path: Path) -> Non
 @pytest.mark.quick
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_fork_is_told_what_to_do(pipe: Pipeline) -> None:
-    """Before it waits for anything: another thread may be drawing at the time, and doesn't exist in the fork."""
+    """The error comes before any wait. A thread that is drawing at the time of the fork holds the pipeline's lock,
+    and doesn't exist in the fork, so nobody would ever release it there."""
     expected, held, done = draw(pipe), threading.Event(), threading.Event()
 
     def draw_meanwhile() -> None:
@@ -71,7 +72,7 @@ def test_a_fork_is_told_what_to_do(pipe: Pipeline) -> None:
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        signal.alarm(60)  # against a fork that waits forever
+        signal.alarm(60)  # ends a fork that waits forever
         try:
             draw(pipe)
         except InputError as error:

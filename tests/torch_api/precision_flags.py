@@ -1,4 +1,4 @@
-"""PyTorch's flags of float32's precision; a module of its own, which a process for them alone imports fast."""
+"""PyTorch's flags of float32's precision. This module imports little, so that a new process for them starts fast."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ FLAGS: dict[str, Callable[[], Any]] = {
 
 
 def flags() -> dict[str, Any]:
-    """Every flag of float32's precision; what can't be read counts as "mixed"."""
+    """Every flag of float32's precision. A flag that can't be read counts as "mixed"."""
     found = {}
     for name, read in FLAGS.items():
         try:
             found[name] = read()
-        except RuntimeError:  # of older and newer flags that disagree
+        except RuntimeError:  # PyTorch's older and newer flags disagree
             found[name] = "mixed"
     return found
 

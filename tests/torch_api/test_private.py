@@ -1,6 +1,5 @@
-"""What PyTorch doesn't promise: each piece is called, so that a release that changes it fails here, by name.
-
-A private name that the sources use without a check here fails as well.
+"""What the sources use of PyTorch though it may change. Each such name is called here, so that the name's own test fails
+with a release of PyTorch that changes it. A private name in the sources that is not checked here fails as well.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ pytestmark = pytest.mark.quick
 
 ROOT = Path(mogle_rt.__file__).parents[1]
 FOLDERS = ("mogle_rt", "kernels", "export")
-SEVERAL = {"torch._subclasses.fake_tensor"}  # kernels stand alone, so they have a use of their own
+SEVERAL = {"torch._subclasses.fake_tensor"}  # kernels/ imports nothing of mogle_rt, so it uses this name itself
 
 
 def private_names(source: str) -> set[str]:
-    """Names of PyTorch's in a source with a part that begins with an underscore, and operators of torch.ops."""
+    """PyTorch's private names in a source: a part of the name begins with an underscore, or it is in torch.ops."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch."):
@@ -50,7 +49,7 @@ def private_names(source: str) -> set[str]:
 USED: dict[str, list[str]] = {}
 for folder in FOLDERS:
     for path in sorted((ROOT / folder).rglob("*.py")):
-        for name in sorted(private_names(path.read_text())):  # in one order in every process
+        for name in sorted(private_names(path.read_text())):  # sorted, so that the order is the same in every process
             USED.setdefault(name, []).append(str(path.relative_to(ROOT)))
 
 
@@ -78,7 +77,7 @@ def addmm_gelu() -> None:
     bias, x, weight = torch.randn(3), torch.randn(4, 5), torch.randn(5, 3)
     out = torch.empty(4, 3)
     assert private.addmm_gelu(bias, x, weight, out) is out
-    assert_close(out, F.gelu(bias + x @ weight, approximate="tanh"), rms=1e-3)  # a CPU takes the form with erf
+    assert_close(out, F.gelu(bias + x @ weight, approximate="tanh"), rms=1e-3)  # a CPU computes GELU by erf, not tanh
     assert private.ADDMM_GELU.default._schema.name == "aten::_addmm_activation"
 
 
@@ -91,7 +90,7 @@ def cpu_attention() -> None:
 
 
 def gpu_attention(kernel: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Shapes; values need a GPU."""
+    """Check the shapes of a GPU's attention on fake tensors; its values need a GPU."""
     q, k, v = (x.to("meta", torch.bfloat16) for x in qkv())
     out, lse = kernel(q, k, v)
     assert (out.shape, out.dtype) == (q.shape, q.dtype)

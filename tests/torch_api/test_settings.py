@@ -65,7 +65,7 @@ OUTER: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 def draw(pipe: Pipeline, prompt: str = "a woman", **options: Any) -> Tensor:
-    """An image, in the settings of the caller."""
+    """Draw an image with whatever settings the caller has."""
     labels = np.zeros((SIZE, SIZE), np.uint8)
     labels[16:48, 8:40], labels[20:30, 20:30] = 1, 13
     generator = torch.Generator("cpu").manual_seed(3)
@@ -77,14 +77,14 @@ def draw(pipe: Pipeline, prompt: str = "a woman", **options: Any) -> Tensor:
 
 @pytest.fixture(scope="module")
 def expected(tiny_bundle: Path) -> dict[str, Tensor]:
-    """Images by prompt, of a fresh pipeline in PyTorch's own settings."""
+    """Images by prompt, drawn by a new pipeline with PyTorch's default settings."""
     pipe = Pipeline(tiny_bundle, device="cpu", dtype="fp32")
     return {prompt: draw(pipe, prompt) for prompt in ("a woman", "an old man")}
 
 
 @pytest.fixture(scope="module")
 def drawn_with(tiny_bundle: Path) -> Callable[[dict[str, Any]], Tensor]:
-    """The image of these options in PyTorch's own settings, drawn once."""
+    """A function that draws the image of some options with PyTorch's default settings, once for each set of options."""
     drawn: dict[str, Tensor] = {}
 
     def image(options: dict[str, Any]) -> Tensor:
@@ -97,7 +97,7 @@ def drawn_with(tiny_bundle: Path) -> Callable[[dict[str, Any]], Tensor]:
 
 @pytest.mark.parametrize("name", OUTER)
 def test_outer_settings_change_nothing(name: str, tiny_bundle: Path, expected: dict[str, Tensor]) -> None:
-    """The pipeline is made, called, and fills its caches within them; what it kept serves a call outside of them."""
+    """A pipeline is made and called within these settings; what it has cached then serves a call outside of them."""
     with OUTER[name]():
         pipe = Pipeline(tiny_bundle, device="cpu", dtype="fp32")
         within = draw(pipe)
@@ -105,7 +105,7 @@ def test_outer_settings_change_nothing(name: str, tiny_bundle: Path, expected: d
     assert torch.equal(within, expected["a woman"])
     hits = pipe.conditioning_cache.hits
     assert torch.equal(draw(pipe), expected["a woman"])
-    assert pipe.conditioning_cache.hits > hits  # this was made within
+    assert pipe.conditioning_cache.hits > hits  # the cached planes were made within the settings
     assert torch.equal(draw(pipe, "an old man"), expected["an old man"])
     with OUTER[name]():
         assert torch.equal(draw(pipe, "an old man"), expected["an old man"])
@@ -124,7 +124,7 @@ def test_options_neither(
 
 
 def test_importing_within_outer_settings(tiny_bundle: Path, expected: dict[str, Tensor]) -> None:
-    """Modules hold tensors, too: what they are doesn't depend on the settings in which the package is imported."""
+    """Some modules hold tensors, which must not depend on the settings in which the package is imported."""
     code = f"""
 import torch
 torch.set_default_device("meta")
@@ -141,7 +141,7 @@ print(images.numpy().tobytes().hex())
     assert done.stdout.strip() == expected["a woman"].numpy().tobytes().hex()
 
 
-# Statements that people write; each is run after those above it, in a process of its own.
+# Statements that people write to set precision. One new process runs them one after the other.
 STATEMENTS = [
     "pass",
     "torch.set_float32_matmul_precision('medium')",
@@ -164,7 +164,7 @@ def test_precision_is_float32_within_and_the_callers_afterwards() -> None:
 
 @pytest.mark.quick
 def test_one_thread_that_wants_float32_has_it() -> None:
-    """Flags are the process's: while one thread computes without TF32, another that may use it doesn't."""
+    """The flags are the whole process's: while one thread computes without TF32, no other thread uses it either."""
     before, allowed_in, strict_in, read, strict_out = flags(), *(threading.Event() for _ in range(4))
     seen = {}
 
@@ -193,7 +193,7 @@ def test_one_thread_that_wants_float32_has_it() -> None:
 
 @pytest.mark.quick
 def test_an_interrupt_at_the_start_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A context that was not yet counted is not counted out: the next one may still use TF32."""
+    """A context that is interrupted while it is entered isn't counted as left: the next one may still use TF32."""
 
     def interrupt() -> None:
         raise KeyboardInterrupt
