@@ -1,4 +1,4 @@
-"""Conversion: every way that people hold the files gives the bundle that their mathematics gives."""
+"""Conversion: every form in which people have the files gives a bundle that computes the same as these files."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def shard(folder: Path, count: int = 3) -> None:
     (folder / f"{single.name}.index.json").write_text(json.dumps(index))
 
 
-# The bundle is what the sources are
+# The bundle holds what the sources hold
 
 
 @pytest.mark.quick
 def test_every_tensor_is_the_source_s(tiny_files: Files, tiny_bundle: Path) -> None:
-    """Read with the safetensors package: nothing here is mogle_rt's own reading."""
+    """The safetensors package reads both sides, so mogle_rt's own reading proves nothing to itself."""
     found = load_file(tiny_bundle)
     expected: Tensors = {}
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
@@ -101,7 +101,7 @@ def test_mogle_rt_reads_what_safetensors_reads(tiny_bundle: Path) -> None:
 
 @pytest.mark.quick
 def test_what_is_no_file_among_the_sources_is_passed_over(tiny_files: Files, tiny_bundle: Path, tmp_path: Path) -> None:
-    """A broken link, and a folder whose name is a tokenizer file's; also when a bundle is written over another one."""
+    """A broken link and a folder with a tokenizer file's name are skipped, also when an older bundle is replaced."""
     files = copy_of(tiny_files, tmp_path / "sources")
     (files.flux / "vae" / "broken").symlink_to(tmp_path / "nowhere")
     (files.flux / "tokenizer" / "folder.json").mkdir()
@@ -126,7 +126,7 @@ def test_the_hash_is_of_contents_names_and_configuration(tiny_files: Files, tmp_
         return bundle.content_hash
 
     def transpose(files: Files) -> None:
-        """Two layers of one shape exchanged."""
+        """Exchange two layers of one shape."""
         path = weights_of(files.flux / "transformer")
         t = load_file(path)
         q, k = (f"transformer_blocks.0.attn.to_{x}.bias" for x in "qk")
@@ -150,7 +150,7 @@ PREFIXES = ("", "transformer.", "base_model.model.", "base_model.model.transform
 
 
 def renamed(lora: Tensors, prefix: str, kinds: tuple[str, str], adapter: str = "") -> Tensors:
-    """Keys ``transformer.X.lora_A.weight`` in another spelling."""
+    """The LoRA with its keys ``transformer.X.lora_A.weight`` in another spelling."""
     result = {}
     for name, tensor in lora.items():
         stem, kind, _ = name.removeprefix("transformer.").rsplit(".", 2)
@@ -180,7 +180,7 @@ def mixed_ranks() -> dict[str, int]:
 
 
 def lora_deltas(bundle: Path) -> Tensors:
-    """B A of every layer, as the runtime will add it."""
+    """The product B A of every layer, which the runtime adds to the layer's weight."""
     t = load_file(bundle)
     return {n: t[f"lora.{n}.lora_B.weight"].double() @ t[f"lora.{n}.lora_A.weight"].double() for n in LORA_MODULES}
 
@@ -263,7 +263,7 @@ def test_an_alpha_of_twice_the_rank_doubles_b(tiny_files: Files, tmp_path: Path)
 
 
 def test_lora_as_peft_and_diffusers_save_it(tiny_files: Files, tmp_path: Path) -> None:
-    """peft's own delta of every layer, through diffusers' own saving."""
+    """The bundle adds to every layer what peft itself adds, after diffusers itself has saved the LoRA."""
     from diffusers import FluxPipeline, FluxTransformer2DModel
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -397,7 +397,7 @@ def test_text_encoders_as_published(tiny_files: Files, tiny_bundle: Path, tmp_pa
 def test_without_text_encoders(
     without: str, tiny_files: Files, tiny_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Where they are lacking, that is told: prompts need them."""
+    """Where the text encoders are missing, a message says that prompts need them."""
     files = tiny_files
     if without == "folders":
         files = copy_of(tiny_files, tmp_path / "sources")
@@ -600,10 +600,10 @@ print(json.dumps({"seconds": time.perf_counter() - start, "bytes": memory("VmHWM
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads its memory from /proc")
 def test_large_checkpoint_in_little_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Memory depends on the largest tensor, which is FLUX.1-dev's, and not on how many blocks there are.
+    """The memory depends on the largest tensor, which is as large as FLUX.1-dev's, and not on the number of blocks.
 
-    All 57 blocks took 50 s, since every byte of 24 GB is read, checked and hashed. These three blocks are still three
-    times the memory that is allowed. That the layout has all of FLUX.1-dev's parameters is counted from the shapes.
+    With all 57 blocks, reading, checking and hashing 24 GB took 50 s. The three blocks here are still three times as
+    large as the allowed memory. FLUX.1-dev's number of parameters is checked from the shapes alone.
     """
     assert sum(map(math.prod, schema.transformer_tensors(FLUX_DEV).values())) == 11_901_408_320
     files, output = write_sparse_checkpoint(tmp_path / "sources"), tmp_path / "flux_dev.safetensors"
@@ -650,7 +650,7 @@ def write_at(path: Path, name: str, value: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["a/b.safetensors", "a/experts.pt", "here/FLUX.1-dev", "here/models/lora.safetensors"])
 def test_a_mistyped_path_stays_on_this_machine(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name like a file's, or one that begins with a folder that is here, isn't asked for on the hub."""
+    """A name that looks like a file's, or that begins with an existing folder, is not looked for on the hub."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
 

@@ -1,4 +1,4 @@
-"""Bundles without text encoders hold the empty prompt's embeddings, and draw from masks alone as others do."""
+"""Bundles without text encoders hold the empty prompt's embeddings, so they too can draw from a mask alone."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One and the same small model in every form that people pass it on gives the same bundle tensors.
+"""One small model, in every form in which people share FLUX, gives the same tensors in the bundle.
 
-FLUX's own layout is written out by hand here, from black-forest-labs/flux's ``model.py`` and ``layers.py``: what the
-converter takes apart, the test has put together.
+FLUX's own layout is written out by hand here, from black-forest-labs/flux's ``model.py`` and ``layers.py``: the test
+joins the layers that the converter must take apart.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def test_diffusers_names_in_one_file(prefix: str, tiny_files: Files, stored: Ten
 def test_scaled_fp8(
     scale_name: str, marked: bool, shape: tuple[int, ...], tiny_files: Files, stored: Tensors, tmp_path: Path
 ) -> None:
-    """ComfyUI's: weight = fp8 value times the layer's scale. Within e4m3's rounding: half of 2**-3 of a value."""
+    """ComfyUI's form: a weight is its fp8 value times the layer's scale. e4m3 rounds by half of 2**-3 of a value."""
     named, expected = flux_names(stored), dict(stored)
     for name, tensor in list(named.items()):
         if tensor.ndim == 2 and name.startswith(("double", "single")):
@@ -148,7 +148,7 @@ def test_plain_fp8_has_no_scale(tiny_files: Files, stored: Tensors, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
 def test_gguf(kind: str, tiny_files: Files, stored: Tensors, tmp_path: Path) -> None:
-    """Written by the gguf package itself. Rows of 32 are a block: Q8_0 keeps 1/254 of a block's largest value."""
+    """The gguf package itself writes the file. Q8_0 rounds 32 numbers together, by 1/254 of their largest at most."""
     gguf = pytest.importorskip("gguf")
     from gguf.quants import quantize
 
@@ -178,7 +178,7 @@ def test_gguf(kind: str, tiny_files: Files, stored: Tensors, tmp_path: Path) -> 
 
 
 def test_the_configuration_is_read_off_flux_s_shapes(tmp_path: Path) -> None:
-    """At FLUX's head size, of which the division into axes is known: no folder with a configuration is needed."""
+    """With FLUX's head size, how it is divided into axes is known, so no folder with a configuration is needed."""
     small = {"num_layers": 1, "num_single_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 8}
     config = type(FLUX_DEV).from_mapping(FLUX_DEV.to_dict() | small | {"pooled_projection_dim": 4})
     named: Tensors = {}
@@ -200,7 +200,7 @@ def test_the_configuration_is_read_off_flux_s_shapes(tmp_path: Path) -> None:
 def test_variants_of_a_folder(
     both: bool, sharded: str | None, tiny_files: Files, stored: Tensors, tmp_path: Path
 ) -> None:
-    """``*.fp16.safetensors`` alone is taken; with the plain file beside it, that one is."""
+    """``*.fp16.safetensors`` is taken where it is alone; where the plain file lies beside it, the plain one is taken."""
     files = Files(Path(shutil.copytree(tiny_files.folder, tmp_path / "sources")))
     folder = files.flux / "transformer"
     (plain,) = folder.glob("*.safetensors")
@@ -381,7 +381,7 @@ def test_damaged_gguf(damage: str, stored: Tensors, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_gguf_tensors_that_overlap(number: int, tmp_path: Path) -> None:
-    """An offset that leads into the neighbour: its bytes would be taken for the tensor's own."""
+    """An offset leads into the neighbouring tensor, whose bytes would otherwise be read as this one's."""
     gguf = pytest.importorskip("gguf")
     path = tmp_path / "flux.gguf"
     writer = gguf.GGUFWriter(path, "flux")
@@ -408,7 +408,7 @@ def test_gguf_tensors_that_overlap(number: int, tmp_path: Path) -> None:
 
 
 def small_lora() -> Tensors:
-    """Of one layer, rank 3."""
+    """A LoRA of one layer, of rank 3."""
     g = torch.Generator().manual_seed(11)
     return {
         "x_embedder.lora_A.weight": torch.randn(3, TINY.in_channels, generator=g),
@@ -435,7 +435,7 @@ FUSED = {
 
 
 def fused_lora() -> tuple[dict[str, tuple[Tensor, Tensor]], Tensors]:
-    """A LoRA of FLUX's own layers, and what it adds to each stored layer."""
+    """A LoRA of layers as FLUX's own code has them, and what it adds to each layer of the bundle."""
     g, shapes = torch.Generator().manual_seed(3), schema.transformer_tensors(TINY)
     given, expected = {}, {}
     for name, layers in FUSED.items():
@@ -486,7 +486,10 @@ def test_the_last_modulation_s_halves_change_places(tmp_path: Path) -> None:
 
 
 def test_xlabs(tmp_path: Path) -> None:
-    """Processors' names; single blocks have q, k and v alone. Held against diffusers' own conversion of these names."""
+    """XLabs names layers by attention processors, and in single blocks adapts q, k and v alone.
+
+    diffusers' own conversion of these names gives the expected result.
+    """
     from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_diffusers
 
     g = torch.Generator().manual_seed(5)
@@ -516,7 +519,10 @@ ADAPTER_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"
 @pytest.mark.parametrize("given", ["folder", "file"])
 @pytest.mark.parametrize("stabilised", [False, True])
 def test_a_folder_as_peft_saves_it(given: str, stabilised: bool, tiny_files: Files, tmp_path: Path) -> None:
-    """peft's own delta of every layer, from the folder or from the file in it: the scale is in the file beside it."""
+    """The bundle adds to every layer what peft adds, whether the folder or the file in it is given.
+
+    The scale stands in the configuration beside the file.
+    """
     from diffusers import FluxTransformer2DModel
     from peft import LoraConfig, get_peft_model
 
@@ -526,7 +532,7 @@ def test_a_folder_as_peft_saves_it(given: str, stabilised: bool, tiny_files: Fil
         lora_alpha=7,
         target_modules=list(LORA_MODULES),
         rank_pattern={r"transformer_blocks\.1\.attn\.to_q": 2},
-        alpha_pattern={"proj_mlp": 3, "attn": 5},  # the second is no layer's whole name, so it names none
+        alpha_pattern={"proj_mlp": 3, "attn": 5},  # "attn" is no layer's last name, so it matches none
         use_rslora=stabilised,
         init_lora_weights=False,
     )

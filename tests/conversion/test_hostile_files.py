@@ -1,4 +1,4 @@
-"""Files that describe far more than they hold, or would keep a reader busy for ever: refused before anything is read."""
+"""Files that describe far more than they hold, or would keep a reader busy for ever, are refused before they are read."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_numbers_of_an_adapter(values: dict[str, object], message: str, tmp_path
 
 
 def test_a_lora_is_checked_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The header describes gigabytes, and the file is a hole of this size."""
+    """The header describes gigabytes, and the file is as large, but it is a hole on the disk."""
     path, rank = tmp_path / "lora.safetensors", 1 << 20
     size = rank * TINY.width * 2
     header = {
@@ -106,7 +106,7 @@ def test_a_compressed_pickle(tiny_files: Files, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shared", [False, True], ids=["repeated", "shared"])
 def test_a_pickle_of_more_than_it_holds(shared: bool, tmp_path: Path) -> None:
-    """A tensor that repeats one number, or one memory that many tensors share."""
+    """In the pickle, one tensor repeats a single number, or many tensors share one memory."""
     memory = torch.zeros(1000)
     tensors = {f"gating.{i}": memory for i in range(99)} if shared else {"gating.x": torch.zeros(1).expand(1 << 33)}
     torch.save(tensors, tmp_path / "m.pt")
@@ -160,7 +160,7 @@ def test_a_large_file_beside_a_tokenizer_is_not_read(
 
 
 def test_where_a_model_was_made_stays_there(tiny_files: Files, tmp_path: Path) -> None:
-    """A folder of its maker's home, as transformers writes it into configurations."""
+    """transformers writes the folder that a model was loaded from into its configuration; a bundle leaves it out."""
     files = Files(shutil.copytree(tiny_files.folder, tmp_path / "own"))
     path = files.flux / "text_encoder" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_name_or_path": "/home/somebody/models/clip"}))

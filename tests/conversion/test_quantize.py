@@ -1,4 +1,4 @@
-"""Bundles in formats of few bits: how they are made, what is said of it, and what is refused."""
+"""Bundles with weights of few bits: how they are made, what the command reports, and what is refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LAYER = "transformer_blocks.0.attn.to_q"
 
 
 def write_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """The file with another header of the same tensors."""
+    """Change the file's header, and leave its tensors as they are."""
     raw = path.read_bytes()
     length = struct.unpack("<Q", raw[:8])[0]
     header = json.loads(raw[8 : 8 + length])
@@ -57,7 +57,7 @@ def edit_weights(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[s
 
 @pytest.mark.parametrize("weights", FEW_BITS)
 def test_demo_bundle(weights: str, tmp_path: Path) -> None:
-    """Every layer of the blocks, all else byte by byte; no layer is lost; it draws without being told anything."""
+    """Every layer of the blocks is quantised and all else is copied byte by byte; it draws without further options."""
     output = tmp_path / "small.safetensors"
     done = run("quantize", "demo", "-o", output, "--weights", weights)
     assert done.code == 0, done.err
@@ -109,7 +109,8 @@ def test_convert_gives_what_quantize_gives(weights: str, tiny_files: Files, tiny
 
 
 def test_a_layer_below_the_bound_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It, and those that are multiplied as one with it; it is named; the rest of the file is as ever."""
+    """The layer, and those that are multiplied together with it, stay plain, and a message names each of them. All
+    others are quantised."""
     every = quantize("demo", tmp_path / "every.safetensors", "int8", progress=False).signal_to_noise
     stacks = list(block_stacks(Bundle("demo").config.transformer))
     lowest = {stack: min(every[layer] for layer in stack) for stack in stacks}
@@ -136,9 +137,9 @@ def test_a_layer_below_the_bound_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
 def test_large_layers_in_little_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A layer at a time: FLUX.1-dev's largest takes far less than two gigabytes, and so does the model.
+    """Layers are quantised one at a time, so FLUX.1-dev's largest one decides how much memory is needed: less than 2 GB.
 
-    A single block has the largest layer. (Int4 takes longer; it was seen to stay below the same bound.)
+    A single block has the largest layer. (Int4 takes longer, so it isn't run here; it stayed below the same bound.)
     """
     monkeypatch.setattr(test_convert, "FULL_WIDTH", replace(FULL_WIDTH, num_layers=0, num_single_layers=1))
     files, output = write_sparse_checkpoint(tmp_path / "sources"), tmp_path / "small.safetensors"
@@ -253,7 +254,7 @@ def test_storages_are_written_and_read() -> None:
 
 @pytest.mark.quick
 def test_contents_that_were_changed(tiny_bundle: Path, tmp_path: Path) -> None:
-    """The hash takes in what the header says of formats."""
+    """The hash of a bundle's contents depends on what its header says of formats, too."""
     path = quantised_bundle(tiny_bundle, tmp_path / "small.safetensors", "int4")
     Bundle(path).verify()
     with safe_open(path, "pt") as file:

@@ -1,4 +1,4 @@
-"""The counter against sums by hand, the reference's ledger against its code, and the figures that are published."""
+"""The counter against counts by hand, the reference's ledger against its code, and the published figures."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ LINEAR = torch.nn.Linear(8, 3, device=META)
         (lambda: A.view(2, 16).t()[1:].unflatten(0, (3, 5)).expand(2, 3, 5, 2).unbind(0), 0, 0, 0, 0),
         (lambda: A.view(2, 16).t().reshape(32), 1, 0, 4 * 32, 4 * 32),
         (lambda: (torch.empty_like(A), A.new_empty(3), A.detach()), 0, 0, 0, 0),
-        (lambda: torch.ones(3) + 1, 0, 0, 0, 0),  # the host's work
+        (lambda: torch.ones(3) + 1, 0, 0, 0, 0),  # tensors on the CPU: nothing is launched on the device
     ],
 )
 def test_counts_by_hand(function: Callable[[], object], launches: int, flops: int, read: int, written: int) -> None:
@@ -205,7 +205,7 @@ def test_ledger_is_the_baseline(case: Job) -> None:
 
 
 def test_ledger_is_the_published_count() -> None:
-    """REFERENCE, what it costs: counted on the reference itself; the Euler update is ours."""
+    """The published counts were made on the reference itself; the Euler update was added to them here."""
     ledger = reference_step(Job())
     assert ledger.launches == pytest.approx(9546 + 86, rel=0.001)
     assert ledger.read == pytest.approx(135.8e9, rel=0.001)
@@ -227,7 +227,7 @@ def test_published_sizes(flux: Estimate) -> None:
     assert p["modulation"] == pytest.approx(3.23e9, rel=0.02)  # with the last norm's and the time embedding's
     assert p["vae"] == 83_819_683
     assert theirs.decode.flops == pytest.approx(2.5e12, rel=0.01)
-    attention = 4 * (512 // 8 * 512 // 8) ** 2 * 512  # in the VAE's middle; the published figure leaves it out
+    attention = 4 * (512 // 8 * 512 // 8) ** 2 * 512  # in the middle of the VAE; the published figure leaves it out
     assert theirs.encode.flops - 20 * attention == pytest.approx(21.7e12, rel=0.01)
     assert mine.encode.flops == theirs.encode.flops * 14 / 20
     assert theirs.resident == 2 * sum(n for part, n in p.items() if not part.startswith("text"))
@@ -252,7 +252,7 @@ def test_engine_needs_less(flux: Estimate) -> None:
     mine, theirs = estimate(Job(kernels="torch")).engine.step, flux.reference.step
     assert mine.launches <= 0.6 * theirs.launches
     assert mine.moved <= 0.6 * theirs.moved
-    assert 0.97 * theirs.flops < mine.flops < theirs.flops  # the last block is trimmed, that is all
+    assert 0.97 * theirs.flops < mine.flops < theirs.flops  # only the last block computes less
     assert flux.engine.flops < flux.reference.flops
 
 
@@ -277,7 +277,7 @@ def test_modulation_is_let_go(flux: Estimate) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"condition_scale": 2.0}, {"model": ModelConfig(union_cond_attn=False)}])
 def test_memory_grows_with_the_sequence(options: dict[str, Any]) -> None:
-    """Linearly, whatever the switches: a mask or scores would grow with its square."""
+    """Memory grows linearly, whatever the switches. An attention mask, or stored scores, would grow quadratically."""
 
     def activations(height: int) -> int:
         engine = estimate(job(WIDE, text_tokens=16, height=height, width=512, classes=1, steps=4, **options)).engine
@@ -331,7 +331,8 @@ def test_impossible_jobs(wrong: dict[str, int]) -> None:
 @needs_triton
 @pytest.mark.parametrize("part", ["expert_dim", "gate_dim"])
 def test_models_too_wide_for_the_kernels(part: str) -> None:
-    """Told when the engine is made, with a way out; PyTorch's operations take any width, and parts that aren't used none."""
+    """The error comes when the engine is made, and says what would work. PyTorch's operations take any width, and
+    the width of a part that the model doesn't have does not matter."""
     wide: dict[str, Any] = {part: 300}
     with pytest.raises(
         ConfigError, match=rf"^Triton's kernels take {part} up to 256, this model has 300; use kernels='torch'$"
@@ -402,7 +403,7 @@ def test_command_on_a_bundle(tiny_bundle: Path) -> None:
 
 @pytest.fixture(scope="module")
 def flux_report() -> dict[str, Any]:
-    """What the command says of FLUX.1-dev as JSON."""
+    """The command's JSON report of FLUX.1-dev."""
     status, out, err = run("--flux-dev", "--json", "--gpu", "RTX 4090")
     assert (status, err) == (0, "")
     return dict(json.loads(out))

@@ -1,4 +1,4 @@
-"""The memory that a job is planned to need, beside what is counted when the same code runs without weights."""
+"""The memory that a plan says a job needs equals what is counted when the same code runs without weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALL = replace(FLUX_DEV, num_layers=2, num_single_layers=3)
     ids=str,
 )
 def test_planned_peaks_are_the_counted_ones(dtype: torch.dtype, size: int, batch: int, tokens: int) -> None:
-    """Within 2 %, at FLUX's width: weights, and the peak of each stage."""
+    """At FLUX's width, the memory of the weights and the peak of each stage are planned to within 2 %."""
     config = replace(FLUX_BUNDLE, transformer=SMALL)
     ranks = dict.fromkeys(schema.lora_modules(SMALL), 4)
     shape: dict[str, Any] = {"height": size, "width": size, "batch": batch, "text_tokens": tokens}
@@ -49,7 +49,7 @@ def test_planned_peaks_are_the_counted_ones(dtype: torch.dtype, size: int, batch
 
 
 def test_full_size_takes_no_time_to_plan() -> None:
-    """Of the released model, in bf16: 17.2 GB for the steps, 6.6 for modulations, 9.8 for text."""
+    """The plan of the released model in bf16: 17.4 GB for the steps, 6.6 for modulations, 9.8 for text."""
     source = WeightlessBundle(FLUX_BUNDLE, dict.fromkeys(schema.lora_modules(FLUX_DEV), 4))
     needed = demand(source, Run(device=CUDA, dtype=torch.bfloat16, height=512, width=512, vae=VAE, text=FLUX_TEXT))
     assert needed.always + sum(s.resident for s in needed.sublayers) == pytest.approx(17.39e9, rel=0.005)
@@ -62,7 +62,8 @@ def test_full_size_takes_no_time_to_plan() -> None:
 @pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("weights", ["packed", "plain"])
 def test_planned_weights_are_those_that_are_loaded(kernels: str, weights: str) -> None:
-    """Shape by shape, with the LoRA's extra rows and columns; and in all, of the demo's bundle."""
+    """Each weight's planned shape and format are those of the loaded layer, the LoRA's extra rows and columns included,
+    and so is the sum of their bytes, for the demo's bundle."""
     bundle = Bundle("demo")
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig(), kernels=kernels, weights=weights)
     plans = plan_layers(bundle, CPU, torch.float32, weight_format=weights, fused=engine.ops.RIDING)
@@ -76,7 +77,7 @@ def test_planned_weights_are_those_that_are_loaded(kernels: str, weights: str) -
 
 
 def test_views_of_the_file_take_no_memory() -> None:
-    """In the stored dtype, a CPU reads plain weights where they lie."""
+    """In the stored dtype, a CPU uses plain weights where they lie in the mapped file."""
     bundle = Bundle("demo")
     stored = bundle.tensors["transformer.x_embedder.weight"].dtype
     run = Run(device=CPU, dtype=stored, height=128, width=128, weight_format="plain", kernels="torch")

@@ -28,7 +28,7 @@ def flux(blocks: int, single_blocks: int) -> Job:
 
 
 def test_a_card_s_plan() -> None:
-    """As a pipeline makes it, within the card's memory or the share of it that is allowed."""
+    """The plan is the one that a pipeline makes, within the card's memory or the part of it that may be used."""
     job, card = flux(19, 38), find_gpu("RTX 3060")
     whole, less = plan_on(job, card, None, VAE), plan_on(job, card, 8 * 10**9, VAE)
     assert whole.room + CUDA_BYTES == 12 * 2**30
@@ -50,7 +50,7 @@ def test_the_longer_of_arithmetic_and_copies(name: str, link: float) -> None:
     assert predicted_step_ms(card, Count(flops=0), plan, 2) == pytest.approx(copies)
     much = int(10 * copies * card.half_tflops * 1e9)
     assert predicted_step_ms(card, Count(flops=much), plan, 2) == pytest.approx(10 * copies / 0.6)
-    # A slower link than the host's own memory is what counts.
+    # Where the link is slower than the host's memory, it limits the copies.
     assert predicted_step_ms(replace(card, link=5.0), Count(), plan, 2) == pytest.approx(copies * link / 4.0)
 
 

@@ -1,4 +1,4 @@
-"""Counting is of the thread that counts."""
+"""Counting counts what its own thread does, and nothing of other threads."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def attention_count() -> Count:
 
 
 def test_another_thread_draws_meanwhile(tiny_bundle: Path) -> None:
-    """With condition_scale both use the attention that gives log-sum-exps, each its own."""
+    """Both threads use the attention that returns log-sum-exps: one draws with it, the other has it counted."""
     pipe = Pipeline(tiny_bundle, device="cpu", dtype="fp32")
     expected, alone = draw(pipe, condition_scale=2.0), attention_count()
     assert alone.launches > 0
     counted: list[Count] = []
-    with counting() as outer:  # of this thread: nothing of the other one's is in it
+    with counting() as outer:  # counts this thread, and nothing of the other one
         drawn: list[torch.Tensor] = []
         other = threading.Thread(target=lambda: drawn.append(draw(pipe, condition_scale=2.0)))
         other.start()

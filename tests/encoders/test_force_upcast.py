@@ -1,4 +1,4 @@
-"""float16 and a VAE whose configuration says that its activations are too large for it."""
+"""A VAE in float16 whose configuration (`force_upcast`) says that its activations are too large for this dtype."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.torch_api.test_settings import draw
     ("said", "expected"), [({}, True), ({"force_upcast": True}, True), ({"force_upcast": False}, False)]
 )
 def test_float16(said: dict[str, Any], expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in diffusers, it is true where the configuration says nothing."""
+    """As in diffusers, `force_upcast` is true where the configuration doesn't have it."""
     monkeypatch.setitem(VAE, "force_upcast", said.get("force_upcast"))
     if not said:
         monkeypatch.delitem(VAE, "force_upcast")
@@ -44,7 +44,7 @@ def test_other_dtypes_stay(dtype: torch.dtype) -> None:
 
 
 def test_the_estimate_counts_it() -> None:
-    """A float32 VAE holds four bytes a parameter, and its activations are twice as large."""
+    """A VAE in float32 takes four bytes for a parameter, and its activations are twice as large as in float16."""
     blocks = replace(FLUX_DEV, num_layers=1, num_single_layers=1)
 
     def job(upcast: bool) -> Job:

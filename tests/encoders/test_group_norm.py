@@ -1,4 +1,4 @@
-"""The VAE with channels last: as exact as with PyTorch's own layout, on flat pictures above all."""
+"""The VAE with channels last is as exact as in PyTorch's usual layout. Flat pictures are the hardest case."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_group_norm(channels: int, groups: int, height: int, width: int, batch: 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Sums are longest then."""
+    """Compute by one thread: then a single sum has the most terms, and the largest error."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -53,7 +53,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("height", "width"), [(256, 256), (2048, 256), (272, 264), (34, 33)])
 def test_group_norm_of_nearly_flat_pictures(height: int, width: int) -> None:
-    """A small patch in a flat plane, away from zero: what a region's picture looks like inside the VAE."""
+    """A small patch in a flat plane of values far from zero: a region's picture looks like this within the VAE."""
     norm = with_weights(8, 16)
     x = torch.randn(16, 1, 1).expand(1, 16, height, width).clone()
     x[..., height // 3 : height // 2, 10:30] += 0.3 * torch.randn(16, height // 2 - height // 3, 20)
@@ -63,7 +63,7 @@ def test_group_norm_of_nearly_flat_pictures(height: int, width: int) -> None:
     result = GroupNorm(norm)(last)
     assert_close(result, expected, rms=1.5e-5)
     own, ours = relative_rms(norm(last), expected), relative_rms(result, expected)
-    assert own > 10 * ours, "PyTorch's own has become exact: this one can go"
+    assert own > 10 * ours, "PyTorch's own norm is as exact now, so ours is no longer needed"
 
 
 def test_gradients_are_left_to_pytorch() -> None:
@@ -111,7 +111,7 @@ def test_norms_are_put_in_place_with_their_weights() -> None:
 
 @pytest.mark.quick
 def test_vae_keeps_the_layout_and_its_results(tmp_path: Path) -> None:
-    """Encoder and decoder: every convolution and norm between the first and the last gets channels last."""
+    """In encoder and decoder, every convolution and norm but the first gets its input with channels last."""
     bundle = Bundle(write_checkpoint(tmp_path).convert(tmp_path / "b.safetensors"))
     cpu = torch.device("cpu")
     vae = load_autoencoder(autoencoder(bundle.config.vae), bundle.part("vae", cpu, torch.float32), "bundle")
@@ -143,7 +143,7 @@ def test_vae_keeps_the_layout_and_its_results(tmp_path: Path) -> None:
 
 
 def noting(call: Callable[[Tensor], Any], inputs: list[Tensor]) -> Callable[[Tensor], Any]:
-    """The call, which also notes what it is given."""
+    """The call, but its inputs are also appended to a list."""
 
     def noted(x: Tensor) -> Any:
         inputs.append(x)
@@ -160,7 +160,7 @@ def test_pipeline_draws_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     mask[10:12, 12:15] = 4
 
     def draw() -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Images, and what the VAE was given."""
+        """Draw images, and return them with the VAE's inputs."""
         pipe, generator = mogle_rt.Pipeline(checkpoint, "cpu", "fp32"), torch.Generator().manual_seed(3)
         given: dict[str, list[Tensor]] = {"encode": [], "decode": []}
         for name in given:

@@ -16,7 +16,7 @@ THREADS = 8
 
 
 def test_eight_threads_load_text_encoders_at_once(tiny_bundle: Path) -> None:
-    """The first call of a pipeline loads them. transformers replaces its own functions for the process meanwhile."""
+    """A pipeline's first call loads them. While transformers loads, it replaces some functions of the whole process."""
     from transformers import PreTrainedModel
 
     tie, uniform = PreTrainedModel.tie_weights, torch.nn.init.uniform_
@@ -37,7 +37,7 @@ def test_eight_threads_load_text_encoders_at_once(tiny_bundle: Path) -> None:
 
 
 def test_modules_of_other_threads_get_their_values(tiny_bundle: Path) -> None:
-    """A VAE is built without initial values, and meanwhile nobody else's layer is."""
+    """A VAE is built without initial values. Layers that other threads make at that time still get theirs."""
     from mogle_rt.bundle.bundle import Bundle
     from mogle_rt.encoders.vae import autoencoder
 

@@ -1,4 +1,4 @@
-"""Distinct pictures and their index: they stand for the stacked pictures exactly, and find equal ones bit by bit."""
+"""Distinct pictures and their index stand for the stacked pictures exactly; pictures are compared bit by bit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mogle_rt.encoders.mask_planes import MaskPlanes
 
 
 def stacked(*rows: str) -> Tensor:
-    """[B, 4, 2, 3]: equal letters are equal pictures."""
+    """Pictures [B, 4, 2, 3], one for each letter; equal letters give equal pictures."""
     pictures = {letter: torch.randn(2, 3) for letter in sorted(set("".join(rows)))}
     return torch.stack([torch.stack([pictures[letter] for letter in row]) for row in rows])
 

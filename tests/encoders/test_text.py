@@ -1,4 +1,4 @@
-"""Prompt embeddings: equal to what diffusers' FluxPipeline.encode_prompt gives."""
+"""Prompt embeddings are equal to those of diffusers' FluxPipeline.encode_prompt."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_equals_diffusers(encoders: TextEncoders, tiny_files: Files, length: int
 
 
 def test_a_configuration_names_no_code(tiny_bundle: Path) -> None:
-    """transformers would fetch such kernels from the hub and import them."""
+    """A configuration may name kernels, which transformers would fetch from the hub and import."""
     bundle = Bundle(tiny_bundle)
     for part, config in (
         ("text_encoder", bundle.config.text_encoder),

@@ -19,15 +19,15 @@ from mogle_rt.encoders.tokenizers import check_charsmap, load_tokenizer
 
 
 def trie(units: dict[int, int], size: int = 256) -> bytes:
-    """A trie's units by their places, the others empty, in the form that a charsmap has; and the text A."""
+    """A charsmap: a trie with these units at these places, all others empty, and the text A behind it."""
     table = np.full(size, 1 << 31, dtype="<u4")
     for place, unit in units.items():
         table[place] = unit
     return len(table.tobytes()).to_bytes(4, "little") + table.tobytes() + b"A\0"
 
 
-LEAF, WIDE = 1 << 8, 1 << 9  # bits of a unit; its offset begins at bit 10
-# The root's offset is 0, so the letter a leads to unit 97. That has a leaf, which lies at 97 xor 1.
+LEAF, WIDE = 1 << 8, 1 << 9  # bits of a unit; from bit 10 on it holds an offset
+# The root's offset is 0, so the letter a (97) leads to unit 97. Its offset is 1, so its leaf lies at 97 xor 1.
 WHOLE = {0: 0, 97: (1 << 10) | LEAF | 97, 96: 0}
 
 
@@ -57,13 +57,13 @@ def test_a_whole_charsmap() -> None:
     ],
 )
 def test_damaged_charsmaps(data: bytes, message: str) -> None:
-    """Each of these makes the library panic, when it is read or when the letter a is normalised."""
+    """With each of these the tokenizers library panics, when it reads the map or when it normalises the letter a."""
     with pytest.raises(ConfigError, match=message):
         check_charsmap(data)
 
 
 def test_a_loop_in_a_charsmap_ends() -> None:
-    check_charsmap(trie({0: 0, 97: 97}))  # a leads to where one came from, for ever
+    check_charsmap(trie({0: 0, 97: 97}))  # the letter a leads back to where it came from, for ever
 
 
 def files_with(bundle: Path, part: str, name: str, change: Callable[[Any], None]) -> dict[str, bytes]:
@@ -106,7 +106,7 @@ def test_what_a_tokenizer_may_not_say(
 
 
 def test_a_number_that_takes_gigabytes(tiny_bundle: Path) -> None:
-    """The library made a table of 11 GB for one such number in 4 kB, and ended the process where there was less."""
+    """For one such number in a file of 4 kB the library made a table of 11 GB, and ended the process without them."""
     files = files_with(tiny_bundle, "tokenizer", "vocab.json", lambda v: v.update(x=10**18))
     with pytest.raises(CheckpointError, match=r"vocab.json: a token's number must be from 0 to 1048576, got 10+$"):
         load_tokenizer("tokenizer", files)

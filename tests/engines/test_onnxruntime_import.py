@@ -1,4 +1,4 @@
-"""Importing onnxruntime tells nobody and leaves no trace: no file in the user's folders, no connection."""
+"""Importing onnxruntime leaves no file in the user's folders and opens no connection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mogle_rt.engines.onnxruntime_import import SWITCH, import_onnxruntime
 
 ROOT = Path(mogle_rt.__file__).parents[1]
 
-# A session is made and run. Meanwhile Python's sockets are refused, and a thread looks for those of the library itself.
+# Makes and runs a session. Meanwhile Python can open no socket, and a thread looks for sockets that the library opens.
 SESSION = """
 import os, pathlib, socket, threading, time
 

@@ -1,4 +1,4 @@
-"""TensorRT-RTX engines, built for GPUs that aren't here; running one needs a GPU that TensorRT-RTX knows."""
+"""TensorRT-RTX engines are built for GPUs that this machine doesn't have. To run one needs a GPU of a supported kind."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SMALL = Profile(smallest=Size(32, 32), usual=Size(64, 64, 2), largest=Size(128, 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(shared_folder: Path) -> Path:
-    """In place of the one that other tests have: with one block of each kind, engines are built in half the time."""
+    """A bundle with one block of each kind, in place of the other tests' one: building engines takes half the time."""
     config = replace(TINY, num_layers=1, num_single_layers=1)
 
     def make(path: Path) -> None:
@@ -80,7 +80,10 @@ def test_build(dtype: str, weights: str, graph: str, opset: int, tiny_bundle: Pa
 
 
 def test_command(tiny_bundle: Path, tmp_path: Path) -> None:
-    """Several targets, streamed and linked weights, bfloat16, fused attention; on this machine the engine says where."""
+    """Several targets, streamed and linked weights, bfloat16 and fused attention in one command.
+
+    On a machine without such a GPU, opening the engine says for which GPUs it was built.
+    """
     shutil.copy(tiny_bundle, tmp_path / "tiny.safetensors")
     args = (
         tmp_path / "tiny.safetensors",
@@ -115,7 +118,7 @@ def test_refit_needs_a_gpu(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_refused_nodes_are_named(tiny_bundle: Path, tmp_path: Path) -> None:
-    """One operator that TensorRT doesn't know, one that it knows and can't take."""
+    """The error names an operator that TensorRT doesn't know, and one that it knows but can't take in this form."""
     folder = export(tiny_bundle, tmp_path, dtype="bf16")
     bundle, manifest = Bundle(tiny_bundle), Manifest.read(folder)
     model = step_model(bundle, manifest, "step")
@@ -140,7 +143,8 @@ def test_refused_nodes_are_named(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_no_node_of_float32_attention(tiny_bundle: Path, tmp_path: Path) -> None:
-    """TensorRT-RTX refuses the fused operator in float32, so its parts are taken; that it still does is shown here."""
+    """In float32 TensorRT-RTX refuses the fused operator, so single operations replace it. The last lines show that it
+    still refuses it."""
     folder = export(tiny_bundle, tmp_path, dtype="fp32")
     bundle, manifest = Bundle(tiny_bundle), Manifest.read(folder)
     assert "Attention" not in {n.op_type for n in step_model(bundle, manifest, "step").graph.node}
@@ -158,7 +162,7 @@ def test_targets() -> None:
 
 @pytest.mark.slow
 def test_slice_of_full_width(tmp_path: Path) -> None:
-    """The first double and the last single block of FLUX.1-dev in bfloat16."""
+    """An engine of FLUX.1-dev's first double and last single block, in bfloat16."""
     path = write_sparse_bundle(tmp_path / "flux_dev.safetensors")
     part = SelectedBlocks(Bundle(path), double=[0], single=[37])
     options = ExportOptions(dtype=torch.bfloat16, model=ModelConfig())
@@ -177,7 +181,7 @@ def test_slice_of_full_width(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_run_on_a_gpu(tiny_bundle: Path, tmp_path: Path) -> None:
-    """The same image by TensorRT-RTX as by torch."""
+    """TensorRT-RTX draws the same image as PyTorch."""
     capability = "{}{}".format(*torch.cuda.get_device_capability())
     if f"SM{capability}" not in dir(RTX.load().ComputeCapability):
         pytest.skip(f"TensorRT-RTX doesn't build for compute capability {capability}")

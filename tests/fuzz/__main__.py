@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz --seed 1``: many attempts to break each reader, and a table of what they ended in."""
+"""``python -m tests.fuzz --seed 1``: many attempts to break each reader, and a table of how they ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-ATTEMPTS = {"bundle, run": 0.1, "graph": 0.1, "FLUX folder": 0.5, "MoGLE": 0.8}  # parts of the number asked for
+ATTEMPTS = {"bundle, run": 0.1, "graph": 0.1, "FLUX folder": 0.5, "MoGLE": 0.8}  # slow readers get this share of tries
 
 
 def main() -> int:

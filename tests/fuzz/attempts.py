@@ -1,4 +1,4 @@
-"""Many attempts to break a reader, in processes of their own: what they end in, how long they take and how much memory."""
+"""Many attempts to break a reader, in processes of their own: how they end, and how much time and memory they take."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORKS, REFUSED = "works", "refused"
 
 @dataclass
 class Report:
-    """What attempts ended in: how many of each kind, the worst of them, and all that are defects."""
+    """How attempts ended: how many in each way, the largest time and memory of one, and all defects."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     defects: list[tuple[int, str]] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Report:
 
 
 def attempt_many(name: str, attempt: Callable[[random.Random], object], seed: int, numbers: range) -> Report:
-    """Make attempts, each with a generator that its number and the seed give.
+    """Make attempts, each with a random generator that is seeded with the seed and the attempt's number.
 
     An attempt may return, or raise a `MogleError` whose message is one line of printable characters. Everything else is
     a defect: another error, a signal, more time or memory than it may take.
@@ -58,7 +58,7 @@ def attempt_many(name: str, attempt: Callable[[random.Random], object], seed: in
 
 
 def _follow(child: int, reading: int, report: Report, at: int) -> int:
-    """Take in what a process says of its attempts, until it ends. Returns the number of the next attempt."""
+    """Read a process's reports of its attempts until it ends. Returns the number of the next attempt."""
     with os.fdopen(reading, "rb", buffering=0) as pipe:
         rest = b""
         while True:
@@ -86,7 +86,7 @@ def _follow(child: int, reading: int, report: Report, at: int) -> int:
 
 
 def _attempts(name: str, attempt: Callable[[random.Random], object], seed: int, numbers: range, writing: int) -> None:
-    faulthandler.disable()  # what pytest's would say of a signal, the report says shorter
+    faulthandler.disable()  # the report names a signal in a line, where pytest's handler would print all stacks
     quiet = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(quiet, stream)
@@ -96,7 +96,7 @@ def _attempts(name: str, attempt: Callable[[random.Random], object], seed: int, 
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number in numbers:
-        # A process that computes for too long gets a signal: no attempt can catch it.
+        # A process that computes for too long gets a signal that no attempt can catch.
         spent = int(time.process_time())
         resource.setrlimit(resource.RLIMIT_CPU, (spent + 2 * SECONDS, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         begin = time.process_time()

@@ -1,7 +1,7 @@
 """``python -m tests.fuzz.kills --kills 100 --seed 1``: commands that are killed at random moments, and then run again.
 
-After a kill every file under a final name must be whole, the command must succeed when it is run again, and nothing of the
-killed one may be left.
+After a kill every file with a final name must be whole. The command must succeed when it is run again, and nothing of
+the killed run may be left.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIGNALS = (*[signal.SIGKILL] * 6, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 def _start(arguments: list[str]) -> int:
-    """Run a command in a fork that has all libraries already."""
+    """Run a command in a fork, in which all libraries are imported already."""
     child = os.fork()
     if not child:
         quiet = os.open(os.devnull, os.O_WRONLY)
@@ -52,7 +52,7 @@ def _run(arguments: list[str]) -> tuple[int, float]:
 
 
 def _whole(folder: Path) -> None:
-    """Every file under a final name can be read to its end."""
+    """Check that every file with a final name can be read to its end."""
     from PIL import Image
 
     from mogle_rt.bundle.bundle import Bundle
@@ -121,7 +121,7 @@ def main() -> int:
             child = _start(arguments)
             time.sleep(r.uniform(0, 1.1 * times[name]))
             with_signal = r.choice(SIGNALS)
-            os.kill(child, with_signal)  # one that has ended waits for us, so this always has a receiver
+            os.kill(child, with_signal)  # the number stays the child's, even when it has ended, until we wait for it
             os.waitpid(child, 0)
             what = ""
             try:

@@ -19,7 +19,7 @@ TEXTS = (
 
 
 def hostile_value(r: random.Random) -> Any:
-    """A value of any JSON type that readers seldom expect."""
+    """A JSON value of any type, of a kind that readers may not expect."""
     kind = r.randrange(8)
     if kind == 0:
         return r.choice(NUMBERS) * r.choice((1, 1, -1))
@@ -81,7 +81,7 @@ def spoiled(value: Any, r: random.Random) -> Any:
 
 
 def as_json(value: Any, r: random.Random) -> bytes:
-    """Its text; now and then with other bytes in it, or nested far too deeply."""
+    """The value as JSON text; now and then with wrong bytes in it, or nested far too deeply."""
     try:
         text = json.dumps(value).encode()
     except (ValueError, RecursionError):
@@ -97,14 +97,14 @@ def as_json(value: Any, r: random.Random) -> bytes:
 
 
 def bytes_spoiled(data: bytes, r: random.Random) -> bytes:
-    """Bytes changed, cut, put in, doubled, or taken for numbers and exchanged."""
+    """The data with bytes changed, cut, inserted or doubled, or with whole numbers in it exchanged."""
     b = bytearray(data)
     for _ in range(r.choice((1, 1, 2, 5, 30))):
         if not b:
             return bytes(b)
         at, kind = r.randrange(len(b)), r.randrange(8)
         if r.random() < 0.5:
-            at = min(at, r.choice((16, 64, 512, 4096))) % len(b)  # headers more often
+            at = min(at, r.choice((16, 64, 512, 4096))) % len(b)  # more often in a file's beginning, where headers are
         if kind <= 2:
             b[at] = r.randrange(256)
         elif kind == 3:

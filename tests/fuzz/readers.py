@@ -1,4 +1,4 @@
-"""Everything that reads a file of somebody else's, as a function that spoils such a file and reads it."""
+"""All code that reads other people's files, each as a function that spoils such a file and then reads it."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def readers(files: Files, bundle: Path, folder: Path) -> dict[str, Attempt]:
     """Readers by their names.
 
     Args:
-        files, bundle: a tiny checkpoint and its bundle; they are not changed.
-        folder: for spoiled files.
+        files, bundle: a tiny checkpoint and its bundle. They are not changed.
+        folder: where spoiled files are written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     exported = folder / "exported"
@@ -98,7 +98,7 @@ def _int4(bundle: Path, folder: Path) -> bytes:
 
 
 def _quantised(data: bytes, path: Path, r: random.Random) -> None:
-    """A bundle whose header says how its weights are stored; it is opened, and the transformer is loaded."""
+    """Spoil what a bundle's header says of its weights' formats, open the bundle, and load the transformer."""
 
     def describe(header: Any) -> None:
         metadata = header["__metadata__"]
@@ -124,7 +124,7 @@ def _embeddings(data: bytes, path: Path, r: random.Random) -> None:
 
 
 def _bundle_run(data: bytes, path: Path, r: random.Random) -> None:
-    """What opens is drawn with: one step of 32 pixels."""
+    """If the spoiled bundle opens, draw one step of 32 x 32 pixels with it."""
 
     def in_a_part(header: Any) -> None:
         config = json.loads(header["__metadata__"]["config"])
@@ -327,7 +327,7 @@ def _manifest(exported: Path, bundle: Path, folder: Path, r: random.Random) -> N
 
 
 def _graph(exported: Path, bundle: Path, folder: Path, r: random.Random) -> None:
-    """A spoiled graph whose hash the manifest knows: a forger has changed both."""
+    """A spoiled graph whose hash is right in the manifest, as if somebody had forged both."""
     if not folder.exists():
         shutil.copytree(exported, folder)
     raw = json.loads((exported / "manifest.json").read_text())
@@ -368,7 +368,7 @@ def _engine(data: bytes, path: Path, r: random.Random) -> None:
     read_engine(path)
 
 
-# The letter a becomes A, in the form of SentencePiece's compiled normalisations.
+# A normalisation in SentencePiece's compiled form, which turns the letter a into A.
 _UNITS = np.full(256, 1 << 31, dtype="<u4")
 _UNITS[[0, 96, 97]] = 0, 0, 1 << 10 | 1 << 8 | 97
 _CHARSMAP = (1024).to_bytes(4, "little") + _UNITS.tobytes() + b"A\0"

@@ -29,7 +29,7 @@ NAMES = (
 
 @pytest.fixture(scope="module")
 def every_reader(tiny_files: Files, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Attempt]:
-    torch.set_num_threads(1)  # others would be missing in the forks
+    torch.set_num_threads(1)  # PyTorch's other threads would not exist in the forks
     return readers(tiny_files, tiny_bundle, tmp_path_factory.mktemp("spoiled"))
 
 
@@ -44,7 +44,7 @@ def test_a_spoiled_file_works_or_is_refused_in_one_line(name: str, every_reader:
 
 @pytest.mark.quick
 def test_what_counts_as_a_defect() -> None:
-    """An error of another kind, a message of two lines, a signal, memory beyond the limit: each is found and counted."""
+    """Another kind of error, a message of two lines, a signal, and memory beyond the limit are counted as defects."""
 
     def attempt(r: random.Random) -> None:
         number = numbers.pop(0)
@@ -74,7 +74,7 @@ def test_what_counts_as_a_defect() -> None:
 
 @pytest.mark.quick
 def test_an_attempt_can_be_repeated() -> None:
-    """By its seed and its number, whatever was attempted before."""
+    """An attempt depends on its seed and its number alone, not on the attempts before it."""
     drawn: dict[int, str] = {}
 
     def attempt(r: random.Random) -> None:
