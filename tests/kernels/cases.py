@@ -1,4 +1,4 @@
-"""Random arguments for every kernel, of any size, with NaN in whatever a kernel must not read or leave unwritten."""
+"""Random arguments of any size for every kernel. There is NaN wherever a kernel must not read, and in its outputs."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ from mogle_rt.kernels.workloads import tensors
 
 Arguments = dict[str, Any]
 
-# How far a result may lie from float64, as a relative RMS error (`Case.bound`). Errors of roundings are independent of
-# one another and uniform within u times a power of two that is not above the value: relative to the value, the RMS of one
-# is at most u / sqrt(3), and that of several that follow one another is the root of the sum of their squares.
+# How far a result may lie from float64, as a relative RMS error (`Case.bound`). The errors of roundings are independent,
+# and each is uniform within u times a power of two that is at most the value. So relative to the value, the RMS of one
+# rounding is at most u / sqrt(3). The squares of several roundings in a row add up.
 #
-# - Roundings to the dtype, so many on the way to an output: u sqrt(roundings / 3).
+# - `roundings` to the dtype on the way to an output: u sqrt(roundings / 3).
 # - Sums in fp32. Where n random terms are added one by one, the partial sum after k of them has an RMS of sqrt(k) times
 #   a term's, and each addition rounds its partial sum. So the squares of the errors add up to n^2 / 2 times u^2 / 3 times
-#   a term's square, and relative to the whole sum, sqrt(n) times a term, the error is u sqrt(n / 6). (Where all terms
-#   have one sign, partial sums grow as k, and it is u sqrt(n / 9). A sum that is taken as a tree has less than either.)
-#   Sums that follow one another add in squares, so n counts the terms of all of them.
+#   a term's square. The whole sum is sqrt(n) times a term, and relative to it the error is u sqrt(n / 6). (Where all
+#   terms have one sign, partial sums grow as k, and it is u sqrt(n / 9). Where terms are added in pairs, it is less.)
+#   The squared errors of several sums in a row add up as well, so n counts the terms of all of them.
 #
-# Values of a few outputs share an error, as those of a row do its mean's, and then errors don't average out: sums may
-# have SHARED times as much. Both parts grow where a value is a small difference of large ones or the argument of an
-# exponential function: the gain of a case. An RMS over m values scatters by a share of 1 / sqrt(m) around its mean;
-# three times that is allowed.
+# Outputs can share an error, as a row's values share the error of its mean. Such errors don't average out, so the part
+# of the sums may be SHARED times as large. Both parts grow by the `gain` of a case where a value is a small difference
+# of large ones, or the argument of an exponential function. An RMS over m values scatters around its mean by a share
+# of 1 / sqrt(m); three times that is allowed.
 SHARED = 4.0
 # u: half the distance from 1 to the next number.
 FP32_UNIT = 2.0**-24
@@ -64,34 +64,34 @@ UNITS = {torch.float32: FP32_UNIT, torch.float16: 2.0**-11, torch.bfloat16: 2.0*
 
 
 class Random:
-    """Tensors of one seed, dtype and device. Views keep NaN around them; see `guards_kept`."""
+    """Makes random tensors from a seed, of one dtype and device. Around views lies NaN; see `guards_kept`."""
 
     def __init__(self, seed: int, dtype: torch.dtype, device: str) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.dtype, self.device = dtype, device
 
     def __call__(self, *shape: int, extra: int = 0, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal values; ``extra`` columns of NaN behind each row."""
+        """Normally distributed values, with ``extra`` columns of NaN behind each row."""
         values = torch.randn(shape, generator=self.generator) * scale
         view = self.empty(*shape, extra=extra, dtype=dtype)
         view.copy_(values)
         return view
 
     def empty(self, *shape: int, extra: int = 0, dtype: torch.dtype | None = None) -> Tensor:
-        """NaN everywhere: an output."""
+        """A tensor for an output, filled with NaN."""
         whole = (*shape[:-1], shape[-1] + extra)
         buffer = torch.full(whole, float("nan"), dtype=dtype or self.dtype, device=self.device)
         return buffer[..., : shape[-1]]
 
 
 def guards_kept(x: Tensor) -> bool:
-    """Whether a view is written whole, and all else of its buffer is NaN still."""
+    """Whether a view has no NaN left, and the rest of its buffer is still NaN."""
     whole = x if x._base is None else x._base
     return int(whole.isnan().sum()) == whole.numel() - x.numel() and not bool(x.isnan().any())
 
 
 def with_tensor(arguments: Arguments, name: str, value: Tensor) -> Arguments:
-    """The arguments with one tensor replaced; names as in `tensors`."""
+    """The arguments with one tensor replaced. Names are those of `tensors`."""
     outer, _, field = name.partition(".")
     return arguments | {outer: replace(arguments[outer], **{field: value}) if field else value}
 
@@ -109,12 +109,13 @@ class Case:
     """A kernel and how to make its arguments.
 
     Attributes:
-        outputs: names of arguments that are written; scratch: those whose contents are the kernel's own affair.
-        make: arguments from a `Random` and sizes.
-        small: odd sizes, each a call; the first is used where one is enough.
-        full: FLUX.1-dev's, 512 x 512 pixels.
-        terms: of all sums on the way to an output, from the sizes. roundings: to the dtype, on the way to an output.
-        gain: by how much errors may grow on the way; see `SHARED`.
+        outputs: names of arguments that are written. scratch: names of arguments whose contents nobody else reads.
+        make: makes the arguments from a `Random` and sizes.
+        small: odd sizes, one set for each call. Where one call is enough, the first is used.
+        full: the sizes of FLUX.1-dev at 512 x 512 pixels.
+        terms: how many terms all sums on the way to an output have, for given sizes.
+        roundings: how often a value is rounded to the dtype on the way to an output.
+        gain: by how much errors may grow on the way. See `SHARED`.
     """
 
     name: str
@@ -131,26 +132,26 @@ class Case:
     scratch: tuple[str, ...] = ()
 
     def bound(self, sizes: dict[str, Any], dtype: torch.dtype, count: int) -> float:
-        """Largest relative RMS error of an output of so many elements; see `SHARED`."""
+        """The largest relative RMS error that an output of `count` elements may have. See `SHARED`."""
         rounded = UNITS[dtype] * (self.roundings / 3) ** 0.5
         return (1 + 3 * count**-0.5) * self.gain * (rounded + self.summed(sizes))
 
     def summed(self, sizes: dict[str, Any]) -> float:
-        """The share of the sums in it, which the order of their terms decides."""
+        """The part of `bound` that comes from sums, and so depends on the order of their terms."""
         return SHARED * FP32_UNIT * (self.terms(sizes) / 6) ** 0.5
 
     def arguments(self, seed: int, dtype: torch.dtype, device: str = "cpu", **sizes: Any) -> Arguments:
-        """The same for the same seed."""
+        """Arguments of these sizes; the same seed gives the same ones."""
         return self.make(Random(seed, dtype, device), **sizes)
 
     def views(self, arguments: Arguments) -> tuple[list[Tensor], list[Tensor]]:
-        """Tensors that may be read, and that may be written."""
+        """The tensors that may be read, and those that may be written."""
         found, written = tensors(arguments), (*self.outputs, *self.scratch)
         return [x for n, x in found.items() if n not in written], [found[name] for name in written]
 
 
 def _bounds(L: int, groups: int) -> list[int]:
-    """Ends of groups: odd places."""
+    """Where groups of rows end, at odd places."""
     return {1: [L], 2: [L // 3, L], 3: [L // 5, L // 2, L]}[groups]
 
 
@@ -259,7 +260,7 @@ def _attention(
     fused: bool = True,
     extra: int = 0,
 ) -> Arguments:
-    if fused:  # as one projection leaves them
+    if fused:  # q, k and v side by side, as one projection writes them
         q, k, v = r(L, B, 3 * H * d).unflatten(-1, (3, H, d)).unbind(2)
     else:
         q, k, v = (r(L, B, H, d, extra=extra) for _ in range(3))
@@ -284,7 +285,7 @@ GATE_SIZES = (
 
 def _experts(r: Random, *, N: int, B: int, C: int, H: int, E: int, P: int, extra: int = 0) -> Experts:
     index = torch.randint(-1, P, (B, E), generator=r.generator, dtype=torch.int32)
-    index[0, 0] = P - 1  # at least one present, and the last plane in use
+    index[0, 0] = P - 1  # at least one expert has a picture, and the last picture is used
     return Experts(
         planes=r(P, N, C, extra=extra),
         index=index.to(r.device),
@@ -317,7 +318,7 @@ GATE_GAIN = (
 
 
 def _gate_terms(sizes: dict[str, Any]) -> int:
-    """Of the gate's layers, its softmax and the sum over the experts."""
+    """The terms of the gate's layers, of its softmax and of the sum over the experts."""
     return 2 * int(sizes["C"]) + int(sizes["G"]) + 2 * int(sizes["E"])
 
 
@@ -339,7 +340,7 @@ CASES = [
         {"L": 2560, "B": 1, "D": 3072, "R": 16, "G": 2, "lora_from": 1536, "ends": [1536, 2560]},
         terms=lambda s: 3 * s["D"],  # mean, variance, down-projection
         roundings=2,  # the row, the down-projection
-        gain=4.0,  # values have a mean of 3 and a deviation of 1: without the mean, errors count sqrt(10) times
+        gain=4.0,  # the mean is 3 and the deviation 1: once the mean is taken off, errors weigh sqrt(10) times as much
     ),
     Case(
         "residual_norm_modulate",
@@ -361,8 +362,8 @@ CASES = [
             "ends": [1536, 2560],
         },
         terms=lambda s: s["Q"] + 3 * s["D"],
-        roundings=3,  # the stream, too
-        gain=4.0,  # as above
+        roundings=3,  # the residual stream, the row, the down-projection
+        gain=4.0,  # as for norm_modulate
     ),
     Case(
         "residual",
@@ -416,7 +417,7 @@ CASES = [
         gate_mix_mean_cost,
         ("out",),
         _gate_mix_mean,
-        (*GATE_SIZES, {"N": 600, "B": 1, "C": 4, "G": 2, "E": 3}),  # the last has more sums than a program's first load
+        (*GATE_SIZES, {"N": 600, "B": 1, "C": 4, "G": 2, "E": 3}),  # the last one's partial sums take several loads
         {"N": 1024, "B": 1, "C": 64, "G": 64, "E": 20},
         scratch=("sums",),
         terms=lambda s: _gate_terms(s) + s["N"],  # the mean
@@ -489,19 +490,19 @@ BY_NAME = {case.name: case for case in CASES}
 
 
 def small_calls() -> Iterator[tuple[Case, dict[str, Any]]]:
-    """Every kernel at each of its odd sizes."""
+    """Every kernel with each set of its odd sizes."""
     for case in CASES:
         for sizes in case.small:
             yield case, sizes
 
 
 def run_seed() -> int:
-    """The seed of this run's random arguments: always the same, or what MOGLE_RT_FUZZ_SEED says."""
+    """The seed of this run's random arguments: MOGLE_RT_FUZZ_SEED where it is set, else always the same."""
     return int(os.environ.get("MOGLE_RT_FUZZ_SEED") or 1)
 
 
 def planted(module: Any, old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module with every ``old`` in its source replaced."""
+    """The module, made from its source with every ``old`` replaced by ``new``."""
     source = Path(module.__file__).read_text()
     assert old in source, old
     path = folder / f"faulty_{Path(module.__file__).name}"

@@ -1,13 +1,13 @@
-"""``python -m tests.kernels.compiled``: compile what the tests look at, and print it as JSON.
+"""``python -m tests.kernels.compiled``: compile kernels, and print as JSON what the tests ask of the machine code.
 
 Compiling takes most of a minute on a core, so nothing is compiled twice that is known to give the same code:
 
-- GPUs of one generation get the same code: `SAME_CODE`, of which one kernel is compiled for all to see that they do.
-- The three calls over the residual stream are one kernel; `residual_norm_modulate` has all of its parts, so it stands
-  for the other two, which are compiled for one generation alone.
-- In fp32 what is in danger is registers and shared memory, so kernels are compiled for the generation whose GPUs have
-  the least shared memory; those with the largest tiles have other instructions on Hopper, and are compiled for it, too.
-  Values are clipped in fp16 alone.
+- GPUs of one generation get the same code (`SAME_CODE`). One kernel is compiled for all of them to show it.
+- The three calls over the residual stream launch one kernel. `residual_norm_modulate` uses all of its parts, so the
+  other two calls are compiled for one generation only.
+- In fp32, registers or shared memory may not suffice. So kernels are compiled for the generation with the least shared
+  memory, and those with the largest tiles also for Hopper, where they have other instructions.
+- Values are clipped in fp16 only, so one kernel is compiled in fp16.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WHOLE = (
     *("region_experts", "region_expert_mix", "joint_attention"),
 )
 LARGE_TILES = ("region_experts", "joint_attention")
-OF_ONE_GENERATION = "residual"  # the call that is compiled for every GPU of `SAME_CODE`
+OF_ONE_GENERATION = "residual"  # the call that is compiled for every GPU in `SAME_CODE`
 VARIANTS = (
     *("gate_mix-batch32", "gate_mix_mean-batch32", "region_expert_mix-batch32"),
     "residual_norm_modulate-plain",
@@ -34,7 +34,7 @@ VARIANTS = (
 
 
 def jobs() -> list[tuple[str, str, str]]:
-    """Call, dtype and GPU."""
+    """What is compiled: the call, the dtype and the GPU of each."""
     siblings = {target for family in SAME_CODE.items() for target in (family[0], *family[1])}
     return [
         *((name, "bf16", target) for name in WHOLE for target in GENERATIONS),
@@ -47,7 +47,7 @@ def jobs() -> list[tuple[str, str, str]]:
 
 
 def main() -> None:
-    """Compile, print."""
+    """Compile everything, and print the results."""
     read = ("tensor_cores", "wide_loads", "wide_stores", "narrow_accesses")
     rows = [
         {"workload": name, "dtype": dtype, **dataclasses.asdict(r)} | {what: getattr(r, what) for what in read}

@@ -1,7 +1,8 @@
-"""Triton's interpreter with bfloat16 that is right, and a watch over what a kernel reads and writes.
+"""Triton's interpreter with correct bfloat16, and a record of what a kernel reads and writes.
 
-Triton 3.6 and 3.7 compute on the raw bits of bfloat16 values; `correct_bfloat16` has them compute in fp32 and round, as
-GPUs do. Triton 3.6 also makes an index of a one-element array in a way that numpy 2.4 refuses: `correct_indices`.
+Triton 3.6 and 3.7 compute on the raw bits of bfloat16 values. After `correct_bfloat16` they compute in fp32 and round,
+as GPUs do. Triton 3.6 also turns a one-element array into an index in a way that numpy 2.4 refuses, which
+`correct_indices` mends.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHand
 
 from mogle_rt.kernels.requested import Access, element_bytes, watched
 
-# Operations on floating point values; comparisons are added below.
+# The interpreter's operations on floating point values; comparisons are added below.
 ARITHMETIC = [
     *("fadd", "fsub", "fmul", "fdiv", "frem", "precise_divf", "fma", "dot", "clampf"),
     *("minimumf", "minnumf", "maximumf", "maxnumf", "floor", "ceil"),
@@ -33,12 +34,12 @@ def _is_bfloat16(value: Any) -> bool:
 
 
 def widened(handle: Any) -> Any:
-    """bfloat16 bits as fp32 values."""
+    """The fp32 values of bfloat16 bits."""
     return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 def rounded(handle: Any) -> Any:
-    """fp32 values as bfloat16 bits, to nearest even."""
+    """The bfloat16 bits of fp32 values, rounded to nearest even."""
     bits = np.ascontiguousarray(handle.data.astype(np.float32)).view(np.uint32)
     bits = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return TensorHandle(np.where(np.isnan(handle.data), np.uint16(0x7FC0), bits), tl.bfloat16)
@@ -50,7 +51,7 @@ def _in_fp32(name: str, old: Callable[..., Any]) -> Callable[..., Any]:
         if not any(narrow):
             return old(self, *args, **kwargs)
         result = old(self, *(widened(a) if n else a for a, n in zip(args, narrow, strict=True)), **kwargs)
-        if name.startswith("fcmp") or (name == "dot" and not narrow[2]):  # a dot's third is its fp32 sum
+        if name.startswith("fcmp") or (name == "dot" and not narrow[2]):  # a dot's third operand is its fp32 sum
             return result
         return rounded(result)
 
@@ -58,7 +59,7 @@ def _in_fp32(name: str, old: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def correct_bfloat16() -> None:
-    """Patch Triton's interpreter, for the whole process; a second call does nothing."""
+    """Patch Triton's interpreter for the whole process. A second call does nothing."""
     builder = InterpreterBuilder
     if hasattr(builder, "mogle_rt_corrected"):
         return
@@ -95,7 +96,7 @@ def correct_bfloat16() -> None:
 
 
 def correct_indices() -> None:
-    """Let `range` take a scalar of a kernel as its end, whatever numpy thinks of arrays with one element."""
+    """Let a kernel's scalar be the end of a `range`, though numpy 2.4 turns no array into an index."""
     patch_tensor = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, scope: Any) -> None:
@@ -107,10 +108,10 @@ def correct_indices() -> None:
 
 @dataclass
 class Traffic:
-    """Addresses of bytes that kernels touched.
+    """The addresses of all bytes that kernels read and wrote.
 
     Attributes:
-        read, written: one array of first bytes and a size for each access.
+        read, written: for each access, an array of the elements' first addresses, and an element's size in bytes.
     """
 
     read: list[tuple[NDArray[np.uint64], int]] = field(default_factory=list)
@@ -125,12 +126,12 @@ class Traffic:
 
     @property
     def bytes_read(self) -> int:
-        """Each address once."""
+        """How many different bytes were read."""
         return self._distinct(self.read)
 
     @property
     def bytes_written(self) -> int:
-        """Each address once."""
+        """How many different bytes were written."""
         return self._distinct(self.written)
 
 
@@ -139,7 +140,7 @@ class OutOfBoundsError(AssertionError):
 
 
 def _addresses(tensors: Sequence[Tensor]) -> NDArray[np.uint64]:
-    """First bytes of all elements of views, sorted."""
+    """The first addresses of all elements of these views, sorted."""
     found = []
     for x in tensors:
         offsets = np.zeros((), dtype=np.int64)
@@ -150,7 +151,7 @@ def _addresses(tensors: Sequence[Tensor]) -> NDArray[np.uint64]:
 
 
 class _Guard:
-    """A watcher that notes every access, and refuses those that aren't allowed (None: all are)."""
+    """Notes every access, and raises at those that aren't allowed. None allows all."""
 
     def __init__(self, may_read: NDArray[np.uint64] | None, may_write: NDArray[np.uint64] | None) -> None:
         self.traffic = Traffic()
@@ -168,18 +169,19 @@ class _Guard:
         getattr(self.traffic, kind).append((active, element_bytes(ptrs)))
 
     def dot(self, a: Any, b: Any) -> None:
-        """Products touch no memory."""
+        """Products access no memory."""
 
 
 @contextlib.contextmanager
 def recorded(readable: Sequence[Tensor] | None = None, writable: Sequence[Tensor] = ()) -> Iterator[Traffic]:
-    """What kernels that run in the interpreter meanwhile read and write.
+    """Record what kernels read and write that run in the interpreter within this block.
 
-    Given ``readable``, every access is checked before it is made: an active lane must read an element of one of these
-    views (or of the writable ones), or write one of the ``writable`` ones; gaps between a view's rows are neither.
+    Where ``readable`` is given, every access is checked before it is made. An active lane may read an element of these
+    views or of the ``writable`` ones, and write an element of the ``writable`` ones. The gaps between a view's rows
+    belong to no view.
 
     Raises:
-        OutOfBoundsError: (inside) it doesn't.
+        OutOfBoundsError: within the block, at an access that isn't allowed.
     """
     may_read = None if readable is None else _addresses([*readable, *writable])
     may_write = None if readable is None else _addresses(writable)

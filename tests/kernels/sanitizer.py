@@ -1,7 +1,8 @@
-"""``python -m tests.kernels.sanitizer``: kernels, whole and with planted faults, under triton-viz' sanitizer; prints JSON.
+"""``python -m tests.kernels.sanitizer``: run kernels, as they are and with planted faults, under triton-viz' sanitizer.
 
-The sanitizer changes the interpreter for good and ends its process where it finds a fault. So each run has a process of
-its own, forked from this one, and its exit code tells: 0 within bounds, 1 a violation, 2 anything else.
+The results are printed as JSON. The sanitizer changes the interpreter for good, and ends its process where it finds a
+fault. So each run has a process of its own, forked from this one, whose exit code says what came of it: 0 within bounds,
+1 a violation, 2 anything else.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ FAULTS = [
 
 
 def calls() -> list[tuple[str, dict[str, Any]]]:
-    """Kernels and sizes. Attention as far as it can be expressed, and with rows of one tensor each."""
+    """Kernels and sizes. Of attention only the calls that the sanitizer can express, with q, k and v in separate rows."""
     found = [(name, sizes) for name in KERNELS for sizes in BY_NAME[name].small if name != "joint_attention"]
     attention = [s for s in BY_NAME["joint_attention"].small if s["visibility"] in ("scaled", "joint")]
     return found + [("joint_attention", sizes | {"fused": False, "extra": 0}) for sizes in attention]
 
 
 def run(name: str, sizes: dict[str, Any], fault: tuple[str, str] | None) -> None:
-    """One call under the sanitizer."""
+    """Call a kernel once under the sanitizer."""
     module, written_in, kernels = KERNELS[name]
-    # It follows loops of a kernel's own module; those of the helpers' module need its hook, too.
+    # It follows loops in a kernel's own module. To follow those in the helpers' modules, these need its hook, too.
     for helpers in (gate, stream_rows_kernel):
         helpers._triton_viz_loop_patcher = patch._loop_patcher  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
@@ -62,7 +63,7 @@ def run(name: str, sizes: dict[str, Any], fault: tuple[str, str] | None) -> None
 
 
 def forked(name: str, sizes: dict[str, Any], fault: tuple[str, str] | None = None) -> int:
-    """Exit code of a run in a process of its own."""
+    """Run in a forked process, and return its exit code."""
     child = os.fork()
     if child == 0:
         code = 2
@@ -80,7 +81,7 @@ def forked(name: str, sizes: dict[str, Any], fault: tuple[str, str] | None = Non
 
 
 def main() -> None:
-    """Run everything, tell."""
+    """Run everything, and print the exit codes."""
     torch.set_num_threads(1)
     whole = [(name, sizes, forked(name, sizes)) for name, sizes in calls()]
     faults = [(name, new, forked(name, calls_of(name), (old, new))) for name, old, new in FAULTS]
@@ -88,7 +89,7 @@ def main() -> None:
 
 
 def calls_of(name: str) -> dict[str, Any]:
-    """The first sizes of a kernel."""
+    """The first sizes of a kernel's case."""
     return next(sizes for kernel, sizes in calls() if kernel == name)
 
 

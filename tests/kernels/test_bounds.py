@@ -1,8 +1,8 @@
-"""Bounds proven for every program at once, by triton-viz' symbolic sanitizer, for the kernels that it understands.
+"""triton-viz' symbolic sanitizer proves for all programs at once that kernels stay within their tensors.
 
-It can't express `tl.split` (qk_norm_rope), loop bounds chosen by a program's place (attention with excluded keys) and
-pointers from loaded indices (region experts); of those, and of all others, `test_kernels` checks every access at odd
-sizes.
+It can't express `tl.split` (qk_norm_rope), loop bounds that depend on the program's number (attention with excluded
+keys), and pointers from loaded indices (region experts). For these kernels, and for all others too, `test_kernels`
+checks every access at odd sizes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-# Not imported here: it raises the interpreter's recursion limit beyond what C's stack bears.
-pytestmark = pytest.mark.skipif(find_spec("triton_viz") is None, reason="triton-viz comes for x86-64 Linux alone")
+# triton-viz isn't imported here, since it raises Python's recursion limit beyond what C's stack can take.
+pytestmark = pytest.mark.skipif(find_spec("triton_viz") is None, reason="triton-viz is there for x86-64 Linux only")
 
 
 @pytest.fixture(scope="module")

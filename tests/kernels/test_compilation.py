@@ -1,8 +1,7 @@
-"""What compilers make of every kernel for GPUs that needn't be there, read back from the machine code.
+"""The machine code that compilers make of every kernel, for GPUs that this machine needn't have.
 
-The kernels are compiled once for all tests here, in a process of its own, since this one may interpret them: see
-`tests.kernels.compiled`. The table that it prints is kept in build/, and is made anew when anything changes that it
-depends on.
+`tests.kernels.compiled` compiles the kernels once for all tests here. It has a process of its own, since in this one
+Triton may be set to interpret kernels. Its table is kept in build/ until anything changes that it depends on.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from mogle_rt.kernels.workloads import DTYPES, workloads
 from tests.conftest import make_once
 from tests.kernels.compiled import GENERATIONS, OF_ONE_GENERATION, SAME_CODE
 
-# Kernels without a matrix product, and where a product's tile is as large as the newer instructions need: 64 rows for
-# wgmma and tcgen05. The others have 16 rows, since few tokens would otherwise leave most multiprocessors idle, or
-# since the product is a thin one beside a norm.
+# The kernels without a matrix product, and those whose tiles are large enough for the newer instructions: wgmma and
+# tcgen05 need 64 rows. The other kernels have tiles of 16 rows: with few tokens, larger ones would leave most
+# multiprocessors idle, or the product is only a thin one beside a norm.
 WITHOUT_PRODUCT = {"qk_norm_rope", "mean_mix"}
 LARGE_TILES = {"region_experts", "joint_attention"}
 MEMORY_BOUND = {"stream_rows", "qk_norm_rope", "gate_mix", "mean_mix", "region_experts", "region_expert_mix"}
 OWN_INSTRUCTION = {"sm_90": "wgmma", "sm_100": "tcgen05"}
-# Accesses of two bytes that a kernel may have; others may have none. Over the stream, a program of 16 rows has as many
-# threads as a branch of 16 columns has elements, and reads one each, and writes the branch's as tensor cores leave them;
-# the norms' weights of a head (of q and of k) are one for each of a program's 128 threads.
+# How many accesses of two bytes a kernel may have; others may have none. A program over the residual stream has 16 rows.
+# Its threads read a branch of 16 columns an element each, and write the branch's results as tensor cores hold them.
+# qk_norm_rope's 128 threads read a weight each of a head's norms (of q and of k).
 MOST_NARROW = {"stream_rows": 3, "qk_norm_rope": 2}
 
 Compiled = list[dict[str, Any]]
@@ -42,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def sources_hash() -> str:
-    """A hash of all that the table depends on: the kernels, the calls that are compiled, and the compilers' versions."""
+    """A hash of what the table depends on: the kernels, the calls that are compiled, and the compilers' versions."""
     versions = [platform.python_version(), *(importlib.metadata.version(name) for name in ("torch", "triton"))]
     found = hashlib.sha256(" ".join(versions).encode())
     for path in (*sorted((ROOT / "kernels").glob("*.py")), ROOT / "tests" / "kernels" / "compiled.py"):
@@ -52,7 +51,7 @@ def sources_hash() -> str:
 
 @pytest.fixture(scope="module")
 def compiled() -> Compiled:
-    """One table for all tests, also where workers run them in processes of their own."""
+    """The table. All tests share one, also those that run side by side in other processes."""
     table = make_once(ROOT / "build" / "compiled" / f"{sources_hash()}.json", compile_all)
     found: Compiled = json.loads(table.read_text())
     return found
@@ -73,7 +72,7 @@ def label(r: dict[str, Any]) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_kernel_compiles_for_every_gpu_within_its_limits(compiled: Compiled) -> None:
-    """No register spills, and shared memory fits into that of every GPU with this code."""
+    """No registers spill, and the shared memory is there on every GPU with this code."""
     kernels = {r["kernel"] for r in compiled}
     assert len(kernels) == 7  # stream_rows is launched in three ways
     for target in GENERATIONS:
@@ -87,7 +86,7 @@ def test_every_kernel_compiles_for_every_gpu_within_its_limits(compiled: Compile
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_gpus_of_a_generation_have_the_same_code(compiled: Compiled) -> None:
-    """So that one stands for all of them in the other tests."""
+    """So the other tests need to look at one GPU of each generation only."""
     assert {*GENERATIONS, *(other for others in SAME_CODE.values() for other in others)} == set(TARGETS)
     rows = {r["target"]: r for r in compiled if r["workload"] == OF_ONE_GENERATION and r["dtype"] == "bf16"}
     for target, others in SAME_CODE.items():
@@ -98,7 +97,7 @@ def test_gpus_of_a_generation_have_the_same_code(compiled: Compiled) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_products_are_on_tensor_cores(compiled: Compiled) -> None:
-    """And by wgmma on Hopper and tcgen05 on Blackwell, where the tile is large enough."""
+    """Where a tile is large enough, they use wgmma on Hopper and tcgen05 on Blackwell."""
     for r in compiled:
         if r["kernel"] in WITHOUT_PRODUCT or r["workload"].endswith("-plain"):
             assert r["tensor_cores"] == "", label(r)
@@ -112,15 +111,15 @@ def test_products_are_on_tensor_cores(compiled: Compiled) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_memory_is_moved_sixteen_bytes_at_a_time(compiled: Compiled) -> None:
-    """Rows are, and what is moved two bytes at a time is counted: a row stride that Triton can't tell is aligned.
+    """Rows are. Accesses of two bytes are counted: there Triton can't tell that the row stride is aligned.
 
-    With ranks filled up to 8 in place of 16, `residual_norm_modulate` loads 25 times two bytes.
+    With ranks filled up to 8 in place of 16, `residual_norm_modulate` has 25 loads of two bytes.
     """
     for r in compiled:
         if r["kernel"] not in MEMORY_BOUND or not r["target"].startswith("sm_"):
             continue
         assert r["wide_loads"] >= 1, label(r)
-        if not (r["kernel"] == "gate_mix" and r["workload"].startswith("gate_mix_mean")):  # which writes few sums
+        if not (r["kernel"] == "gate_mix" and r["workload"].startswith("gate_mix_mean")):  # this one writes few sums
             assert r["wide_stores"] >= 1, label(r)
         assert r["narrow_accesses"] <= MOST_NARROW.get(r["kernel"], 0), label(r)
 
@@ -131,7 +130,7 @@ def test_capabilities_are_those_of_the_targets() -> None:
 
 
 def test_table_has_every_call() -> None:
-    """Bytes and FLOPs are those of the calls' shapes."""
+    """The table of the command line has a row for every call, and its bytes and FLOPs follow from the calls' shapes."""
     least = {r["workload"]: r for r in costs("bf16")}
     assert {w.name for w in workloads(DTYPES["bf16"], "meta")} <= set(least)
     rows = 2560 * 3072 * 2  # text, image and condition rows in bf16
@@ -139,7 +138,7 @@ def test_table_has_every_call() -> None:
     assert rows < least["norm_modulate"]["read"] < 1.02 * rows
     assert least["joint_attention"]["flops"] == 4 * 24 * 128 * 2560**2
     assert least["gate_mix_mean"]["launches"] == 2
-    # One image moves as much by the whole mixture a step as by the bank, at a fifth of the kernel's FLOPs.
+    # For one image, the whole mixture reads as many bytes a step as gate and bank do, which take a quarter of its FLOPs.
     assert least["region_expert_mix"]["read"] == pytest.approx(least["gate_mix"]["read"], rel=0.05)
     assert least["region_expert_mix"]["flops"] > 4 * least["gate_mix"]["flops"]
 

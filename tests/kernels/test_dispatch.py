@@ -1,4 +1,4 @@
-"""Each fused kernel is one operator: to its schema, to fake tensors, to torch.export and to torch.compile."""
+"""Each fused kernel is one operator with a schema, which fake tensors, torch.export and torch.compile understand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def operator(name: str) -> Any:
 
 
 def arguments(name: str, seed: int) -> list[Any]:
-    """In the order of the schema; tensors that share no memory."""
+    """Arguments in the order of the schema. Tensors share no memory."""
     case = BY_NAME[name]
     sizes = case.small[0] | ({"fused": False} if name == "joint_attention" else {})
     made = case.arguments(seed, torch.float32, **sizes)
@@ -31,7 +31,7 @@ def arguments(name: str, seed: int) -> list[Any]:
 
 
 class Twice(nn.Module):
-    """Two calls, with everything that is no tensor as a constant."""
+    """A module that calls the operator twice. All arguments that are no tensors are constants."""
 
     def __init__(self, name: str, given: list[Any]) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def test_every_operator_is_here() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_schema_and_fake(name: str) -> None:
-    """It changes what its schema says, and nothing else; on fake tensors it does nothing."""
+    """The operator changes only the tensors that its schema names, and on fake tensors it does nothing."""
     checks = ("test_schema", "test_faketensor")
     found = torch.library.opcheck(operator(name), tuple(arguments(name, run_seed())), test_utils=checks)
     assert found == dict.fromkeys(checks, "SUCCESS")
@@ -79,7 +79,7 @@ def test_export_and_compile_see_one_operator(name: str) -> None:
         return aot_eager(module, inputs)
 
     module(*tensors)
-    torch._dynamo.reset()  # the other kernels' graphs aren't this one's recompilations
+    torch._dynamo.reset()  # otherwise the other kernels' graphs would count as recompilations of this one
     torch.compile(module, backend=backend, fullgraph=True)(*others)
     assert [nodes(graph, name) for graph in seen] == [2]
     for mine, other in zip(tensors, others, strict=True):

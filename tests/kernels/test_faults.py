@@ -1,4 +1,4 @@
-"""Faults planted in the kernels' source are caught: by the twin, by the bounds check, or by the count of bytes."""
+"""Faults planted in kernels' sources are caught by the twin, by the check of bounds, or by the count of bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.kernels.test_kernels import check
 pytestmark = in_the_interpreter
 
 
-# Case, module with the fault, its source before and after, and (module, name) of what runs it.
+# By the fault's name: the case, the module with the fault, its source before and after, and the kernel that is replaced.
 WRONG_RESULTS = {
     "wrong stride": ("norm_modulate", stream_rows_kernel, "r64 * out_stride", "r64 * x_stride", "stream_rows_kernel"),
     "group off by one": (
@@ -168,9 +168,9 @@ def test_reaching_out_of_bounds_is_caught(fault: str, tmp_path: Path, monkeypatc
 def test_reading_more_than_declared_is_caught(
     planted_fault: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A residual that reads the branch's columns of all rows of its tile, not of the branch's rows alone."""
+    """The fault: a residual reads the branch's columns for all rows of its tile, and not for the branch's rows only."""
     case = BY_NAME["residual_norm_modulate"]
-    # Rows from 20 on have a branch of the norm, and are taken together; those from 23 on one of the residual, too.
+    # Rows from 20 on have a branch of the norm, and share a tile; those from 23 on also have one of the residual.
     made = case.arguments(7, torch.float32, **case.small[0])
     if planted_fault:
         branch, every = "(live & (r >= up_from))[:, None] & (q", "live[:, None] & (q"
@@ -182,7 +182,7 @@ def test_reading_more_than_declared_is_caught(
 
 
 def test_reading_less_than_declared_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A norm that never reads the third group's rows of its tables."""
+    """The fault: a norm never reads the third group's rows of its tables."""
     case = BY_NAME["norm_modulate"]
     faulty = planted(stream_rows_kernel, "position >= end1", "position >= end1 + 1000", tmp_path, monkeypatch)
     monkeypatch.setattr(stream_rows, "stream_rows_kernel", faulty.stream_rows_kernel)

@@ -1,4 +1,4 @@
-"""Kernels for weights in eight and four bits: against their twins in float64, in Triton's interpreter and compiled."""
+"""Kernels for weights of eight and four bits: compared with float64 in Triton's interpreter, and compiled for GPUs."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from tests.linear.test_layer import STREAMS, TAIL
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EIGHT = [torch.int8, torch.float8_e4m3fn]
-# Half the distance from 1 to the next number: the rounding of a result. Sums in fp32 add far less.
+# How much the rounding of a result changes it: half the distance from 1 to the next number. For float32 it is the sums.
 UNITS = {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(params=["large", "as on a GPU"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter has larger tiles than a GPU. Both are tested."""
+    """Tiles are larger in the interpreter than on a GPU, so both sizes are tested."""
     if request.param != "large":
         monkeypatch.setattr(eight_bits, "tiles", lambda *_: eight_bits.Tiles(16, 32, 64, 4, 1))
         monkeypatch.setattr(four_bits, "tiles", lambda *_: eight_bits.Tiles(16, 16, 64, 4, 1))
@@ -52,7 +52,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("eight", EIGHT, ids=str)
 @pytest.mark.parametrize(("rotation", "columns", "first"), [(1, 37, 37), (4, 36, 12), (16, 48, 48), (256, 768, 256)])
 def test_quantize_rows(rotation: int, columns: int, first: int, eight: torch.dtype, dtype: torch.dtype) -> None:
-    """As the twin, bit by bit in int8; scales are those of the rotation that weights are stored with."""
+    """Without a rotation, int8 equals the twin's bit by bit. Elsewhere few numbers differ, and by one step at most."""
     wide = torch.randn(5, columns + 3).to(dtype)
     x, more = wide[:, :first], wide[:, first:columns] if first < columns else None
     x[3] = 0
@@ -72,8 +72,8 @@ def test_quantize_rows(rotation: int, columns: int, first: int, eight: torch.dty
     values, expected = made[0].float(), twin[0].float()
     if eight == torch.int8 and rotation == 1:
         assert torch.equal(values, expected)
-    # Sums in another order may round another way at a tie. (The interpreter loses the carry where float8 is rounded up to
-    # a power of two: these numbers are left out.)
+    # Where a value lies half way between two numbers, sums in another order may round the other way. (The interpreter
+    # is wrong where float8 is rounded up to a power of two, since it loses the carry: these numbers are left out.)
     if eight != torch.int8:
         whole = expected.frexp().mantissa.abs() == 0.5
         values, expected = values[~whole], expected[~whole]
@@ -134,7 +134,7 @@ def test_scaled_linear(rank: int, gelu: bool, eight: torch.dtype, dtype: torch.d
 @in_the_interpreter
 @pytest.mark.usefixtures("tiles")
 def test_integer_products_are_exact() -> None:
-    """Whatever the order of the sums: the largest values there are, at FLUX's longest row; the same bytes twice."""
+    """In any order of the sums, even with the largest values and FLUX's longest row; a second call gives equal bytes."""
     inner = 15360
     x, weight = (torch.randint(-127, 128, (16, inner), dtype=torch.int8) for _ in range(2))
     x[0], weight[0] = 127, -127
@@ -144,7 +144,7 @@ def test_integer_products_are_exact() -> None:
         scaled_linear(x, ones, weight, ones, bias, None, None, out, False)
     exact = x.long() @ weight.long().t()
     assert int(exact[0, 0]) == -127 * 127 * inner
-    assert torch.equal(outs[0].double(), exact.float().double())  # rounded once, to float32
+    assert torch.equal(outs[0].double(), exact.float().double())  # the result is rounded only once, to float32
     assert torch.equal(outs[0], outs[1])
 
 
@@ -242,7 +242,8 @@ def emulated(x: Tensor, plain: Tensor, storage: WeightStorage) -> Tensor:
 def test_layers_multiply_by_kernels(
     storage: WeightStorage, place: Place, split: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """W8A8's integer result is emulated exactly; a branch that rides, and one beside it, are never rounded to few bits."""
+    """The result equals an emulation of the kernels in float64. Branches are never rounded to few bits, whether they
+    ride in the same product or stand beside it."""
     if split and place is Place.AFTER_NORM:
         pytest.skip("norms write one input")
     random = QuantisedLayer(48, 96, ((4, TAIL), (3, "image")))
@@ -266,7 +267,8 @@ def test_layers_multiply_by_kernels(
 def test_golden_steps_by_kernels(
     weights: str, golden_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole step in the interpreter, but for products of int8: numpy takes minutes, and the twin is as exact."""
+    """The whole step runs in the interpreter. Only products of int8, for which numpy takes minutes, run as their twin,
+    which gives the same result."""
     from mogle_rt.bundle.bundle import Bundle
     from tests.conftest import GoldenCase
     from tests.linear.quantised import quantised_bundle
@@ -323,10 +325,10 @@ def compile_few_bits(table: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_compiles_for_every_gpu(shared_folder: Path) -> None:
-    """On tensor cores of the right kind, without spills, within shared memory, sixteen bytes at a time.
+    """Products use the right tensor cores, no registers spill, shared memory suffices, and rows move 16 bytes at a time.
 
-    On Blackwell, Triton multiplies int8 with the instructions of older GPUs. GPUs of one generation get the same code, see
-    `tests.kernels.compiled`.
+    On Blackwell, Triton multiplies int8 with the instructions of older GPUs. GPUs of one generation get the same code
+    (see `tests.kernels.compiled`).
     """
     from mogle_rt.kernels.chips import SHARED_LIMITS
 
@@ -339,7 +341,7 @@ def test_compiles_for_every_gpu(shared_folder: Path) -> None:
             continue
         assert r["wide"] >= 1, r
         assert r["stores"] >= 1, r
-        # A scale of two bytes for each column of int4's tile that a thread holds: one of 64 bytes of numbers.
+        # int4 loads one scale of two bytes for each of a tile's columns that a thread holds.
         assert r["narrow"] <= (8 if r["workload"] == "int4_linear" else 0), r
         expected = CORES.get(r["workload"].removesuffix("-gelu"), {}).get(r["target"])
         if expected is not None:

@@ -1,4 +1,4 @@
-"""The kernels on a GPU: against their twins, replayed from a CUDA graph, and timed. `pytest -m gpu` runs these."""
+"""Kernels on a GPU are compared with their twins, replayed from a CUDA graph, and timed. `pytest -m gpu` runs these."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_equals_its_twin_and_float64(case: Case, sizes: dict[str, Any], dtype: s
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_its_twin_at_full_size(name: str, dtype: str) -> None:
-    """Both from the same arguments; the same seed makes them."""
+    """Kernel and twin get equal arguments, made from the same seed."""
     mine, twin = (next(w for w in workloads(DTYPES[dtype], "cuda") if w.name == name) for _ in range(2))
     for out in BY_NAME[name].outputs:
         if out in ("out", "bank"):
@@ -52,7 +52,7 @@ def test_nan_is_not_hidden(case: Case) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_replays_from_a_graph(name: str) -> None:
-    """Nothing on the host happens between launches: what was captured gives the eager result for new inputs."""
+    """A kernel can be captured, and a replay gives the eager result for new inputs in the same memory."""
     from benchmarks.kernel_timing import captured
 
     eager, work = (next(w for w in workloads(torch.bfloat16, "cuda") if w.name == name) for _ in range(2))
@@ -70,7 +70,7 @@ def test_replays_from_a_graph(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def limits() -> tuple[float, float]:
-    """Bytes a second of a copy, FLOP/s of a bf16 product."""
+    """This GPU's bytes a second of a copy, and FLOP/s of a bf16 product."""
     from benchmarks.kernel_timing import copy_rate, product_rate
 
     return copy_rate(), product_rate(torch.bfloat16)
@@ -80,7 +80,7 @@ def limits() -> tuple[float, float]:
 def test_is_faster_than_separate_operations(
     name: str, limits: tuple[float, float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By CUDA events, against what runs with ``kernels="torch"``; printed beside the least that this GPU allows."""
+    """CUDA events time the kernel and what runs with ``kernels="torch"``. Printed beside them is this GPU's least time."""
     from benchmarks.kernel_timing import calls_beyond_cache, seconds, separate_operations
 
     kernel = seconds(calls_beyond_cache(name, torch.bfloat16))

@@ -1,4 +1,4 @@
-"""Every kernel against its twin and against float64: in Triton's interpreter, or on the GPU where there is one."""
+"""Every kernel is compared with its twin and with float64, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def seed() -> int:
 
 @pytest.fixture(params=["large", "as on a GPU"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter has larger tiles than a GPU. Both are tested."""
+    """Tiles are larger in the interpreter than on a GPU, so both sizes are tested."""
     if request.param == "large":
         return
     for module in (stream_rows, qk_norm_rope, gate, joint_attention, region_experts):
         monkeypatch.setattr(module, "interpreted", lambda: False)
 
 
-# Kernel and twin round at the same places, so that neither is much more exact than the other. Of so many values or more,
-# the RMS of a rounding error scatters by 2 % at most; then kernels may have half as much error again as their twins.
+# Kernel and twin round at the same places, so their errors are about equal. Over at least this many values the RMS of a
+# rounding error scatters by 2 % at most. There, a kernel's error may be half as large again as its twin's.
 MANY = 1000
 
 
 def check(case: Case, sizes: dict[str, Any], dtype: torch.dtype, device: str, seed: int) -> None:
-    """Within the case's bound of float64, as exact as the twin, and nothing written but the outputs."""
+    """Check that a kernel is within the case's bound of float64, is as exact as its twin, and writes only its outputs."""
     made, twin, exact = (case.arguments(seed, dtype, device, **sizes) for _ in range(3))
     exact = in_float64(exact)
     before = {name: value.clone() for name, value in tensors(made).items()}
@@ -75,7 +75,7 @@ def test_equals_its_twin_and_float64(case: Case, sizes: dict[str, Any], dtype: t
 @pytest.mark.parametrize(("case", "sizes"), CALLS)
 @pytest.mark.usefixtures("tiles")
 def test_touches_its_arguments_alone_and_as_declared(case: Case, sizes: dict[str, Any], seed: int) -> None:
-    """Every access of every program is within an argument, and together they are the declared bytes."""
+    """Every access of every program lies within an argument, and together they touch as many bytes as are declared."""
     made = case.arguments(seed, torch.bfloat16, **sizes)
     with recorded(*case.views(made)) as traffic:
         case.run(**made)
@@ -98,8 +98,8 @@ def test_fp16_residual_is_clipped(seed: int) -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_separate_operations_compute_the_same(case: Case, seed: int) -> None:
-    """What a kernel's time is compared with does the kernel's work."""
-    sizes = case.small[0] | {"extra": 0}  # PyTorch's operations take rows without gaps
+    """The operations that a kernel's time is compared with give the kernel's result."""
+    sizes = case.small[0] | {"extra": 0}  # these operations need rows without gaps
     made, twin = (case.arguments(seed, torch.float32, **sizes) for _ in range(2))
     returned = separate_operations(Workload(case.name, case.run, case.reference, case.cost, made))()
     case.reference(**twin)

@@ -1,4 +1,4 @@
-"""What launchers refuse, offsets past 2^31, which mixture moves less, and the corrected interpreter itself."""
+"""Arguments that launchers refuse, offsets past 2^31, which mixture moves less, and the corrected interpreter."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def refused(case: Case, name: str, change: Change, message: str) -> None:
     ],
 )
 def test_wrong_arguments_are_refused(kernel: str, name: str, change: Change, message: str) -> None:
-    """Before anything is written."""
+    """The error comes before anything is written."""
     refused(BY_NAME[kernel], name, change, message)
 
 
@@ -102,7 +102,7 @@ def test_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def far_apart(rows: int, *shape: int) -> Tensor:
-    """fp16 rows 2^30 elements apart: the third begins past what 32 bits address. Untouched pages take no memory."""
+    """fp16 rows 2^30 elements apart, so that 32 bits can't hold the third one's offset. Unused pages take no memory."""
     stride = 2**30
     width = int(np.prod(shape))
     x = torch.empty(stride * (rows - 1) + width, dtype=torch.float16)
@@ -148,11 +148,11 @@ def test_offsets_of_32_bits_are_caught(tmp_path: Any, monkeypatch: pytest.Monkey
         norm_modulate(x, scale, scale, [4], out, None, 4)
 
 
-NAN_CASES = [c for c in CASES if c.name != "joint_attention"]  # there, keys that a row doesn't see may still be read
+NAN_CASES = [c for c in CASES if c.name != "joint_attention"]  # attention may read keys that a row doesn't see
 
 
 def nan_reaches_outputs(case: Case, device: str) -> None:
-    """A NaN in any input reaches all outputs that it reaches in the twin: neither relu nor clipping swallows it."""
+    """A NaN in any input reaches the same outputs as in the twin: neither relu nor clipping turns it into a number."""
     spread = 0
     sizes = case.small[0]
     for name, value in tensors(case.arguments(3, torch.float16, device, **sizes)).items():
@@ -180,10 +180,10 @@ def test_nan_is_not_hidden(case: Case) -> None:
 
 
 def test_which_mixture_moves_less() -> None:
-    """Counted bytes: the bank for one image, the whole mixture in one launch for batches."""
+    """By counted bytes, the bank moves less for one image, and the whole mixture in one launch for batches."""
 
     def moved(batch: int, shared: bool) -> tuple[int, int, int]:
-        """Bytes of the whole mixture a step, of the experts once, of gate and mix a step."""
+        """The bytes of the whole mixture in a step, of the experts, which run once, and of gate and mix in a step."""
         found = {w.name: w.arguments for w in workloads(torch.bfloat16, "meta")}
         gate, experts = found["region_expert_mix"]["gate"], found["region_expert_mix"]["experts"]
         assert isinstance(gate, Gate)
@@ -218,7 +218,7 @@ def test_which_mixture_moves_less() -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_recorded_launches_are_as_declared(case: Case) -> None:
-    """As many as the cost says."""
+    """A call records as many launches as its cost declares."""
     with recording() as launches:
         made = case.arguments(1, torch.bfloat16, **case.small[0])
         case.run(**made)
@@ -228,7 +228,7 @@ def test_recorded_launches_are_as_declared(case: Case) -> None:
 
 @in_the_interpreter
 def test_the_interpreters_bfloat16_is_torchs() -> None:
-    """Every bit pattern widens as it should, and fp32 rounds to nearest even, NaN kept."""
+    """Every bit pattern becomes the right fp32 value, and fp32 is rounded to nearest even. NaN stays NaN."""
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
     wide = widened(TensorHandle(bits.numpy(), tl.bfloat16)).data
     expected = bits.view(torch.bfloat16).float()

@@ -1,4 +1,5 @@
-"""What programs ask for altogether, with repeats and padding: counted exactly, and at FLUX's sizes near the least."""
+"""The bytes that all programs of a kernel request, repeats and padding included, are counted exactly, and at FLUX's
+sizes they are near the least."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from mogle_rt.kernels.requested import Requested, counted, requested
 from mogle_rt.kernels.requested import main as requested_command
 from tests.conftest import in_the_interpreter
 
-# How many times what they must read kernels may ask for; a bound on what caches have to give.
+# How many times the bytes that it must read a kernel may request. Caches have to give what is beyond the first time.
 MOST_REREADING = {"gate_mix": 1.5, "gate_mix_mean": 1.6, "region_experts": 1.6, "region_expert_mix": 3.5}
 
 
@@ -41,13 +42,13 @@ def _square(x_ptr, out_ptr, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-
 
 @in_the_interpreter
 def test_every_program_counts() -> None:
-    """Three programs that read the same ten rows, and multiply and write sixteen."""
+    """Three programs each read the same ten rows, multiply sixteen and write sixteen: all of it counts three times."""
     x, out = torch.randn(16, 16), torch.empty(3, 16, 16)
     with counted() as total:
         _square[(3,)](x, out, 10, BLOCK=16)
     assert (total.read, total.written, total.flops) == (3 * 10 * 16 * 4, 3 * 16 * 16 * 4, 3 * 2 * 16**3)
     _square[(1,)](x, out, 10, BLOCK=16)
-    assert total.flops == 3 * 2 * 16**3, "counted after its end"
+    assert total.flops == 3 * 2 * 16**3, "a launch was counted after the block's end"
 
 
 @in_the_interpreter
@@ -77,23 +78,23 @@ def test_other_threads_are_not_counted() -> None:
 
 
 def mixture(name: str, device: str) -> workloads.Workload:
-    with recording():  # partial sums, too, are as many as a GPU's tiles make
+    with recording():  # tiles are those of a GPU then, and so is the number of partial sums
         works = workloads.mixtures(workloads.New(torch.bfloat16, device), 1)
     return next(work for work in works if work.name == name)
 
 
 def sizes_of_tiles(name: str) -> list[dict[str, Any]]:
-    """What the kernels of a call are compiled for, but for the count of partial sums, which follows from the tokens."""
+    """The compile-time constants of a call's kernels, without the number of partial sums, which depends on the tokens."""
     return [launch.meta | {"SUMS": None} for launch in mixture(name, "meta").launches()]
 
 
 @in_the_interpreter
 @pytest.mark.parametrize("name", MOST_REREADING)
 def test_requests_are_near_the_least(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is written twice, and reading again stays within bounds.
+    """Nothing is written twice, and repeated reads stay within a bound.
 
-    An eighth of the image's tokens is enough: programs have the tiles that they have for all tokens, so what each asks
-    for is the same, and there are an eighth as many of them.
+    An eighth of the image's tokens is enough: tiles are the same as with all tokens, so each program requests the same,
+    and there are an eighth as many programs.
     """
     tiles = sizes_of_tiles(name)
     monkeypatch.setattr(workloads, "IMAGE", workloads.IMAGE // 8)
@@ -106,7 +107,7 @@ def test_requests_are_near_the_least(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 class CountedHere:
-    """In place of the process that counts: the same command with an eighth of the tokens, run by this process."""
+    """Stands for the process that counts: it runs the same command, with an eighth of the tokens, in this process."""
 
     def __init__(self, command: list[str], *, env: dict[str, str], **_: Any) -> None:
         assert command[:3] == [sys.executable, "-m", "mogle_rt.kernels.requested"]
@@ -125,9 +126,9 @@ class CountedHere:
 
 @in_the_interpreter
 def test_the_table_has_both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What was compiled, what the work takes at least and what its programs ask for: for programs, and for people.
+    """The command prints, as JSON and as a table, what was compiled, the least bytes, and the bytes that are requested.
 
-    `test_compilation` compiles; here a row stands for that.
+    `test_compilation` compiles the kernels; here one prepared row is used instead.
     """
     compiled = Resources(
         kernel="gate_mix", target="sm_90", registers=128, spills=0, stack=0, shared=4096, warps=4, instructions={}
@@ -151,6 +152,6 @@ def test_the_table_has_both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def test_failing_to_count_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the real process, which knows no such dtype. The command line refuses it before."""
+    """The error is that of the real process, which is given an unknown dtype. (The command line refuses it earlier.)"""
     with pytest.raises(RuntimeError, match="counting what programs request failed with exit code 2"):
         command._with_requested([], command._requested(["gate_mix"], ["int3"]))
