@@ -1,4 +1,4 @@
-"""Random layers for tests: tensors held in memory as a source, a layer loaded from them, and its result in float64."""
+"""Random layers for tests: a source of tensors in memory, a layer that is loaded from it, and its result in float64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KERNELS = False  # whether layers are loaded for a step of fused kernels
 
 
 class Held(TensorSource):
-    """Tensors in memory. Notes which were released."""
+    """A source of tensors in memory, which notes which of them were released."""
 
     def __init__(self, tensors: Mapping[str, Tensor], storages: Mapping[str, WeightStorage] | None = None) -> None:
         infos = {name: TensorInfo(t.dtype, tuple(t.shape), 0, t.nbytes) for name, t in tensors.items()}
@@ -38,7 +38,7 @@ class Held(TensorSource):
 
 @dataclass
 class RandomLayer:
-    """A layer of random numbers, made of two stored ones.
+    """A layer of random numbers, which is loaded from two stored ones.
 
     Attributes:
         inner, outer: columns of its input and output.
@@ -82,7 +82,7 @@ class RandomLayer:
         return Linear.load(stored, weight_format, branches, place=place, fused=fused, padding=padding, parts=parts)
 
     def exact(self, x: Tensor, streams: Streams, batch: int, *, gelu: bool = False) -> Tensor:
-        """In float64. x: [l * B, in]."""
+        """The layer's result in float64. x: [l * B, in]."""
         x = x.double()
         y = F.linear(x, self.weight.double(), self.bias.double())
         names = [name for name, count in streams for _ in range(count * batch)]
@@ -103,9 +103,10 @@ def run(
     gelu: bool = False,
     stays: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The layer's product as a step computes it, called twice; with it, the buffer that was given for it.
+    """Call the layer's product twice, as steps do. Returns its result, and the buffer that was given for it.
 
-    What a norm would write into further columns of the input, and a residual read from those of the output, is done here.
+    In a step, a norm writes the further columns of the input, and a residual reads those of the output. Both are
+    computed here.
     """
     inner = x.shape[1]
     down, start = layer.before_it(streams)

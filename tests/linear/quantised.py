@@ -1,4 +1,4 @@
-"""Bundles and layers in the formats of few bits, made from those that other tests use."""
+"""Bundles and layers in formats of few bits, made from those of other tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.linear.layers import Held, RandomLayer
 
 
 def quantised_bundle(path: Path, output: Path, weights: str) -> Path:
-    """The bundle in a format; every layer, even those that are too small to be kept well."""
+    """Write the bundle in a format: every layer of it, even those that are so small that they lose much."""
     bundle = Bundle(path)
     tensors = {name: StoredTensor(bundle.path, info) for name, info in bundle.tensors.items()}
     bounds = write.LEAST_SIGNAL_TO_NOISE
@@ -28,7 +28,7 @@ def quantised_bundle(path: Path, output: Path, weights: str) -> Path:
 
 
 class QuantisedLayer(RandomLayer):
-    """A random layer whose two stored ones are in a format. Its weight is what they stand for."""
+    """A random layer whose two stored ones are in a format of few bits. `weight` is the matrix that they stand for."""
 
     def quantise(self, storage: WeightStorage) -> QuantisedLayer:
         held: dict[str, Tensor] = dict(self.source._held)

@@ -1,4 +1,4 @@
-"""A weight format of one's own: one class and one row in the table. Nothing else knows it."""
+"""A new weight format is one class and one row in the table. No other code needs to know it."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from tests.linear.test_layer import ALL, LAST_TWO, NONE, STREAMS, TAIL
 Bundles = Callable[[str], Path]
 CPU = torch.device("cpu")
 
-# A number is off by half a step at most, uniformly: 1 / sqrt(12) of a 127th of its row's largest, which among 48 normal
-# numbers is about 2.4 of their standard deviations: 0.6 % of a product's size. Layer after layer the errors of the
-# golden models' five blocks add up to less than four times that; the softmax and the gate may magnify them.
+# A step of the 8 bits is a 127th of a row's largest number, which among 48 normal ones is about 2.4 standard deviations.
+# The error of rounding is uniform within half a step, so its RMS is a step / sqrt(12): 0.6 % of a product's size. Over
+# the golden models' five blocks these errors add up to less than four times that; softmax and gate may magnify them.
 TOLERANCE = 0.03
 
 
 class Toy(WeightFormat):
-    """8 bits a number and one scale a row; into a buffer for each product, and multiplied there.
+    """Eight bits for a number, and a scale for a row. Each product first writes the numbers into a buffer.
 
-    What rides along stays as it is, beside the weight.
+    Branches that ride in the product stand beside the weight as they are.
     """
 
     name = "toy"
@@ -78,7 +78,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def golden_run(case: GoldenCase, bundle: Bundle, kernels: str, weights: str | None) -> tuple[TorchEngine, Tensor]:
-    """The latents after the case's loop."""
+    """An engine, and the latents after the case's loop."""
     height, width = case.size
     schedule = make_schedule(bundle.config.scheduler, case.settings["steps"], height * width // 256)
     engine = TorchEngine(bundle, CPU, torch.float32, case.model, kernels=kernels, weights=weights)
@@ -95,7 +95,8 @@ def golden_run(case: GoldenCase, bundle: Bundle, kernels: str, weights: str | No
 )
 @pytest.mark.usefixtures("toy")
 def test_golden_steps(name: str, kernels: str, golden_bundle: Bundles) -> None:
-    """Through the ordinary engine, with all switches: as exact as 8 bits are, and no more exact than they can be."""
+    """The ordinary engine runs it with all switches. Errors are as small as 8 bits allow, and not smaller than they can be,
+    which shows that the format was used."""
     case = GoldenCase.load(name)
     bundle = Bundle(golden_bundle(case.settings["checkpoint"]))
     engine, latents = golden_run(case, bundle, kernels, "toy")
@@ -111,7 +112,7 @@ def test_golden_steps(name: str, kernels: str, golden_bundle: Bundles) -> None:
 @pytest.mark.parametrize("branch", [(4, TAIL), (4, LAST_TWO), (7, ALL), (4, NONE)], ids=str)
 @pytest.mark.parametrize("gelu", [False, True])
 def test_product(gelu: bool, branch: tuple[int, str]) -> None:
-    """Its own arithmetic is exact: only the weight is rounded, never a branch."""
+    """Only the weight is rounded, never a branch: the product equals that of the rounded weight."""
     random = RandomLayer(48, 24, (branch,))
     layer = random.load(Toy)
     assert isinstance(layer.weight, Toy)

@@ -1,4 +1,4 @@
-"""Every format's product against float64: with branches of any kind, odd sizes, parts, and GELU."""
+"""Every format's product is compared with float64: with branches of any kind, odd sizes, parts, and GELU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.linear.layers import RandomLayer, run
 
 STREAMS: Streams = (("text", 3), ("image", 4), ("condition", 2))
 NONE, TAIL, LAST_TWO, ALL, APART = "style", "condition", "image condition", "text image condition", "text condition"
-# Products of up to 257 numbers of size 1 in float32, added in any order: far below this, seen are 3e-7.
+# For sums of up to 257 products of numbers of size 1 in float32, in any order. The largest error seen is 3e-7.
 TOLERANCE = 1e-6
 
 formats = pytest.mark.parametrize(
@@ -58,7 +58,8 @@ def test_branches_in_place(
 @pytest.mark.parametrize("rank", [1, 16, 20, 32, 33])
 @pytest.mark.parametrize("streams", [TAIL, LAST_TWO, ALL, NONE])
 def test_branch_rides_in_the_input(streams: str, rank: int, fused: bool, weight_format: type[WeightFormat]) -> None:
-    """After a norm: in further columns of the weight, in every part; other branches beside it are added in place."""
+    """After a norm, a branch rides in further columns of the weight, in each of its parts. The other branches are added
+    to the result in place."""
     random = RandomLayer(12, 24, ((rank, streams), (3, ALL)))
     parts = (slice(0, 8), slice(8, 24))
     layer = random.load(weight_format, Place.AFTER_NORM, parts, fused=fused)
@@ -76,7 +77,7 @@ def test_branch_rides_in_the_input(streams: str, rank: int, fused: bool, weight_
 @formats
 @pytest.mark.parametrize("streams", [TAIL, LAST_TWO, ALL, NONE])
 def test_branch_rides_in_the_output(streams: str, weight_format: type[WeightFormat]) -> None:
-    """Before a fused residual: the weight has further rows."""
+    """Before a fused residual, a branch rides in further rows of the weight."""
     random = RandomLayer(37, 24, ((4, streams), (3, APART)))
     layer = random.load(weight_format, Place.BEFORE_RESIDUAL, fused=True)
     assert layer.after is not None
@@ -88,7 +89,7 @@ def test_branch_rides_in_the_output(streams: str, weight_format: type[WeightForm
 
 @formats
 def test_padding(weight_format: type[WeightFormat]) -> None:
-    """Further columns of the output that are zeros."""
+    """The output has further columns, which are zeros."""
     random = RandomLayer(12, 24)
     layer = random.load(weight_format, padding=16)
     x = torch.randn(9, 12, generator=torch.Generator().manual_seed(1))
@@ -100,7 +101,7 @@ def test_padding(weight_format: type[WeightFormat]) -> None:
 
 @pytest.mark.parametrize("branches", [(), ((4, TAIL), (2, APART))], ids=["none", "two"])
 def test_inputs_side_by_side(branches: tuple[tuple[int, str], ...]) -> None:
-    """A product of several inputs, as single blocks' output layer has on a GPU."""
+    """The input is given as several tensors side by side, as for single blocks' output layer on a GPU."""
     random = RandomLayer(30, 12, branches)
     x = torch.randn(18, 30, generator=torch.Generator().manual_seed(1))
     y, _ = run(random.load(PlainWeight), x, STREAMS, 2, split=(10, 20))
@@ -109,7 +110,8 @@ def test_inputs_side_by_side(branches: tuple[tuple[int, str], ...]) -> None:
 
 @formats
 def test_branches_come_and_go(weight_format: type[WeightFormat]) -> None:
-    """A branch that is added later, as a style, is never merged: without it the result is what it was, to the bit."""
+    """A branch that is added later, as a style is, is never merged. Once it is removed, the result is the old one to
+    the bit."""
     random = RandomLayer(65, 33, ((4, TAIL),))
     layer = random.load(weight_format, Place.AFTER_NORM)
     x = torch.randn(9, 65, generator=torch.Generator().manual_seed(1))
@@ -144,7 +146,7 @@ def test_rows_of_a_branch(acts_on: str, spans: list[slice], tail: int | None) ->
 
 
 def test_streams_without_rows() -> None:
-    """Streams that have no rows join what lies on both sides of them."""
+    """Where a stream has no rows, the rows on both sides of it are one span."""
     branch = LowRankBranch(torch.empty(2, 1), torch.empty(1, 2), {"text", "image"})
     assert branch.spans((("text", 2), ("condition", 0), ("image", 3))) == [slice(0, 5)]
     assert branch.spans((("text", 0), ("condition", 3), ("image", 2))) == [slice(3, 5)]

@@ -1,4 +1,4 @@
-"""Products by oneDNN against float64, when they are taken, and what is promised of packed weights."""
+"""Products by oneDNN: their results beside float64, when they are used, and how packed weights are loaded and kept."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def rng() -> torch.Generator:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, bool]]:
-    """oneDNN for every product, whatever its size; says of each whether the weight was packed and GELU done."""
+    """Compute every product by oneDNN, whatever its size. For each is noted whether its weight is packed, and whether
+    it does GELU."""
     calls: list[tuple[bool, bool]] = []
     linear = onednn.linear
 
@@ -79,7 +80,7 @@ def test_linear(rows: int, inner: int, outer: int, gelu: bool, packed: bool, rng
 def test_product(
     stays: bool, columns: slice, branch: str, gelu: bool, packed: bool, calls: list[tuple[bool, bool]]
 ) -> None:
-    """GELU is done within where no branch acts on any of the rows ("style" does not)."""
+    """oneDNN does GELU too where no branch acts on any of the rows. (The branch "style" acts on none of them.)"""
     parts = (columns,) if columns == slice(None) else (slice(0, 3), columns, slice(20, 24))
     random, streams = RandomLayer(12, 24, ((4, branch),) if branch else ()), (("image", 5), ("condition", 4))
     x = torch.randn(18, 12, generator=torch.Generator().manual_seed(1))
@@ -92,7 +93,8 @@ def test_product(
 
 @pytest.mark.parametrize("rank", [4, 16, 20, 32, 33])
 def test_branch_rides(rank: int, calls: list[tuple[bool, bool]]) -> None:
-    """In a packed layer whose input has room for it, and if its rank is small: no product of its own, GELU within."""
+    """A branch of small rank rides in a packed layer's product if its input has room for it. It needs no product of its
+    own then, and oneDNN does GELU too."""
     parts, streams = (slice(0, 8), slice(8, 24)), (("image", 5), ("condition", 4))
     random = RandomLayer(12, 24, ((rank, "condition"),))
     layer = random.load(PackedWeight, Place.AFTER_NORM, parts)
@@ -113,7 +115,7 @@ def test_golden_steps(
     calls: list[tuple[bool, bool]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All switches with every product by oneDNN, which the golden sizes are too small for by themselves."""
+    """All switches, with every product by oneDNN. By themselves the golden models are too small for oneDNN."""
     monkeypatch.setattr(packed_format, "MOST_PACKED_RANK", 1000 if rides else 0)
     case = GoldenCase.load(name)
     engine, latents = golden_run(case, Bundle(golden_bundle(case.settings["checkpoint"])), "torch", weights)
@@ -127,7 +129,8 @@ def test_golden_steps(
 
 @pytest.mark.quick
 def test_when_it_serves() -> None:
-    """Large float32 weights on a CPU: packed for any rows, plain ones whole and with enough rows."""
+    """It serves for large float32 weights on a CPU: packed ones for any number of rows, plain ones for many rows if they
+    have no gaps."""
     large = torch.empty(512, 256)
     assert PackedWeight.takes((512, 256), CPU, torch.float32)
     assert not PackedWeight.takes((511, 256), CPU, torch.float32)
@@ -135,12 +138,12 @@ def test_when_it_serves() -> None:
     assert not PackedWeight.takes((512, 256), CPU, torch.bfloat16)
     assert onednn.serves(onednn.pack(large), 1)
     assert onednn.serves(large, 32)
-    assert not onednn.serves(large, 31), "few rows: packing takes longer than it saves"
-    assert not onednn.serves(torch.empty(512, 512)[:, 256:], 32), "gaps between rows"
+    assert not onednn.serves(large, 31), "for few rows, packing takes longer than it saves"
+    assert not onednn.serves(torch.empty(512, 512)[:, 256:], 32), "there are gaps between the weight's rows"
 
 
 class Draw:
-    """A pipeline of the golden checkpoint, in which every weight may be packed."""
+    """A pipeline of the golden checkpoint, which draws with packed weights wherever the format allows it."""
 
     def __init__(self, bundle: Path) -> None:
         self.pipe = Pipeline(bundle, "cpu", "fp32")
@@ -162,7 +165,7 @@ class Draw:
         return images
 
     def layers(self) -> list[Linear]:
-        """Those of the blocks."""
+        """The layers of all blocks."""
         assert isinstance(self.pipe.engine, TorchEngine)
         return [layer for name, layer in self.pipe.engine.transformer.layers() if "blocks" in name]
 
@@ -173,7 +176,7 @@ def draw(golden_bundle: Bundles, calls: list[tuple[bool, bool]]) -> Draw:
 
 
 def test_file_is_let_go_of(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pages of every packed weight, and of no other; a second time there is nothing to do."""
+    """The file's pages of every packed weight are released, and of no other one. The next run releases nothing."""
     released: list[str] = []
     monkeypatch.setattr(draw.pipe.bundle, "release", released.extend)
     draw(2)
@@ -189,7 +192,8 @@ def test_file_is_let_go_of(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_weight_in_memory(tmp_path: Path, calls: list[tuple[bool, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plain copy, which a file in another dtype needs, is gone before the next weight is read; the largest is first."""
+    """A file in another dtype needs a plain copy of each weight. It is gone before the next weight is read, and the
+    largest weight comes first."""
     bundle = Bundle(Files(GOLDEN / "checkpoints" / "tiny").convert(tmp_path / "half.safetensors", dtype="fp16"))
     copies: list[tuple[int, weakref.ref[Tensor]]] = []
     load = bundle.load
@@ -208,7 +212,7 @@ def test_one_weight_in_memory(tmp_path: Path, calls: list[tuple[bool, bool]], mo
 
 
 def test_weights_are_read_after_the_modulations(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU reads the blocks' weights when the modulation's, a quarter of the model, were used and let go."""
+    """A CPU reads the blocks' weights after the modulation's, a quarter of the model, were used and freed."""
     read: list[str] = []
     load = draw.pipe.bundle.load
 
@@ -226,7 +230,7 @@ def test_weights_are_read_after_the_modulations(draw: Draw, monkeypatch: pytest.
 
 @pytest.mark.quick
 def test_history_does_not_count(golden_bundle: Bundles, calls: list[tuple[bool, bool]]) -> None:
-    """One seed, one image, to the last bit, whatever was drawn before."""
+    """A seed gives the same image to the last bit, whatever was drawn before."""
     draw = Draw(golden_bundle("tiny"))
     draw(6, 48)
     assert torch.equal(draw(1), Draw(golden_bundle("tiny"))(1))
@@ -234,8 +238,8 @@ def test_history_does_not_count(golden_bundle: Bundles, calls: list[tuple[bool, 
 
 
 def test_memory_does_not_count(golden_bundle: Bundles, draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The format is the same whether the machine is large or busy or not, since formats round differently. Where packed
-    weights don't fit, they are streamed, and each product is the same to the bit."""
+    """Formats round differently, so the free memory doesn't choose the format. Where packed weights don't fit, they are
+    streamed, and each product is the same to the bit."""
     expected = draw(2)
     monkeypatch.setattr("mogle_rt.calls.memory.budget_for", lambda device, asked: Budget(2_100_000, 0))
     small = Draw(golden_bundle("tiny"))

@@ -28,17 +28,19 @@ from tests.linear.test_layer import ALL, LAST_TWO, NONE, STREAMS, TAIL
 Bundles = Callable[[str], Path]
 FEW_BITS = ("int8", "fp8", "int4")
 
-# Of the golden models' latents, relative to how far the loop moves them. A rounded number is off by a share of its row's
-# size (int8: 1 / sqrt(12) of a 127th of the largest, 2.4 standard deviations: 0.6 %; fp8: half a step of 1/8 to 1/16,
-# uniformly: 2.7 %; int4: 1 / sqrt(12) of a 7th of the largest of few numbers, less what the low-rank part takes off:
-# about 7 %). So is a product. The five blocks' errors add up in squares to about twice that, and the softmax and the
-# gate may magnify them: three times.
+# How much the golden models' latents may change, relative to how far the loop moves them. The RMS error of a rounded
+# number, relative to its row's standard deviation, is for
+# - int8: a 127th of the largest (about 2.4 deviations) / sqrt(12), 0.6 %;
+# - fp8: uniform within half a step, where a step is 1/8 to 1/16 of the number, 2.7 %;
+# - int4: a 7th of the largest of few numbers / sqrt(12), less what the low-rank part takes off, about 7 %.
+# A product has the same relative error. The squares of the five blocks' errors add up to about twice that, and softmax
+# and gate may magnify them three times.
 GOLDEN_TOLERANCE = {"int8": 0.03, "fp8": 0.13, "int4": 0.35}
 
 
 @pytest.fixture(scope="session")
 def small_bundle(golden_bundle: Bundles, shared_folder: Path) -> Callable[[str, str], Path]:
-    """A golden bundle in a format."""
+    """A function that makes a golden bundle in a format."""
 
     def made(name: str, weights: str) -> Path:
         path = shared_folder / f"{name}-{weights}.safetensors"
@@ -50,7 +52,7 @@ def small_bundle(golden_bundle: Bundles, shared_folder: Path) -> Callable[[str, 
 @pytest.mark.quick
 @pytest.mark.parametrize("size", [1, 4, 16, 64, 256])
 def test_rotation(size: int) -> None:
-    """It is orthogonal, its own inverse, exact in 16 bits, and no column of it sums a group up."""
+    """It is orthogonal, its own inverse and exact in 16 bits, and all its columns have sums of 1 or -1."""
     matrix = regular_hadamard(size, CPU, torch.float64)
     assert torch.equal(matrix @ matrix, torch.eye(size, dtype=torch.float64))
     assert torch.equal(matrix, matrix.t())
@@ -69,7 +71,7 @@ def test_rotation(size: int) -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize(("weights", "least"), [("int8", 41), ("fp8", 31), ("int4", 20)])
 def test_signal_to_noise(weights: str, least: float) -> None:
-    """Of normal numbers: a row's largest is about 3.5 standard deviations, a group's 2.5."""
+    """The bounds are for normal numbers: a row's largest is about 3.5 standard deviations, a group's 2.5."""
     matrix = torch.randn(256, 512) * 0.02
     storage = STORAGES[weights].of((256, 512))
     tensors = quantised(matrix, storage)
@@ -94,7 +96,7 @@ def test_rows_of_zeros(weights: str) -> None:
 
 @pytest.mark.quick
 def test_rotation_keeps_outliers_from_deciding() -> None:
-    """A few columns thirty times as large: 15 dB better with the rotation than without."""
+    """With a few columns thirty times as large as others, the rotation gains more than 12 dB."""
     matrix = torch.randn(128, 512)
     matrix[:, [5, 77, 300]] *= 30
     turned, plain = Int8Storage(rotation=256), Int8Storage()
@@ -105,7 +107,7 @@ def test_rotation_keeps_outliers_from_deciding() -> None:
 
 @pytest.mark.quick
 def test_low_rank_part_earns_its_place() -> None:
-    """What few singular vectors hold is taken off before rounding."""
+    """The largest singular vectors are taken off before rounding, which gains more than 10 dB where they hold much."""
     matrix = torch.randn(256, 256) + torch.randn(256, 8) @ torch.randn(8, 256) * 2
     ratios = [
         signal_to_noise(matrix, quantised(matrix, storage), storage) for storage in (Int4Storage(), Int4Storage(rank=0))
@@ -115,7 +117,7 @@ def test_low_rank_part_earns_its_place() -> None:
 
 @pytest.mark.quick
 def test_four_bits_lie_as_in_onnx() -> None:
-    """The first of two neighbours in the lower half of a byte, 8 added to each."""
+    """A byte holds two neighbours, the first one in its lower half, and 8 is added to each."""
     packed = torch.tensor([[0x08 | 0x0 << 4, 0xF | 0x9 << 4]], dtype=torch.uint8)
     out = torch.empty(1, 4)
     unpack_int4(packed, torch.tensor([[2.0, 0.5]], dtype=torch.bfloat16), out)
@@ -136,7 +138,7 @@ def storages() -> list[WeightStorage]:
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("branch", [(4, TAIL), (7, ALL), (4, NONE)], ids=str)
 def test_product(branch: tuple[int, str], gelu: bool, storage: WeightStorage) -> None:
-    """Equal to that of the matrix that the stored tensors stand for; branches beside it are never rounded."""
+    """It is the product of the matrix that the stored tensors stand for. Branches beside it are never rounded."""
     random = QuantisedLayer(48, 24, (branch, (3, LAST_TWO))).quantise(storage)
     layer = random.load(FORMATS[storage.name])
     x = torch.randn(18, 48, generator=torch.Generator().manual_seed(1))
@@ -173,7 +175,7 @@ def test_branch_rides(place: Place, storage: WeightStorage) -> None:
 
 @pytest.mark.parametrize("weights", FEW_BITS)
 def test_one_room_for_all_layers(weights: str, small_bundle: Callable[[str, str], Path]) -> None:
-    """Weights are views of the file, and unpacked into one room, as large as the largest layer."""
+    """Weights stay views of the file. Each product unpacks its weight into memory that all layers share."""
     engine, _ = golden_run(GoldenCase.load("base"), Bundle(small_bundle("tiny", weights)), "torch", None)
     held = [layer.weight for _, layer in engine.transformer.layers() if isinstance(layer.weight, QuantisedWeight)]
     assert len(held) > 10
@@ -193,7 +195,8 @@ def test_one_room_for_all_layers(weights: str, small_bundle: Callable[[str, str]
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("weights", FEW_BITS)
 def test_golden_steps(weights: str, name: str, small_bundle: Callable[[str, str], Path]) -> None:
-    """All switches, as exact as the bits are and no more exact than they can be; the same bytes twice."""
+    """With all switches, errors are as small as the format allows, and not smaller than they can be. A second run gives
+    the same bytes."""
     case = GoldenCase.load(name)
     path = small_bundle(case.settings["checkpoint"], weights)
     engine, latents = golden_run(case, Bundle(path), "torch", None)

@@ -1,4 +1,4 @@
-"""Masks: every kind that people hold gives the same labels; what can't be labels is told clearly."""
+"""Every kind of mask that people have gives the same labels, and what is no mask is refused with a clear reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mogle_rt.errors import MaskError
 from mogle_rt.masks import PALETTE, TOLERANCE, Labels, MaskLike
 from tests.conftest import examples
 
-# Written out again from REFERENCE.md: the tests must notice if the module's table changes.
+# Written out here again, so that a change of the module's table is noticed.
 REFERENCE_PALETTE = {
     "background": (0, 0, 0),
     "skin": (204, 0, 0),
@@ -67,7 +67,7 @@ FACE = (
 
 
 def draw_face(size: int, *, without: tuple[int, ...] = ()) -> Labels:
-    """A face of ellipses, with all 19 classes but those left out."""
+    """A face of ellipses, with all 19 classes except those in `without`."""
     labels = np.zeros((size, size), dtype=np.uint8)
     y, x = np.mgrid[:size, :size] / size
     for c, cy, cx, ry, rx in FACE:
@@ -83,7 +83,7 @@ def random_labels(seed: int, height: int = 24, width: int = 20) -> Labels:
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> Image.Image:
-    """What is read back from a file of that kind."""
+    """The image, after it was written as a file of this kind and read back."""
     buffer = BytesIO()
     image.save(buffer, kind, **options)
     return Image.open(buffer)
@@ -96,7 +96,7 @@ def palette_image(labels: Labels) -> Image.Image:
 
 
 def shuffled_palette(labels: Labels) -> Image.Image:
-    """The class colours in another order, as an editor saves them; the pixels point into it."""
+    """A picture whose palette has the class colours in another order, as some editors save it."""
     order = np.random.default_rng(7).permutation(19)
     image = Image.fromarray(np.argsort(order).astype(np.uint8)[labels], mode="P")
     image.putpalette(COLOURS[order].flatten().tolist())
@@ -104,7 +104,7 @@ def shuffled_palette(labels: Labels) -> Image.Image:
 
 
 def other_palette(labels: Labels) -> Image.Image:
-    """Class numbers shown in colours of someone's own."""
+    """A palette picture of class numbers, shown in other colours than the classes' own."""
     image = Image.fromarray(labels, mode="P")
     image.putpalette([(37 * i + 11) % 256 for i in range(3 * 256)])
     return image
@@ -115,7 +115,7 @@ def grey_palette(labels: Labels) -> Image.Image:
 
 
 def palette_of_the_greys_used(labels: Labels) -> Image.Image:
-    """As an optimiser, or GIF, stores a grey picture of class numbers."""
+    """A grey picture of class numbers as GIF or an optimiser stores it: the palette has only the greys in use."""
     greys, indices = np.unique(labels, return_inverse=True)
     image = Image.fromarray(indices.reshape(labels.shape).astype(np.uint8), mode="P")
     image.putpalette(np.repeat(greys, 3).tolist())
@@ -127,7 +127,7 @@ def rgb(labels: Labels) -> Image.Image:
 
 
 def rgba(labels: Labels) -> Image.Image:
-    alpha = np.random.default_rng(0).integers(1, 256, labels.shape).astype(np.uint8)  # 0 hides what it covers
+    alpha = np.random.default_rng(0).integers(1, 256, labels.shape).astype(np.uint8)  # alpha 0 would be background
     return Image.fromarray(np.dstack([COLOURS[labels], alpha]), mode="RGBA")
 
 
@@ -171,7 +171,7 @@ TORCH_DTYPES = (
     *(torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64),
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
 )
-# A single array [1, H, 3 or 4] would be a picture in colours, so these are at least 5 wide.
+# One array [1, H, 3] or [1, H, 4] would be a picture in colours, so these masks are at least 5 wide.
 WIDE = hnp.arrays(np.uint8, st.tuples(st.integers(1, 24), st.integers(5, 24)), elements=st.integers(0, 18))
 LABELS = hnp.arrays(
     np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24), elements=st.integers(0, 18)
@@ -201,7 +201,7 @@ def test_every_kind_of_file_gives_the_labels(name: str, labels: Labels, tmp_path
     draw(labels).save(path, kind)
     np.testing.assert_array_equal(masks.to_labels(path), labels)
     np.testing.assert_array_equal(masks.to_labels(str(path)), labels)
-    with Image.open(path) as image:  # opened, not yet read
+    with Image.open(path) as image:  # Pillow has opened the file, but not read the pixels yet
         np.testing.assert_array_equal(masks.to_labels(image), labels)
 
 
@@ -281,7 +281,7 @@ def test_one_mask_is_a_batch_of_one() -> None:
 def test_a_palette_in_another_order_holds_for_background_alone() -> None:
     labels = np.zeros((4, 4), dtype=np.uint8)
     image = shuffled_palette(labels)
-    assert np.asarray(image).min() > 0  # black isn't the first colour of this palette
+    assert np.asarray(image).min() > 0  # this palette's first colour isn't black
     np.testing.assert_array_equal(masks.to_labels(image), labels)
 
 
@@ -298,16 +298,16 @@ def test_tolerance_is_less_than_half_of_the_least_distance_of_two_classes() -> N
 def test_colour_noise_within_the_tolerance_changes_nothing(labels: Labels, seed: int) -> None:
     rng = np.random.default_rng(seed)
     direction = rng.normal(size=(*labels.shape, 3))
-    length = rng.uniform(0, TOLERANCE - 1, (*labels.shape, 1))  # less 1: rounding to whole values moves a colour too
+    length = rng.uniform(0, TOLERANCE - 1, (*labels.shape, 1))  # 1 less, since rounding also moves a colour
     noisy = COLOURS[labels] + direction / np.linalg.norm(direction, axis=-1, keepdims=True) * length
     picture = np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
     if (picture == picture[..., :1]).all() and 0 < picture.max() < 19:
-        return  # all grey and dark: that is a picture of class numbers
+        return  # all pixels are dark greys, so this is a picture of class numbers
     np.testing.assert_array_equal(masks.to_labels(picture), labels)
 
 
 def invented(got: Labels, truth: Labels, distance: int = 16) -> Counter[str]:
-    """How many pixels of each class lie farther than ``distance`` (in rows or columns) from every true one."""
+    """How many pixels of each class lie farther than ``distance`` rows or columns from all true pixels of the class."""
     far: Counter[str] = Counter()
     for y, x in np.argwhere(got != truth):
         around = truth[max(0, y - distance) : y + distance + 1, max(0, x - distance) : x + distance + 1]
@@ -335,7 +335,8 @@ BLURS: dict[str, Callable[[Image.Image], Image.Image]] = {
 @pytest.mark.parametrize("absent", [(), (8, 9, 12, 15, 16)], ids=["all_classes", "some_absent"])
 @pytest.mark.parametrize("blur", BLURS)
 def test_jpeg_and_smooth_resizing(blur: str, absent: tuple[int, ...]) -> None:
-    """Mixtures at borders pass through other classes' colours (hair to background: the lower lip's); none is invented."""
+    """At borders, mixtures of two classes pass through other classes' colours, as from hair to background through the
+    lower lip's. No such class may appear there."""
     truth = draw_face(512, without=absent)
     picture = BLURS[blur](rgb(truth))
     got = masks.to_labels(picture)
@@ -385,7 +386,7 @@ def test_a_foreign_region_is_named_although_it_touches_others() -> None:
 @pytest.mark.parametrize(("side", "patch"), [(128, 9), (128, 30), (512, 5), (512, 30)])
 @pytest.mark.parametrize("colour", [(200, 30, 90), (10, 200, 120), (140, 70, 200)])
 def test_a_small_foreign_patch_is_named(colour: tuple[int, int, int], patch: int, side: int) -> None:
-    """However near to borders: it is even, and no mixture of what is around."""
+    """The patch may lie near to borders, but it has one colour, which is no mixture of those around it."""
     picture = COLOURS[draw_face(side)]
     middle = side // 2
     picture[middle : middle + patch, middle : middle + patch] = colour
@@ -515,7 +516,8 @@ def test_no_masks_at_all(several: Any) -> None:
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
 def test_one_mask_as_planes_is_no_batch(kind: Callable[[NDArray[Any]], Any]) -> None:
-    """One-hot in either order, and colours with the channels first; a batch of 19 masks of two classes is one."""
+    """One-hot planes, with the classes first or last, and colours with the channels first are refused. But 19 masks of
+    two classes are a batch."""
     labels = random_labels(0)
     hot = (labels[..., None] == np.arange(19)).astype(np.int64)
     for planes, dimension in ((hot, 2), (hot.transpose(2, 0, 1), 0)):
@@ -590,7 +592,7 @@ def test_a_picture_that_turns_out_truncated_when_it_is_read(tmp_path: Path) -> N
 @examples(40)
 @given(data=st.data())
 def test_damaged_pictures_are_labels_or_an_error(kind: str, data: st.DataObject, tmp_path: Path) -> None:
-    """Whatever bytes a file holds: labels 0…18 or a MaskError, nothing else."""
+    """Whatever bytes a file holds, it gives labels from 0 to 18 or raises a MaskError."""
     buffer = BytesIO()
     (palette_image if kind in ("GIF", "BMP") else rgb)(draw_face(40)).save(buffer, kind)
     raw = bytearray(buffer.getvalue())

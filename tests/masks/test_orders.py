@@ -1,4 +1,4 @@
-"""Numbers in the orders of face parsers give the same labels; a mask in another order than said is told of."""
+"""Class numbers in the orders of face parsers give the same labels, and a mask in another order gets a warning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mogle_rt.errors import MaskError
 from mogle_rt.masks import CLASS_NAMES, Labels
 from tests.masks.test_masks import draw_face, random_labels
 
-# Written out from the parsers' own lists, in CelebAMask-HQ's short names.
+# Copied from the parsers' own lists, in CelebAMask-HQ's short names.
 PARSERS = {
     "bisenet": "background skin l_brow r_brow l_eye r_eye eye_g l_ear r_ear ear_r nose mouth u_lip l_lip neck neck_l "
     "cloth hair hat",
@@ -32,7 +32,7 @@ FACES = [masks.to_labels(example.mask) for example in examples()]
 
 
 def renumbered(labels: Labels, order: str) -> Labels:
-    """Labels as the parser writes them."""
+    """The labels in the parser's numbers."""
     names = [LONG.get(name, name) for name in PARSERS[order].split()]
     return np.array([names.index(name) for name in CLASS_NAMES], dtype=np.uint8)[labels]
 
@@ -108,7 +108,7 @@ def test_a_mask_in_its_own_order_is_not_told_of() -> None:
 
 
 def test_a_few_parts_could_lie_so_by_chance() -> None:
-    """Bands of some classes, one above the other, are told of in no order: too few relations hold or don't."""
+    """Bands of five classes, one above the other, give no warning: they say too little about the order."""
     rng = np.random.default_rng(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,5 @@
-"""Planes of classes are merged, parts over parts; taken for several masks they are refused."""
+"""Planes of classes are merged into labels, later ones over earlier ones; where several masks are expected, they are
+refused."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ LABELS = draw_face(64)
 
 
 def overlapping(labels: Labels) -> np.ndarray:
-    """[19, H, W]: skin lies under all parts of a higher number, as CelebAMask-HQ's annotations have it."""
+    """Planes [19, H, W] in which skin also lies under all later parts, as in CelebAMask-HQ's annotations."""
     planes = labels == np.arange(19)[:, None, None]
     planes[1] |= labels > 1
     return planes

@@ -1,4 +1,4 @@
-"""The size of an image that isn't told one: its mask's shape, at the model's own area."""
+"""Where no size is given, an image gets the shape of its mask, and about as many pixels as the model was made for."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_distortion_is_told_of() -> None:
         warnings.simplefilter("error")
         warn_of_distortion([empty(512, 384)], 592, 448)
         warn_of_distortion([empty(100, 100)], 512, 528)
-        warn_of_distortion([empty(128, 64)], 176, 96)  # the nearest there is
+        warn_of_distortion([empty(128, 64)], 176, 96)  # no other allowed size is nearer to the mask's shape
     with pytest.warns(
         UserWarning, match=r"mask 1 is 384 x 512 pixels, .* stretched to 512 x 512; 448 x 592 would keep"
     ):
@@ -103,7 +103,7 @@ def test_an_order_reaches_the_pipeline(tmp_path: Path) -> None:
         (64, 64, 128, True),
         (128, 128, 128, False),
         (160, 96, 128, False),
-        (1024, 1024, 512, False),  # a model of this size draws others, too
+        (1024, 1024, 512, False),  # a model for 512 x 512 can draw larger images
     ],
 )
 def test_sizes_that_a_small_model_was_not_made_for(height: int, width: int, side: int, told: bool) -> None:
@@ -126,4 +126,4 @@ def test_the_call_warns_of_size_and_guidance_once_each() -> None:
     assert sum("guidance_scale 7 has no effect" in text for text in texts) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pipe(None, "", 1, height=128, width=128, output_type="latent")  # FLUX's own guidance is no wish
+        pipe(None, "", 1, height=128, width=128, output_type="latent")  # the default guidance gives no warning

@@ -1,7 +1,7 @@
-"""CUDA's streams and events, simulated on a CPU: work is queued, and done in any order that the events allow.
+"""A simulation of CUDA's streams and events on a CPU: work is queued, and done in an order that the events allow.
 
-A real GPU shows a missing event only when its timing happens to be bad. Here the order is drawn at random, so that an
-order which is allowed but wrong comes up in a few draws.
+A real GPU shows a missing event only if its timing happens to be bad. Here the order is drawn at random, so that a wrong
+order, if the events allow one, comes up after a few draws.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mogle_rt.memory.streaming import CudaRing
 
 @dataclass(eq=False)
 class Event:
-    """An event; ``done`` of its ``recorded`` records were reached."""
+    """An event. It was recorded ``recorded`` times, and its stream has reached ``done`` of these records."""
 
     simulator: Simulator
     recorded: int = 0
@@ -47,7 +47,7 @@ class Event:
 
 @dataclass
 class Work:
-    """Something in a stream's queue, which may be done once ``ready`` says so."""
+    """An entry of a stream's queue, which may be done as soon as ``ready`` returns true."""
 
     do: Callable[[], object]
     ready: Callable[[], bool] = lambda: True
@@ -55,17 +55,17 @@ class Work:
 
 @dataclass(eq=False)
 class Stream:
-    """A queue of work, which is done in order."""
+    """A queue of work that is done in order."""
 
     queue: deque[Work] = field(default_factory=deque)
 
     def wait_event(self, event: Event) -> None:
-        wanted = event.recorded  # a wait is for what was recorded until now, as CUDA has it
+        wanted = event.recorded  # as in CUDA, a wait is for the records until now
         self.queue.append(Work(lambda: None, lambda: event.done >= wanted))
 
 
 class Simulator:
-    """Two streams, of computation and of copies, whose work is done in a random order that events allow.
+    """Two streams, one of computations and one of copies. Their work is done in a random order that the events allow.
 
     Attributes:
         host_waits: the events that the host waited for.
@@ -74,7 +74,7 @@ class Simulator:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
         self.compute, self.copies, self.host_waits = Stream(), Stream(), list[Event]()
         self._random = random.Random(seed)
-        self._eager = self._random.random()  # how soon work is done after it was queued
+        self._eager = self._random.random()  # how likely work is done soon after it was queued
         run, copy = Step.run, CudaRing._copy
 
         def queue_section(step: Step, section: Section) -> None:
@@ -97,7 +97,7 @@ class Simulator:
             monkeypatch.setattr(torch.cuda, name, fake)
 
     def submit(self, fn: Any, /, *args: Any) -> Future[None]:
-        """The ring's worker: done at once, as by a thread that is never late."""
+        """Do a task of the ring's worker at once, as a thread would that is never late."""
         future: Future[None] = Future()
         future.set_result(fn(*args))
         return future
@@ -108,7 +108,7 @@ class Simulator:
             assert self._do_something(), "the host waits for ever"
 
     def finish(self) -> None:
-        """Do all that is queued."""
+        """Do all queued work."""
         self.work_until(lambda: not self.compute.queue and not self.copies.queue)
 
     def _work_a_little(self) -> None:
@@ -116,7 +116,7 @@ class Simulator:
             pass
 
     def _do_something(self) -> bool:
-        """Do the next work of a stream that need not wait; False where all must."""
+        """Do the next work of a stream that need not wait. Returns False if all streams must wait."""
         able = [s for s in (self.compute, self.copies) if s.queue and s.queue[0].ready()]
         if able:
             self._random.choice(able).queue.popleft().do()

@@ -1,4 +1,4 @@
-"""How much memory may be used: what is asked for, or what is free to this process."""
+"""How much memory may be used: as much as was asked for, or as much as is free for this process."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_asked_for_budget() -> None:
 
 
 def test_a_gpus_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what PyTorch's allocator has reserved, which serves again; less a margin."""
+    """Memory that PyTorch's allocator holds counts as free, since it is used again. A margin is taken off."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * 10**9, 24 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 * 10**9)
     assert budget_for(CUDA, None) == Budget(22 * 10**9 - 11 * 10**8, 11 * 10**8)
@@ -56,7 +56,7 @@ def test_a_gpus_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_containers_limit(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it may still take: its limit less its use, of which cached file pages are given up when memory is short."""
+    """A container may still take its limit less its use. Cached file pages don't count as use, as they can be freed."""
     folder = tmp_path if version == 2 else tmp_path / "memory"
     folder.mkdir(exist_ok=True)
     names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
@@ -73,7 +73,7 @@ def test_a_containers_limit(version: int, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_free_memory_of_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """This process's own memory counts as free: it is what the pipeline is about to use."""
+    """Memory of this process counts as free, since the pipeline's own memory is in it."""
     monkeypatch.setattr(budget, "CGROUP", tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=19 * 10**9))
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=10**9)))

@@ -1,5 +1,5 @@
-"""The released model on a GPU of 8 GB, shown on fake CUDA tensors: what is planned is what is counted, steps wait for
-nothing, and copies run beside computations."""
+"""The released model on a GPU of 8 GB, run on fake CUDA tensors: as much memory is counted as was planned, steps wait
+for nothing, and copies run beside computations."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Happened = tuple[str, int]
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> list[Happened]:
-    """What happens on the two streams, in the order in which it is queued. Copies and reads themselves are left out."""
+    """What is queued on the two streams, in this order. Nothing is really copied or read."""
     noted: list[Happened] = []
     names = iter(range(99))
 
@@ -114,18 +114,19 @@ def test_eight_gigabytes_are_enough(order: list[Happened]) -> None:
         half = len(order)
         assert trace(engine.prepared.advance) == first
 
-    # The plan counts what this run has not: the VAE, and the tables of two more runs (one has been kept already).
+    # The plan also counts what isn't here: the VAE, and the tables of earlier runs, which a pipeline keeps.
     planned = plan.stages["denoise"] - needed.vae - (TABLES_KEPT - 1) * needed.tables
     assert counted == pytest.approx(planned, rel=0.05)
     assert counted + CUDA_BYTES < 8e9
 
-    # The second of these two steps, of which the first sublayers' weights were asked for in the first.
+    # Look at the second of these two steps. The weights of its first sublayers were asked for in the first step.
     computed = [(at, n) for at, (kind, n) in enumerate(order) if kind == "compute" and at >= half and n >= 0]
     assert [number for _, number in computed] == list(range(len(plan.streamed)))
     for (at, number), before in zip(computed, [half - 6, *(at for at, _ in computed)], strict=False):
         # Before a sublayer is queued, its successor's weights are on their way: copies run beside computations.
         assert ("read", (number + 1) % len(computed)) in order[before - 6 : at]
-        # Right before it, the computation waits for its own copy; right after it, the use of its slot is recorded.
+        # Right before it, the stream of computations waits for the copy of its weights. Right after it, an event records
+        # that its slot is free.
         assert order[at - 1][0] == "wait"
         assert order[at + 1][0] == "record"
     # The host waits only where pinned memory is filled again, never for a computation.

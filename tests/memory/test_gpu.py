@@ -1,4 +1,4 @@
-"""On a card: streamed and resident weights give the same bytes, and what is allocated is what was planned."""
+"""On a GPU, streamed and resident weights give the same bytes, and as much memory is allocated as was planned."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_streamed_on_a_card(cuda_graphs: bool, monkeypatch: pytest.MonkeyPatch) 
         if streams_all:
             pipe.enable_sequential_cpu_offload()
         torch.cuda.empty_cache()
-        for _ in range(2):  # the second time, all is there that is kept between calls
+        for _ in range(2):  # in the second call, everything that is kept between calls is there
             torch.cuda.reset_peak_memory_stats()
             images.append(pipe(mask, "a hat", num_inference_steps=3, seed=1, output_type="np").images)
         peaks.append((torch.cuda.max_memory_allocated(), pipe.plan.peak))
@@ -33,4 +33,4 @@ def test_streamed_on_a_card(cuda_graphs: bool, monkeypatch: pytest.MonkeyPatch) 
         del pipe
     assert all(np.array_equal(np.asarray(images[0]), np.asarray(other)) for other in images[1:])
     for allocated, planned in peaks:
-        assert allocated <= 1.05 * planned + (32 << 20)  # and the workspaces of CUDA's libraries
+        assert allocated <= 1.05 * planned + (32 << 20)  # 32 MB are for the workspaces of CUDA's libraries

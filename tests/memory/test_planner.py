@@ -1,4 +1,4 @@
-"""Plans: they fit, they hold as much as they can, and they give up parts in the order that is documented."""
+"""Plans fit into the memory, hold as much of the model as they can, and give parts up in the documented order."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ def test_all_is_kept_where_there_is_room() -> None:
     plan = make_plan(DEMAND, device="cuda", room=3000 * MB)
     assert (plan.streamed, plan.text, plan.modulation, plan.takes_turns) == ((), KEPT, KEPT, False)
     assert plan.resident == WEIGHTS + 500 * MB
-    # Weights, modulations, text encoders, VAE, buffers and two runs' tables, and what decoding takes.
+    # The weights, modulations, text encoders, VAE, buffers, two runs' tables, and the memory that decoding takes.
     assert plan.peak == plan.stages["decode"] == (1210 + 500 + 700 + 30 + 20 + 2 * 5 + 90) * MB
     assert plan.peak == make_plan(DEMAND, device="cuda", room=plan.peak).peak
 
 
 def test_parts_are_given_up_in_order() -> None:
-    """One byte less than a plan takes gives the next plan: modulations, text encoders, then sublayers one by one."""
+    """With a byte less than a plan takes, the next part is streamed: modulations, text encoders, then sublayers one by
+    one."""
     room, seen = 3000 * MB, []
     while True:
         try:
@@ -50,7 +51,7 @@ def test_parts_are_given_up_in_order() -> None:
         room = plan.peak - 1
     assert seen[:3] == [(KEPT, KEPT, 0), (STREAMED, KEPT, 0), (STREAMED, STREAMED, 0)]
     counts = [streamed for *_, streamed in seen[3:]]
-    # Two slots of 100 MB cost more than the first few sublayers give back, two of 100 and one of 50 MB.
+    # The first plan with streamed sublayers has four: the two slots of 100 MB each take more than three would free.
     assert counts == sorted(set(counts))
     assert counts[0] == 4
     assert counts[-1] == 16
@@ -58,12 +59,13 @@ def test_parts_are_given_up_in_order() -> None:
 
 
 def test_on_a_cpu_parts_take_turns_at_last() -> None:
-    """A CPU reads modulations anew for every prompt in any case. With everything streamed, VAE and steps alternate."""
+    """A CPU always reads modulations anew for every prompt. If everything is streamed and memory still doesn't suffice,
+    the VAE and the steps' weights take turns."""
     assert make_plan(DEMAND, device="cpu", room=3000 * MB).modulation == STREAMED
     least = least_plan(DEMAND, device="cpu")
     assert least.takes_turns
     assert least.streamed == tuple(range(16))
-    assert least.peak == (10 + 200 + 20 + 25) * MB  # the steps, without the VAE
+    assert least.peak == (10 + 200 + 20 + 25) * MB  # the steps' memory, without the VAE
     assert not make_plan(DEMAND, device="cpu", room=400 * MB).takes_turns
     assert make_plan(DEMAND, device="cpu", room=least.peak).takes_turns
 
@@ -93,7 +95,7 @@ def test_a_job_that_cant_fit_says_what_would_do() -> None:
 
 
 def test_plans_fit_and_more_room_never_holds_less() -> None:
-    """For 200 jobs at random."""
+    """Checked for 200 random jobs."""
     draw = random.Random(0)
     for _ in range(200):
         sizes = {name: draw.randrange(100) * MB for name, value in vars(DEMAND).items() if isinstance(value, int)}
@@ -107,7 +109,7 @@ def test_plans_fit_and_more_room_never_holds_less() -> None:
                 continue
             plan = make_plan(demand, device=device, room=room)
             assert plan.peak <= room
-            # How much is held: first sublayers, then text encoders, then modulations.
+            # How much is held is compared by sublayers first, then by text encoders, then by modulations.
             kinds = (not plan.takes_turns, -len(plan.streamed), plan.text == KEPT, plan.modulation == KEPT)
             rank = sum(kind * 1000 ** (3 - i) for i, kind in enumerate(kinds))
             assert rank >= held or held == -1

@@ -1,4 +1,4 @@
-"""Streamed weights: the same bytes as resident ones, whatever is streamed; and faults in the ring are noticed."""
+"""Streamed weights give the same bytes as resident ones, whichever are streamed, and faults in the ring are noticed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def conditions(bundle: TensorSource, batch: int = 1, text: int = 5) -> Condition
 
 
 def start(engine: TorchEngine, bundle: TensorSource, asked: Conditions) -> Tensor:
-    """Prepare a run and give its noise."""
+    """Prepare a run. Returns its noise."""
     tokens = GRID[0] * GRID[1]
     engine.prepare(asked, make_schedule(bundle.config.scheduler, STEPS, tokens))
     return torch.randn(asked.masks.batch, tokens, 64, generator=torch.Generator().manual_seed(1))
@@ -88,8 +88,8 @@ def test_spread_evenly() -> None:
 @pytest.mark.parametrize("weights", ["packed", "plain"])
 @pytest.mark.parametrize(("batch", "text"), [(1, 5), (2, 7), (1, 1)])
 def test_streamed_weights_give_the_same_bytes(demo: Bundle, weights: str, batch: int, text: int) -> None:
-    """For every number of streamed sublayers, in the first run and in the next. With one row of text, too, which oneDNN
-    multiplies in another way."""
+    """Checked for several numbers of streamed sublayers, in a first and a second run, and also for one row of text, which
+    oneDNN multiplies in another way."""
     asked, total = conditions(demo, batch, text), count(demo)
     expected = drawn(engine(demo, weights=weights), demo, asked)
     for streamed in {1, 2, total // 2 + 1, total}:
@@ -111,7 +111,7 @@ def test_streamed_weights_give_the_same_bytes(demo: Bundle, weights: str, batch:
     ids=str,
 )
 def test_streamed_weights_with_every_switch(tiny: Bundle, kernels: str, switches: dict[str, bool]) -> None:
-    """With Triton's kernels, the LoRA stands in further rows and columns of the weights."""
+    """Both kernels are run, as with Triton's the LoRA lies in further rows and columns of the weights."""
     model, asked = ModelConfig(**switches), conditions(tiny)
     expected = drawn(engine(tiny, model=model, kernels=kernels), tiny, asked)
     streamed = engine(tiny, range(count(tiny)), model, kernels=kernels)
@@ -119,7 +119,7 @@ def test_streamed_weights_with_every_switch(tiny: Bundle, kernels: str, switches
 
 
 def test_one_memory_for_all(demo: Bundle) -> None:
-    """Two slots, as large as the largest sublayer, hold all streamed weights."""
+    """All streamed weights go through two slots, each as large as the largest sublayer."""
     one = engine(demo, range(count(demo)))
     ring = one.transformer.stream
     assert isinstance(ring, HostRing)
@@ -131,13 +131,13 @@ def test_one_memory_for_all(demo: Bundle) -> None:
 
 
 def test_nothing_stays_of_what_is_let_go(demo: Bundle) -> None:
-    """Weights, slots and buffers are freed at once, without waiting for the collector of cycles."""
+    """Weights, slots and buffers are freed at once, without Python's garbage collector."""
     one = engine(demo, [1, 2])
     drawn(one, demo, conditions(demo))
     ring = one.transformer.stream
     assert isinstance(ring, HostRing)
     held = [weakref.ref(x) for x in (one.prepared, one.prepared.buffers, one.transformer, ring, ring.slots[0])]
-    ring._worker.submit(lambda: None).result()  # after what is read ahead, which holds the ring as long as it is read
+    ring._worker.submit(lambda: None).result()  # wait for the weights that are read ahead: that task holds the ring
     del ring
     gc.disable()
     try:
@@ -148,7 +148,7 @@ def test_nothing_stays_of_what_is_let_go(demo: Bundle) -> None:
 
 
 def test_residency_can_change(demo: Bundle) -> None:
-    """Between runs, with a style on top or without: what was loaded before is let go."""
+    """It can change between runs, with or without a style. Weights that aren't needed any more are freed."""
     asked = conditions(demo)
     one = engine(demo)
     expected = drawn(one, demo, asked)
@@ -181,7 +181,7 @@ def test_an_interrupted_step_leaves_the_ring_usable(
 
 
 def test_an_unreadable_weight_is_an_error(demo: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raised by the thread that reads it, told by the step that needs it; later steps work again."""
+    """The thread that reads the weight hits the error, and the step that needs the weight raises it. Later steps work."""
     asked = conditions(demo)
     expected = drawn(engine(demo), demo, asked)
     one = engine(demo, range(count(demo)))
@@ -197,7 +197,7 @@ def test_an_unreadable_weight_is_an_error(demo: Bundle, monkeypatch: pytest.Monk
 
 
 def test_weights_are_read_beside_the_computation(demo: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a thread of its own, and while a sublayer is computed the next one's weights may come."""
+    """Another thread reads them, so the next sublayer's weights can be read while a sublayer is computed."""
     readers: set[str] = set()
     read = HostRing._read
 
@@ -211,11 +211,11 @@ def test_weights_are_read_beside_the_computation(demo: Bundle, monkeypatch: pyte
     assert readers != {threading.current_thread().name}
 
 
-# What follows shows that the tests above, and the simulated streams, see what could be wrong with a ring.
+# The rest shows that the tests above and the simulated streams notice what can be wrong with a ring.
 
 
 def too_early(ring: Ring, number: int) -> None:
-    """The slot of a sublayer is given away before the sublayer was computed."""
+    """A faulty ring: it frees a sublayer's slot before the sublayer was computed."""
     acquire(ring, number)
     ring._free[ring.slot_of(number)] = True
     ring._ask()
@@ -225,7 +225,7 @@ acquire = Ring.acquire
 
 
 class AtOnce:
-    """A worker that does each task when it is given."""
+    """A worker that does each task at once, when it is submitted."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any) -> Future[None]:
         done: Future[None] = Future()
@@ -247,7 +247,7 @@ def test_a_slot_overwritten_too_early_is_seen(demo: Bundle, monkeypatch: pytest.
 
 
 def simulated(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, seed: int, streamed: Sequence[int]) -> Tensor:
-    """The latents after a run on simulated streams, through a GPU's ring."""
+    """The latents after a run on simulated streams, through the ring that a GPU uses."""
     with monkeypatch.context() as patched:
         simulator = Simulator(patched, seed)
 
@@ -273,8 +273,8 @@ SEEDS = range(12)
 
 @pytest.mark.parametrize("streamed", [1, 2, 3, 0])
 def test_copies_and_computations_keep_their_order(tiny: Bundle, streamed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In whatever order a GPU does what the events allow. An odd number of sublayers ends with the slot that the next
-    step begins with."""
+    """The result is right in whatever order a GPU does the work that the events allow. With an odd number of sublayers,
+    a step ends with the slot that the next step begins with."""
     expected = drawn(engine(tiny), tiny, conditions(tiny))
     places = spread(count(tiny), streamed or count(tiny))
     for seed in SEEDS:

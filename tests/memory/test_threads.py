@@ -1,4 +1,4 @@
-"""Threads by the size of a model, and the warning about bfloat16 on processors that don't multiply it."""
+"""How many threads are used for a model's size, and the warning on processors that can't multiply bfloat16."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CPU = torch.device("cpu")
     ("rows", "width", "expected"),
     [
         (176, 256, 1),  # the demo's image of 128 x 128
-        (4 * 176, 256, 2),  # four of them at once
-        (2560, 3072, 64),  # FLUX at 512 x 512: all there are
+        (4 * 176, 256, 2),  # four such images at once
+        (2560, 3072, 64),  # FLUX at 512 x 512: all threads
         (1, 1, 1),
     ],
 )
@@ -45,7 +45,7 @@ def test_they_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
             with suitable_threads(176, 256, CPU):
                 assert torch.get_num_threads() == 3
             monkeypatch.delenv(name)
-        torch.set_num_threads(2)  # somebody chose
+        torch.set_num_threads(2)  # the user's own choice
         with suitable_threads(176, 256, CPU):
             assert torch.get_num_threads() == 2
     finally:

@@ -1,4 +1,5 @@
-"""The mixture's two ways: a bank of the experts' outputs, or all in one launch a step. Which serves when."""
+"""The two ways to compute the mixture: from a bank of the experts' outputs, or whole in one launch a step; and when
+each is used."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ GRID, TOKENS = (2, 3), 6
 
 
 def masks(seed: int, batch: int, regions: int) -> Tensor:
-    """[B, 20, N, 64]: so many regions an image, all others the same picture."""
+    """Latents [B, 20, N, 64]: `regions` experts of an image have pictures of their own, all others share one picture."""
     g = torch.Generator().manual_seed(seed)
     black = torch.randn(TOKENS, 64, generator=torch.Generator().manual_seed(0))
     latents = black.expand(batch, NUM_EXPERTS, TOKENS, 64).clone()
@@ -52,7 +53,7 @@ def run(engine: TorchEngine, bundle: Bundle, mask_latents: Tensor, seed: int = 0
 @pytest.mark.quick
 @pytest.mark.parametrize("batch", [1, 2])
 def test_fused_equals_the_bank(batch: int, tiny_bundle: Path) -> None:
-    """Run after run through the same buffers; masks stay as they are."""
+    """Several runs go through the same buffers, and no run changes its masks."""
     bundle = Bundle(tiny_bundle)
     engines = [TorchEngine(bundle, CPU, torch.float32, ModelConfig(), mixture=m) for m in ("bank", "fused")]
     for seed, regions in ((1, 3), (2, 19), (3, 0)):
@@ -68,7 +69,7 @@ def test_fused_equals_the_bank(batch: int, tiny_bundle: Path) -> None:
 
 @pytest.mark.quick
 def test_equal_pictures_are_found(tiny_bundle: Path) -> None:
-    """Across the images of a batch, too; the one that most experts see is shared."""
+    """Equal pictures are found across the images of a batch, too. Most experts share the black one."""
     bundle = Bundle(tiny_bundle)
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig(), mixture="fused")
     latents = masks(1, 1, 2).repeat(2, 1, 1, 1)
@@ -77,7 +78,7 @@ def test_equal_pictures_are_found(tiny_bundle: Path) -> None:
     held = engine.prepared.inputs.mixture
     assert isinstance(held, Fused)
     absent = [-1] * (NUM_EXPERTS - 3)
-    assert held.regions.index.tolist() == [[0, 1, 2, *absent], [0, 1, 4, *absent]]  # 3 is the black one
+    assert held.regions.index.tolist() == [[0, 1, 2, *absent], [0, 1, 4, *absent]]  # picture 3 is black
 
 
 def test_black_is_computed_once_a_size(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,11 +93,11 @@ def test_black_is_computed_once_a_size(tiny_bundle: Path, monkeypatch: pytest.Mo
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
     for seed in (1, 2):
         run(engine, bundle, masks(seed, 1, 3))
-    assert calls == [1, 5, 5]  # black; then the palette picture, three regions and black, twice
+    assert calls == [1, 5, 5]  # first black alone; then, twice, the palette picture, three regions and black
 
 
 def test_another_number_of_pictures_is_no_other_shape(tiny_bundle: Path) -> None:
-    """A mask with more regions goes through the same buffers, so that no graph is captured anew for it."""
+    """A mask with more regions goes through the same buffers, so it needs no new graph."""
     bundle = Bundle(tiny_bundle)
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig(), mixture="fused")
     run(engine, bundle, masks(1, 2, 3))
@@ -115,11 +116,11 @@ def test_another_number_of_pictures_is_no_other_shape(tiny_bundle: Path) -> None
         (4, True, torch.bfloat16, 28, "fused"),
         (4, False, torch.bfloat16, 28, "fused"),
         (4, True, torch.float32, 28, "bank"),
-        (1, True, torch.bfloat16, 1, "fused"),  # a bank is written, and read but once
+        (1, True, torch.bfloat16, 1, "fused"),  # with one step, a bank would be written and read only once
     ],
 )
 def test_which_serves_when(batch: int, own: bool, dtype: torch.dtype, steps: int, expected: str) -> None:
-    """512 x 512 pixels, 11 pictures a mask; every image with a mask of its own, or all with one."""
+    """At 512 x 512 pixels and 11 pictures a mask. If `own`, every image has a mask of its own, else all have the same."""
     from mogle_rt.ops import triton_ops
 
     def new(*shape: int) -> Tensor:

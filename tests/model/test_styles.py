@@ -1,4 +1,4 @@
-"""LoRAs as styles: against peft's own result, against the baseline with a condition, and how they come and go."""
+"""LoRAs as styles: compared with peft, and with the baseline where there is a condition; and how they come and go."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ TOKENS = GRID[0] * GRID[1]
 LAYERS = {
     name.removesuffix(".weight"): shape
     for name, shape in schema.transformer_tensors(TINY).items()
-    if len(shape) == 2  # every layer that multiplies
+    if len(shape) == 2  # all layers with a matrix
 }
-# Layers that the condition's rows pass through too, after the image's.
+# Layers that also take the condition's rows, after the image's.
 SHARED_ENDS = ("norm1.linear", "norm.linear", "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "mlp")
 
 
@@ -56,7 +56,7 @@ def bundle(tiny_bundle: Path) -> Bundle:
 
 
 def engine_of(bundle: Bundle, styles: Mapping[Path, float], kernels: str = "torch", **switches: bool) -> TorchEngine:
-    """With these adapters active."""
+    """An engine with these adapters active."""
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig(**switches), kernels=kernels)
     for path, weight in styles.items():
         engine.styles.load(path.stem, read_adapter(path, TINY), weight)
@@ -94,7 +94,7 @@ STYLES: list[list[tuple[int, float, Sequence[str]]]] = [
     [(5, 1.3, chosen("to_q", "to_v", "add_k")), (17, 0.5, chosen("proj_mlp", "ff", "to_v")), (2, 1.0, chosen("norm"))],
     [(4, 1.0, chosen("embed"))],
 ]
-# Triton's interpreter is slow. What the kernels get differs only where several adapters stand beside one another.
+# Triton's interpreter is slow, so the kernels run only where they get other arguments: with several adapters at once.
 PARAMETERS = [
     *((kernels, batch, number) for kernels, batch in (("torch", 1), ("torch", 3)) for number in range(len(STYLES))),
     *(pytest.param("triton", 2, number, marks=in_the_interpreter) for number in (1, 2)),
@@ -105,7 +105,7 @@ PARAMETERS = [
 def test_without_a_condition_equals_peft(
     kernels: str, batch: int, number: int, bundle: Bundle, tiny_files: Files, tmp_path: Path
 ) -> None:
-    """diffusers' transformer with peft's adapters; here, the condition's rows are there and seen by nobody."""
+    """diffusers' transformer with peft's adapters gives the same. Here the condition has rows, but nothing sees them."""
     theirs = FluxTransformer2DModel.from_pretrained(tiny_files.flux / "transformer")
     styles: dict[Path, float] = {}
     for i, (rank, weight, layers) in enumerate(STYLES[number]):
@@ -145,7 +145,8 @@ SWITCHES: list[dict[str, bool]] = [
 
 
 def add_style(transformer: nn.Module, adapter: Mapping[str, LowRank]) -> None:
-    """In the baseline, where image and condition pass a layer one after the other, on every call but the condition's."""
+    """Add a style to the baseline. Image and condition pass its layers one after the other, so the condition's calls are
+    left out."""
 
     def hook(down: Tensor, up: Tensor, *, shared: bool) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         calls = 0
@@ -194,7 +195,8 @@ def test_with_a_condition_equals_the_baseline(
 
 
 def test_the_conditions_rows_stay_as_they_are(bundle: Bundle, tmp_path: Path) -> None:
-    """Where the condition sees nothing else, its rows of the residual stream and of all modulations are the same bits."""
+    """Where the condition sees only itself, a style changes no bit of its rows, in the residual stream or the
+    modulations."""
     path = write_style(tmp_path / "style.safetensors", 1, 6)
     schedule = make_schedule(bundle.config.scheduler, STEPS, TOKENS)
     latents, condition = torch.randn(1, TOKENS, 64), torch.randn(1, TOKENS, 64)
@@ -223,7 +225,7 @@ def branch_addresses(engine: TorchEngine) -> list[int]:
 
 
 def test_adapters_of_one_capacity_are_exchanged_in_place(bundle: Bundle, tmp_path: Path) -> None:
-    """The step stays, and with it a captured graph; the result is a new engine's."""
+    """The step stays, and so would a captured graph. The result equals that of a new engine."""
     first = write_style(tmp_path / "first.safetensors", 1, 5)
     second = write_style(tmp_path / "second.safetensors", 2, 8)
     engine = engine_of(bundle, {first: 1.0, second: 0.0})
@@ -240,7 +242,7 @@ def test_adapters_of_one_capacity_are_exchanged_in_place(bundle: Bundle, tmp_pat
 
 
 def test_another_capacity_has_a_step_of_its_own(bundle: Bundle, tmp_path: Path) -> None:
-    """Kept steps serve again when their capacity comes back, filled with what is active then."""
+    """A kept step is used again for its capacity, with the weights of the adapters that are active then."""
     small = write_style(tmp_path / "small.safetensors", 1, 4)
     large = write_style(tmp_path / "large.safetensors", 2, 9)
     engine = engine_of(bundle, {})
@@ -260,7 +262,7 @@ def test_another_capacity_has_a_step_of_its_own(bundle: Bundle, tmp_path: Path) 
 
 
 def test_steps_of_other_shapes_share_the_branches(bundle: Bundle, tmp_path: Path) -> None:
-    """They are weights: kept once, and filled with what is active whichever step comes next."""
+    """Branches are kept once for all steps, and hold the active adapters whichever step runs next."""
     paths = [write_style(tmp_path / f"{name}.safetensors", seed, 4) for seed, name in enumerate("ab")]
     engine = engine_of(bundle, dict.fromkeys(paths, 1.0))
     engine._runners.limit = 1 << 30  # as on a GPU
@@ -276,7 +278,7 @@ def test_steps_of_other_shapes_share_the_branches(bundle: Bundle, tmp_path: Path
 
 @pytest.mark.parametrize("part", ["norm_out.linear", "context_embedder", "time_text_embed.text_embedder.linear_1"])
 def test_layers_that_are_used_once_a_run(part: str, bundle: Bundle, tmp_path: Path) -> None:
-    """A style of these alone shares the step of no style; tables that belong to another style are made anew."""
+    """A style of only such layers uses the step of no style. Tables that were made with another style are made anew."""
     path = write_style(tmp_path / "style.safetensors", 1, 4, [part])
     engine = engine_of(bundle, {})
     plain, step = run(engine), engine.prepared

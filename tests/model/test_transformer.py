@@ -1,4 +1,4 @@
-"""The transformer against independent implementations: diffusers' own without a condition, the baseline with one."""
+"""The transformer equals other implementations: without a condition diffusers' own, with one the baseline."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_without_condition_equals_diffusers(number: int, batch: int, tmp_path: P
 
 @pytest.fixture(scope="module")
 def odd_files(shared_folder: Path) -> Files:
-    """A checkpoint whose sizes, block counts and rank are those of no other one. Read-only."""
+    """A checkpoint whose sizes, numbers of blocks and rank no other one has. Read-only."""
     return Files(make_once(shared_folder / "odd", lambda folder: write_checkpoint(folder, CONFIGS[1], seed=5, rank=3)))
 
 
@@ -142,7 +142,7 @@ def test_step_equals_the_baseline(
     odd_bundle: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Random weights, odd sizes, a rank other than 4: the reference's own way of computing gives the same step."""
+    """With random weights, odd sizes and a rank other than 4, the reference's own way of computing gives the same step."""
     monkeypatch.setattr(attention, "WHOLE_SCORES", most_whole_scores)
     baseline = Baseline.from_files(odd_files.flux, odd_files.lora, odd_files.mogle, **switches)  # type: ignore[arg-type]
     bundle = Bundle(odd_bundle)
@@ -187,7 +187,7 @@ def test_step_equals_the_baseline(
 
 
 def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, c: int, plan: AttentionPlan) -> torch.Tensor:
-    """Float64, with the mask written out."""
+    """Attention in float64, with the whole mask."""
     q, k, v = (x.double().permute(1, 2, 0, 3) for x in (q, k, v))
     group_q, group_k = (torch.arange(x.shape[2]) >= c for x in (q, k))
     same = group_q[:, None] == group_k[None]
@@ -220,7 +220,8 @@ def test_grouped_attention_equals_dense(visibility: Visibility, queries: int, ba
 def test_attention_by_products_equals_dense(
     visibility: Visibility, queries: int, batch: int, condition_from: int
 ) -> None:
-    """As the step calls it: q, k and v side by side, a result with gaps between its rows, whatever was in its memory."""
+    """It is called as in a step: q, k and v lie side by side, the result has gaps between its rows, and its memory may
+    hold anything before."""
     qkv, (heads, size) = torch.randn(26, batch, 3, 3, 24), (3, 24)
     q, k, v = qkv[:queries, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     plan = AttentionPlan(visibility, torch.tensor([-1.3]))
@@ -247,7 +248,7 @@ def test_scores_are_made_whole_where_it_is_faster() -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize("attend", [attention_with_lse, plain_attention_with_lse], ids=["kernel", "plain"])
 def test_log_sum_exp(attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
-    """The CPU's kernel, and the way of devices that have none."""
+    """Both the CPU's kernel and the way of devices without such a kernel give it."""
     q, k, v = (torch.randn(2, 3, rows, 16) for rows in (5, 9, 9))
     out, lse = attend(q, k, v)
     scores = q @ k.transpose(-1, -2) / 4
@@ -256,7 +257,7 @@ def test_log_sum_exp(attend: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Te
 
 
 def test_plain_attention_is_done_in_parts() -> None:
-    """On meta, which has no kernel of that kind, no tensor holds the scores of all queries."""
+    """On the meta device, which has no attention kernel, no tensor holds the scores of all queries at once."""
     rows = 4 * PLAIN_QUERIES
     q = torch.empty(1, 1, rows, 16, device="meta")
     with OpCounter() as counter:
