@@ -133,7 +133,11 @@ def timings(deadline: float) -> tuple[list[str], str]:
 
 def report(card: str, stages: Sequence[Stage], rows: Sequence[str], notes: Sequence[str]) -> str:
     """The report in Markdown."""
-    versions = {name: _version(name) for name in ("torch", "triton", "numpy", "diffusers", "transformers")}
+    import torch
+
+    # PyTorch's own version also names the CUDA that it was built for, which its wheel's metadata may leave out.
+    versions = {"torch": torch.__version__}
+    versions |= {name: _version(name) for name in ("triton", "numpy", "diffusers", "transformers")}
     lines = ["# GPU report", "", f"- card: {card}", f"- Python {platform.python_version()} on {platform.platform()}"]
     lines += [f"- {name} {version}" for name, version in versions.items() if version]
     lines += [f"- {note}" for note in notes if note]

@@ -64,7 +64,7 @@ def test_a_stage_counts_what_ran_in_its_time(sleep: int, passed: int, tmp_path: 
     )
     assert f"| some | {passed} | 1 | 0 | 1 |" in text
     assert "| others | 0 | 0 | 0 | 0 | 0 | no time left |" in text
-    for part in ("- card: a card", "- a note", f"- torch {torch.__version__}", "one is not two", "| gate |"):
+    for part in ("- card: a card", "- a note", f"- torch {torch.__version__}\n", "one is not two", "| gate |"):
         assert part in text
 
 

@@ -51,7 +51,7 @@ def test_parts_are_given_up_in_order() -> None:
         room = plan.peak - 1
     assert seen[:3] == [(KEPT, KEPT, 0), (STREAMED, KEPT, 0), (STREAMED, STREAMED, 0)]
     counts = [streamed for *_, streamed in seen[3:]]
-    # The first plan with streamed sublayers has four: the two slots of 100 MB each take more than three would free.
+    # The first plan with streamed sublayers has four: two slots of 100 MB each take what fewer sublayers would free.
     assert counts == sorted(set(counts))
     assert counts[0] == 4
     assert counts[-1] == 16
