@@ -136,7 +136,7 @@ def report(card: str, stages: Sequence[Stage], rows: Sequence[str], notes: Seque
     import torch
 
     # PyTorch's own version also names the CUDA that it was built for, which its wheel's metadata may leave out.
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     versions |= {name: _version(name) for name in ("triton", "numpy", "diffusers", "transformers")}
     lines = ["# GPU report", "", f"- card: {card}", f"- Python {platform.python_version()} on {platform.platform()}"]
     lines += [f"- {name} {version}" for name, version in versions.items() if version]
