@@ -130,7 +130,7 @@ def _held(plan: LayerPlan) -> int:
 
 def _sublayer(plans: list[LayerPlan]) -> SublayerBytes:
     able = all(plan.weight_format.streamable for plan in plans)
-    layouts = [plan.weight_format.slot_layout(plan.shape, plan.stored.dtype) for plan in plans] if able else []
+    layouts = [plan.weight_format.slot_layout(plan.stored, plan.shape) for plan in plans] if able else []
     return SublayerBytes(sum(map(_held, plans)), slot_bytes(layouts) if able else None)
 
 

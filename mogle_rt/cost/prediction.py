@@ -47,7 +47,7 @@ def plan_on(job: Job, card: Gpu, max_memory: int | None, vae_parameters: int) ->
         vae=vae_parameters,
         text=job.text,
     )
-    source = WeightlessBundle(job.config, job.ranks)
+    source = WeightlessBundle(job.config, job.ranks, job.weights)
     return make_plan(demand(source, run), device="cuda", room=max(0, allowed - CUDA_BYTES), set_aside=CUDA_BYTES)
 
 

@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from mogle_rt.linear.scratch import Scratch
 CPU = torch.device("cpu")
 # Takes inputs [rows, …] that stand side by side, and returns [rows, columns]. Every step passes the same tensors.
 Multiply = Callable[..., Tensor]
+SlotLayout: TypeAlias = "list[tuple[tuple[int, ...], torch.dtype]]"  # shapes and dtypes, see `WeightFormat.slot_layout`
 
 
 class Place(enum.Enum):
@@ -89,13 +90,22 @@ class StoredLayer:
         row = 0
         for name in self._tensors(kind):
             info = self.source.tensors[name]
-            into[row : row + info.shape[0]].copy_(self.source.load([name], CPU, info.dtype))
+            into[row : row + info.shape[0]].copy_(self.source.load([name], CPU, None))
             self.source.release([name])
             row += info.shape[0]
 
-    def load_stored(self, kind: str) -> Tensor:
-        """The stacked tensors of a kind in the dtype that they are stored in, such as int8; otherwise as `load`."""
-        return self.source.load(self._tensors(kind), self.device, None)
+    def load_stored(self, kind: str, device: torch.device | None = None) -> Tensor:
+        """The stacked tensors of a kind in the dtype that they are stored in, such as int8; otherwise as `load`.
+
+        Args:
+            device: where they are wanted, by default where products are computed.
+        """
+        return self.source.load(self._tensors(kind), device or self.device, None)
+
+    def stacked(self, kind: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """The shape and dtype of what `load_stored` gives."""
+        infos = [self.source.tensors[name] for name in self._tensors(kind)]
+        return (sum(info.shape[0] for info in infos), *infos[0].shape[1:]), infos[0].dtype
 
     @property
     def is_view(self) -> bool:
@@ -220,16 +230,15 @@ class WeightFormat(ABC):
         Args:
             shape: (out, in) of the product, including the extra rows and columns of `Further`.
         """
-        layout = cls.slot_layout(shape, stored.dtype) if cls.streamable else [(shape, stored.dtype)]
+        layout = cls.slot_layout(stored, shape) if cls.streamable else [(shape, stored.dtype)]
         return sum(math.prod(sizes) * dtype.itemsize for sizes, dtype in layout)
 
     @classmethod
-    def slot_layout(cls, shape: tuple[int, int], dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def slot_layout(cls, stored: StoredLayer, shape: tuple[int, int]) -> SlotLayout:
         """The shapes and dtypes of the contiguous tensors that hold a streamed weight.
 
         Args:
             shape: (out, in) of the product, including the extra rows and columns of `Further`.
-            dtype: the dtype of the activations.
         """
         raise NotImplementedError(f"weights in the format {cls.name} can't be streamed")
 
@@ -243,12 +252,15 @@ class WeightFormat(ABC):
         raise NotImplementedError(f"weights in the format {cls.name} can't be streamed")
 
     @classmethod
-    def in_slot(cls, tensors: Sequence[Tensor]) -> WeightFormat:
+    def in_slot(
+        cls, stored: StoredLayer, further: Further, parts: tuple[slice, ...], tensors: Sequence[Tensor]
+    ) -> WeightFormat:
         """A weight whose products use the values that these tensors hold at the time of each call.
 
         Its products must give the same bytes as those of a weight made by `load`.
 
         Args:
+            stored, further, parts: see `load`.
             tensors: tensors of `slot_layout`, on the device of the products.
         """
         raise NotImplementedError(f"weights in the format {cls.name} can't be streamed")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mogle_rt.linear import onednn
-from mogle_rt.linear.contract import Further, Multiply, Place, StoredLayer, WeightFormat
+from mogle_rt.linear.contract import Further, Multiply, Place, SlotLayout, StoredLayer, WeightFormat
 from mogle_rt.linear.plain import PlainWeight
 
 # All rows, not only the branch's own, pay for extra columns. Beyond this rank, adding a branch in place is cheaper. (At
@@ -58,9 +58,9 @@ class PackedWeight(WeightFormat):
         return cls(matrices, shape)
 
     @classmethod
-    def slot_layout(cls, shape: tuple[int, int], dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def slot_layout(cls, stored: StoredLayer, shape: tuple[int, int]) -> SlotLayout:
         """See `WeightFormat.slot_layout`: the matrix, not packed."""
-        return PlainWeight.slot_layout(shape, dtype)
+        return PlainWeight.slot_layout(stored, shape)
 
     @classmethod
     def fill_slot(cls, stored: StoredLayer, further: Further, into: Sequence[Tensor]) -> None:
@@ -68,7 +68,9 @@ class PackedWeight(WeightFormat):
         PlainWeight.fill_slot(stored, further, into)
 
     @classmethod
-    def in_slot(cls, tensors: Sequence[Tensor]) -> WeightFormat:
+    def in_slot(
+        cls, stored: StoredLayer, further: Further, parts: tuple[slice, ...], tensors: Sequence[Tensor]
+    ) -> WeightFormat:
         """See `WeightFormat.in_slot`."""
         return PackedInEachCall(tensors[0])
 

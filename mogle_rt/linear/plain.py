@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mogle_rt.linear import onednn
-from mogle_rt.linear.contract import Further, Multiply, StoredLayer, WeightFormat
+from mogle_rt.linear.contract import Further, Multiply, SlotLayout, StoredLayer, WeightFormat
 from mogle_rt.torch_api.private import addmm_gelu
 
 
@@ -38,9 +38,9 @@ class PlainWeight(WeightFormat):
         return 0 if stored.is_view and shape == stored.shape else super().held_bytes(stored, shape)
 
     @classmethod
-    def slot_layout(cls, shape: tuple[int, int], dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def slot_layout(cls, stored: StoredLayer, shape: tuple[int, int]) -> SlotLayout:
         """See `WeightFormat.slot_layout`: the matrix."""
-        return [(shape, dtype)]
+        return [(shape, stored.dtype)]
 
     @classmethod
     def fill_slot(cls, stored: StoredLayer, further: Further, into: Sequence[Tensor]) -> None:
@@ -54,7 +54,9 @@ class PlainWeight(WeightFormat):
             matrix[out:, :inner] = further.rows
 
     @classmethod
-    def in_slot(cls, tensors: Sequence[Tensor]) -> PlainWeight:
+    def in_slot(
+        cls, stored: StoredLayer, further: Further, parts: tuple[slice, ...], tensors: Sequence[Tensor]
+    ) -> PlainWeight:
         """See `WeightFormat.in_slot`."""
         return cls(tensors[0])
 

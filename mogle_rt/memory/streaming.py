@@ -27,13 +27,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mogle_rt.linear.contract import Further, StoredLayer, WeightFormat
+from mogle_rt.linear.contract import Further, SlotLayout, StoredLayer, WeightFormat
 from mogle_rt.model.loading import LayerPlan
 
 SLOTS = 2  # one is computed with while the other is filled
 ALIGNMENT = 256  # bytes, as the allocators of PyTorch align tensors
-
-Layout = list[tuple[tuple[int, ...], torch.dtype]]
 
 
 class Worker(Protocol):
@@ -42,7 +40,7 @@ class Worker(Protocol):
     def submit(self, fn: Any, /, *args: Any) -> Future[None]: ...
 
 
-def slot_bytes(layouts: Sequence[Layout]) -> int:
+def slot_bytes(layouts: Sequence[SlotLayout]) -> int:
     """Bytes that a sublayer's weights take in a slot. layouts: of its layers."""
     return sum(_aligned(math.prod(shape) * dtype.itemsize) for layout in layouts for shape, dtype in layout)
 
@@ -51,7 +49,7 @@ def _aligned(number: int) -> int:
     return -(-number // ALIGNMENT) * ALIGNMENT
 
 
-def _views(slot: Tensor, layouts: Sequence[Layout]) -> list[list[Tensor]]:
+def _views(slot: Tensor, layouts: Sequence[SlotLayout]) -> list[list[Tensor]]:
     """The tensors of a sublayer's layers, one after the other in a slot of bytes."""
     views, begin = [], 0
     for layout in layouts:
@@ -96,8 +94,7 @@ class Ring(ABC):
         self.numbers: Mapping[int, int] = {place: number for number, place in enumerate(streamed)}
         self.device = device
         self._layouts = [
-            [plan.weight_format.slot_layout(plan.shape, plan.stored.dtype) for plan in sublayers[place]]
-            for place in streamed
+            [plan.weight_format.slot_layout(plan.stored, plan.shape) for plan in sublayers[place]] for place in streamed
         ]
         self._layers: list[dict[int, _Layer]] = [{} for _ in streamed]
         self._plans = [sublayers[place] for place in streamed]
@@ -120,7 +117,8 @@ class Ring(ABC):
         plan = self._plans[number][leaf]
         on_cpu = Further(*(None if t is None else t.cpu() for t in (further.columns, further.rows)))
         self._layers[number][leaf] = _Layer(plan, on_cpu)
-        return plan.weight_format.in_slot(_views(self.slots[self.slot_of(number)], self._layouts[number])[leaf])
+        in_slot = _views(self.slots[self.slot_of(number)], self._layouts[number])[leaf]
+        return plan.weight_format.in_slot(stored, further, plan.parts, in_slot)
 
     def acquire(self, number: int) -> None:
         """Wait until the weights of a streamed sublayer are in their slot, or, on a GPU, until their copy is queued.

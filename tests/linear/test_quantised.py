@@ -13,7 +13,7 @@ from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.bundle.storage import STORAGES, Fp8Storage, Int4Storage, Int8Storage, WeightStorage
 from mogle_rt.engines.torch_engine import TorchEngine
 from mogle_rt.errors import CheckpointError, ConfigError
-from mogle_rt.linear.contract import Place, RowForm
+from mogle_rt.linear.contract import Further, Place, RowForm, StoredLayer, WeightFormat
 from mogle_rt.linear.formats import FORMATS
 from mogle_rt.linear.quantised import base
 from mogle_rt.linear.quantised.base import QuantisedWeight
@@ -232,25 +232,44 @@ def test_what_formats_want_of_their_input() -> None:
     assert wanted == [RowForm(torch.int8, 16), RowForm(torch.float8_e4m3fn), None]
 
 
+def loaded(source: Held, weights: str) -> WeightFormat:
+    """The layers a and b as one resident weight."""
+    return FORMATS[weights].load(stored_in(source), Further(), (slice(None),))
+
+
+def streamed(source: Held, weights: str) -> WeightFormat:
+    """The same as a streamed weight."""
+    stored, weight_format = stored_in(source), FORMATS[weights]
+    slot = [torch.empty(shape, dtype=dtype) for shape, dtype in weight_format.slot_layout(stored, stored.shape)]
+    return weight_format.in_slot(stored, Further(), (slice(None),), slot)
+
+
+def stored_in(source: Held) -> StoredLayer:
+    return StoredLayer(source, ("a", "b"), CPU, torch.float32)
+
+
+def damaged(weights: str, name: str, value: float) -> Held:
+    """Layers a and b in a format, of which the last number of a tensor is replaced."""
+    random = QuantisedLayer(48, 24).quantise(STORAGES[weights].of((8, 48)))
+    held: dict[str, Tensor] = dict(random.source._held)
+    held[name] = held[name].clone()
+    held[name].view(-1)[-1] = value
+    return Held(held, random.source.storages)
+
+
+@pytest.mark.parametrize("hold", [loaded, streamed])
 @pytest.mark.parametrize("weights", FEW_BITS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -1.0])
-def test_damaged_scales(value: float, weights: str) -> None:
-    random = QuantisedLayer(48, 24).quantise(STORAGES[weights].of((8, 48)))
-    held: dict[str, Tensor] = dict(random.source._held)
-    held["b.weight_scale"] = held["b.weight_scale"].clone()
-    held["b.weight_scale"].view(-1)[-1] = value
-    random.source = Held(held, random.source.storages)
+def test_damaged_scales(value: float, weights: str, hold: Callable[[Held, str], WeightFormat]) -> None:
     with pytest.raises(CheckpointError, match="the weight scales of a, b hold NaN, infinite or negative values"):
-        random.load(FORMATS[weights])
+        hold(damaged(weights, "b.weight_scale", value), weights)
 
 
+@pytest.mark.parametrize("hold", [loaded, streamed])
 @pytest.mark.parametrize(("weights", "kind"), [("fp8", "weight"), ("int4", "weight_down"), ("int4", "weight_up")])
-def test_damaged_numbers(weights: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_numbers(
+    weights: str, kind: str, hold: Callable[[Held, str], WeightFormat], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(base, "IN_CACHE", 8)
-    random = QuantisedLayer(48, 24).quantise(STORAGES[weights].of((8, 48)))
-    held: dict[str, Tensor] = dict(random.source._held)
-    held[f"a.{kind}"] = held[f"a.{kind}"].clone()
-    held[f"a.{kind}"].view(-1)[-1] = torch.nan
-    random.source = Held(held, random.source.storages)
     with pytest.raises(CheckpointError, match=f"the tensors '{kind}' of a, b hold NaN or infinite values"):
-        random.load(FORMATS[weights])
+        hold(damaged(weights, f"a.{kind}", torch.nan), weights)

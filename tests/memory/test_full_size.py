@@ -85,13 +85,14 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[Happened]:
     return noted
 
 
-def test_eight_gigabytes_are_enough(order: list[Happened]) -> None:
+@pytest.mark.parametrize(("weights", "fewest", "most"), [(None, 40, 60), ("int8", 20, 40)])
+def test_eight_gigabytes_are_enough(weights: str | None, fewest: int, most: int, order: list[Happened]) -> None:
     ranks = dict.fromkeys(schema.lora_modules(FLUX_DEV), 4)
-    source = WeightlessBundle(FLUX_BUNDLE, ranks)
+    source = WeightlessBundle(FLUX_BUNDLE, ranks, weights=weights)
     run = Run(device=CUDA, dtype=torch.bfloat16, height=512, width=512, steps=STEPS, vae=83_819_683, text=FLUX_TEXT)
     needed = demand(source, run)
     plan = make_plan(needed, device="cuda", room=8 * 10**9 - CUDA_BYTES, set_aside=CUDA_BYTES)
-    assert 40 < len(plan.streamed) < 60
+    assert fewest < len(plan.streamed) < most
     with fake_mode(), counting() as counter, torch.inference_mode():
 
         def empty(*shape: int) -> Tensor:

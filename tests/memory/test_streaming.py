@@ -26,7 +26,8 @@ from mogle_rt.loop.schedule import make_schedule
 from mogle_rt.loop.step import Section, Step
 from mogle_rt.memory.streaming import CudaRing, HostRing, Ring, spread
 from mogle_rt.model.transformer import sublayers
-from tests.conftest import needs_triton
+from tests.conftest import make_once, needs_triton
+from tests.linear.quantised import quantised_bundle
 from tests.memory.streams import Simulator
 
 CPU = torch.device("cpu")
@@ -116,6 +117,26 @@ def test_streamed_weights_with_every_switch(tiny: Bundle, kernels: str, switches
     expected = drawn(engine(tiny, model=model, kernels=kernels), tiny, asked)
     streamed = engine(tiny, range(count(tiny)), model, kernels=kernels)
     assert torch.equal(drawn(streamed, tiny, asked), expected)
+
+
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("weights", ["int8", "fp8", "int4"])
+def test_streamed_weights_of_few_bits(weights: str, kernels: str, tiny_bundle: Path, shared_folder: Path) -> None:
+    """Their bytes travel as they are stored; what rides along stands beside them."""
+    path = shared_folder / f"streamed-{weights}.safetensors"
+    few = Bundle(make_once(path, lambda output: quantised_bundle(tiny_bundle, output, weights)))
+    asked, total = conditions(few), count(few)
+    expected = drawn(engine(few, kernels=kernels), few, asked)
+    one = engine(few, spread(total, total - 1), kernels=kernels)
+    for _ in range(2):
+        assert torch.equal(drawn(one, few, asked), expected)
+    assert f"{total - 1} sublayers streamed" in one.weight_formats
+    ring, layers = one.transformer.stream, dict(one.transformer.layers())
+    assert isinstance(ring, HostRing)
+    names = [name for place in ring.numbers for name in sublayers(one.config)[place]]
+    slots = [(slot.data_ptr(), slot.data_ptr() + slot.nbytes) for slot in ring.slots]
+    for tensor in (tensor for name in names for tensor in layers[name].weight.tensors()):
+        assert any(begin <= tensor.data_ptr() < end for begin, end in slots)
 
 
 def test_one_memory_for_all(demo: Bundle) -> None:

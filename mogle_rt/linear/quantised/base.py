@@ -7,21 +7,24 @@ product and a little more, and the memory of the stored weight.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from mogle_rt.bundle.storage import Int8Storage, WeightStorage
 from mogle_rt.errors import CheckpointError, ConfigError
-from mogle_rt.linear.contract import Further, Multiply, StoredLayer, WeightFormat
+from mogle_rt.linear.contract import CPU, Further, Multiply, SlotLayout, StoredLayer, WeightFormat
 from mogle_rt.linear.plain import dense_product
 from mogle_rt.linear.quantised.rotation import rotate
 from mogle_rt.torch_api.private import has_values
 
 IN_CACHE = 1 << 18  # numbers that are unpacked at a time
+SCALES = "weight_scale"
+COLUMNS, ROWS = "further columns", "further rows"  # of `Further`, beside the kinds of stored tensors
 
 
 class QuantisedWeight(WeightFormat):
@@ -29,31 +32,25 @@ class QuantisedWeight(WeightFormat):
 
     Args:
         stored: where it is read from.
-        further: what extends it.
+        tensors: by kind, as stored, and what rides along as `COLUMNS` and `ROWS`.
 
     Attributes:
         values, scales: as stored, plain tensors without gaps.
         further_columns, further_rows: see `Further`; where weights are unpacked, the rows are rotated as the weight is.
+        suspects: the kinds of stored tensors that may hold NaN or infinite values.
     """
 
-    def __init__(self, stored: StoredLayer, further: Further) -> None:
-        storage = stored.storage
-        if storage is None or storage.name != self.name:
-            raise ConfigError(
-                f"layer {stored.names[0]!r} is not stored in {self.name}: loading quantises nothing; make such a bundle "
-                f"with `mogle-rt quantize --weights {self.name}`"
-            )
-        self.storage: WeightStorage = storage
+    streamable = True
+    suspects: ClassVar[tuple[str, ...]] = (SCALES,)
+
+    def __init__(self, stored: StoredLayer, tensors: Mapping[str, Tensor]) -> None:
+        self.storage = self._storage_of(stored)
         self.dtype, self._scratch, self._own = stored.dtype, stored.scratch, stored.shape
-        self._by_kernels = stored.kernels and self._kernels_take(stored)
+        self._by_kernels = self._multiplied_by_kernels(stored)
         self.path = "kernels" if self._by_kernels else "unpacked"
-        self._rotation = storage.rotation if isinstance(storage, Int8Storage) else 1
-        self.values, self.scales = stored.load_stored("weight"), stored.load_stored("weight_scale")
-        _require_scales(stored, self.scales)
-        self.further_columns = None if further.columns is None else further.columns.contiguous()
-        self.further_rows = further.rows
-        if self.further_rows is not None and not self._by_kernels:
-            self.further_rows = rotate(self.further_rows, self._rotation)
+        self._rotation = _rotation_of(self.storage)
+        self.values, self.scales = tensors["weight"], tensors[SCALES]
+        self.further_columns, self.further_rows = tensors.get(COLUMNS), tensors.get(ROWS)
         rows = 0 if self.further_rows is None else len(self.further_rows)
         columns = 0 if self.further_columns is None else self.further_columns.shape[1]
         self.shape = (self._own[0] + rows, self._own[1] + columns)
@@ -61,25 +58,114 @@ class QuantisedWeight(WeightFormat):
     @classmethod
     def load(cls, stored: StoredLayer, further: Further, parts: tuple[slice, ...]) -> Self:
         """See `WeightFormat.load`. Any part can be asked for."""
-        weight = cls(stored, further)
-        largest = max(len(range(*part.indices(weight.shape[0]))) for part in parts)
-        weight._scratch.announce("weight", largest * weight.shape[1])
-        return weight
+        held = {kind: stored.load_stored(kind) for kind in cls._stored_kinds(stored)}
+        cls._check(stored, held)
+        return cls(stored, held | cls._riding(stored, further))._announced(parts)
 
     @classmethod
     def held_bytes(cls, stored: StoredLayer, shape: tuple[int, int]) -> int:
-        """See `WeightFormat.held_bytes`: the bytes of all stored tensors; on a CPU they are views of the file."""
-        if stored.device.type == "cpu":
-            return 0
-        names = [name for name in stored.source.tensors if name.rpartition(".")[0] in stored.names]
-        infos = [stored.source.tensors[name] for name in names if not name.endswith(".bias")]
-        return sum(info.numel * info.dtype.itemsize for info in infos)
+        """See `WeightFormat.held_bytes`: on a CPU, weights are views of the file."""
+        return 0 if stored.device.type == "cpu" else super().held_bytes(stored, shape)
+
+    @classmethod
+    def slot_layout(cls, stored: StoredLayer, shape: tuple[int, int]) -> SlotLayout:
+        """See `WeightFormat.slot_layout`: the stored tensors, then what rides along."""
+        out, inner = stored.shape
+        layout = [stored.stacked(kind) for kind in cls._stored_kinds(stored)]
+        if shape[1] > inner:
+            layout.append(((out, shape[1] - inner), stored.dtype))
+        if shape[0] > out:
+            layout.append(((shape[0] - out, inner), stored.dtype))
+        return layout
+
+    @classmethod
+    def fill_slot(cls, stored: StoredLayer, further: Further, into: Sequence[Tensor]) -> None:
+        """See `WeightFormat.fill_slot`."""
+        riding = cls._riding(stored, further)
+        for kind, tensor in zip([*cls._stored_kinds(stored), *riding], into, strict=True):
+            if kind in riding:
+                tensor.copy_(riding[kind])
+            else:
+                stored.copy_into(tensor, kind)
+
+    @classmethod
+    def in_slot(
+        cls, stored: StoredLayer, further: Further, parts: tuple[slice, ...], tensors: Sequence[Tensor]
+    ) -> Self:
+        """See `WeightFormat.in_slot`. What is stored is checked now, and not each time that it is read.
+
+        Raises:
+            CheckpointError: stored numbers or scales are not finite.
+        """
+        for kind in cls._stored_kinds(stored):
+            if kind in cls.suspects:
+                cls._check(stored, {kind: stored.load_stored(kind, CPU)})
+                stored.release(kind)
+        kinds = [*cls._stored_kinds(stored), *cls._riding(stored, further)]
+        return cls(stored, dict(zip(kinds, tensors, strict=True)))._announced(parts)
+
+    def _announced(self, parts: tuple[slice, ...]) -> Self:
+        """Itself, once it has said how much shared memory its largest part is unpacked into."""
+        largest = max(len(range(*part.indices(self.shape[0]))) for part in parts)
+        self._scratch.announce("weight", largest * self.shape[1])
+        return self
+
+    @classmethod
+    def _stored_kinds(cls, stored: StoredLayer) -> list[str]:
+        """The kinds of tensors that the weight is stored as."""
+        return list(cls._storage_of(stored).kinds(stored.shape))
+
+    @classmethod
+    def _storage_of(cls, stored: StoredLayer) -> WeightStorage:
+        storage = stored.storage
+        if storage is None or storage.name != cls.name:
+            raise ConfigError(
+                f"layer {stored.names[0]!r} is not stored in {cls.name}: loading quantises nothing; make such a bundle "
+                f"with `mogle-rt quantize --weights {cls.name}`"
+            )
+        return storage
+
+    @classmethod
+    def _riding(cls, stored: StoredLayer, further: Further) -> dict[str, Tensor]:
+        """What rides along, as the product takes it."""
+        riding = {}
+        if further.columns is not None:
+            riding[COLUMNS] = further.columns.contiguous()
+        if further.rows is not None:
+            by_kernels = cls._multiplied_by_kernels(stored)
+            rotation = 1 if by_kernels else _rotation_of(cls._storage_of(stored))
+            # Rotated on the CPU, so that streamed and resident ones are equal to the last bit.
+            riding[ROWS] = further.rows if rotation == 1 else rotate(further.rows.cpu(), rotation).to(stored.device)
+        return riding
+
+    @classmethod
+    def _multiplied_by_kernels(cls, stored: StoredLayer) -> bool:
+        return stored.kernels and cls._kernels_take(stored)
+
+    @classmethod
+    def _check(cls, stored: StoredLayer, tensors: Mapping[str, Tensor]) -> None:
+        """Check stored numbers, a part at a time.
+
+        Raises:
+            CheckpointError: some are NaN or infinite, or a scale is negative.
+        """
+        for kind in cls.suspects:
+            if kind not in tensors or not has_values(tensors[kind]):
+                continue
+            layers, tensor = ", ".join(stored.names), tensors[kind]
+            for part in tensor.split(max(1, 8 * IN_CACHE // max(1, math.prod(tensor.shape[1:])))):
+                finite = bool(part.float().isfinite().all())
+                if kind == SCALES and not (finite and bool((part >= 0).all())):
+                    raise CheckpointError(f"the weight scales of {layers} hold NaN, infinite or negative values")
+                if not finite:
+                    raise CheckpointError(f"the tensors {kind!r} of {layers} hold NaN or infinite values")
 
     def tensors(self) -> list[Tensor]:
         """As stored, and what rides along."""
         return [self.values, self.scales, *(t for t in (self.further_columns, self.further_rows) if t is not None)]
 
-    def _kernels_take(self, stored: StoredLayer) -> bool:
+    @classmethod
+    def _kernels_take(cls, stored: StoredLayer) -> bool:
         """Whether the format's own kernels multiply such a layer, where kernels run at all."""
         return True
 
@@ -170,19 +256,5 @@ class QuantisedWeight(WeightFormat):
         return into
 
 
-def _require_scales(stored: StoredLayer, scales: Tensor) -> None:
-    if has_values(scales) and not (bool(scales.isfinite().all()) and bool((scales >= 0).all())):
-        raise CheckpointError(f"the weight scales of {', '.join(stored.names)} hold NaN, infinite or negative values")
-
-
-def require_finite(stored: StoredLayer, kind: str, tensor: Tensor) -> None:
-    """Check stored numbers, a part at a time.
-
-    Raises:
-        CheckpointError: some are NaN or infinite.
-    """
-    if not has_values(tensor):
-        return
-    for part in tensor.split(max(1, 8 * IN_CACHE // max(1, tensor.shape[1]))):
-        if not bool(part.float().isfinite().all()):
-            raise CheckpointError(f"the tensors {kind!r} of {', '.join(stored.names)} hold NaN or infinite values")
+def _rotation_of(storage: WeightStorage) -> int:
+    return storage.rotation if isinstance(storage, Int8Storage) else 1

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from mogle_rt.linear.contract import Further, RowForm, StoredLayer
-from mogle_rt.linear.quantised.base import QuantisedWeight, require_finite
+from mogle_rt.linear.contract import RowForm, StoredLayer
+from mogle_rt.linear.quantised.base import QuantisedWeight
 
 
 class ScaledRows(QuantisedWeight):
@@ -40,8 +40,8 @@ class Int8Weight(ScaledRows):
 
     name = "int8"
 
-    def __init__(self, stored: StoredLayer, further: Further) -> None:
-        super().__init__(stored, further)
+    def __init__(self, stored: StoredLayer, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(stored, tensors)
         self.wants = RowForm(torch.int8, self._rotation)
 
 
@@ -49,13 +49,14 @@ class Fp8Weight(ScaledRows):
     """Numbers in float8_e4m3, see `mogle_rt.bundle.storage.Fp8Storage`."""
 
     name = "fp8"
+    suspects = (*ScaledRows.suspects, "weight")
 
-    def __init__(self, stored: StoredLayer, further: Further) -> None:
-        super().__init__(stored, further)
-        require_finite(stored, "weight", self.values)
+    def __init__(self, stored: StoredLayer, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(stored, tensors)
         self.wants = RowForm(torch.float8_e4m3fn)
 
-    def _kernels_take(self, stored: StoredLayer) -> bool:
+    @classmethod
+    def _kernels_take(cls, stored: StoredLayer) -> bool:
         from mogle_rt.ops import few_bits
 
         return few_bits.multiplies_fp8(stored.device)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 
 from torch import Tensor
 
 from mogle_rt.bundle.storage import Int4Storage
-from mogle_rt.linear.contract import Further, StoredLayer
-from mogle_rt.linear.quantised.base import QuantisedWeight, require_finite
+from mogle_rt.linear.contract import StoredLayer
+from mogle_rt.linear.quantised.base import QuantisedWeight
 from mogle_rt.linear.quantised.rounding import unpack_int4
 
 
@@ -22,25 +22,25 @@ class Int4Weight(QuantisedWeight):
     """
 
     name = "int4"
+    suspects = (*QuantisedWeight.suspects, "weight_down", "weight_up")
 
-    def __init__(self, stored: StoredLayer, further: Further) -> None:
-        super().__init__(stored, further)
+    def __init__(self, stored: StoredLayer, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(stored, tensors)
         assert isinstance(self.storage, Int4Storage)
         self._rank = self.storage.rank
-        self.down = self.up = None
+        self.down, self.up = tensors.get("weight_down"), tensors.get("weight_up")
         self._ends = list(accumulate(stored.heights))  # of the stacked layers' rows
-        if self._rank:
-            self.down, self.up = stored.load_stored("weight_down"), stored.load_stored("weight_up")
-            for kind, tensor in (("weight_down", self.down), ("weight_up", self.up)):
-                require_finite(stored, kind, tensor)
 
     def tensors(self) -> list[Tensor]:
         """See `QuantisedWeight.tensors`."""
         return [*super().tensors(), *(t for t in (self.down, self.up) if t is not None)]
 
-    def _kernels_take(self, stored: StoredLayer) -> bool:
+    @classmethod
+    def _kernels_take(cls, stored: StoredLayer) -> bool:
         """Groups of a power of two, and stacked layers of which each fills whole tiles."""
-        group = self.storage.to_dict()["group"]
+        storage = cls._storage_of(stored)
+        assert isinstance(storage, Int4Storage)
+        group = storage.group
         return group & (group - 1) == 0 and group <= 64 and all(height % 16 == 0 for height in stored.heights)
 
     def _multiply(
