@@ -16,6 +16,7 @@ from mogle_rt.errors import InputError, InsufficientMemoryError
 if TYPE_CHECKING:
     from mogle_rt.cost.estimate import JobCost
     from mogle_rt.cost.gpus import Gpu
+    from mogle_rt.cost.job import Job
 
 
 def cost(
@@ -73,10 +74,10 @@ def cost(
     if card:
         try:
             plan = plan_on(job, card, allowed, result.parameters["vae"])
-            predicted = predicted_step_ms(card, result.engine.step, plan, job.dtype.itemsize)
+            predicted = predicted_step_ms(card, result.engine.step, plan, job.dtype.itemsize, job.weights)
         except InsufficientMemoryError as error:
             refused = str(error)
-    limits = {name: _limits(card, way, job.dtype.itemsize) for name, way in ways.items()} if card else {}
+    limits = {name: _limits(card, way, job) for name, way in ways.items()} if card else {}
     settings = {name: getattr(job, name) for name in options} | {
         "kernels": ops.choice(kernels, torch.device("meta")),
         "weights": job.weights or "plain",
@@ -134,10 +135,10 @@ def cost(
         out.print(f"predicted, not measured: {predicted:,.0f} ms a step, {total}", markup=False)
 
 
-def _limits(card: Gpu, way: JobCost, itemsize: int) -> dict[str, float]:
+def _limits(card: Gpu, way: JobCost, job: Job) -> dict[str, float]:
     """Limits from a card's datasheet: the shortest possible time of a step, and whether the job fits into memory."""
     return {
-        "compute_ms": card.compute_ms(way.step.flops, itemsize),
+        "compute_ms": card.compute_ms(way.step, job.dtype.itemsize, job.weights),
         "memory_ms": card.memory_ms(way.step.moved),
         "fits": card.fits(way.peak),
         "fits_with_text": card.fits(way.peak_with_text),

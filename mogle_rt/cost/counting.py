@@ -33,11 +33,13 @@ class Count:
 
     Attributes:
         launches: the number of kernels. flops: those of matrix products, convolutions and attention.
+        eight_bit_flops: those among them that multiply numbers of eight bits.
         read, written: bytes. peak: the most bytes that were alive at once, among storages made since counting began.
     """
 
     launches: int = 0
     flops: int = 0
+    eight_bit_flops: int = 0
     read: int = 0
     written: int = 0
     peak: int = 0
@@ -52,6 +54,7 @@ class Count:
         return Count(
             launches=self.launches + other.launches,
             flops=self.flops + other.flops,
+            eight_bit_flops=self.eight_bit_flops + other.eight_bit_flops,
             read=self.read + other.read,
             written=self.written + other.written,
             peak=max(self.peak, other.peak),
@@ -62,6 +65,7 @@ class Count:
         return Count(
             launches=self.launches * times,
             flops=self.flops * times,
+            eight_bit_flops=self.eight_bit_flops * times,
             read=self.read * times,
             written=self.written * times,
             peak=self.peak,
@@ -135,8 +139,12 @@ class OpCounter(TorchDispatchMode):
         if func.namespace == "mogle_rt":  # a fused kernel declares its own cost
             from mogle_rt.ops import triton_ops
 
-            own = triton_ops.declared(func.overloadpacket._qualified_op_name, args)
-            return Count(launches=own.launches, flops=own.flops, read=own.read, written=own.written)
+            name = func.overloadpacket._qualified_op_name
+            own = triton_ops.declared(name, args)
+            narrow = own.flops if name == "mogle_rt::scaled_linear" else 0
+            return Count(
+                launches=own.launches, flops=own.flops, eight_bit_flops=narrow, read=own.read, written=own.written
+            )
         packet = func.overloadpacket
         changed: list[Tensor] = []
         blind: list[Tensor] = []  # changed without being read

@@ -4,8 +4,9 @@ A step takes as long as its arithmetic or its copies, whichever takes longer, as
 
     max(FLOPs / (0.6 x the datasheet's rate), streamed bytes / min(0.8 x the link's rate, 10 GB/s))
 
-Large products usually reach 60 to 75 % of a datasheet's rate, copies from pinned memory 80 % of the link's. Streamed
-weights are also copied once within the host's memory, at some 10 GB/s.
+The rate is that of products of 16 bits, and of eight bits for the products with weights in int8 or fp8. Large products
+usually reach 60 to 75 % of a datasheet's rate, copies from pinned memory 80 % of the link's. Streamed weights are also
+copied once within the host's memory, at some 10 GB/s.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ def plan_on(job: Job, card: Gpu, max_memory: int | None, vae_parameters: int) ->
     return make_plan(demand(source, run), device="cuda", room=max(0, allowed - CUDA_BYTES), set_aside=CUDA_BYTES)
 
 
-def predicted_step_ms(card: Gpu, step: Count, plan: Plan, itemsize: int) -> float:
+def predicted_step_ms(card: Gpu, step: Count, plan: Plan, itemsize: int, weights: str | None = None) -> float:
     """Milliseconds that a step is predicted to take, see above.
 
     Args:
-        step: what it computes. plan: what it streams. itemsize: bytes of its numbers.
+        step: what it computes. plan: what it streams.
+        itemsize, weights: see `Gpu.compute_ms`.
     """
-    compute = card.compute_ms(step.flops, itemsize) / UTILISATION
+    compute = card.compute_ms(step, itemsize, weights) / UTILISATION
     return max(compute, plan.streamed_bytes / min(LINK_SHARE * card.link, HOST_GBS) / 1e6)

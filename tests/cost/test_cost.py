@@ -352,8 +352,13 @@ def test_models_too_wide_for_the_kernels(part: str) -> None:
 @pytest.mark.quick
 def test_floors() -> None:
     card = find_gpu("RTX 4090")
-    assert card.compute_ms(165.2e12, 2) == pytest.approx(1000)
-    assert card.compute_ms(82.6e12, 4) == pytest.approx(1000)
+    assert card.compute_ms(Count(flops=int(165.2e12)), 2) == pytest.approx(1000)
+    assert card.compute_ms(Count(flops=int(82.6e12)), 4) == pytest.approx(1000)
+    part = Count(flops=int(1165.2e12), eight_bit_flops=int(1000e12))
+    assert card.compute_ms(part, 2, "int8") == pytest.approx(1000 + 1e6 / 660.6)
+    assert card.compute_ms(part, 2, "fp8") == pytest.approx(1000 + 1e6 / 330.3)
+    # A card without such instructions multiplies unpacked weights at its usual rate.
+    assert find_gpu("A100 40GB").compute_ms(part, 2, "fp8") == pytest.approx(1165.2e3 / 312)
     assert card.memory_ms(1008e9) == pytest.approx(1000)
     assert card.fits((24 - RESERVED_GIB) * 2**30)
     assert not card.fits((24 - RESERVED_GIB) * 2**30 + 1)
@@ -429,7 +434,7 @@ def test_command_gives_json(tiny_bundle: Path) -> None:
     assert report["job"]["dtype"] == "float16"
     step = report["cost"]["reference"]["step"]
     expected = reference_step(Job.of(Bundle(tiny_bundle), height=64, width=48, dtype=torch.float16))
-    assert step == {name: getattr(expected, name) for name in ("launches", "flops", "read", "written", "peak")}
+    assert step == vars(expected)
     assert report["gpu"]["limits"]["mogle_rt"]["fits"] is True
     moved = step["read"] + step["written"]
     assert report["gpu"]["limits"]["reference"]["memory_ms"] == pytest.approx(moved / 300e9 * 1e3)

@@ -11,11 +11,13 @@ import pytest
 from mogle_rt.bundle import schema
 from mogle_rt.config import FLUX_DEV
 from mogle_rt.cost.counting import Count
+from mogle_rt.cost.estimate import estimate
 from mogle_rt.cost.gpus import find_gpu
 from mogle_rt.cost.job import FLUX_BUNDLE, Job
 from mogle_rt.cost.prediction import plan_on, predicted_step_ms
 from mogle_rt.errors import InsufficientMemoryError
 from mogle_rt.memory.budget import CUDA_BYTES
+from tests.conftest import needs_triton
 from tests.cost.test_cost import run
 
 VAE = 83_819_683  # parameters of FLUX's
@@ -40,6 +42,28 @@ def test_a_card_s_plan() -> None:
         InsufficientMemoryError, match=r"needs at least 2\.\d GB of GPU memory, and 1\.5 GB may be used"
     ):
         plan_on(job, card, 15 * 10**8, VAE)
+
+
+def test_weights_in_few_bits_are_planned_for() -> None:
+    """A card that streams most of the 16-bit weights keeps those of four bits."""
+    job, card = flux(19, 38), find_gpu("RTX 4060")
+    plans = {weights: plan_on(replace(job, weights=weights), card, None, VAE) for weights in (None, "int8", "int4")}
+    streamed = [len(plan.streamed) for plan in plans.values()]
+    assert streamed[0] > 2 * streamed[1] > 0 == streamed[2]
+    assert plans["int4"].resident < 5.2 * 2**30
+
+
+@needs_triton
+def test_products_of_eight_bits_are_predicted_at_their_rate() -> None:
+    job = replace(flux(1, 1), kernels="triton", height=64, width=64, text_tokens=16)
+    card, steps = find_gpu("H100 SXM"), {}
+    for weights in (None, "int8", "fp8", "int4"):
+        one = replace(job, weights=weights)
+        step, plan = estimate(one).engine.step, plan_on(one, card, None, VAE)
+        steps[weights] = predicted_step_ms(card, step, plan, 2, weights)
+        assert (step.eight_bit_flops > 0.9 * step.flops) == (weights in ("int8", "fp8"))
+    assert steps["int8"] == steps["fp8"] == pytest.approx(steps[None] / 2, rel=0.1)
+    assert steps["int4"] == pytest.approx(steps[None], rel=0.05)
 
 
 @pytest.mark.parametrize(("name", "link"), [("RTX 3060", 10.0), ("RTX 4060", 10.0)])
