@@ -17,12 +17,11 @@ from mogle_rt.apps.program import console, say
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.errors import InputError, OutputError
 from mogle_rt.jobs.embeddings import EmbeddedPrompts
-from mogle_rt.jobs.image_files import MASK, check_prompt, check_suffix, save_image, settings_of
+from mogle_rt.jobs.image_files import check_prompt, check_suffix, save_image
 from mogle_rt.jobs.naming import Naming, check_writable
-from mogle_rt.jobs.plan import Drawing, Existing, count_prompts, plan, shard, to_draw
-from mogle_rt.jobs.record import Job, JobRecord, digest_of, mask_names
-from mogle_rt.jobs.settings_read import mask_text
-from mogle_rt.jobs.work import Work
+from mogle_rt.jobs.plan import Drawing, Existing, count_prompts, digest_of, mask_names, plan, shard, to_draw
+from mogle_rt.jobs.record import Job, JobRecord, job_settings
+from mogle_rt.jobs.work import Work, draw_images
 from mogle_rt.masks.labels import to_labels
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def draw(request: Request, start: float) -> None:
         with console.status(Text(f"reading {len(names):,} masks …")) if len(names) > 1 else nullcontext():
             shapes, digests = _read_masks(request)
         if record is not None and request.existing == "skip":
-            unknown = record.check(drawings, settings, digests)
+            unknown = record.check(drawings, settings, lambda drawing: digests[drawing.mask])
             if unknown:
                 say(
                     f"of {unknown:,} images that are there no record tells what they were drawn from; they stay as they are"
@@ -125,14 +124,21 @@ def draw(request: Request, start: float) -> None:
                     todo = to_draw(shard(drawings, request.part), request.existing)
                 job = begun
             embeddings = None if request.embeds is None else request.embeds.load()
-            work = Work(todo, request.batch_size, shapes, record, request.existing, share=request.share)
+            work = Work(
+                todo,
+                request.batch_size,
+                lambda drawing: shapes[drawing.mask],
+                record,
+                request.existing,
+                share=request.share,
+            )
             done = 0
             with _bar(pipe, len(todo)) as bar, _told_how_to_go_on(request, record, bar):
                 for batch in work:
                     _draw(pipe, batch, request, embeddings, seconds)
                     for drawing in batch:
                         if record is not None:
-                            record.drawn(job, drawing, digests)
+                            record.drawn(job, drawing, digests[drawing.mask])
                         with tqdm.external_write_mode():
                             typer.echo(drawing.path)
                     done += len(batch)
@@ -163,11 +169,14 @@ def _settings(request: Request) -> dict[str, Any]:
                 f"{request.checkpoint}: holds no text encoders, which generate needs for prompts; convert it with them, "
                 f"or give --embeds, a file that mogle-rt embed writes with such a bundle.{alone}"
             )
-    names = {"num_inference_steps": "steps", "guidance_scale": "guidance"}  # those of the options
-    call = {names.get(name, name): value for name, value in request.call.items()}
-    model = {"model_config": request.model["model_config"].to_dict(), "dtype": request.model["dtype"]}
-    embeds = None if request.embeds is None else [request.embeds.bundle, request.embeds.tokens]
-    return {"bundle": bundle.content_hash, "num_images": request.num_images, "embeds": embeds} | call | model
+    return job_settings(
+        bundle.content_hash,
+        request.call,
+        model_config=request.model["model_config"].to_dict(),
+        dtype=request.model["dtype"],
+        num_images=request.num_images,
+        embeds=None if request.embeds is None else [request.embeds.bundle, request.embeds.tokens],
+    )
 
 
 def _read_masks(
@@ -236,42 +245,12 @@ def _draw(
     seconds: dict[str, float],
 ) -> None:
     """Draw one batch into its files, and add its times to ``seconds``."""
-    import torch
-
-    from mogle_rt.config import PATCH
-    from mogle_rt.memory.threads import suitable_threads
-
-    transformer, side = pipe.bundle.config.transformer, pipe.bundle.default_size
-    tokens = (request.call["height"] or side) // PATCH * ((request.call["width"] or side) // PATCH)
-    rows = len(batch) * (2 * tokens + pipe.bundle.default_text_tokens)
-    prompts: dict[str, Any] = {"prompt": [job.prompt for job in batch]}
-    if embeddings is not None:
-        sequence, pooled = (torch.stack(x) for x in zip(*(embeddings[job.prompt] for job in batch), strict=True))
-        prompts = {"prompt_embeds": sequence, "pooled_prompt_embeds": pooled}
-    with suitable_threads(rows, transformer.width, pipe.device):
-        images = pipe(
-            [job.mask for job in batch if job.mask is not None] or None,
-            **prompts,
-            # The generators are on the CPU, so that a seed gives the same noise on every device.
-            generator=[torch.Generator("cpu").manual_seed(job.seed) for job in batch],
-            **request.call,
-        ).images
+    masks = [drawing.mask for drawing in batch if drawing.mask is not None]
+    images = draw_images(pipe, batch, masks, request.call, embeddings=embeddings, metadata=request.metadata)
     for name, value in pipe.last_run.seconds.items():
         seconds[name] = seconds.get(name, 0.0) + value
-    for job, image in zip(batch, images, strict=True):
-        described = settings_of(
-            pipe,
-            image.size,
-            prompt=job.prompt,
-            seed=job.seed,
-            mask=job.mask.name if job.mask else None,
-            num_inference_steps=request.call["num_inference_steps"],
-            guidance_scale=request.call["guidance_scale"],
-            condition_scale=request.call["condition_scale"],
-        )
-        if request.metadata and job.mask is not None:
-            described[MASK] = mask_text(to_labels(job.mask, order=request.call["mask_order"]))
-        save_image(image, job.path, described if request.metadata else None)
+    for drawing, (image, described) in zip(batch, images, strict=True):
+        save_image(image, drawing.path, described)
 
 
 def _report(done: int, left: int, seed: int, total: float, seconds: Mapping[str, float]) -> None:

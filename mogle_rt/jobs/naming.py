@@ -55,9 +55,13 @@ class Naming:
         self.folder = self._folder()
         self.hold_seed = self.is_folder or (self.pattern and "{seed}" in str(output))
 
-    def path(self, mask: Path | None, seed: int, number: int, number_of_mask: int) -> Path:
-        """The file of one image. ``number`` counts all images from 1, ``number_of_mask`` those of the same mask."""
-        stem = mask.stem if mask else "face"
+    def path(self, stem: str, seed: int, number: int, number_of_mask: int) -> Path:
+        """The file of one image.
+
+        Args:
+            stem: the name of the mask without its suffix, or whatever else tells the images apart.
+            number: counts all images from 1. number_of_mask: counts those of the same mask.
+        """
         if self.is_folder:
             return self.output / f"{stem}_{seed}{self.suffix}"
         if self.pattern:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mogle_rt.errors import InputError, OutputError
 from mogle_rt.jobs.naming import Naming, check_writable
@@ -14,12 +15,13 @@ MASK_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tif
 
 
 class Drawing(NamedTuple):
-    """An image to draw: its mask, prompt, seed and file."""
+    """An image to draw: its mask, prompt, seed and file, and the options that are its own rather than the job's."""
 
     mask: Path | None
     prompt: str
     seed: int
     path: Path
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 Existing = Literal["refuse", "replace", "skip"]
@@ -51,7 +53,7 @@ def plan(
     for place, mask, prompt in zip(range(len(masks)) if places is None else places, masks, prompts, strict=True):
         for j in range(num_images):
             number = place * num_images + j
-            path = naming.path(mask, seed + number, number + 1, j + 1)
+            path = naming.path(mask.stem if mask else "face", seed + number, number + 1, j + 1)
             if path.exists() and any(path.samefile(mask) for mask in given):
                 raise OutputError(f"{path}: is a mask itself; choose another name for the image")
             if path in drawings:
@@ -127,16 +129,17 @@ def find_masks(paths: list[Path]) -> Iterator[Path]:
 
 
 def batches(
-    drawings: Sequence[Drawing], batch_size: int, shapes: Mapping[Path | None, tuple[int, ...] | None]
+    drawings: Sequence[Drawing], batch_size: int, alike: Callable[[Drawing], Hashable]
 ) -> Iterator[list[Drawing]]:
-    """Group the drawings in their order, up to ``batch_size`` at once. All masks in a batch have the same shape.
+    """Group the drawings in their order, up to ``batch_size`` at once.
 
-    Otherwise the size of an image would depend on the other images in its batch. ``shapes`` gives each mask's height
-    and width, or None for an image without a mask.
+    Args:
+        alike: gives what must be equal for all drawings of a batch: at least the shape of the mask, as otherwise the size
+            of an image would depend on the other images in its batch.
     """
     batch: list[Drawing] = []
     for drawing in drawings:
-        if batch and (len(batch) == batch_size or shapes[drawing.mask] != shapes[batch[0].mask]):
+        if batch and (len(batch) == batch_size or alike(drawing) != alike(batch[0])):
             yield batch
             batch = []
         batch.append(drawing)
@@ -154,6 +157,32 @@ def count_prompts(drawings: Sequence[Drawing]) -> str | None:
         f"{with_text:,} of {len(prompts):,} masks have a prompt; the others are drawn from the mask alone. A prompt "
         "is --prompt, a .txt file beside the mask or in ../text, or an entry of ../text.json"
     )
+
+
+def mask_names(masks: Sequence[Path | None]) -> list[str]:
+    """Names of masks for a record: those of their files, numbered where there are several of one name."""
+    seen: dict[str, int] = {}
+    names = []
+    for mask in masks:
+        name = "" if mask is None else mask.name
+        seen[name] = seen.get(name, 0) + 1
+        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return names
+
+
+def digest_of(mask: Path | None) -> str:
+    """A short digest of a mask's file, or of the files of its folder; "" of no mask."""
+    if mask is None:
+        return ""
+    if mask.is_dir():
+        files = sorted(path for path in mask.iterdir() if path.is_file())
+        return short_digest(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files))
+    return short_digest(mask.read_bytes())
+
+
+def short_digest(content: bytes) -> str:
+    """The first 16 digits of the SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _looks_like_a_mask(path: Path) -> bool:

@@ -7,10 +7,9 @@ a job (its settings, seed and masks), of masks that a job has got since, or of a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import Any, Self
 
 from mogle_rt.errors import OutputError
 from mogle_rt.jobs.claims import Claims
-from mogle_rt.jobs.plan import Drawing
-from mogle_rt.values import Range, parsed, read_json, whole
+from mogle_rt.jobs.plan import Drawing, short_digest
+from mogle_rt.values import Range, parsed, read_json, real, whole
 
 NAME = "mogle-rt-jobs.jsonl"
 SEEDS = Range(0, 2**63 - 1)
@@ -102,19 +101,19 @@ class JobRecord:
         job = fitting[-1]
         return Job(job.settings, job.seed, [*job.masks, *(m for m in masks if m not in set(job.masks))], job.number)
 
-    def check(self, drawings: Iterable[Drawing], settings: Settings, digests: Mapping[Path | None, str]) -> int:
+    def check(self, drawings: Iterable[Drawing], settings: Settings, digest: Callable[[Drawing], str]) -> int:
         """Check that images that are there already are those that would be drawn.
 
         Args:
             drawings: of which those that are there are checked.
             settings: see `Job`.
-            digests: of the masks, by `digest_of`.
+            digest: gives that of a drawing's mask, see `mogle_rt.jobs.plan.digest_of`.
 
         Returns:
             How many images are there that the record doesn't know.
 
         Raises:
-            OutputError: an image was drawn with other settings, from another mask, or for another prompt.
+            OutputError: an image was drawn with other settings or options, from another mask, or for another prompt.
         """
         unknown = 0
         for drawing in drawings:
@@ -124,15 +123,16 @@ class JobRecord:
             if fact is None:
                 unknown += 1
                 continue
-            of, wanted = self.jobs[fact["job"]].settings, self._fact(drawing, digests)
+            of, wanted = self.jobs[fact["job"]].settings, self._fact(drawing, digest(drawing))
             if of != dict(settings):
                 raise OutputError(self._mixed(f"{drawing.path}: was drawn", of, settings))
             for key, what in (
                 ("seed", "from another seed"),
                 ("mask", f"from another mask: {drawing.mask} has changed since"),
                 ("prompt", "for another prompt"),
+                ("options", f"with other options: {_shown(fact.get('options'))}"),
             ):
-                if fact[key] != wanted[key]:
+                if fact.get(key) != wanted.get(key):
                     raise OutputError(
                         f"{drawing.path}: was drawn {what}; remove the image, draw it again with --overwrite, or choose "
                         "another folder"
@@ -161,7 +161,7 @@ class JobRecord:
             raise OutputError(f"{self.path}: can't be written: {error.strerror or error}") from None
         self._claims = Claims(self._file)
         with self._claims.alone():
-            self._reread()
+            self.reread()
             job = self.find(settings, seed, drawn_seed, masks, share=share, hold_seed=hold_seed)
             if job.number is None:
                 job.number = len(self.jobs)
@@ -171,6 +171,30 @@ class JobRecord:
                 self._append({"job": job.number, "more_masks": more})
                 self.jobs[job.number] = job
         return job
+
+    def join(self, job: Job) -> None:
+        """Take part in a job that another process has begun, perhaps on another machine.
+
+        Raises:
+            OutputError: this process doesn't see the record of that job.
+        """
+        try:
+            self._file = FileIO(self.path, "r+")
+        except OSError as error:
+            raise OutputError(f"{self.path}: can't be opened: {error.strerror or error}") from None
+        self._claims = Claims(self._file)
+        with self._claims.alone():
+            self.reread()
+        if job.number is None or job.number >= len(self.jobs) or self.jobs[job.number].settings != job.settings:
+            raise OutputError(f"{self.path}: is the record of other jobs, not of this one")
+
+    def hold(self) -> bool:
+        """Take the whole folder for this process, as long as it lives. False if another one holds it.
+
+        Processes that draw single images of it are not kept out.
+        """
+        assert self._claims is not None
+        return self._claims.claim("")
 
     def claim(self, drawing: Drawing) -> bool:
         """Take an image for this process. False if another process is at it."""
@@ -182,11 +206,25 @@ class JobRecord:
         assert self._claims is not None
         self._claims.release(self._name(drawing.path))
 
-    def drawn(self, job: Job, drawing: Drawing, digests: Mapping[Path | None, str]) -> None:
-        """Write down that an image is there."""
+    def drawn(self, job: Job, drawing: Drawing, digest: str, seconds: float | None = None) -> None:
+        """Write down what an image that is there was drawn from, or one that appears next.
+
+        Args:
+            digest: of its mask.
+            seconds: how long it took.
+        """
         assert self._claims is not None
+        line = {"image": self._name(drawing.path), "job": job.number} | self._fact(drawing, digest)
         with self._claims.alone():
-            self._append({"image": self._name(drawing.path), "job": job.number} | self._fact(drawing, digests))
+            self._append(line if seconds is None else line | {"seconds": round(seconds, 3)})
+
+    def knows(self, path: Path) -> bool:
+        """Whether it says what an image was drawn from."""
+        return self._name(path) in self._images
+
+    def seconds(self, path: Path) -> float | None:
+        """How long an image took to draw; None if it isn't known."""
+        return self._images.get(self._name(path), {}).get("seconds")
 
     def __enter__(self) -> Self:
         return self
@@ -201,9 +239,10 @@ class JobRecord:
         return path.relative_to(self.folder).as_posix()
 
     @staticmethod
-    def _fact(drawing: Drawing, digests: Mapping[Path | None, str]) -> dict[str, Any]:
+    def _fact(drawing: Drawing, digest: str) -> dict[str, Any]:
         """What an image was drawn from. The prompt itself is left out, as the images' own settings may be."""
-        return {"seed": drawing.seed, "mask": digests[drawing.mask], "prompt": _short_digest(drawing.prompt.encode())}
+        fact = {"seed": drawing.seed, "mask": digest, "prompt": short_digest(drawing.prompt.encode())}
+        return fact | ({"options": json.loads(json.dumps(dict(drawing.options)))} if drawing.options else {})
 
     def _mixed(self, what: str, there: Settings, asked: Settings) -> str:
         name = next((n for n in {**there, **asked} if there.get(n) != asked.get(n)), "settings")
@@ -217,9 +256,15 @@ class JobRecord:
         end = self._file.seek(0, os.SEEK_END)
         whole = not end or os.pread(self._file.fileno(), 1, end - 1) == b"\n"
         start = b"" if whole else b"\n"  # after a line that a process could not finish
-        self._file.write(start + json.dumps(line).encode() + b"\n")
+        content = start + json.dumps(line).encode() + b"\n"
+        try:
+            while content:  # a full disk takes a part of it, and refuses the rest
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            raise OutputError(f"{self.path}: can't be written: {error.strerror or error}") from None
 
-    def _reread(self) -> None:
+    def reread(self) -> None:
+        """Read it anew, with what other processes have written since. It must have been begun."""
         assert self._file is not None
         self._file.seek(0)
         self.jobs, self._images = [], {}
@@ -249,32 +294,35 @@ class JobRecord:
             self.jobs[job].masks += parsed(tuple[str, ...], line["more_masks"], "more_masks")
         else:
             fact = {key: line[key] for key in ("job", "seed", "mask", "prompt")}
+            if "options" in line:
+                fact["options"] = parsed(Mapping[str, Any], line["options"], "options")
+            if "seconds" in line:
+                fact["seconds"] = real(line["seconds"], "seconds", Range(0, 1e9))
             self._images[parsed(str, line["image"], "image")] = fact
 
 
-def mask_names(masks: Sequence[Path | None]) -> list[str]:
-    """Names of masks for a record: those of their files, numbered where there are several of one name."""
-    seen: dict[str, int] = {}
-    names = []
-    for mask in masks:
-        name = "" if mask is None else mask.name
-        seen[name] = seen.get(name, 0) + 1
-        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return names
+def job_settings(
+    bundle: str,
+    call: Settings,
+    *,
+    model_config: Settings,
+    dtype: str | None,
+    num_images: int = 1,
+    embeds: Sequence[object] | None = None,
+) -> dict[str, Any]:
+    """What all images of a job depend on besides their masks, prompts and seeds, as `Job.settings`.
 
-
-def digest_of(mask: Path | None) -> str:
-    """A short digest of a mask's file, or of the files of its folder; "" of no mask."""
-    if mask is None:
-        return ""
-    if mask.is_dir():
-        files = sorted(path for path in mask.iterdir() if path.is_file())
-        return _short_digest(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files))
-    return _short_digest(mask.read_bytes())
-
-
-def _short_digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+    Args:
+        bundle: its hash.
+        call: the arguments of the pipeline's call that all images share.
+        model_config, dtype: those of the pipeline, as they were asked for.
+        num_images: of each mask.
+        embeds: what tells the embeddings of the prompts, where no text encoder makes them.
+    """
+    names = {"num_inference_steps": "steps", "guidance_scale": "guidance"}  # those of the options
+    shown = {names.get(name, name): value for name, value in call.items()}
+    given = {"bundle": bundle, "num_images": num_images, "embeds": None if embeds is None else list(embeds)}
+    return given | shown | {"model_config": dict(model_config), "dtype": dtype}
 
 
 def _shown(value: object) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mogle_rt.errors import OutputError
-from mogle_rt.jobs.plan import Drawing
-from mogle_rt.jobs.record import NAME, Job, JobRecord, digest_of, mask_names
+from mogle_rt.jobs.plan import Drawing, digest_of, mask_names
+from mogle_rt.jobs.record import NAME, Job, JobRecord
 from mogle_rt.jobs.work import Work
 
 SETTINGS = {"bundle": "ab", "steps": 28}
@@ -66,30 +66,31 @@ def test_a_mix_is_refused(tmp_path: Path) -> None:
     assert len(JobRecord(tmp_path).jobs) == 2
 
 
+def of_mask(drawing: Drawing) -> str:
+    return digest_of(drawing.mask)
+
+
 def test_images_of_other_masks_prompts_and_settings_are_refused(tmp_path: Path) -> None:
     mask, path = tmp_path / "a.png", tmp_path / "a_5.png"
     mask.write_bytes(b"one")
     drawing = Drawing(mask, "a face", 5, path)
-    digests: dict[Path | None, str] = {mask: digest_of(mask)}
     with JobRecord(tmp_path) as record:
         job = record.begin(SETTINGS, None, 5, ["a.png"], share=True, hold_seed=True)
-        record.drawn(job, drawing, digests)
+        record.drawn(job, drawing, digest_of(mask), 1.25)
     record = JobRecord(tmp_path)
+    assert record.knows(path)
+    assert record.seconds(path) == 1.25
     wrong = drawing._replace(prompt="a hat")
-    assert record.check([wrong], SETTINGS, digests) == 0  # it isn't there
+    assert record.check([wrong], SETTINGS, of_mask) == 0  # it isn't there
     path.touch()
-    assert record.check([drawing], SETTINGS, digests) == 0
-    assert record.check([drawing._replace(path=mask)], SETTINGS, digests) == 1  # nothing is known of this one
+    assert record.check([drawing], SETTINGS, of_mask) == 0
+    assert record.check([drawing._replace(path=mask)], SETTINGS, of_mask) == 1  # nothing is known of this one
     for one, settings, mine, message in (
-        (wrong, SETTINGS, digests, "was drawn for another prompt"),
-        (drawing._replace(seed=6), SETTINGS, digests, "was drawn from another seed"),
-        (
-            drawing,
-            SETTINGS,
-            dict.fromkeys(digests, "other"),
-            r"was drawn from another mask: .*a\.png has changed since",
-        ),
-        (drawing, SETTINGS | {"steps": 8}, digests, "was drawn with steps 28, asked for is 8"),
+        (wrong, SETTINGS, of_mask, "was drawn for another prompt"),
+        (drawing._replace(seed=6), SETTINGS, of_mask, "was drawn from another seed"),
+        (drawing, SETTINGS, lambda _: "other", r"was drawn from another mask: .*a\.png has changed since"),
+        (drawing._replace(options=(("height", 64),)), SETTINGS, of_mask, "was drawn with other options: none"),
+        (drawing, SETTINGS | {"steps": 8}, of_mask, "was drawn with steps 28, asked for is 8"),
     ):
         with pytest.raises(OutputError, match=message):
             record.check([one], settings, mine)
@@ -110,7 +111,7 @@ def test_a_line_that_was_cut_costs_only_itself(tmp_path: Path) -> None:
 OTHER = """
 import sys
 from pathlib import Path
-from mogle_rt.jobs.plan import Drawing
+from mogle_rt.jobs.plan import Drawing, digest_of, mask_names
 from mogle_rt.jobs.record import JobRecord
 folder = Path(sys.argv[1])
 with JobRecord(folder) as record:
@@ -144,13 +145,13 @@ def test_an_image_is_drawn_by_one_process(tmp_path: Path) -> None:
         with other_process(tmp_path, "b", "d") as got:
             assert got == "[True, True]"
             (tmp_path / "a").touch()  # drawn by somebody since the job was planned
-            work = Work(images, 1, {None: None}, record, "skip", share=True)
+            work = Work(images, 1, lambda _: None, record, "skip", share=True)
             assert [[one.path.name for one in batch] for batch in work] == [["c"]]
             assert work.left == 3
-            alone = Work(images[1:], 1, {None: None}, record, "refuse", share=False)
+            alone = Work(images[1:], 1, lambda _: None, record, "refuse", share=False)
             with pytest.raises(OutputError, match=r"b: another process draws it at the same time"):
                 list(alone)
-            work = Work(images, 2, {None: None}, record, "skip", share=True)
+            work = Work(images, 2, lambda _: None, record, "skip", share=True)
             batches = iter(work)
             first = next(batches)
         assert [one.path.name for one in first] == ["c"]  # of the batch c, d

@@ -57,7 +57,8 @@ def test_distortion_is_told_of() -> None:
 def test_batches_hold_one_shape() -> None:
     a, b = Path("a"), Path("b")
     drawings = [Drawing(mask, "", i, Path(str(i))) for i, mask in enumerate([a, a, a, b, b, None])]
-    parts = batches(drawings, 2, {a: (4, 4), b: (4, 6), None: None})
+    shapes: dict[Path | None, tuple[int, ...] | None] = {a: (4, 4), b: (4, 6), None: None}
+    parts = batches(drawings, 2, lambda drawing: shapes[drawing.mask])
     assert [[drawing.seed for drawing in part] for part in parts] == [[0, 1], [2], [3, 4], [5]]
 
 
