@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from benchmarks.quality_measures import Bytes, grow, to_tensor
-from benchmarks.segmenter import load_segmenter
+from benchmarks.quality_measures import Bytes, grow
 from mogle_rt import Pipeline
 from mogle_rt.bundle.shipped import examples
 from mogle_rt.edits.regions import changed_region, default_margin, pixel_weights
 from mogle_rt.masks import colorize, to_labels
+from mogle_rt.quality.judges.demo import DemoJudge
 
 HAIR, NECK, CLOTH = 13, 17, 18
 PIXELS = 9  # by which hair grows
@@ -85,7 +85,7 @@ def measure(
     """Draw, edit and judge: the figures, and rows of pictures: both masks and both images."""
     pipe = Pipeline(bundle, device="cpu", dtype="fp32")
     pipe.set_progress_bar_config(disable=True)
-    segmenter, edits = load_segmenter(), list(hair_edits())[:count]
+    judge, edits = DemoJudge(), list(hair_edits())[:count]
     rows, shares, changed_outside = [], [], 0
     for i in range(0, len(edits), batch):
         some = edits[i : i + batch]
@@ -102,7 +102,7 @@ def measure(
             margin = default_margin(*region.shape)
             outside = pixel_weights(region, margin, margin // 2)[0].numpy() == 0
             changed_outside += int((old != new).any(-1)[outside].sum())
-            found = segmenter.labels(to_tensor(new[None].copy())).numpy()[0]
+            found = judge.labels([new])[0]
             shares.append(float((found[one.after != one.before] == HAIR).mean()))
             row = [colorize(one.before), old, colorize(one.after), new]
             rows.append(Image.fromarray(np.concatenate(row, 1)))

@@ -21,12 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.quality_measures import Bytes, iou, to_tensor
-from benchmarks.segmenter import load_segmenter
+from benchmarks.quality_measures import Bytes
 from mogle_rt import Pipeline
 from mogle_rt.bundle.shipped import examples
 from mogle_rt.bundle.storage import STORAGES, Fp8Storage, Int4Storage, Int8Storage, WeightStorage
-from mogle_rt.config import NUM_CLASSES as CLASSES
 from mogle_rt.conversion.writing.quantize import quantize
 from mogle_rt.kernels.quantize_rows import quantize_rows_ref
 from mogle_rt.linear.contract import Multiply, RowForm
@@ -34,6 +32,9 @@ from mogle_rt.linear.quantised.base import QuantisedWeight
 from mogle_rt.linear.quantised.rotation import rotate
 from mogle_rt.linear.quantised.rounding import dequantised, quantised, signal_to_noise
 from mogle_rt.masks import to_labels
+from mogle_rt.quality.drift import colour_shift, latents_error, psnr
+from mogle_rt.quality.judges.demo import DemoJudge
+from mogle_rt.quality.regions import iou
 
 BEGIN, END = "<!-- precision: begin -->", "<!-- precision: end -->"
 WIDTH, ROWS = 3072, 512
@@ -89,24 +90,16 @@ def draw(pipe: Pipeline, seeds: int, steps: int) -> tuple[Tensor, Bytes]:
 
 def drift(images: Bytes, exact: Bytes, latents: Tensor, exact_latents: Tensor, labels: Bytes) -> dict[str, float]:
     """How far images lie from the exact ones."""
-    segmenter = load_segmenter()
-    found, before = (segmenter.labels(to_tensor(x)).numpy().astype(np.uint8) for x in (images, exact))
-    error = ((images.astype(float) - exact) ** 2).mean((1, 2, 3))
-    psnr = 10 * np.log10(255**2 / np.maximum(error, 1e-12))
-    shifts = [
-        np.abs(a[where].mean(0) - b[where].mean(0)).max()
-        for a, b, label in zip(images.astype(float), exact.astype(float), labels, strict=True)
-        for where in (label == number for number in range(CLASSES))
-        if where.sum() >= 40
-    ]
-    away = (latents - exact_latents).double().flatten(1).norm(dim=1) / exact_latents.double().flatten(1).norm(dim=1)
+    judge = DemoJudge()
+    found, before = (np.stack(judge.labels(list(x))) for x in (images, exact))
+    each = psnr(images, exact)
     return {
-        "psnr_mean": float(psnr.mean()),
-        "psnr_worst": float(psnr.min()),
+        "psnr_mean": float(each.mean()),
+        "psnr_worst": float(each.min()),
         "miou": float(np.mean(list(iou(found, labels).values()))),
         "miou_exact": float(np.mean(list(iou(before, labels).values()))),
-        "colour_shift_worst": float(max(shifts)),
-        "latents_rms": float(away.square().mean().sqrt()),
+        "colour_shift_worst": colour_shift(images, exact, labels),
+        "latents_rms": latents_error(latents, exact_latents),
     }
 
 

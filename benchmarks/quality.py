@@ -25,11 +25,11 @@ from benchmarks.quality_measures import (
     grow,
     load_cases,
     more_hair,
-    psnr_outside,
     reconstruct,
 )
 from mogle_rt import Pipeline
 from mogle_rt.masks import colorize
+from mogle_rt.quality.drift import psnr_outside
 
 SHOWN = 12  # how many cases the picture shows
 

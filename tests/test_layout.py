@@ -39,6 +39,7 @@ ROOMS = [
     "edits",
     "pipeline",
     "jobs",
+    "quality",
     "server",
     "start",
     "apps",

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from benchmarks.quality_measures import COLOUR_TABLE, REGIONS, region_colour
-from benchmarks.segmenter import WEIGHTS, Segmenter
 from examples.demo_checkpoint.muon import Muon
 from examples.demo_checkpoint.renders import Renders, pictures
 from examples.demo_checkpoint.training import Clock, learning_rate
+from mogle_rt.quality.judges.colours import REGIONS, TABLE, region_colour
+from mogle_rt.quality.judges.demo import WEIGHTS, Segmenter
 
 
 def train(data: Renders, minutes: float) -> Segmenter:
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5)
     args = parser.parse_args()
     data = Renders(args.data)
-    np.savez_compressed(COLOUR_TABLE, allow_pickle=False, **colour_table(data))
+    np.savez_compressed(TABLE, allow_pickle=False, **colour_table(data))
     torch.set_num_threads(1)
     model = train(data, args.minutes)
     save_file({n: t.half().contiguous() for n, t in model.state_dict().items()}, WEIGHTS)

@@ -11,8 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.quality_measures import Cases as QualityCases
-from benchmarks.quality_measures import ColourJudge, draw, face_like, grow, iou, psnr_outside, region_colour, to_tensor
-from benchmarks.segmenter import load_segmenter
+from benchmarks.quality_measures import draw, grow
 from examples.demo import longer_hair
 from examples.demo_checkpoint.attributes import COLOURS, Attributes, describe
 from examples.demo_checkpoint.export import export, read_weights, unpack
@@ -32,6 +31,10 @@ from mogle_rt.engines.torch_engine import TorchEngine
 from mogle_rt.errors import InputError
 from mogle_rt.loop.schedule import make_schedule
 from mogle_rt.masks import to_labels
+from mogle_rt.quality.drift import psnr_outside
+from mogle_rt.quality.judges.colours import ColourJudge, region_colour
+from mogle_rt.quality.judges.demo import DemoJudge
+from mogle_rt.quality.regions import face_like, iou
 from tests.conftest import assert_close
 
 STEPS = 14
@@ -77,8 +80,7 @@ def test_other_bundles_keep_512(tiny_bundle: Path) -> None:
 
 
 def test_images_follow_the_mask(drawn: np.ndarray, cases: QualityCases) -> None:
-    segmenter = load_segmenter()
-    found = segmenter.labels(to_tensor(drawn)).numpy().astype(np.uint8)
+    found = np.stack(DemoJudge().labels(list(drawn)))
     by_class = iou(found, cases.labels)
     assert float(np.mean(list(by_class.values()))) > MIOU
     assert np.mean([face_like(one) for one in found]) >= 0.75

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from benchmarks.edits import HAIR, hair_edits, mirror, with_more_hair
-from benchmarks.quality_measures import to_tensor
-from benchmarks.segmenter import load_segmenter
 from mogle_rt import Pipeline
 from mogle_rt.bundle.shipped import examples
 from mogle_rt.edits.regions import pixel_weights
 from mogle_rt.masks import to_labels
+from mogle_rt.quality.judges.demo import DemoJudge
 
 STEPS, MARGIN = 6, 8
 
@@ -26,8 +25,8 @@ def test_painted_hair_is_drawn_and_the_rest_stays() -> None:
     image = pipe(edit.before, edit.prompt, **options).images[0]
     result = pipe.edit(image, edit.before, edit.after, edit.prompt, margin=MARGIN, **options).images[0]
     old, new = np.asarray(image), np.asarray(result)
-    judge = load_segmenter()
-    shares = [float((judge.labels(to_tensor(x[None].copy())).numpy()[0][region] == HAIR).mean()) for x in (old, new)]
+    judge = DemoJudge()
+    shares = [float((judge.labels([x])[0][region] == HAIR).mean()) for x in (old, new)]
     assert shares[0] < 0.2
     assert shares[1] > 0.8
     outside = pixel_weights(region, MARGIN, MARGIN // 2)[0].numpy() == 0

@@ -1,18 +1,28 @@
-"""A small U-Net, trained on renders, that labels pictures such as the demo checkpoint draws with the 19 classes."""
+"""The judge of the demo's images: a small U-Net that was trained on renders, and labels pictures with the 19 classes.
+
+`examples.demo_checkpoint.train_segmenter` made it from other renders than those that the demo checkpoint was trained on.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mogle_rt.bundle.shipped import DATA
 from mogle_rt.config import NUM_CLASSES
+from mogle_rt.masks.classes import Labels
+from mogle_rt.masks.labels import resize
+from mogle_rt.quality.pictures import Picture, resized, to_tensor
 
-WEIGHTS = Path(__file__).with_name("segmenter.safetensors")
+NAME = "demo"
+WEIGHTS = DATA / "demo_parser.safetensors"
 CHANNELS = (16, 32, 48, 64)
+SIDE = 128  # pixels: of the pictures that it was trained on
+BATCH = 8  # pictures at once
 
 
 def _stage(inner: int, outer: int) -> nn.Sequential:
@@ -38,8 +48,11 @@ class Segmenter(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Means and deviations over the picture of the two deepest maps, [B, 2 * (48 + 64)], for Fréchet distances."""
-        maps = self._run(x)[1]
-        return torch.cat([part for m in maps for part in (m.mean((2, 3)), m.std((2, 3)))], 1)
+        return torch.cat([part for m in self.maps(x) for part in (m.mean((2, 3)), m.std((2, 3)))], 1)
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The two deepest maps, [B, 48, H / 4, W / 4] and [B, 64, H / 8, W / 8]."""
+        return self._run(x)[1]
 
     def _run(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         B, _, H, W = x.shape
@@ -57,11 +70,36 @@ class Segmenter(nn.Module):
     @torch.no_grad()
     def labels(self, x: Tensor) -> Tensor:
         """The most likely class of each pixel, [B, H, W]."""
-        return torch.cat([self(part).argmax(1) for part in x.split(8)])
+        return torch.cat([self(part).argmax(1) for part in x.split(BATCH)])
 
 
 def load_segmenter() -> Segmenter:
-    """The trained network."""
+    """The trained network, on the CPU."""
     model = Segmenter()
     model.load_state_dict({n: t.float() for n, t in load_file(WEIGHTS).items()})
     return model.eval().requires_grad_(False)
+
+
+class DemoJudge:
+    """The network as a parser, and as one who sees features; see `judges.contract`. It computes on the CPU.
+
+    Pictures of another size than 128 x 128 are resized to it, and what was found in them back.
+    """
+
+    def __init__(self) -> None:
+        self.name = f"{NAME}, a U-Net trained on renders"
+        self._network = load_segmenter()
+
+    def labels(self, pictures: Sequence[Picture]) -> list[Labels]:
+        found = self._network.labels(self._input(pictures)).byte().numpy()
+        return [resize(one, *picture.shape[:2]) for one, picture in zip(found, pictures, strict=True)]
+
+    def features(self, pictures: Sequence[Picture]) -> Tensor:
+        return torch.cat([self._network.features(x) for x in self._input(pictures).split(BATCH)])
+
+    def maps(self, pictures: Sequence[Picture]) -> list[Tensor]:
+        return self._network.maps(self._input(pictures))
+
+    @staticmethod
+    def _input(pictures: Sequence[Picture]) -> Tensor:
+        return to_tensor([resized(picture, SIDE, SIDE) for picture in pictures])
