@@ -72,16 +72,62 @@ def convert(
 def quantize(
     checkpoint: Annotated[Path, typer.Argument(help="A bundle, or demo.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Bundle to write, e.g. small.safetensors.")],
-    weights: Annotated[str, typer.Option(help=WEIGHTS_HELP)],
+    weights: Annotated[
+        str,
+        typer.Option(
+            help=f"{WEIGHTS_HELP} auto takes the most exact that stays in the memory of this machine or --gpu."
+        ),
+    ],
+    gpu: Annotated[str | None, typer.Option(help="With auto: a card that isn't here, e.g. 'RTX 4070'.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="With auto: the most memory to use there, such as 8GB; default: what is free.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there already.")] = False,
 ) -> None:
     """Make a smaller bundle, whose blocks' weights are stored in eight or four bits."""
+    _refuse_existing(output, overwrite)
+    if weights == "auto":
+        weights = _chosen_weights(checkpoint, gpu, max_memory)
+    elif gpu is not None or max_memory is not None:
+        raise InputError("--gpu and --max-memory need --weights auto, which picks a format for them")
     from mogle_rt.conversion.writing.quantize import quantize as run
 
-    _refuse_existing(output, overwrite)
     start = time.perf_counter()
     _print_weights(run(checkpoint, output, weights), weights)
     _print_written(output, start)
+
+
+def _chosen_weights(checkpoint: Path, gpu: str | None, max_memory: str | None) -> str:
+    """The format for a card or this machine, which it prints with its plan of memory.
+
+    Raises:
+        InputError: the bundle needs none.
+    """
+    import torch
+
+    from mogle_rt.bundle.bundle import Bundle
+    from mogle_rt.config import parse_bytes
+    from mogle_rt.cost.gpus import find_gpu
+    from mogle_rt.cost.prediction import budget_of
+    from mogle_rt.cost.weights import choose_weights
+    from mogle_rt.memory.budget import budget_for
+    from mogle_rt.memory.devices import choose_device, choose_dtype
+
+    if gpu is None:
+        device = choose_device(None)
+        place, budget, dtype = f"this machine's {device}", budget_for(device, max_memory), choose_dtype(None, device)
+    else:
+        card = find_gpu(gpu)
+        budget = budget_of(card, None if max_memory is None else parse_bytes(max_memory))
+        place, device, dtype = card.name, torch.device("cuda"), torch.bfloat16
+    chosen, plan = choose_weights(Bundle(checkpoint), device, dtype, budget)
+    if chosen is None:
+        raise InputError(
+            f"auto: the weights of {checkpoint} stay in the memory of {place} as they are, so no format would help; ask "
+            f"for one, such as int8, if the bundle is to be smaller"
+        )
+    console.print(f"{chosen} for {place}; {plan}", soft_wrap=True, markup=False)
+    return chosen
 
 
 def _refuse_existing(output: Path, overwrite: bool) -> None:

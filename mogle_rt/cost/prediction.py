@@ -17,7 +17,7 @@ from mogle_rt.cost.counting import Count
 from mogle_rt.cost.demand import Run, demand
 from mogle_rt.cost.gpus import Gpu
 from mogle_rt.cost.job import Job, WeightlessBundle
-from mogle_rt.memory.budget import CUDA_BYTES
+from mogle_rt.memory.budget import CUDA_BYTES, Budget
 from mogle_rt.memory.planner import Plan, make_plan
 
 UTILISATION, LINK_SHARE, HOST_GBS = 0.6, 0.8, 10.0
@@ -33,9 +33,22 @@ def plan_on(job: Job, card: Gpu, max_memory: int | None, vae_parameters: int) ->
     Raises:
         InsufficientMemoryError: the job fits in no way.
     """
-    allowed = int(card.memory * 2**30) if max_memory is None else min(max_memory, int(card.memory * 2**30))
-    run = Run(
-        device=torch.device("cuda"),
+    run = run_of(job, torch.device("cuda"), vae_parameters)
+    source = WeightlessBundle(job.config, job.ranks, job.weights)
+    return make_plan(demand(source, run), device="cuda", **budget_of(card, max_memory)._asdict())
+
+
+def budget_of(card: Gpu, max_memory: int | None) -> Budget:
+    """What a process may use of a card with nothing else in its memory. max_memory: see `plan_on`."""
+    memory = int(card.memory * 2**30)
+    allowed = memory if max_memory is None else min(max_memory, memory)
+    return Budget(max(0, allowed - CUDA_BYTES), CUDA_BYTES)
+
+
+def run_of(job: Job, device: torch.device, vae_parameters: int) -> Run:
+    """A job on a device, as the planner sees it."""
+    return Run(
+        device=device,
         dtype=job.dtype,
         height=job.height,
         width=job.width,
@@ -48,8 +61,6 @@ def plan_on(job: Job, card: Gpu, max_memory: int | None, vae_parameters: int) ->
         vae=vae_parameters,
         text=job.text,
     )
-    source = WeightlessBundle(job.config, job.ranks, job.weights)
-    return make_plan(demand(source, run), device="cuda", room=max(0, allowed - CUDA_BYTES), set_aside=CUDA_BYTES)
 
 
 def predicted_step_ms(card: Gpu, step: Count, plan: Plan, itemsize: int, weights: str | None = None) -> float:

@@ -304,3 +304,22 @@ def test_python_api(tiny_files: Files, tmp_path: Path) -> None:
     storage = weight.storages[LAYER]
     exact = torch.randn(32, 32)
     assert signal_to_noise(exact, quantised(exact, storage), storage) > 30
+
+
+@pytest.mark.quick
+def test_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command picks a format for a card and says why; it refuses to make a bundle that would be of no use."""
+    small, expected = tmp_path / "small.safetensors", tmp_path / "expected.safetensors"
+    auto = ("quantize", "demo", "-o", str(small), "--weights", "auto", "--gpu", "RTX 4070")
+    refused = run(*auto)
+    assert (refused.code, small.exists()) == (1, False)
+    assert "auto: the weights of demo stay in the memory of RTX 4070 as they are" in refused.err
+    monkeypatch.setattr("mogle_rt.cost.weights.CANDIDATES", ("int8", "int4"))  # the demo is small for any card
+    made = run(*auto)
+    assert made.code == 0
+    assert "int8 for RTX 4070; plan: 1." in made.err
+    quantize("demo", expected, "int8", progress=False)
+    assert small.read_bytes() == expected.read_bytes()
+    refused = run(*auto[:5], "int8", "--max-memory", "8GB", "--overwrite")
+    assert refused.code == 1
+    assert "--gpu and --max-memory need --weights auto" in refused.err
