@@ -1,4 +1,4 @@
-"""The objects that kernels take: the gate and the region experts, each with inputs and weights; and the rule for ranks.
+"""The objects that kernels take: the gate, the region experts, and what follows a product; and the rule for ranks.
 
 This module does not import Triton, because PyTorch's own operations take the same objects on machines without it.
 """
@@ -68,3 +68,22 @@ class Experts:
         _, N, C = self.planes.shape
         B, E = self.index.shape
         return N, B, C, self.in_weight.shape[1], E
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What a linear layer's kernel does with its product y: out = y + low up^T + bias, through GELU if asked for.
+
+    All tensors have the same dtype, fp32, fp16 or bf16, and lie on the same device.
+    """
+
+    bias: Tensor  # [columns]
+    low: Tensor | None  # [rows, R], the low-rank columns of the rows, or None for R = 0
+    up: Tensor | None  # [columns, R], or None
+    out: Tensor  # [rows, columns], written
+    gelu: bool  # in its tanh form
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return 0 if self.low is None else self.low.shape[-1]

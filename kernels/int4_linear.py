@@ -9,18 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mogle_rt.kernels.common import (
-    KernelCost,
-    check,
-    check_device,
-    interpreted,
-    launch,
-    nbytes,
-    power_of_two,
-    precision,
-    require,
+from mogle_rt.kernels.common import KernelCost, check, check_device, interpreted, launch, nbytes, power_of_two, require
+from mogle_rt.kernels.epilogue import (
+    Tiles,
+    check_epilogue,
+    epilogue_arguments,
+    epilogue_constants,
+    finish,
+    finish_ref,
+    grid,
+    tile_of,
 )
-from mogle_rt.kernels.scaled_linear import DEEP, Tiles, check_epilogue, epilogue, finish_ref, tile_of
+from mogle_rt.kernels.inputs import Epilogue
 
 
 def tiles(rows: int, columns: int, heights: Sequence[int]) -> Tiles:
@@ -41,12 +41,6 @@ def _int4_linear_kernel(
     scales_ptr,  # bf16 [columns, K / GROUP]
     down_ptr,  # bf16 [layers * RANK, K]
     rank_up_ptr,  # bf16 [columns, RANK]
-    bias_ptr,  # [columns]
-    low_ptr,  # [rows, R]
-    up_ptr,  # [columns, R]
-    out_ptr,  # [rows, columns]
-    rows,
-    columns,
     end0,  # of the columns of the first three stacked layers
     end1,
     end2,
@@ -55,6 +49,12 @@ def _int4_linear_kernel(
     scales_stride,
     down_stride,
     rank_up_stride,
+    bias_ptr,  # [columns]; this and what follows is described in Epilogue
+    low_ptr,
+    up_ptr,
+    out_ptr,
+    rows,
+    columns,
     low_stride,
     up_stride,
     out_stride,
@@ -107,7 +107,7 @@ def _int4_linear_kernel(
         )
         at = out_ptr.dtype.element_ty
         acc = tl.dot(inner.to(at), tl.trans(rank_up.to(at)), acc=acc, input_precision=PRECISION)
-    epilogue(
+    finish(
         acc, m, n, rows, columns, bias_ptr, low_ptr, up_ptr, out_ptr, low_stride, up_stride, out_stride,
         R, R_BLOCK, ADD, GELU, PRECISION,
     )  # fmt: skip
@@ -120,14 +120,10 @@ def int4_linear(
     down: Tensor | None,
     rank_up: Tensor | None,
     heights: Sequence[int],
-    bias: Tensor,
-    low: Tensor | None,
-    up: Tensor | None,
-    out: Tensor,
     add: bool,
-    gelu: bool,
+    epilogue: Epilogue,
 ) -> None:
-    """out = x weightᵀ + (x downᵀ) rank_upᵀ + low upᵀ + bias, through GELU (tanh form) if asked for.
+    """out = x weightᵀ + (x downᵀ) rank_upᵀ, with the epilogue: + low upᵀ + bias, through GELU if asked for.
 
     The weight's numbers are ``packed`` (two in a byte, less 8) times ``scales``, each rounded to x's dtype. Sums are in
     fp32; x downᵀ is rounded to x's dtype.
@@ -138,20 +134,20 @@ def int4_linear(
             `mogle_rt.bundle.storage.Int4Storage`; the group is a power of two up to 64.
         down: bf16 [layers * rank, K], of up to four stacked layers; rank_up: bf16 [columns, rank]; or None.
         heights: columns of each stacked layer; their sum is ``columns``.
-        add: to what is in ``out``, in place of the bias: the product of further columns of the weight.
-        bias, low, up, out, gelu: see `mogle_rt.kernels.scaled_linear.scaled_linear`; of x's dtype.
+        add: whether to add to what is in ``out``, and not the bias: for the product of further columns of the weight.
+        epilogue: what is added to the [rows, columns] products, and where the result is written, in x's dtype.
 
     Raises:
         ValueError: a shape, dtype, stride or device doesn't fit.
     """
     check_device(x)
-    R = check_epilogue(x, packed.shape[0], bias, low, up, out)
+    check_epilogue(epilogue, x, packed.shape[0])
     (rows, K), columns = x.shape, packed.shape[0]
     require(K % scales.shape[1] == 0, f"{scales.shape[1]} groups don't divide {K} columns")
     group = K // scales.shape[1]
     require(group in (2, 4, 8, 16, 32, 64), f"groups must have 2 to 64 columns, a power of two, got {group}")
     require(1 <= len(heights) <= 4 and sum(heights) == columns, f"heights must be one to four that add up to {columns}")
-    check("out", out, (rows, columns), x)
+    check("out", epilogue.out, (rows, columns), x)
     check("packed", packed, (columns, K // 2), x, torch.uint8)
     check("scales", scales, (columns, K // group), x, torch.bfloat16)
     rank = 0
@@ -170,42 +166,25 @@ def int4_linear(
     ends += [columns] * (3 - len(ends))
     launch(
         _int4_linear_kernel,
-        (triton.cdiv(rows, t.rows) * triton.cdiv(columns, t.columns),),
+        grid(epilogue, t),
         x,
         packed,
         scales,
         x if down is None else down,
         x if rank_up is None else rank_up,
-        bias,
-        bias if low is None else low,
-        bias if up is None else up,
-        out,
-        rows,
-        columns,
         *ends,
         x.stride(0),
         packed.stride(0),
         scales.stride(0),
         0 if down is None else down.stride(0),
         0 if rank_up is None else rank_up.stride(0),
-        0 if low is None else low.stride(0),
-        0 if up is None else up.stride(0),
-        out.stride(0),
+        *epilogue_arguments(epilogue),
         K=K,
         GROUP=group,
         RANK=rank,
         RANK_BLOCK=power_of_two(rank, 16),
-        R=R,
-        R_BLOCK=power_of_two(R, 16),
-        ROWS=t.rows,
-        COLUMNS=t.columns,
-        INNER=t.inner,
-        TALL=DEEP,
         ADD=add,
-        GELU=gelu,
-        PRECISION=precision(x.dtype),
-        num_warps=t.warps,
-        num_stages=t.stages,
+        **epilogue_constants(epilogue, t),
     )
 
 
@@ -216,12 +195,8 @@ def int4_linear_ref(
     down: Tensor | None,
     rank_up: Tensor | None,
     heights: Sequence[int],
-    bias: Tensor,
-    low: Tensor | None,
-    up: Tensor | None,
-    out: Tensor,
     add: bool,
-    gelu: bool,
+    epilogue: Epilogue,
 ) -> None:
     """`int4_linear` by PyTorch in fp64, rounded where the kernel rounds."""
     numbers = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1).double() - 8
@@ -236,7 +211,7 @@ def int4_linear_ref(
             rows = slice(first, first + height)
             y[:, rows] += inner @ rank_up[rows].to(x.dtype).double().t()
             first += height
-    finish_ref(y + (out if add else bias).double(), low, up, out, gelu)
+    finish_ref(y, epilogue, add)
 
 
 def int4_linear_cost(
@@ -246,18 +221,14 @@ def int4_linear_cost(
     down: Tensor | None,
     rank_up: Tensor | None,
     heights: Sequence[int],
-    bias: Tensor,
-    low: Tensor | None,
-    up: Tensor | None,
-    out: Tensor,
     add: bool,
-    gelu: bool,
+    epilogue: Epilogue,
 ) -> KernelCost:
     """The least that `int4_linear` takes: each number is moved once."""
     (rows, K), columns = x.shape, packed.shape[0]
-    R = 0 if low is None else low.shape[1]
-    flops = 2 * rows * columns * (K + R)
+    flops = 2 * rows * columns * (K + epilogue.rank)
     if down is not None and rank_up is not None:
         flops += 2 * rows * (down.shape[0] * K + columns * rank_up.shape[1])
-    read = nbytes(x, packed, scales, down, rank_up, out if add else bias, low, up)
+    out, added = epilogue.out, epilogue.out if add else epilogue.bias
+    read = nbytes(x, packed, scales, down, rank_up, added, epilogue.low, epilogue.up)
     return KernelCost(read=read, written=nbytes(out), flops=flops)

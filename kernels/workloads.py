@@ -20,7 +20,7 @@ from mogle_rt.kernels.gate_mix import (
     gate_mix_ref,
     partial_sums,
 )
-from mogle_rt.kernels.inputs import Experts, Gate, padded_rank
+from mogle_rt.kernels.inputs import Epilogue, Experts, Gate, padded_rank
 from mogle_rt.kernels.joint_attention import joint_attention, joint_attention_cost, joint_attention_ref
 from mogle_rt.kernels.norm_modulate import norm_modulate, norm_modulate_cost, norm_modulate_ref
 from mogle_rt.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_cost, qk_norm_rope_ref
@@ -46,14 +46,14 @@ RANK = 4  # of a LoRA; those of q, k, v and proj_mlp lie side by side
 
 
 def tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """All tensors among a call's arguments, by name. Those of the gate and the experts have names like "gate.latents"."""
-    found: dict[str, Tensor] = {}
+    """All tensors among a call's arguments, by name. Those of the gate, for example, have names like "gate.latents"."""
+    found: dict[str, Any] = {}
     for name, value in arguments.items():
-        if isinstance(value, Gate | Experts):
+        if isinstance(value, Gate | Experts | Epilogue):
             found |= {f"{name}.{field.name}": getattr(value, field.name) for field in dataclasses.fields(value)}
-        elif isinstance(value, Tensor):
+        else:
             found[name] = value
-    return found
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from mogle_rt.kernels.inputs import Epilogue
 from mogle_rt.kernels.int4_linear import int4_linear, int4_linear_cost, int4_linear_ref
 from mogle_rt.kernels.quantize_rows import quantize_rows, quantize_rows_cost, quantize_rows_ref
 from mogle_rt.kernels.scaled_linear import scaled_linear, scaled_linear_cost, scaled_linear_ref
@@ -40,20 +41,12 @@ def few_bits(dtype: torch.dtype, device: str) -> list[Workload]:
             "x_scales": making["scales"],
             "weight": _bytes(new, columns, WIDTH, dtype=eight),
             "weight_scales": new(columns, dtype=torch.float32),
-            "bias": new(columns),
-            "low": wide[:, WIDTH:],
-            "up": new(columns, R),
-            "out": new(rows, columns),
-            "gelu": False,
+            "epilogue": Epilogue(new(columns), wide[:, WIDTH:], new(columns, R), new(rows, columns), False),
         }
         mlp = arguments | {
             "weight": _bytes(new, 4 * WIDTH, WIDTH, dtype=eight),
             "weight_scales": new(4 * WIDTH, dtype=torch.float32),
-            "bias": new(4 * WIDTH),
-            "low": None,
-            "up": None,
-            "out": new(rows, 4 * WIDTH),
-            "gelu": True,
+            "epilogue": Epilogue(new(4 * WIDTH), None, None, new(rows, 4 * WIDTH), True),
         }
         found += [
             Workload(f"scaled_linear-{name}{what}", scaled_linear, scaled_linear_ref, scaled_linear_cost, given)
@@ -66,12 +59,8 @@ def few_bits(dtype: torch.dtype, device: str) -> list[Workload]:
         "down": new(3 * LOW_RANK, WIDTH, dtype=torch.bfloat16),
         "rank_up": new(columns, LOW_RANK, dtype=torch.bfloat16),
         "heights": heights,
-        "bias": new(columns),
-        "low": new(TEXT + rows, R),
-        "up": new(columns, R),
-        "out": new(TEXT + rows, columns),
         "add": False,
-        "gelu": False,
+        "epilogue": Epilogue(new(columns), new(TEXT + rows, R), new(columns, R), new(TEXT + rows, columns), False),
     }
     found.append(Workload("int4_linear", int4_linear, int4_linear_ref, int4_linear_cost, four))
     return found

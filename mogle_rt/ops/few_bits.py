@@ -14,17 +14,16 @@ FP8_CAPABILITY = (8, 9)  # of the first GPUs that multiply float8
 quantize_rows = define(
     rows, "quantize_rows", "Tensor x, Tensor? more, Tensor(a!) out, Tensor(b!) scales, SymInt rotation"
 )
-_EPILOGUE = "Tensor bias, Tensor? low, Tensor? up, Tensor(a!) out"
+_EPILOGUE = "Tensor bias, Tensor? low, Tensor? up, Tensor(a!) out, bool gelu"
 scaled_linear = define(
     eight_bits,
     "scaled_linear",
-    f"Tensor x, Tensor x_scales, Tensor weight, Tensor weight_scales, {_EPILOGUE}, bool gelu",
+    f"Tensor x, Tensor x_scales, Tensor weight, Tensor weight_scales, {_EPILOGUE}",
 )
 int4_linear = define(
     four_bits,
     "int4_linear",
-    f"Tensor x, Tensor packed, Tensor scales, Tensor? down, Tensor? rank_up, SymInt[] heights, {_EPILOGUE}, bool add, "
-    "bool gelu",
+    f"Tensor x, Tensor packed, Tensor scales, Tensor? down, Tensor? rank_up, SymInt[] heights, bool add, {_EPILOGUE}",
 )
 
 

@@ -28,7 +28,7 @@ from mogle_rt.kernels import residual_norm_modulate as residual_kernels
 from mogle_rt.kernels.common import LARGEST_ROW, KernelCost
 from mogle_rt.kernels.common import interpreted as interpreted
 from mogle_rt.kernels.gate import LARGEST_WIDTH
-from mogle_rt.kernels.inputs import Experts, Gate
+from mogle_rt.kernels.inputs import Epilogue, Experts, Gate
 from mogle_rt.ops import attention
 from mogle_rt.ops.attention import AttentionPlan, Visibility
 
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 RIDING = True
 _COSTS: dict[str, Callable[..., KernelCost]] = {}
-_INPUTS = (Gate, Experts)  # passed to operators field by field, since a schema can't hold such classes
+_INPUTS = (Gate, Experts, Epilogue)  # passed to operators field by field, since a schema can't hold such classes
 
 
 def flat(args: Iterable[Any]) -> list[Any]:
-    """Turn a kernel's arguments into its operator's: a `Gate` or `Experts` is replaced by its tensors, in order."""
+    """Turn a kernel's arguments into its operator's: a `Gate`, `Experts` or `Epilogue` is replaced by its fields."""
     return [value for arg in args for value in (vars(arg).values() if isinstance(arg, _INPUTS) else (arg,))]
 
 

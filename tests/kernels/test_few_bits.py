@@ -18,15 +18,18 @@ from mogle_rt.bundle.storage import Fp8Storage, Int4Storage, Int8Storage, Weight
 from mogle_rt.kernels import int4_linear as four_bits
 from mogle_rt.kernels import scaled_linear as eight_bits
 from mogle_rt.kernels.common import recording
+from mogle_rt.kernels.inputs import Epilogue
 from mogle_rt.kernels.int4_linear import int4_linear, int4_linear_cost, int4_linear_ref
 from mogle_rt.kernels.quantize_rows import LARGEST, quantize_rows, quantize_rows_cost, quantize_rows_ref
 from mogle_rt.kernels.scaled_linear import scaled_linear, scaled_linear_cost, scaled_linear_ref
+from mogle_rt.kernels.workloads import tensors
 from mogle_rt.kernels.workloads_in_few_bits import few_bits
 from mogle_rt.linear.contract import Place
 from mogle_rt.linear.formats import FORMATS
 from mogle_rt.linear.quantised.rotation import rotate
 from mogle_rt.linear.quantised.rounding import quantised
 from tests.conftest import assert_close, in_the_interpreter, make_once, relative_rms
+from tests.kernels.cases import with_tensor
 from tests.kernels.interpreter import recorded
 from tests.linear.layers import run
 from tests.linear.quantised import QuantisedLayer
@@ -105,12 +108,21 @@ def eight_bit_arguments(eight: torch.dtype, dtype: torch.dtype, *, rank: int, ge
         "x_scales": torch.rand(rows) / 100,
         "weight": weight,
         "weight_scales": torch.rand(columns) / 100,
-        "bias": torch.randn(columns).to(dtype),
-        "low": low if rank else None,
-        "up": up if rank else None,
-        "out": torch.full((rows, columns + 5), torch.nan).to(dtype)[:, :columns],
-        "gelu": gelu,
+        "epilogue": Epilogue(
+            torch.randn(columns).to(dtype),
+            low if rank else None,
+            up if rank else None,
+            torch.full((rows, columns + 5), torch.nan).to(dtype)[:, :columns],
+            gelu,
+        ),
     }
+
+
+def split_by_use(made: dict[str, Any]) -> tuple[list[Tensor], Tensor]:
+    """The tensors that a call only reads, and its output."""
+    found = tensors(made)
+    out = found.pop("epilogue.out")
+    return list(found.values()), out
 
 
 @in_the_interpreter
@@ -121,12 +133,13 @@ def eight_bit_arguments(eight: torch.dtype, dtype: torch.dtype, *, rank: int, ge
 @pytest.mark.usefixtures("tiles")
 def test_scaled_linear(rank: int, gelu: bool, eight: torch.dtype, dtype: torch.dtype) -> None:
     made = eight_bit_arguments(eight, dtype, rank=rank, gelu=gelu)
-    twin = made | {"out": torch.empty_like(made["out"])}
-    with recorded([t for n, t in made.items() if isinstance(t, Tensor) and n != "out"], [made["out"]]) as traffic:
+    readable, out = split_by_use(made)
+    expected = torch.empty_like(out)
+    with recorded(readable, [out]) as traffic:
         scaled_linear(**made)
-    scaled_linear_ref(**twin)
-    assert_close(made["out"], twin["out"], rms=UNITS[dtype])
-    assert bool(made["out"]._base is not None and made["out"]._base[:, 50:].isnan().all())
+    scaled_linear_ref(**with_tensor(made, "epilogue.out", expected))
+    assert_close(out, expected, rms=UNITS[dtype])
+    assert bool(out._base is not None and out._base[:, 50:].isnan().all())
     cost = scaled_linear_cost(**made)
     assert (traffic.bytes_read, traffic.bytes_written) == (cost.read, cost.written)
 
@@ -141,7 +154,7 @@ def test_integer_products_are_exact() -> None:
     ones, bias = torch.ones(16), torch.zeros(16)
     outs = [torch.empty(16, 16) for _ in range(2)]
     for out in outs:
-        scaled_linear(x, ones, weight, ones, bias, None, None, out, False)
+        scaled_linear(x, ones, weight, ones, Epilogue(bias, None, None, out, False))
     exact = x.long() @ weight.long().t()
     assert int(exact[0, 0]) == -127 * 127 * inner
     assert torch.equal(outs[0].double(), exact.float().double())  # the result is rounded only once, to float32
@@ -158,12 +171,14 @@ def four_bit_arguments(dtype: torch.dtype, *, rank: int, low: int, add: bool, gr
         "down": (torch.randn(len(heights) * rank, inner) / 10).bfloat16() if rank else None,
         "rank_up": (torch.randn(columns, rank) / 10).bfloat16() if rank else None,
         "heights": heights,
-        "bias": torch.randn(columns).to(dtype),
-        "low": torch.randn(rows, low).to(dtype) if low else None,
-        "up": torch.randn(columns, low).to(dtype) if low else None,
-        "out": torch.randn(rows, columns).to(dtype),
         "add": add,
-        "gelu": low > 0,
+        "epilogue": Epilogue(
+            torch.randn(columns).to(dtype),
+            torch.randn(rows, low).to(dtype) if low else None,
+            torch.randn(columns, low).to(dtype) if low else None,
+            torch.randn(rows, columns).to(dtype),
+            low > 0,
+        ),
     }
 
 
@@ -176,12 +191,12 @@ def four_bit_arguments(dtype: torch.dtype, *, rank: int, low: int, add: bool, gr
 @pytest.mark.usefixtures("tiles")
 def test_int4_linear(rank: int, low: int, add: bool, group: int, dtype: torch.dtype) -> None:
     made = four_bit_arguments(dtype, rank=rank, low=low, add=add, group=group)
-    twin = made | {"out": made["out"].clone()}
-    readable = [t for n, t in made.items() if isinstance(t, Tensor) and n != "out"]
-    with recorded(readable, [made["out"]]) as traffic:
+    readable, out = split_by_use(made)
+    expected = out.clone()
+    with recorded(readable, [out]) as traffic:
         int4_linear(**made)
-    int4_linear_ref(**twin)
-    assert_close(made["out"], twin["out"], rms=2 * UNITS[dtype])
+    int4_linear_ref(**with_tensor(made, "epilogue.out", expected))
+    assert_close(out, expected, rms=2 * UNITS[dtype])
     cost = int4_linear_cost(**made)
     assert (traffic.bytes_read, traffic.bytes_written) == (cost.read, cost.written)
 
@@ -193,14 +208,17 @@ def test_int4_linear(rank: int, low: int, add: bool, group: int, dtype: torch.dt
         ({"x": torch.zeros(37, 96)}, "x must be int8 or float8_e4m3fn"),
         ({"weight": torch.zeros(50, 95, dtype=torch.int8)}, r"weight must be \[50, 96\]"),
         ({"x_scales": torch.zeros(36)}, r"x_scales must be \[37\]"),
-        ({"low": None}, "low and up are given together"),
-        ({"out": torch.zeros(37, 50, dtype=torch.float64)}, "out must be one of"),
+        ({"epilogue.low": None}, "low and up are given together"),
+        ({"epilogue.out": torch.zeros(37, 50, dtype=torch.float64)}, "out must be one of"),
+        ({"epilogue.bias": torch.zeros(49)}, r"bias must be \[50\]"),
     ],
 )
 def test_wrong_arguments_are_refused(change: dict[str, Any], told: str) -> None:
     made = eight_bit_arguments(torch.int8, torch.float32, rank=4, gelu=False)
+    for name, value in change.items():
+        made = with_tensor(made, name, value)
     with pytest.raises(ValueError, match=told):
-        scaled_linear(**made | change)
+        scaled_linear(**made)
 
 
 @in_the_interpreter
@@ -225,7 +243,7 @@ def emulated(x: Tensor, plain: Tensor, storage: WeightStorage) -> Tensor:
         bias, heights = torch.zeros(len(plain)), [len(plain)]
         out = torch.empty(len(x), len(plain))
         parts = tensors["weight"], tensors["weight_scale"], tensors["weight_down"], tensors["weight_up"]
-        int4_linear_ref(x, *parts, heights, bias, None, None, out, False, False)
+        int4_linear_ref(x, *parts, heights, False, Epilogue(bias, None, None, out, False))
         return y.copy_(out)
     rotation = storage.rotation if isinstance(storage, Int8Storage) else 1
     values, scales = torch.empty(x.shape, dtype=tensors["weight"].dtype), torch.empty(len(x))
@@ -278,7 +296,10 @@ def test_golden_steps_by_kernels(
     if weights == "int8":
         from mogle_rt.ops import few_bits as operators
 
-        monkeypatch.setattr(operators, "scaled_linear", scaled_linear_ref)
+        def twin(*args: Any) -> None:
+            scaled_linear_ref(*args[:4], Epilogue(*args[4:]))
+
+        monkeypatch.setattr(operators, "scaled_linear", twin)
     case = GoldenCase.load("base")
     path = quantised_bundle(golden_bundle("tiny"), tmp_path / "small.safetensors", weights)
     engine, latents = golden_run(case, Bundle(path), "triton", None)

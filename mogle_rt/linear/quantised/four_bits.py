@@ -68,11 +68,11 @@ class Int4Weight(QuantisedWeight):
                     None if down is None else down[:, first:last],
                     up,
                     heights,
+                    number > 0,
                     bias,
                     low,
                     low_up,
                     out,
-                    number > 0,
                     gelu and number == len(inputs) - 1,
                 )
                 first = last
