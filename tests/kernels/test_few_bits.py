@@ -18,6 +18,7 @@ from mogle_rt.bundle.storage import Fp8Storage, Int4Storage, Int8Storage, Weight
 from mogle_rt.kernels import int4_linear as four_bits
 from mogle_rt.kernels import scaled_linear as eight_bits
 from mogle_rt.kernels.common import recording
+from mogle_rt.kernels.epilogue import Tiles
 from mogle_rt.kernels.inputs import Epilogue
 from mogle_rt.kernels.int4_linear import int4_linear, int4_linear_cost, int4_linear_ref
 from mogle_rt.kernels.quantize_rows import LARGEST, quantize_rows, quantize_rows_cost, quantize_rows_ref
@@ -46,8 +47,8 @@ ROOT = Path(__file__).parents[2]
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles are larger in the interpreter than on a GPU, so both sizes are tested."""
     if request.param != "large":
-        monkeypatch.setattr(eight_bits, "tiles", lambda *_: eight_bits.Tiles(16, 32, 64, 4, 1))
-        monkeypatch.setattr(four_bits, "tiles", lambda *_: eight_bits.Tiles(16, 16, 64, 4, 1))
+        monkeypatch.setattr(eight_bits, "tiles", lambda *_: Tiles(16, 32, 64, 4, 1))
+        monkeypatch.setattr(four_bits, "tiles", lambda *_: Tiles(16, 16, 64, 4, 1))
 
 
 @in_the_interpreter
@@ -296,8 +297,8 @@ def test_golden_steps_by_kernels(
     if weights == "int8":
         from mogle_rt.ops import few_bits as operators
 
-        def twin(*args: Any) -> None:
-            scaled_linear_ref(*args[:4], Epilogue(*args[4:]))
+        def twin(x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, *epilogue: Any) -> None:
+            scaled_linear_ref(x, x_scales, weight, weight_scales, Epilogue(*epilogue))
 
         monkeypatch.setattr(operators, "scaled_linear", twin)
     case = GoldenCase.load("base")
