@@ -25,24 +25,17 @@ REAL = (
     "single_transformer_blocks.37.",
 )
 STEP = """
-import json, sys, threading, time
-import psutil, torch
-process, peak = psutil.Process(), [0]
-
-def watch():
-    while True:
-        peak[0] = max(peak[0], process.memory_info().rss)
-        time.sleep(0.01)
-
-threading.Thread(target=watch, daemon=True).start()
+import json, sys, time
+import torch
 import mogle_rt
+from benchmarks.peak import peak
 from mogle_rt.linear.onednn import linear
 path, size, allowed = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 pipe = mogle_rt.Pipeline(path, "cpu", "fp32", max_memory=allowed)
 g = torch.Generator().manual_seed(0)
 embeds = {"prompt_embeds": torch.randn(1, 512, 4096, generator=g), "pooled_prompt_embeds": torch.randn(1, 768, generator=g)}
 pipe(None, height=size, width=size, num_inference_steps=1, seed=0, output_type="latent", **embeds)
-step, plan, most = pipe.last_run.seconds["denoise"], pipe.plan, peak[0]
+step, plan, most = pipe.last_run.seconds["denoise"], pipe.plan, peak()
 
 tokens, text, width = (size // 16) ** 2, 512, 3072
 config = pipe.bundle.config.transformer
@@ -69,7 +62,7 @@ def test_full_size_step_in_little_memory(benchmark: BenchmarkFixture, tmp_path: 
     command = [sys.executable, "-c", STEP, str(path), str(SIZE), f"{int(ALLOWED)}"]
 
     def run() -> dict[str, float]:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
         assert done.returncode == 0, done.stderr
         return dict(json.loads(done.stdout))
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ from mogle_rt.bundle.leftovers import GONE, sweep
 pytestmark = [pytest.mark.quick, pytest.mark.skipif(os.name == "nt", reason="no signals, no locks")]
 
 
-def dies(work: Callable[[], None]) -> None:
-    """Do the work in a fork, and check that the work killed it."""
+def dies(work: Callable[[], None]) -> bool:
+    """Do the work in a fork. Returns whether the work killed it."""
     child = os.fork()
     if not child:
         try:
@@ -29,7 +30,7 @@ def dies(work: Callable[[], None]) -> None:
         finally:
             os._exit(0)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
+    return os.WIFSIGNALED(status)
 
 
 def kill() -> None:
@@ -50,7 +51,7 @@ def test_a_killed_file(tmp_path: Path) -> None:
             file.write(b"new")
             kill()
 
-    dies(work)
+    assert dies(work)
     assert len(list(tmp_path.iterdir())) == 2
     assert path.read_bytes() == b"old"
     code = f"from mogle_rt.bundle.files import atomic_write\nwith atomic_write({str(tmp_path / 'b.bin')!r}) as f: pass"
@@ -64,13 +65,7 @@ def test_what_is_being_written_is_left_alone(tmp_path: Path) -> None:
         file.write(b"a")
         (new / "m").write_bytes(b"m")
         sweep(tmp_path)
-        child = os.fork()
-        if not child:
-            try:
-                sweep(tmp_path)
-            finally:
-                os._exit(0)
-        os.waitpid(child, 0)
+        assert not dies(lambda: sweep(tmp_path))
         assert len(list(tmp_path.iterdir())) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "m"]
 
@@ -125,23 +120,10 @@ def test_a_replacement_killed_at_every_moment(tmp_path: Path, monkeypatch: pytes
         with monkeypatch.context() as m:
             for owner, name in ((Path, "replace"), (Path, "unlink"), (Path, "mkdir"), (os, "link"), (os, "fsync")):
                 m.setattr(owner, name, counted(getattr(owner, name)))
-            child = os.fork()
-            if not child:
-                try:
-                    replacement(folder)
-                finally:
-                    os._exit(0)
-            _, status = os.waitpid(child, 0)
-            if not os.WIFSIGNALED(status):
+            if not dies(partial(replacement, folder)):
                 break
             left = 2
-            child = os.fork()
-            if not child:
-                try:
-                    sweep(folder)
-                finally:
-                    os._exit(0)
-            os.waitpid(child, 0)
+            dies(partial(sweep, folder))
         sweep(folder)
         outcomes.append(contents(folder))
     else:

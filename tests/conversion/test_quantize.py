@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import struct
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +28,7 @@ from mogle_rt.linear.quantised.rounding import quantised, signal_to_noise
 from tests.apps.test_cli import run
 from tests.checkpoints import Files
 from tests.conversion import test_convert
-from tests.conversion.test_convert import FULL_SIZE, FULL_WIDTH, write_sparse_checkpoint
+from tests.conversion.test_convert import FULL_WIDTH, memory_to_convert, write_sparse_checkpoint
 from tests.linear.quantised import quantised_bundle
 
 FEW_BITS = ("int8", "fp8", "int4")
@@ -143,19 +142,7 @@ def test_large_layers_in_little_memory(
     """
     monkeypatch.setattr(test_convert, "FULL_WIDTH", replace(FULL_WIDTH, num_layers=0, num_single_layers=1))
     files, output = write_sparse_checkpoint(tmp_path / "sources"), tmp_path / "small.safetensors"
-    program = FULL_SIZE.replace("*sys.argv[1:]", "*sys.argv[1:], weights='int8'")
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, (files.flux, files.lora, files.mogle, output))],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    used = json.loads(done.stdout)
-    with capsys.disabled():
-        print(
-            f"\nquantised {output.stat().st_size / 1e9:.1f} GB in {used['seconds']:.0f} s, {used['bytes'] / 1e6:.0f} MB"
-        )
-    assert used["bytes"] < 1.5e9
+    assert memory_to_convert(files, output, capsys, weights="int8") < 1.5e9
 
 
 def test_refused(tiny_bundle: Path, tmp_path: Path) -> None:
