@@ -21,7 +21,7 @@ from mogle_rt.installed import install_command
 if TYPE_CHECKING:
     from mogle_rt.bundle.bundle import Bundle
     from mogle_rt.engines.manifest import Manifest
-    from mogle_rt.export.verify import Comparison
+    from mogle_rt.export.comparisons import Comparison
 
 app = typer.Typer(
     name="mogle_rt.export",
@@ -70,6 +70,9 @@ def main(
     ] = False,
     refit: Annotated[
         bool, typer.Option("--refit", help="TensorRT: allow weights to be exchanged later; needs a GPU.")
+    ] = False,
+    text_encoders: Annotated[
+        bool, typer.Option("--text-encoders", help="Also export CLIP, T5 and their tokenizers.")
     ] = False,
     model_config: Annotated[str | None, typer.Option(help="The reference's switches as JSON.")] = None,
     verify: Annotated[bool, typer.Option(help="Run random inputs through the graphs and the torch engine.")] = True,
@@ -121,6 +124,7 @@ def main(
         opset=opset,
         weights=weights,  # type: ignore[arg-type]
         model_config=switches,
+        text_encoders=text_encoders,
         progress=_say,
     )
     manifest = Manifest.read(folder)
@@ -164,7 +168,7 @@ def main(
 
 def _verify(bundle: Bundle, folder: Path, manifest: Manifest) -> Manifest:
     """Compare the export with the torch engine, write the result into the manifest, and print it."""
-    from mogle_rt.export.verify import summary
+    from mogle_rt.export.comparisons import summary
     from mogle_rt.export.verify import verify as run
 
     results = run(bundle, folder, manifest, _say)
@@ -176,11 +180,9 @@ def _verify(bundle: Bundle, folder: Path, manifest: Manifest) -> Manifest:
 
 def _report(results: list[Comparison]) -> None:
     """Print the errors as a table, and raise an error if a comparison failed."""
-    from mogle_rt.export.verify import require
+    from mogle_rt.export.comparisons import require
 
-    table = Table(
-        "compared with the torch engine", "by", "RMS error", "largest", "allowed RMS", "", box=None, pad_edge=False
-    )
+    table = Table("compared with PyTorch", "by", "RMS error", "largest", "allowed RMS", "", box=None, pad_edge=False)
     for r in results:
         verdict = "ok" if r.passed else "FAILED"
         table.add_row(r.what, r.by, f"{r.rms:.1e}", f"{r.largest:.1e}", f"{r.tolerance:.0e}", verdict)

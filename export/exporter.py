@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,49 +19,31 @@ from mogle_rt.bundle.leftovers import GONE, sweep
 from mogle_rt.config import DTYPE_NAMES, ModelConfig, parse_dtype
 from mogle_rt.engines.engine_file import read_engine
 from mogle_rt.engines.manifest import (
+    FORMAT_VERSION,
     NAME,
+    PLAIN_VERSION,
     BundleSpec,
     EngineSpec,
+    FileSpec,
     GraphSpec,
     Manifest,
     TensorSpec,
+    TokenizerSpec,
     WeightsSpec,
     header_sha256,
 )
 from mogle_rt.errors import CheckpointError, InputError, OutputError
 from mogle_rt.export.graph import BFLOAT16_OPSET, DEFAULT_OPSET, NEWEST_OPSET, OLDEST_OPSET, GraphBuilder
+from mogle_rt.export.instructions import CLASSES, drive, schedule
 from mogle_rt.export.prepare import PrepareGraph, build_experts, condition_row_names, modulation_row_names
 from mogle_rt.export.step import StepGraph
+from mogle_rt.export.text import TEXT_GRAPHS, TextGraph, require_text_encoders
+from mogle_rt.export.tokenizers import tokenizer_files
 from mogle_rt.export.vae import VaeGraph
 from mogle_rt.export.weights import COPY_NAME, MODES, Mode, Weights, place_weights
-from mogle_rt.masks import CLASS_NAMES, PALETTE
 
 GRAPHS = ("vae_encoder", "experts", "prepare", "step", "step_scaled", "vae_decoder")
 SHORT_NAMES = {getattr(torch, long): short for short, long in DTYPE_NAMES.items()}
-
-DRIVE = (
-    "pictures: of each mask 20; picture 0 is the mask in the classes' colors, picture 1 + i is class i (255 where it is, "
-    "else 0, in all three channels); uint8 [P, H, W, 3], H and W multiples of 16; equal pictures need be encoded once",
-    "vae_encoder(pictures) -> latents [P, N, 64], N = H / 16 * W / 16; gather them to mask_latents [B, 20, N, 64]",
-    "experts(mask_latents) -> bank, gate_input",
-    "text encoders are not exported: prompt_embeds [B, T, J] (T5) and pooled_prompt_embeds [B, P] (CLIP) come from "
-    "elsewhere, with the masks' batch B",
-    "prepare(prompt_embeds, pooled_prompt_embeds, model_timesteps, timesteps, guidance = 1000 * "
-    "guidance_scale, grid = (H / 16, W / 16), position_delta = (0, 0), position_scale = 1) -> text, time_table, "
-    "modulation, condition_modulation, rope_cos, rope_sin; sequence = T + 2 N",
-    "latents = standard normal noise [B, N, 64]",
-    "for k in 0 ... S - 1: step(latents, step = k, all of the above) -> velocity; latents += (sigma[k + 1] - sigma[k]) * "
-    "velocity, in float32, then rounded to the graphs' dtype; condition is the step's mixture, not needed by the loop",
-    "where condition_scale is not 1, step_scaled in step's place, with log_condition_scale = log(condition_scale), "
-    "-10000 for 0",
-    "vae_decoder(latents, grid) -> images [B, 3, H, W] in [0, 1]",
-    "an engine's file: 8 bytes MOGLETRT, the header's length n as a little-endian uint64, n bytes of header (JSON, UTF-8), "
-    "plan_bytes bytes of TensorRT's plan; its inputs and outputs are its graph's",
-)
-CLASSES = tuple(
-    {"index": i, "name": name, "color": color}
-    for i, (name, color) in enumerate(zip(CLASS_NAMES, PALETTE.tolist(), strict=True))
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +56,7 @@ class ExportOptions:
             the graphs use the fused operators.
         weights: see `mogle_rt.export.weights.place_weights`.
         model: the reference's switches, built into the graphs.
+        text_encoders: also export CLIP and T5, and their tokenizers.
 
     Raises:
         InputError: the opset or the mode of weights is unknown, or the opset is too old for the dtype.
@@ -83,6 +66,12 @@ class ExportOptions:
     opset: int = DEFAULT_OPSET
     weights: Mode = "link"
     model: ModelConfig = field(default_factory=ModelConfig)
+    text_encoders: bool = False
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The names of the graphs that are made."""
+        return (*TEXT_GRAPHS, *GRAPHS) if self.text_encoders else GRAPHS
 
     def __post_init__(self) -> None:
         if not OLDEST_OPSET <= self.opset <= NEWEST_OPSET:
@@ -96,7 +85,7 @@ class ExportOptions:
 def build_graph(
     name: str, config: BundleConfig, weights: Weights, options: ExportOptions, *, fused_attention: bool = True
 ) -> onnx.ModelProto:
-    """Build one of `GRAPHS` in memory.
+    """Build one of the options' graphs in memory.
 
     Args:
         fused_attention: see `GraphBuilder`.
@@ -108,6 +97,8 @@ def build_graph(
         return PrepareGraph(g, config, options.model).build()
     if name in ("step", "step_scaled"):
         return StepGraph(g, config, options.model, scaled=name == "step_scaled").build()
+    if name in TEXT_GRAPHS:
+        return TextGraph(g, config, name).build()
     vae = VaeGraph(g, config)
     return vae.build_encoder() if name == "vae_encoder" else vae.build_decoder()
 
@@ -164,6 +155,7 @@ def export_onnx(
         OutputError: the folder can't be written to, the bundle can't be linked into it, or it holds a file of a graph's
             name that no export has made.
         InputError: the weights are too large to embed, or stored in eight or four bits.
+        CheckpointError: text encoders are asked for, but the bundle holds none, or its tokenizers can't be read.
     """
     if bundle.storages:
         held = ", ".join(sorted({storage.name for storage in bundle.storages.values()}))
@@ -175,17 +167,27 @@ def export_onnx(
     except OSError as error:
         raise OutputError(f"{folder}: can't be made: {error.strerror or error}") from None
     previous = previous_export(folder)
-    check_replaced(folder, options.weights, previous)
+    tokenizers: dict[str, bytes] = {}
+    if options.text_encoders:
+        require_text_encoders(bundle)
+        tokenizers = tokenizer_files(bundle)
+    made = {*(f"{graph}.onnx" for graph in options.graphs), *tokenizers}
+    check_replaced(folder, {*made, *([COPY_NAME] if options.weights == "copy" else [])}, previous)
     graphs: dict[str, GraphSpec] = {}
     if progress:
         progress("weights")
     with replace_together(folder, last=NAME) as new:
-        weights = place_weights(bundle, folder, new, options.weights, options.dtype)
-        for name in GRAPHS:
+        weights = place_weights(
+            bundle, folder, new, options.weights, options.dtype, text_encoders=options.text_encoders
+        )
+        for name in options.graphs:
             if progress:
                 progress(f"{name}.onnx")
             graphs[name] = write_graph(build_graph(name, bundle.config, weights, options), new / f"{name}.onnx")
+        for name, content in tokenizers.items():
+            (new / name).write_bytes(content)
         manifest = Manifest(
+            format_version=FORMAT_VERSION if options.text_encoders else PLAIN_VERSION,
             software={"mogle_rt": __version__, "onnx": onnx.__version__, "torch": torch.__version__},
             dtype=SHORT_NAMES[options.dtype],
             opset=options.opset,
@@ -196,30 +198,42 @@ def export_onnx(
             classes=CLASSES,
             graphs=graphs,
             engines=kept_engines(folder, previous, graphs, bundle.content_hash),
-            schedule=_schedule(bundle.config),
-            drive=DRIVE,
+            tokenizers=tuple(
+                TokenizerSpec(graph=graph, file=name, sha256=hashlib.sha256(content).hexdigest())
+                for graph, (name, content) in zip(TEXT_GRAPHS, tokenizers.items(), strict=False)
+            ),
+            schedule=schedule(bundle.config.scheduler),
+            drive=drive(text_encoders=options.text_encoders),
             modulation_rows=tuple(modulation_row_names(bundle.config.transformer)),
             condition_modulation_rows=tuple(condition_row_names(bundle.config.transformer)),
         )
         manifest.write(new)
-        if previous is not None and previous.weights.mode == "copy" and manifest.weights.file != COPY_NAME:
-            (new / GONE).mkdir()  # no graph points into the copy any more
-            (new / GONE / COPY_NAME).touch()
+        for name in files_of(previous) - made - {manifest.weights.file}:  # nothing points to them any more
+            (new / GONE).mkdir(exist_ok=True)
+            (new / GONE / name).touch()
     return manifest
 
 
-def check_replaced(folder: Path, weights: Mode, previous: Manifest | None) -> None:
+def files_of(export: Manifest | None) -> set[str]:
+    """The names of the files that an export has written, without those of engines."""
+    if export is None:
+        return set()
+    copied = {export.weights.file} if export.weights.mode == "copy" else set()
+    files: tuple[FileSpec, ...] = (*export.graphs.values(), *export.tokenizers)
+    return {file.file for file in files} | {name for name in copied if name is not None}
+
+
+def check_replaced(folder: Path, names: Iterable[str], previous: Manifest | None) -> None:
     """Check that an export replaces no files but those of an earlier export.
+
+    Args:
+        names: the files that it writes.
 
     Raises:
         OutputError: it would replace another file, which the message names.
     """
-    own: set[str] = set()
-    if previous is not None:
-        own = {graph.file for graph in previous.graphs.values()}
-        if previous.weights.mode == "copy":
-            own.add(str(previous.weights.file))
-    for name in (*(f"{graph}.onnx" for graph in GRAPHS), *([COPY_NAME] if weights == "copy" else [])):
+    own = files_of(previous)
+    for name in names:
         if name not in own and (folder / name).exists():
             raise OutputError(f"{folder / name}: exists already, but not from an export; choose another folder with -o")
 
@@ -282,20 +296,6 @@ def _json_config(config: BundleConfig) -> dict[str, Any]:
     return {name: value for name, value in raw.items() if value is not None}
 
 
-def _schedule(config: BundleConfig) -> Mapping[str, Any]:
-    return {
-        "scheduler": config.scheduler.to_dict(),
-        "formulas": [
-            "in float64: s = linspace(1, 1 / S, S), S steps",
-            "use_dynamic_shifting: mu = base_shift + (max_shift - base_shift) / (max_image_seq_len - "
-            "base_image_seq_len) * (N - base_image_seq_len), N image tokens; exponential: s = exp(mu) / (exp(mu) + "
-            "(1 / s - 1)), linear: s = mu / (mu + (1 / s - 1)); otherwise s = shift * s / (1 + (shift - 1) * s)",
-            "sigma = s rounded to float32, then 0; timesteps = sigma * num_train_timesteps in float32; model_timesteps = "
-            "timesteps / 1000 * 1000 in float32",
-        ],
-    }
-
-
 def export(
     checkpoint: str | Path,
     output: str | Path | None = None,
@@ -304,6 +304,7 @@ def export(
     opset: int = DEFAULT_OPSET,
     weights: Mode = "link",
     model_config: ModelConfig | Mapping[str, Any] | None = None,
+    text_encoders: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
     """Export a bundle to ONNX; `mogle_rt.export.verify.verify` compares the result with the torch engine.
@@ -312,7 +313,7 @@ def export(
         checkpoint: a bundle.
         output: the folder to write to; by default the bundle's own.
         dtype: bf16, fp16 or fp32; by default the one that the bundle is stored in.
-        opset, weights, model_config: see `ExportOptions`.
+        opset, weights, model_config, text_encoders: see `ExportOptions`.
         progress: see `export_onnx`.
 
     Returns:
@@ -327,6 +328,7 @@ def export(
         opset=opset,
         weights=weights,
         model=ModelConfig.of(model_config),
+        text_encoders=text_encoders,
     )
     folder = export_folder(bundle, output)
     export_onnx(bundle, folder, options, progress)

@@ -61,7 +61,7 @@ class GraphBuilder:
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
-        self._casts: dict[str, str] = {}
+        self._casts: dict[tuple[str, int], str] = {}
         self._ints: dict[tuple[str | int, ...], str] = {}
         self._names: dict[str, int] = {}
         self._scopes: list[str] = []
@@ -116,17 +116,28 @@ class GraphBuilder:
             self.initializers[name] = onnx.numpy_helper.from_array(array, name)
         return name
 
-    def weight(self, name: str) -> str:
-        """A tensor of the bundle in the graph's dtype, by its full name in the bundle."""
+    def weight(self, name: str, dtype: torch.dtype | None = None) -> str:
+        """A tensor of the bundle, by its full name in the bundle. dtype: that of the graph if it is not given."""
+        to = ONNX_TYPES[dtype or self.dtype]
+        if self._stored(name) == to:
+            return name
+        if (name, to) not in self._casts:
+            number = sum(weight == name for weight, _ in self._casts) or ""  # a graph rarely needs more than one
+            self._casts[name, to] = f"{name}.cast{number}"
+            outputs, node = [self._casts[name, to]], f"{name}/Cast{number}"
+            self.nodes.append(helper.make_node("Cast", [name], outputs, name=node, to=to))
+        return self._casts[name, to]
+
+    def _stored(self, name: str) -> int:
+        """The ONNX type in which a tensor of the bundle is stored; the graph gets it as an initializer."""
         if name not in self.initializers:
             self.initializers[name] = self.weights.initializer(name)
-        if self.initializers[name].data_type == ONNX_TYPES[self.dtype]:
-            return name
-        if name not in self._casts:
-            self._casts[name] = f"{name}.cast"
-            to = ONNX_TYPES[self.dtype]
-            self.nodes.append(helper.make_node("Cast", [name], [self._casts[name]], name=f"{name}/Cast", to=to))
-        return self._casts[name]
+        return self.initializers[name].data_type
+
+    def looked_up(self, table: str, numbers: str) -> str:
+        """The rows of a table of the bundle with these numbers, in the graph's dtype; no other rows are converted."""
+        rows = self.node("Gather", table, numbers, axis=0)
+        return rows if self._stored(table) == ONNX_TYPES[self.dtype] else self.cast(rows, self.dtype)
 
     def model(self) -> onnx.ModelProto:
         """The finished model, without nodes and weights that no output needs."""
@@ -247,13 +258,14 @@ class GraphBuilder:
         """x + gate * y."""
         return self.add(x, self.mul(gate, y))
 
-    def rms_norm(self, x: str, weight: str) -> str:
-        """RMSNorm over the last axis."""
-        if self.fused:
-            return self.node("RMSNormalization", x, weight, axis=-1, epsilon=NORM_EPS)
-        precise = self.to_float32(x)
+    def rms_norm(self, x: str, weight: str, epsilon: float = NORM_EPS, *, dtype: torch.dtype | None = None) -> str:
+        """RMSNorm over the last axis. dtype: of x, if it is float32 in a graph of another dtype."""
+        same = dtype in (None, self.dtype)
+        if self.fused and same:
+            return self.node("RMSNormalization", x, weight, axis=-1, epsilon=epsilon)
+        precise = self.to_float32(x) if same else x
         mean = self.node("ReduceMean", self.mul(precise, precise), self.const([-1]), keepdims=1)
-        root = self.node("Sqrt", self.add(mean, self.const(NORM_EPS, torch.float32)))
+        root = self.node("Sqrt", self.add(mean, self.const(epsilon, torch.float32)))
         return self.mul(self.from_float32(self.node("Div", precise, root)), weight)
 
     def rope(self, x: str, tables: tuple[str, str], heads: int, head_size: int) -> str:
@@ -272,12 +284,19 @@ class GraphBuilder:
         joined = self.concat([self.node("Unsqueeze", part, self.const([4])) for part in (real, imaginary)], axis=4)
         return self.from_float32(self.reshape(joined, (0, 0, heads * head_size)))
 
-    def attention(self, q: str, k: str, v: str, heads: int, head_size: int, bias: str | None = None) -> str:
-        """softmax(q kᵀ / √d + bias) v. q, k, v: [B, L, H * d]; bias: float32, broadcast to [B, H, Lq, Lk]."""
-        if self.fused_attention and bias is None and head_size <= LARGEST_FUSED_HEAD:
+    def attention(
+        self, q: str, k: str, v: str, heads: int, head_size: int, bias: str | None = None, *, scale: float | None = None
+    ) -> str:
+        """softmax(scale q kᵀ + bias) v. q, k, v: [B, L, H * d]; bias: float32, broadcast to [B, H, Lq, Lk].
+
+        scale: 1 / √d if it is not given. The fused operator is not asked for another one, or for a bias.
+        """
+        if self.fused_attention and bias is None and scale is None and head_size <= LARGEST_FUSED_HEAD:
             return self.node("Attention", q, k, v, q_num_heads=heads, kv_num_heads=heads)
         q, k, v = (self.reshape(x, (0, 0, heads, head_size)) for x in (q, k, v))
-        q = self.mul(self.node("Transpose", q, perm=[0, 2, 1, 3]), self.const(head_size**-0.5))
+        q = self.node("Transpose", q, perm=[0, 2, 1, 3])
+        if scale != 1:
+            q = self.mul(q, self.const(head_size**-0.5 if scale is None else scale))
         scores = self.to_float32(self.node("MatMul", q, self.node("Transpose", k, perm=[0, 2, 3, 1])))
         if bias is not None:
             scores = self.add(scores, bias)

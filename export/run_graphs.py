@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mogle_rt.bundle.source import TensorSource
-from mogle_rt.engines.exported import Session
+from mogle_rt.engines.exported import Session, manifest_dtype
 from mogle_rt.engines.manifest import Manifest
 from mogle_rt.engines.onnxruntime_import import import_onnxruntime
 from mogle_rt.export.exporter import ExportOptions, build_graph
@@ -77,6 +77,17 @@ def evaluate(source: TensorSource, manifest: Manifest, dtype: torch.dtype) -> Ru
         return {n: torch.from_numpy(np.asarray(r).astype(np.float32)) for n, r in zip(names, results, strict=True)}
 
     return run
+
+
+def run_exported(source: TensorSource, folder: Path, manifest: Manifest) -> tuple[Run, str, torch.dtype]:
+    """What runs the graphs of the VAE or of text encoders, its name, and the dtype in which it computes.
+
+    It is onnxruntime with the files. Its CPU kernels don't take bfloat16, so such graphs are built again in float32.
+    """
+    dtype = manifest_dtype(manifest)
+    if dtype != torch.bfloat16:
+        return run_files(folder, manifest), "onnxruntime", dtype
+    return run_built(source, folder, manifest), "onnxruntime in float32", torch.float32
 
 
 def options_of(manifest: Manifest, dtype: torch.dtype) -> ExportOptions:

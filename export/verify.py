@@ -9,10 +9,9 @@ in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
 import torch
@@ -28,43 +27,19 @@ from mogle_rt.engines.contract import Conditions
 from mogle_rt.engines.exported import NO_ATTENTION, manifest_dtype
 from mogle_rt.engines.manifest import Manifest, manifest_path
 from mogle_rt.engines.torch_engine import TorchEngine
-from mogle_rt.errors import CheckpointError, NumericalError
+from mogle_rt.errors import CheckpointError
 from mogle_rt.export.blocks import SelectedBlocks
+from mogle_rt.export.comparisons import TOLERANCES, VAE_TOLERANCES, Comparison, compare
 from mogle_rt.export.exporter import build_graph
-from mogle_rt.export.run_graphs import CPU, Run, evaluate, options_of, run_built, run_files
+from mogle_rt.export.run_graphs import CPU, Run, evaluate, options_of, run_built, run_exported, run_files
+from mogle_rt.export.text import CLIP, TEXT_GRAPHS
+from mogle_rt.export.verify_text import compare_text
 from mogle_rt.export.weights import Weights, exported_names
 from mogle_rt.loop.schedule import make_schedule
 
-# The largest relative RMS error that is allowed. A single error, relative to the largest value, may be LARGEST times that.
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-VAE_TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}  # its norms amplify errors
-LARGEST = 20
 STEPS = 3
 EVALUATED = 5_000_000  # the most parameters for which the reference evaluator is fast enough
 WHOLE = 500_000_000  # the most parameters for which the whole model is run
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """One comparison, and whether rounding in the dtype explains its error.
-
-    Attributes:
-        what: the graph and its sizes.
-        by: what ran the graph.
-        rms, largest: relative errors.
-        tolerance: the largest RMS error that is allowed.
-    """
-
-    what: str
-    by: str
-    rms: float
-    largest: float
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether both errors are small enough. With NaN a comparison fails."""
-        return self.rms <= self.tolerance and self.largest <= LARGEST * self.tolerance
 
 
 @dataclass(frozen=True)
@@ -114,7 +89,7 @@ CASES = (
 def verify(
     bundle: Bundle, folder: Path, manifest: Manifest, progress: Callable[[str], None] | None = None
 ) -> list[Comparison]:
-    """Compare an export with the torch engine.
+    """Compare an export with the torch engine, with diffusers' VAE and with transformers' text encoders.
 
     Args:
         bundle: the bundle that was exported.
@@ -143,12 +118,19 @@ def verify(
         engine = TorchEngine(part, CPU, torch.float32, model)
         for case, output in zip(CASES, outputs, strict=True):
             expected = _torch_step(engine, part, case)
-            results.append(_compare(prefix + case.title, by, output, expected, tolerance))
+            results.append(compare(prefix + case.title, by, output, expected, tolerance))
         del engine
     if progress:
         progress("vae")
-    run, by, computed = _vae_runner(placed, folder, manifest)
-    return results + _compare_vae(bundle, run, by, VAE_TOLERANCES[_coarsest(bundle, manifest, computed)])
+    run, by, computed = run_exported(placed, folder, manifest)
+    results += _compare_vae(bundle, run, by, VAE_TOLERANCES[_coarsest(bundle, manifest, computed)])
+    if set(TEXT_GRAPHS) <= set(manifest.graphs):
+
+        def allowed(computed: torch.dtype) -> float:
+            return TOLERANCES[_coarsest(bundle, manifest, computed)]
+
+        results += compare_text(bundle, placed, folder, manifest, allowed, progress)
+    return results
 
 
 def check(
@@ -182,30 +164,6 @@ def check(
     return verify(bundle, folder, manifest, progress)
 
 
-def summary(results: list[Comparison]) -> tuple[Mapping[str, Any], ...]:
-    """The results as the manifest holds them. JSON has no NaN or infinity, so such errors become null."""
-
-    def known(value: object) -> object:
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return tuple({k: known(v) for k, v in asdict(r).items()} | {"passed": r.passed} for r in results)
-
-
-def require(results: list[Comparison]) -> None:
-    """Check that all comparisons passed.
-
-    Raises:
-        NumericalError: some failed; the message names the worst.
-    """
-    failed = [r for r in results if not r.passed]
-    if failed:
-        worst = max(failed, key=lambda r: math.inf if math.isnan(r.rms) else r.rms / r.tolerance)
-        raise NumericalError(
-            f"{len(failed)} of {len(results)} comparisons failed; {worst.what}: relative RMS error {worst.rms:.2g} "
-            f"(at most {worst.tolerance:g}), largest {worst.largest:.2g}"
-        )
-
-
 # What is run
 
 
@@ -213,7 +171,7 @@ def _coarsest(bundle: TensorSource, manifest: Manifest, computed: torch.dtype) -
     """The dtype that rounds most: that of the arithmetic, or that to which weights were converted for the export."""
     dtype = manifest_dtype(manifest)
     rounded = manifest.weights.mode != "link" and any(
-        bundle.tensors[name].dtype != dtype for name in exported_names(bundle)
+        bundle.tensors[name].dtype != dtype for name in exported_names(bundle, text_encoders=CLIP in manifest.graphs)
     )
     return max((computed, dtype) if rounded else (computed,), key=TOLERANCES.__getitem__)
 
@@ -266,13 +224,6 @@ def _runner(source: TensorSource, folder: Path, manifest: Manifest, *, whole: bo
     return run_built(source, folder, manifest), "onnxruntime in float32", torch.float32
 
 
-def _vae_runner(placed: Bundle, folder: Path, manifest: Manifest) -> tuple[Run, str, torch.dtype]:
-    dtype = manifest_dtype(manifest)
-    if dtype != torch.bfloat16:
-        return run_files(folder, manifest), "onnxruntime", dtype
-    return run_built(placed, folder, manifest), "onnxruntime in float32", torch.float32
-
-
 # Both sides
 
 
@@ -323,25 +274,7 @@ def _compare_vae(bundle: Bundle, run: Run, by: str, tolerance: float) -> list[Co
             z = unpack_latents(latents, height, width) / vae.config.scaling_factor + vae.config.shift_factor
             image = (vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
         outputs = run("vae_encoder", {"pictures": pictures})
-        results.append(_compare(f"vae_encoder, {title}", by, outputs, {"latents": encoded}, tolerance))
+        results.append(compare(f"vae_encoder, {title}", by, outputs, {"latents": encoded}, tolerance))
         outputs = run("vae_decoder", {"latents": latents, "grid": torch.tensor(grid)})
-        results.append(_compare(f"vae_decoder, {title}", by, outputs, {"images": image}, tolerance))
+        results.append(compare(f"vae_decoder, {title}", by, outputs, {"images": image}, tolerance))
     return results
-
-
-def _compare(
-    what: str, by: str, got: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float
-) -> Comparison:
-    """Compare several tensors; the result has the worst errors."""
-    errors = [_errors(got[name].double(), value.double()) for name, value in expected.items()]
-    rms, largest = (max(e, key=lambda v: math.inf if math.isnan(v) else v) for e in zip(*errors, strict=True))
-    return Comparison(what=what, by=by, rms=rms, largest=largest, tolerance=tolerance)
-
-
-def _errors(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """The relative RMS error, and the largest error relative to the largest value. If both are all zeros, it is 0."""
-    if a.shape != b.shape:
-        return math.inf, math.inf
-    tiny = torch.finfo(torch.float32).tiny
-    rms = (a - b).norm() / b.norm().clamp_min(tiny)
-    return float(rms), float((a - b).abs().max() / b.abs().max().clamp_min(tiny))

@@ -36,6 +36,7 @@ from mogle_rt.errors import InputError, OutputError
 Mode = Literal["link", "copy", "embed"]
 MODES = ("link", "copy", "embed")
 EXPORTED_PARTS = ("transformer", "lora", "mogle", "vae")
+TEXT_PARTS = ("text_encoder", "text_encoder_2")
 COPY_NAME = "weights.safetensors"
 EMBED_LIMIT = 2_000_000_000  # bytes; a protobuf message can't be larger than 2 GiB
 ALIGNMENT = 4096
@@ -89,18 +90,22 @@ class Weights:
         return tensor
 
 
-def exported_names(bundle: TensorSource) -> list[str]:
+def exported_names(bundle: TensorSource, *, text_encoders: bool) -> list[str]:
     """The names of the bundle's tensors that graphs read, in the order of the file."""
-    return [name for name in bundle.tensors if name.split(".", 1)[0] in EXPORTED_PARTS]
+    parts = (*EXPORTED_PARTS, *(TEXT_PARTS if text_encoders else ()))
+    return [name for name in bundle.tensors if name.split(".", 1)[0] in parts]
 
 
-def place_weights(bundle: Bundle, folder: Path, new: Path, mode: Mode, dtype: torch.dtype) -> Weights:
+def place_weights(
+    bundle: Bundle, folder: Path, new: Path, mode: Mode, dtype: torch.dtype, *, text_encoders: bool
+) -> Weights:
     """Put weights where graphs in ``folder`` find them.
 
     Args:
         new: the folder of files that are moved into ``folder`` later, see `mogle_rt.bundle.files.replace_together`.
         mode: "link" points into the bundle (weights stay in the stored dtype, and graphs cast them if they compute in
             another), "copy" writes `COPY_NAME` in ``dtype``, "embed" writes them into the graphs in ``dtype``.
+        text_encoders: whether they are among the graphs.
 
     Raises:
         CheckpointError: ``dtype`` can't hold some values.
@@ -115,9 +120,9 @@ def place_weights(bundle: Bundle, folder: Path, new: Path, mode: Mode, dtype: to
         target = folder / COPY_NAME
         if target.exists() and target.samefile(bundle.path):
             raise OutputError(f"{target}: is the bundle itself; choose another folder")
-        tensors, content_hash = _copy(bundle, new / COPY_NAME, dtype)
+        tensors, content_hash = _copy(bundle, new / COPY_NAME, dtype, text_encoders=text_encoders)
         return Weights(tensors, COPY_NAME, bundle, dtype, content_hash)
-    size = sum(bundle.tensors[n].numel for n in exported_names(bundle)) * dtype.itemsize
+    size = sum(bundle.tensors[n].numel for n in exported_names(bundle, text_encoders=text_encoders)) * dtype.itemsize
     if size > EMBED_LIMIT:
         raise InputError(
             f"weights of {size / 1e9:.1f} GB can't be embedded, because an ONNX file can't be larger than 2 GB; "
@@ -174,15 +179,19 @@ def _clone(path: Path, target: Path) -> bool:
         return False
 
 
-def _copy(bundle: Bundle, target: Path, dtype: torch.dtype) -> tuple[Mapping[str, TensorInfo], str]:
-    """Write the weights that graphs read, in ``dtype``, as a bundle without text encoders.
+def _copy(
+    bundle: Bundle, target: Path, dtype: torch.dtype, *, text_encoders: bool
+) -> tuple[Mapping[str, TensorInfo], str]:
+    """Write the weights that graphs read, in ``dtype``, as a bundle, which has text encoders only if they are exported.
 
     Returns:
         The tensors of the copy, and the hash of its contents.
     """
-    stored = {n: bundle.tensors[n] for n in exported_names(bundle)}
-    sources = {n: StoredTensor(bundle.path, info) for n, info in stored.items()}
-    config = replace(bundle.config, text_encoder=None, text_encoder_2=None)
+    names = exported_names(bundle, text_encoders=text_encoders)
+    if text_encoders:
+        names += [name for name in bundle.tensors if name.startswith(("tokenizer.", "tokenizer_2."))]
+    sources = {n: StoredTensor(bundle.path, bundle.tensors[n]) for n in names}
+    config = bundle.config if text_encoders else replace(bundle.config, text_encoder=None, text_encoder_2=None)
     write_bundle(target, sources, config, dtype=dtype, progress=False)
     copied = Bundle(target)
     return copied.tensors, copied.content_hash

@@ -1,8 +1,8 @@
 """The file manifest.json beside exported graphs. It says what the graphs are and how to run them from any language.
 
 A run calls ``vae_encoder`` on the distinct pictures of the masks, ``experts`` on the latents of each mask's 20
-pictures, ``prepare`` on the prompt's embeddings and the schedule, ``step`` once for each step, and ``vae_decoder`` on
-the result.
+pictures, ``text_encoder`` and ``text_encoder_2`` on the prompt's tokens if they were exported, ``prepare`` on the prompt's
+embeddings and the schedule, ``step`` once for each step, and ``vae_decoder`` on the result.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from mogle_rt.values import Count, FileName, OneOf, Range, Sha256, parsed, quote
 NAME = "manifest.json"
 LARGEST = 16 << 20  # bytes of a manifest; FLUX.1-dev's has about 30 kB
 FORMAT = "mogle_rt export"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+PLAIN_VERSION = 1  # of an export without text encoders, which earlier versions of this program read too
 AXES = ("batch", "tokens", "text_tokens", "steps", "sequence", "pictures", "height", "width")
 Size = Annotated[int, Range(1, 2**31)] | Annotated[str, OneOf(*AXES)]  # a fixed size, or the name of a dynamic axis
 TENSOR_TYPES = ("FLOAT", "FLOAT16", "BFLOAT16", "INT64", "UINT8")
@@ -48,6 +49,8 @@ TIMES = ("model_timesteps", "timesteps", "guidance")
 PLACES = ("grid", "position_delta", "position_scale")
 # What each graph can be given, and what it can give, in the way of data. An ablation's graphs have fewer.
 TENSORS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "text_encoder": (("clip_ids",), ("pooled_prompt_embeds",)),
+    "text_encoder_2": (("t5_ids",), ("prompt_embeds",)),
     "vae_encoder": (("pictures",), ("latents",)),
     "experts": (("mask_latents",), ("bank", "gate_input")),
     "prepare": (
@@ -75,11 +78,17 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraphSpec:
-    """A graph: its file in the manifest's folder, the SHA-256 of that file, and its inputs and outputs."""
+class FileSpec:
+    """A file in the manifest's folder, and its SHA-256."""
 
     file: FileName
     sha256: Sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphSpec(FileSpec):
+    """A graph: its file, and its inputs and outputs."""
+
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
@@ -99,6 +108,13 @@ class WeightsSpec:
     bytes: Count = 0
     header_sha256: Sha256 = ""
     sha256: Sha256 = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSpec(FileSpec):
+    """The tokenizer of a text encoder: its file, and the graph that takes its tokens."""
+
+    graph: Annotated[str, OneOf("text_encoder", "text_encoder_2")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +142,8 @@ class Manifest:
         dtype: fp32, fp16 or bf16. bundle: name and content hash of the exported bundle.
         config: the bundle's configurations. model_config: the reference's switches, which are built into the graphs.
         classes: the classes of the masks, each with index, name and color (RGB).
-        graphs: the graphs by name, see the module. schedule, drive: instructions in words and formulas.
+        graphs: the graphs by name, see the module. tokenizers: of the text encoders, if those were exported.
+        schedule, drive: instructions in words and formulas.
         modulation_rows, condition_modulation_rows: the meanings of the rows of the modulation tables.
         verified: the comparisons that were made, with their errors (null for one that is not finite); may be empty.
     """
@@ -143,6 +160,7 @@ class Manifest:
     classes: tuple[Mapping[str, Any], ...]
     graphs: Mapping[str, GraphSpec]
     engines: tuple[EngineSpec, ...] = ()
+    tokenizers: tuple[TokenizerSpec, ...] = ()
     schedule: Mapping[str, Any] = field(default_factory=dict)
     drive: tuple[str, ...] = ()
     modulation_rows: tuple[str, ...] = ()
@@ -179,10 +197,10 @@ class Manifest:
             raise CheckpointError(f"{path}: can't be read as a manifest: {error}") from None
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise CheckpointError(f"{path}: not the manifest of a mogle_rt export")
-        if raw.get("format_version") != FORMAT_VERSION:
+        if raw.get("format_version") not in (PLAIN_VERSION, FORMAT_VERSION):
             version = quoted(raw.get("format_version"))
             raise CheckpointError(
-                f"{path}: manifest version {version}; this version reads {FORMAT_VERSION}: export again"
+                f"{path}: manifest version {version}; this version reads {PLAIN_VERSION} to {FORMAT_VERSION}: export again"
             )
         try:
             manifest = parsed(cls, raw, "manifest")
@@ -247,6 +265,7 @@ class Manifest:
         allowed: dict[str, list[tuple[str, tuple[Size, ...]]]] = {name: [(own, s)] for name, s in shapes.items()}
         return allowed | {
             "latents": [(own, ("batch", "tokens", channels)), (own, ("pictures", "tokens", channels))],
+            **{name: [("INT64", ("batch", "text_tokens"))] for name in ("clip_ids", "t5_ids")},
             "pictures": [("UINT8", ("pictures", "height", "width", 3))],
             "grid": [("INT64", (2,))],
             "step": [("INT64", (1,))],
@@ -257,7 +276,7 @@ class Manifest:
         }
 
     def check_files(self, folder: Path) -> None:
-        """Check that the graphs are unchanged and that the file of the weights is the one that they refer to.
+        """Check that graphs and tokenizers are unchanged and that the file of the weights is the one that they refer to.
 
         This reads only the graphs and the header of the weights, so it is fast at any size. To check the weights too,
         use `python -m mogle_rt.export --check`.
@@ -265,11 +284,12 @@ class Manifest:
         Raises:
             CheckpointError: a file is missing, moved or changed.
         """
-        for graph in self.graphs.values():
-            path = inside(folder, graph.file)
+        files: tuple[FileSpec, ...] = (*self.graphs.values(), *self.tokenizers)
+        for file in files:
+            path = inside(folder, file.file)
             if not path.is_file():
-                raise CheckpointError(f"{path}: the manifest names this graph, but it is gone; export again")
-            if file_sha256(path) != graph.sha256:
+                raise CheckpointError(f"{path}: the manifest names this file, but it is gone; export again")
+            if file_sha256(path) != file.sha256:
                 raise CheckpointError(f"{path}: was changed after the export: its hash is not the manifest's")
         if self.weights.file is None:
             return

@@ -31,9 +31,10 @@ from mogle_rt.engines.onnx_engine import OnnxEngine
 from mogle_rt.engines.onnxruntime_import import import_onnxruntime
 from mogle_rt.engines.torch_engine import TorchEngine
 from mogle_rt.engines.velocity import VelocityLoop
+from mogle_rt.export.comparisons import Comparison, summary
 from mogle_rt.export.exporter import GRAPHS, ExportOptions, build_graph, export
 from mogle_rt.export.verify import CASES as SIZES
-from mogle_rt.export.verify import STEPS, Case, Comparison, _coarsest, check, summary, verify
+from mogle_rt.export.verify import STEPS, Case, _coarsest, check, verify
 from mogle_rt.export.weights import COPY_NAME, Weights
 from mogle_rt.loop.denoise import euler
 from mogle_rt.loop.schedule import Schedule, make_schedule
