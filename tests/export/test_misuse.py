@@ -368,7 +368,7 @@ def test_tampered_graph(exported: Path) -> None:
     with pytest.raises(CheckpointError, match=r"step\.onnx: was changed after the export"):
         graphs_of(exported)
     path.unlink()
-    with pytest.raises(CheckpointError, match=r"names this graph, but it is gone"):
+    with pytest.raises(CheckpointError, match=r"names this file, but it is gone"):
         graphs_of(exported)
 
 

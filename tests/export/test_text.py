@@ -33,7 +33,7 @@ PROMPTS = ["a young woman with long blond hair", "an old man, smiling, with a gr
 
 
 def exported(bundle: Path, folder: Path, **options: Any) -> Path:
-    return export(bundle, folder, **{"dtype": "fp32", "text_encoders": True} | options)
+    return export(bundle, folder, dtype=options.pop("dtype", "fp32"), text_encoders=True, **options)
 
 
 def texts(folder: Path, bundle: Path) -> list[Any]:
