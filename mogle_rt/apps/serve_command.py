@@ -60,7 +60,7 @@ def serve(
     from mogle_rt.bundle.shipped import bundle_path
     from mogle_rt.config import ModelConfig, dtype_name, parse_bytes
     from mogle_rt.server.access import is_loopback, read_keys
-    from mogle_rt.server.requests import Limits
+    from mogle_rt.server.asked.requests import Limits
     from mogle_rt.server.running import listen, make_server
 
     for name, number in (

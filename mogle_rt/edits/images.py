@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from mogle_rt.config import PATCH
 from mogle_rt.errors import InputError
 from mogle_rt.masks.files import FORMATS, MAX_PIXELS, one_line
 
-ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[Any] | Tensor"
+ImageLike: TypeAlias = "str | bytes | os.PathLike[str] | Image.Image | NDArray[Any] | Tensor"
 
 NUMBERS = ("1", "I", "I;16", "I;16B", "I;16L", "I;16N", "F")  # modes of pictures that are no photographs
 
@@ -25,8 +26,8 @@ def to_pixels(image: ImageLike | Sequence[ImageLike]) -> Tensor:
     """Read images as one tensor.
 
     Args:
-        image: a path, a PIL image, an array [H, W, 3] or [B, H, W, 3], a tensor [3, H, W] or [B, 3, H, W], or a list of
-            these. Arrays and tensors hold uint8, or floating point values in [0, 1].
+        image: a path, a file's contents as bytes, a PIL image, an array [H, W, 3] or [B, H, W, 3], a tensor [3, H, W]
+            or [B, 3, H, W], or a list of these. Arrays and tensors hold uint8, or floating point values in [0, 1].
 
     Returns:
         float32 [B, 3, H, W] in [0, 1], on the CPU. The 256 values of a byte b are b / 255.
@@ -56,8 +57,11 @@ def to_pixels(image: ImageLike | Sequence[ImageLike]) -> Tensor:
 
 def _pixels(image: object, what: str) -> Tensor:
     """One image, or a batch of them in one array: float32 [B, 3, H, W]."""
+    if isinstance(image, bytes):
+        return _from_file(io.BytesIO(image), what)
     if isinstance(image, (str, os.PathLike)):
-        return _from_path(image)
+        name = os.path.expanduser(os.fsdecode(image))
+        return _from_file(name, name)
     if isinstance(image, Image.Image):
         return _from_picture(image, what)
     if isinstance(image, np.ndarray) and image.ndim in (3, 4) and image.shape[-1] == 3:
@@ -85,10 +89,9 @@ def _from_values(values: Tensor, what: str) -> Tensor:
     return pixels if pixels.ndim == 4 else pixels[None]
 
 
-def _from_path(path: str | os.PathLike[str]) -> Tensor:
-    name = os.path.expanduser(os.fsdecode(path))
+def _from_file(source: str | BinaryIO, name: str) -> Tensor:
     try:
-        with Image.open(name, formats=FORMATS) as image:
+        with Image.open(source, formats=FORMATS) as image:
             return _from_picture(image, name)
     except InputError:
         raise
@@ -115,7 +118,7 @@ def _from_picture(image: Image.Image, what: str) -> Tensor:
         colours = upright.convert("RGB")
     except InputError:
         raise
-    except Exception as error:  # see `_from_path`
+    except Exception as error:  # see `_from_file`
         raise InputError(f"{what}: can't be read: {one_line(error)}") from None
     if image.mode in NUMBERS:
         raise InputError(f"{what}: must be a picture of 8 bits a channel, got one of mode {image.mode}")

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from mogle_rt.arguments import refuse_prompt_as_mask
 from mogle_rt.calls.results import PipelineOutput
-from mogle_rt.edits.images import ImageLike, to_pixels
-from mogle_rt.edits.regions import (
-    changed_region,
-    check_margin,
-    class_numbers,
-    default_margin,
-    in_both,
-    pixel_weights,
-)
+from mogle_rt.edits.images import ImageLike
+from mogle_rt.edits.preparation import AreaLike, start_of_edit, start_of_image
 from mogle_rt.edits.start import StartImage
 from mogle_rt.errors import InputError
-from mogle_rt.masks.classes import CLASS_NAMES, Labels
-from mogle_rt.masks.labels import MaskLike, resize, to_label_batch
+from mogle_rt.masks.classes import Labels
+from mogle_rt.masks.labels import MaskLike
 from mogle_rt.masks.orders import Order
-from mogle_rt.masks.sizes import warn_of_distortion
-
-T = TypeVar("T")
 
 EDIT_STRENGTH, IMAGE_STRENGTH = 1.0, 0.6
 NOT_FOR_EDITS = ("height", "width", "start")
@@ -51,6 +35,7 @@ class EditMethods:
         margin: int | None = None,
         feather: int | None = None,
         *,
+        area: AreaLike | Sequence[AreaLike] | None = None,
         mask_order: Order = "celebamask",
         **options: Any,
     ) -> PipelineOutput:
@@ -75,6 +60,8 @@ class EditMethods:
                 8.
             feather: the outermost pixels of the margin, in which the result fades into the image; by default half of
                 the margin. 0 is a hard edge.
+            area: pixels that are drawn anew besides: an array or tensor [H, W] of the image's size, True or not 0 where
+                they are; or a list with one for each image.
             mask_order: what the numbers in both masks mean, see `mogle_rt.masks.to_labels`.
             options: all other arguments of `Pipeline.__call__`, such as ``seed`` or ``num_inference_steps``. The
                 image's size is the result's, so height and width are not among them.
@@ -87,24 +74,19 @@ class EditMethods:
             InputError: an image can't be read, counts or sizes don't match, or an option is out of range.
             MaskError: a mask can't be read.
         """
-        pixels, before, after = _paired(to_pixels(image), mask_before, mask_after, mask_order)
-        height, width = pixels.shape[2:]
-        margin = default_margin(height, width) if margin is None else margin
-        feather = margin // 2 if feather is None else feather
-        check_margin(margin, feather)
-        anew, kept = class_numbers("regions", regions), class_numbers("keep", keep)
-        weights = []
-        for old, new in zip(before, after, strict=True):
-            weight = pixel_weights(changed_region(old, new, anew), margin, feather)
-            weights.append(weight * torch.from_numpy(~in_both(old, new, kept)))
-        start = StartImage(pixels=pixels, strength=strength, weights=torch.stack(weights))
-        if not any(bool(weight.any()) for weight in weights):
-            what = f"no pixel is of {', '.join(CLASS_NAMES[c] for c in anew)}" if anew else "the two masks are equal"
-            warnings.warn(
-                f"nothing is drawn anew, because {what}; name other regions, or use image_to_image to change everything",
-                stacklevel=2,
-            )
-        return self._from(start, after, prompt, options)
+        start, labels = start_of_edit(
+            image,
+            mask_before,
+            mask_after,
+            strength,
+            keep=keep,
+            regions=regions,
+            area=area,
+            margin=margin,
+            feather=feather,
+            mask_order=mask_order,
+        )
+        return self._from(start, labels, prompt, options)
 
     def inpaint(
         self,
@@ -153,11 +135,8 @@ class EditMethods:
         Raises:
             InputError, MaskError: see `edit`.
         """
-        pixels = to_pixels(image)
-        if mask is None:
-            mask = np.zeros(pixels.shape[2:], dtype=np.uint8)
-        pixels, labels, _ = _paired(pixels, mask, mask, mask_order)
-        return self._from(StartImage(pixels=pixels, strength=strength), labels, prompt, options)
+        start, labels = start_of_image(image, mask, strength, mask_order=mask_order)
+        return self._from(start, labels, prompt, options)
 
     def _from(
         self, start: StartImage, labels: list[Labels], prompt: str | Sequence[str] | None, options: dict[str, Any]
@@ -168,29 +147,3 @@ class EditMethods:
             if options.pop(name, None) is not None:
                 raise InputError(f"{name} can't be chosen here: the result has the image's size, {width} x {height}")
         return self(labels, prompt, height=height, width=width, start=start, **options)
-
-
-def _paired(
-    pixels: Tensor,
-    mask_before: MaskLike | Sequence[MaskLike],
-    mask_after: MaskLike | Sequence[MaskLike],
-    order: Order,
-) -> tuple[Tensor, list[Labels], list[Labels]]:
-    """n images and their masks, all of one size: pixels [n, 3, H, W], and n label maps [H, W] of each kind."""
-    refuse_prompt_as_mask(mask_before)
-    refuse_prompt_as_mask(mask_after)
-    height, width = pixels.shape[2:]
-    every = [to_label_batch(mask, order=order) for mask in (mask_before, mask_after)]
-    counts = {"images": len(pixels), "masks before": len(every[0]), "masks after": len(every[1])}
-    count = max(counts.values())
-    if not set(counts.values()) <= {1, count}:
-        told = ", ".join(f"{number} {name}" for name, number in counts.items())
-        raise InputError(f"images and masks don't pair up: give one of each, or the same number of them; got {told}")
-    for labels in every:
-        warn_of_distortion(labels, height, width)
-    before, after = (_repeated([resize(one, height, width) for one in labels], count) for labels in every)
-    return pixels.expand(count, -1, -1, -1), before, after
-
-
-def _repeated(values: list[T], count: int) -> list[T]:
-    return values if len(values) == count else values * count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,21 @@ class StartImage:
     def __post_init__(self) -> None:
         check_options(strength=self.strength)
 
+    @classmethod
+    def joined(cls, starts: Sequence[StartImage]) -> StartImage:
+        """Several in one batch. All have one strength and one size, and all have weights or none has."""
+        weights = [one.weights for one in starts if one.weights is not None]
+        return cls(
+            pixels=torch.cat([one.pixels for one in starts]),
+            strength=starts[0].strength,
+            weights=torch.cat(weights) if weights else None,
+        )
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is to be drawn anew."""
+        return self.weights is not None and not bool(self.weights.any())
+
     def first_step(self, steps: int, masks: int, height: int, width: int) -> int:
         """The first step that is run of a call's ``steps``; if nothing is to be drawn anew, it is ``steps``: none.
 
@@ -51,7 +66,7 @@ class StartImage:
                 f"start has images of shape {list(self.pixels.shape)}, but this call draws "
                 f"{[masks, 3, height, width]}: give a mask for each image, and no other height or width"
             )
-        if self.weights is not None and not bool(self.weights.any()):
+        if self.keeps_all:
             return steps
         first = int(max(steps - min(steps * self.strength, steps), 0))  # diffusers' rule, with its rounding
         if first == steps:

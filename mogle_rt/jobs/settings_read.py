@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, BinaryIO, TypeAlias
 from xml.sax.saxutils import unescape
 
 from PIL import Image
@@ -64,19 +64,24 @@ def mask_text(labels: Labels) -> str | None:
     return text if len(text) <= MASK_LIMIT else None
 
 
-def read_settings(path: Path) -> ImageSettings:
+def read_settings(path: Path | BinaryIO, name: str | None = None) -> ImageSettings:
     """The settings in an image that this package wrote; empty ones in any other image.
+
+    Args:
+        path: of the image's file, or a stream of its contents.
+        name: of the image in errors; None takes the path.
 
     Raises:
         InputError: the file can't be read, or its settings are not of this package's form.
     """
+    name = str(path) if name is None else name
     try:
         with Image.open(path, formats=FORMATS) as image:
             packet = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or ""
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        raise InputError(f"{name}: no such file") from None
     except Exception as error:  # decoders can raise nearly any error when a file is damaged
-        raise InputError(f"{path}: can't be read as an image: {one_line(error)}") from None
+        raise InputError(f"{name}: can't be read as an image: {one_line(error)}") from None
     text = packet.decode(errors="replace") if isinstance(packet, bytes) else str(packet)
     found = _DESCRIPTION.search(text)
     values: Any = None
@@ -91,6 +96,6 @@ def read_settings(path: Path) -> ImageSettings:
     try:
         settings = parsed(ImageSettings, {n: v for n, v in values.items() if n in names}, "the settings")
     except ConfigError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{name}: {error}") from None
     assert isinstance(settings, ImageSettings)
     return settings

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
 import secrets
 import time
-from collections.abc import AsyncIterator
-from contextlib import suppress
 from importlib.resources import files as package_files
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from mogle_rt import __version__
 from mogle_rt.arguments import warn_of_guidance
 from mogle_rt.bundle.shipped import examples
+from mogle_rt.edits.start import StartImage
 from mogle_rt.masks.classes import CLASS_NAMES, PALETTE, Labels
 from mogle_rt.masks.orders import ORDERS
 from mogle_rt.server.access import Guard
+from mogle_rt.server.answers import Answers, as_text
+from mogle_rt.server.asked.bodies import Files, read_form, read_request
+from mogle_rt.server.asked.edits import read_edit, read_image_settings
+from mogle_rt.server.asked.masks import fitted, noted_warnings, read_masks
+from mogle_rt.server.asked.requests import EditRequest, GenerationRequest, ImagesRequest, Limits, check_pixels
 from mogle_rt.server.drawing import Studio
-from mogle_rt.server.jobs import Drawn, Event, Failed, Job, Shape, as_data
+from mogle_rt.server.jobs import Job, Shape
 from mogle_rt.server.refusals import Refusal
-from mogle_rt.server.requests import GenerationRequest, Limits, check_pixels
-from mogle_rt.server.uploads import fitted, noted_warnings, read_form, read_masks, read_request
 
 SEEDS = 1_000_000  # a random seed is below this, so that it can be read out and typed again
-KEEP_ALIVE = 10.0  # seconds after which a stream without events says that it is alive
 PAGE = {"/": "index.html", "/page.js": "page.js", "/style.css": "style.css", "/icon.svg": "icon.svg"}
 KINDS = {"html": "text/html; charset=utf-8", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 
@@ -48,7 +47,7 @@ def build_app(studio: Studio, model: str, *, keys: list[bytes] | None = None, li
     # No pages of documentation, which would fetch scripts from elsewhere, and no redirects to what a Host header says.
     app = FastAPI(title="mogle_rt", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_middleware(Guard, keys=keys or [], metrics=studio.metrics)
-    jobs: dict[str, Job] = {}
+    answers = Answers(studio)
     bundle = studio.pipe.bundle
     started = int(time.time())
 
@@ -68,21 +67,42 @@ def build_app(studio: Studio, model: str, *, keys: list[bytes] | None = None, li
     async def nobody_listens(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=499)
 
-    body = {"requestBody": {"content": {"application/json": {"schema": GenerationRequest.model_json_schema()}}}}
-
-    @app.post("/v1/images/generations", openapi_extra=body)
+    @app.post("/v1/images/generations", openapi_extra=_described(GenerationRequest))
     async def generate(request: Request) -> Response:
-        asked, files = await read_request(request, limits)
+        asked, files = await read_request(request, limits, GenerationRequest)
         asked.check(limits, model)
-        job = await _job_of(asked, files)
+        job = await _generation(asked, files)
         studio.waiting.put(job)
-        if asked.stream:
-            return StreamingResponse(_stream(job), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
-        return await _answer(job, request)
+        return await answers.to(job, request, asked.stream)
+
+    @app.post("/v1/images/edits", openapi_extra=_described(EditRequest))
+    async def edit(request: Request) -> Response:
+        asked, files = await read_request(request, limits, EditRequest)
+        asked.check(limits, model)
+        job = await _edit(asked, files)
+        studio.waiting.put(job)
+        return await answers.to(job, request, asked.stream)
+
+    @app.post("/v1/images/settings")
+    async def image_settings(request: Request) -> dict[str, Any]:
+        """What an image was drawn with, and its mask, as far as it holds them."""
+        fields, files = await read_form(request, limits, {"image": "image[]"})
+        if fields or not files:
+            raise Refusal(422, "the form must have a file image", code="invalid_value", param="image")
+        known, labels = await asyncio.to_thread(read_image_settings, files["image"], limits)
+        return {
+            "prompt": known.prompt,
+            "seed": known.seed,
+            "num_inference_steps": known.steps,
+            "guidance_scale": known.guidance_scale,
+            "condition_scale": known.condition_scale,
+            "own_model": known.bundle_sha256 in (None, bundle.content_hash),
+            "mask": None if labels is None else _mask_data(labels),
+        }
 
     @app.delete("/v1/jobs/{job_id}")
     async def cancel(job_id: str) -> dict[str, Any]:
-        job = jobs.get(job_id)
+        job = answers.jobs.get(job_id)
         if job is None:
             raise Refusal(404, "there is no such job; it may have ended", code="job_not_found")
         studio.cancel(job)
@@ -91,7 +111,7 @@ def build_app(studio: Studio, model: str, *, keys: list[bytes] | None = None, li
     @app.post("/v1/masks")
     async def masks(request: Request) -> dict[str, Any]:
         """Read a mask in any form, for a program that has no reader of its own, such as the page."""
-        fields, files = await read_form(request, limits)
+        fields, files = await read_form(request, limits, GenerationRequest.FILES)
         order = fields.pop("mask_order", "celebamask")
         if fields or not files:
             raise Refusal(422, "the form must have a file semantic_mask, and may have mask_order", code="invalid_value")
@@ -99,9 +119,8 @@ def build_app(studio: Studio, model: str, *, keys: list[bytes] | None = None, li
             raise Refusal(
                 422, f"mask_order must be one of {', '.join(ORDERS)}", code="invalid_value", param="mask_order"
             )
-        labels, warnings = await asyncio.to_thread(read_masks, files, order, limits)
-        height, width = labels.shape
-        return {"width": width, "height": height, "labels": _base64(labels.tobytes()), "warnings": warnings}
+        labels, warnings = await asyncio.to_thread(read_masks, files["semantic_mask"], order, limits)
+        return _mask_data(labels) | {"warnings": warnings}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -159,96 +178,49 @@ def build_app(studio: Studio, model: str, *, keys: list[bytes] | None = None, li
             "max_upload": limits.upload,
         }
 
-    async def _job_of(asked: GenerationRequest, files: list[Any]) -> Job:
-        side, size = bundle.default_size, asked.height_and_width
-        warnings: list[str] = []
-        if asked.prompt and not bundle.has_text_encoders:
-            raise Refusal(422, "this model has no text encoders, so it takes no prompt", param="prompt")
+    async def _generation(asked: GenerationRequest, files: Files) -> Job:
         mask: Labels | None = None
+        warnings: list[str] = []
         if files:
-            mask, warnings = await asyncio.to_thread(read_masks, files, asked.mask_order, limits)
-        labels, further = await asyncio.to_thread(fitted, mask, size, side)
-        has_guidance = bundle.config.transformer.guidance_embeds
-        of_guidance = await asyncio.to_thread(_told_of_guidance, asked.guidance_scale, has_guidance)
+            mask, warnings = await asyncio.to_thread(read_masks, files["semantic_mask"], asked.mask_order, limits)
+        labels, further = await asyncio.to_thread(fitted, mask, asked.height_and_width, bundle.default_size)
         height, width = labels.shape
         check_pixels(height, width, limits)
+        shape = Shape(height, width, asked.num_inference_steps, asked.guidance_scale, asked.condition_scale)
+        return await _job(asked, asked.prompt, asked.seed, labels, shape, warnings + further)
+
+    async def _edit(asked: EditRequest, files: Files) -> Job:
+        edit = await asyncio.to_thread(read_edit, asked, files, limits, bundle=bundle.content_hash)
+        start = edit.start
+        height, width = edit.labels.shape
+        shape = Shape(height, width, **edit.options, strength=start.strength, keeps=start.weights is not None)
+        prompt = "" if asked.prompt is None and not bundle.has_text_encoders else edit.prompt
+        return await _job(asked, prompt, edit.seed, edit.labels, shape, edit.warnings, start)
+
+    async def _job(
+        asked: ImagesRequest,
+        prompt: str,
+        seed: int | None,
+        labels: Labels,
+        shape: Shape,
+        warnings: list[str],
+        start: StartImage | None = None,
+    ) -> Job:
+        if prompt and not bundle.has_text_encoders:
+            raise Refusal(422, "this model has no text encoders, so it takes no prompt", param="prompt")
+        has_guidance = bundle.config.transformer.guidance_embeds
         return Job(
-            prompt=asked.prompt,
+            prompt=prompt,
             labels=labels,
-            shape=Shape(height, width, asked.num_inference_steps, asked.guidance_scale, asked.condition_scale),
-            seed=secrets.randbelow(SEEDS) if asked.seed is None else asked.seed,
+            shape=shape,
+            start=start,
+            seed=secrets.randbelow(SEEDS) if seed is None else seed,
             count=asked.n,
             kind=asked.output_format,
             watched=asked.stream,
             previews=asked.partial_images if asked.stream else 0,
-            warnings=warnings + further + of_guidance,
+            warnings=warnings + await asyncio.to_thread(_told_of_guidance, shape.guidance_scale, has_guidance),
         )
-
-    async def _events(job: Job) -> AsyncIterator[Event | None]:
-        """All events of a job, and None now and then while there are none. Whoever stops reading ends the job."""
-        jobs[job.id] = job
-        left = job.count
-        try:
-            while left:
-                try:
-                    event = await asyncio.wait_for(job.next_event(), KEEP_ALIVE)
-                except TimeoutError:
-                    yield None
-                    continue
-                if isinstance(event, Failed):
-                    left = 0
-                elif isinstance(event, Drawn):
-                    left -= 1
-                yield event
-        finally:
-            del jobs[job.id]
-            if left:
-                studio.cancel(job)
-
-    async def _stream(job: Job) -> AsyncIterator[bytes]:
-        events = _events(job)
-        try:
-            async for event in events:
-                if event is None:
-                    yield b": waiting\n\n"
-                    continue
-                data = as_data(event, job, _base64)
-                yield f"event: {data['type']}\ndata: {json.dumps(data)}\n\n".encode()
-        finally:
-            await events.aclose()  # type: ignore[attr-defined]
-
-    async def _answer(job: Job, request: Request) -> Response:
-        reading = asyncio.ensure_future(_images(job))
-        gone = asyncio.ensure_future(_gone(request))
-        try:
-            await asyncio.wait({reading, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():
-                return Response(status_code=499)  # nobody reads it
-            images = reading.result()
-        finally:
-            for task in (reading, gone):
-                task.cancel()
-                with suppress(asyncio.CancelledError, Refusal):
-                    await task
-        data = [{"b64_json": _base64(image), "seed": job.seed + i} for i, image in enumerate(images)]
-        answer: dict[str, Any] = {"created": int(job.created), "data": data, "output_format": job.kind}
-        answer |= {"size": f"{job.shape.width}x{job.shape.height}", "background": "opaque"}
-        if job.warnings:
-            answer["warnings"] = job.warnings
-        return JSONResponse(answer)
-
-    async def _images(job: Job) -> list[bytes]:
-        images: dict[int, bytes] = {}
-        events = _events(job)
-        try:
-            async for event in events:
-                if isinstance(event, Failed):
-                    raise event.refusal
-                if isinstance(event, Drawn):
-                    images[event.image] = event.data
-        finally:
-            await events.aclose()  # type: ignore[attr-defined]
-        return [images[i] for i in range(job.count)]
 
     return app
 
@@ -259,14 +231,15 @@ def _told_of_guidance(scale: float, has_guidance: bool) -> list[str]:
     return told
 
 
-async def _gone(request: Request) -> None:
-    """Wait until the client has left."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def _mask_data(labels: Labels) -> dict[str, Any]:
+    """A mask as JSON has it: class numbers in base64, row by row."""
+    height, width = labels.shape
+    return {"width": width, "height": height, "labels": as_text(labels.tobytes())}
 
 
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+def _described(kind: type[ImagesRequest]) -> dict[str, Any]:
+    """A request's fields for /openapi.json."""
+    return {"requestBody": {"content": {"application/json": {"schema": kind.model_json_schema()}}}}
 
 
 def _serve_file(app: FastAPI, path: str, name: str) -> None:

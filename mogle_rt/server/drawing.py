@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from mogle_rt.config import PATCH
+from mogle_rt.edits.start import StartImage
 from mogle_rt.errors import InputError, InsufficientMemoryError, MogleError
-from mogle_rt.jobs.image_files import encode_image, settings_of
+from mogle_rt.jobs.image_files import MASK, encode_image, settings_of
 from mogle_rt.memory.threads import suitable_threads
 from mogle_rt.pipeline import Pipeline
 from mogle_rt.server.jobs import Draw, Drawn, Failed, Job, Waiting
@@ -139,6 +140,9 @@ class Studio:
                 guidance_scale=shape.guidance_scale,
                 condition_scale=shape.condition_scale,
             )
+            settings[MASK] = job.mask_text
+            if shape.strength is not None:
+                settings |= {"edited": "an image that was sent", "strength": shape.strength}
             try:
                 job.tell(Drawn(draw.index, encode_image(image, job.kind.upper(), settings)))
                 self.metrics.images.inc()
@@ -146,7 +150,7 @@ class Studio:
                 job.tell(Failed(_refusal_of(error)))
 
     def _call(self, pipe: Pipeline, batch: list[Draw]) -> Any:
-        shape = batch[0].job.shape
+        shape, starts = batch[0].job.shape, [draw.job.start for draw in batch if draw.job.start is not None]
         previews = Previews(pipe, batch) if any(draw.job.previews for draw in batch) else None
 
         def on_step(pipe: Pipeline, k: int, timestep: Tensor, tensors: dict[str, Any]) -> None:
@@ -165,7 +169,8 @@ class Studio:
                 [draw.job.prompt for draw in batch],
                 seed=[draw.seed for draw in batch],
                 callback_on_step_end=on_step,
-                **shape._asdict(),
+                start=StartImage.joined(starts) if starts else None,
+                **shape.options,
             ).images
 
 

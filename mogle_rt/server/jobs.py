@@ -8,20 +8,34 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
+from mogle_rt.edits.start import StartImage
+from mogle_rt.jobs.settings_read import mask_text
 from mogle_rt.masks.classes import Labels
 from mogle_rt.server.refusals import Refusal, shutting_down
 
 
 class Shape(NamedTuple):
-    """What the images of one batch have in common."""
+    """What the images of one batch have in common.
+
+    Attributes:
+        strength: of edits; None where nothing is edited. keeps: whether parts of the images are kept.
+    """
 
     height: int
     width: int
     num_inference_steps: int
     guidance_scale: float
     condition_scale: float
+    strength: float | None = None
+    keeps: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of the pipeline's call."""
+        return {name: value for name, value in self._asdict().items() if name not in ("strength", "keeps")}
 
 
 class Queued(NamedTuple):
@@ -67,6 +81,7 @@ class Job:
 
     Args:
         prompt, labels, shape: of all its images; the labels [H, W] have the size of the images.
+        start: the image that an edit starts from.
         seed: of the first image; each next one has the next.
         count: how many images.
         kind: "png" or "jpeg".
@@ -81,6 +96,7 @@ class Job:
         labels: Labels,
         shape: Shape,
         seed: int,
+        start: StartImage | None = None,
         count: int = 1,
         kind: str = "png",
         watched: bool = False,
@@ -88,7 +104,7 @@ class Job:
         warnings: list[str] | None = None,
     ) -> None:
         self.id = f"job_{secrets.token_hex(12)}"
-        self.prompt, self.labels, self.shape, self.kind = prompt, labels, shape, kind
+        self.prompt, self.labels, self.shape, self.start, self.kind = prompt, labels, shape, start, kind
         self.seed, self.count, self.watched, self.previews = seed, count, watched, previews
         self.warnings = warnings or []
         self.draws = [Draw(self, index) for index in range(count)]
@@ -96,6 +112,19 @@ class Job:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._ended = threading.Event()
+
+    @cached_property
+    def mask_text(self) -> str | None:
+        """The mask, to be written into each image."""
+        return mask_text(self.labels)
+
+    @cached_property
+    def steps(self) -> int:
+        """How many steps each of its images takes."""
+        steps = self.shape.num_inference_steps
+        if self.start is None:
+            return steps
+        return steps - self.start.first_step(steps, 1, self.shape.height, self.shape.width)
 
     @property
     def ended(self) -> bool:
@@ -134,7 +163,7 @@ class Draw:
     def tell_step(self, step: int) -> None:
         """Tell a job that is watched how far this image is."""
         if self.job.watched and not self.job.ended:
-            self.job.tell(Step(self.index, step, self.job.shape.num_inference_steps))
+            self.job.tell(Step(self.index, step, self.job.steps))
 
 
 class Waiting:
@@ -212,40 +241,3 @@ class Waiting:
         for ahead, draw in enumerate(self._draws):
             if draw.job.watched and draw.index == 0:
                 draw.job.tell(Queued(ahead))
-
-
-def as_data(event: Event, job: Job, encode: Any) -> dict[str, Any]:
-    """An event of a stream as JSON has it, with the names of OpenAI's events where these have one.
-
-    Args:
-        encode: makes text of bytes.
-    """
-    if isinstance(event, Failed):
-        return {"type": "error", "job": job.id} | event.refusal.body()
-    if isinstance(event, Queued):
-        return {"type": "image_generation.queued", "job": job.id, "ahead": event.ahead}
-    if isinstance(event, Step):
-        return {
-            "type": "image_generation.progress",
-            "job": job.id,
-            "index": event.image,
-            "step": event.step,
-            "steps": event.steps,
-        }
-    common = {
-        "job": job.id,
-        "index": event.image,
-        "b64_json": encode(event.data),
-        "created_at": int(job.created),
-        "size": f"{job.shape.width}x{job.shape.height}",
-        "quality": "auto",
-        "background": "opaque",
-    }
-    if isinstance(event, Preview):
-        partial = {"type": "image_generation.partial_image", "partial_image_index": event.number}
-        return partial | {"output_format": "jpeg"} | common
-    return (
-        {"type": "image_generation.completed", "output_format": job.kind, "seed": job.seed + event.image}
-        | common
-        | {"warnings": job.warnings}
-    )

@@ -9,6 +9,7 @@ from contextlib import suppress
 from torch import Tensor
 
 from mogle_rt.config import PATCH
+from mogle_rt.edits.start import StartImage
 from mogle_rt.errors import MogleError
 from mogle_rt.jobs.image_files import encode_image
 from mogle_rt.loop.schedule import make_schedule
@@ -29,16 +30,17 @@ class Previews:
 
     def __init__(self, pipe: Pipeline, batch: Sequence[Draw]) -> None:
         shape = batch[0].job.shape
-        self._pipe, self._batch, self._shape = pipe, batch, shape
+        self._pipe, self._batch, self._shape, self._steps = pipe, batch, shape, batch[0].job.steps
         tokens = shape.height // PATCH * (shape.width // PATCH)
-        self._sigmas = make_schedule(pipe.bundle.config.scheduler, shape.num_inference_steps, tokens).sigmas.tolist()
+        schedule = make_schedule(pipe.bundle.config.scheduler, shape.num_inference_steps, tokens)
+        self._sigmas = schedule.sigmas[shape.num_inference_steps - self._steps :].tolist()  # of the steps that are run
         self._made = dict.fromkeys(batch, 0)
         self._last: Tensor | None = None
         self._not_before = 0.0
 
     def step(self, k: int, latents: Tensor) -> None:
         """Take the latents [B, N, 64] after step k, and tell the jobs their previews, if some are due."""
-        steps, before = self._shape.num_inference_steps, self._last
+        steps, before = self._steps, self._last
         self._last = latents
         due = [
             i
@@ -53,9 +55,10 @@ class Previews:
         a, b = self._sigmas[k], self._sigmas[k + 1]
         estimate = latents.float() + (latents.float() - before.float()) * (b / (a - b))
         with suppress(MogleError):  # an estimate that can't be decoded is no reason to stop
-            images = self._pipe.decoder(
-                estimate[due].to(latents.dtype), self._shape.height, self._shape.width, output_type="pil"
-            )
+            starts = [start for start in (self._batch[i].job.start for i in due) if start is not None]
+            finish = StartImage.joined(starts).finish if starts else None
+            height, width = self._shape.height, self._shape.width
+            images = self._pipe.decoder(estimate[due].to(latents.dtype), height, width, "pil", finish)
             for i, image in zip(due, images, strict=True):
                 draw = self._batch[i]
                 self._made[draw] = (k + 1) * (draw.job.previews + 1) // steps

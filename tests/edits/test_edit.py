@@ -140,6 +140,28 @@ def test_where_nothing_changes_the_image_comes_back(pipe: Pipeline) -> None:
 
 
 @pytest.mark.quick
+def test_an_area_is_drawn_anew_as_a_change_of_the_mask_is(pipe: Pipeline) -> None:
+    """The same pixels by an area of the image, without a change of the mask; each image of a batch has its own."""
+    image, labels, area = draw(pipe, 1), face(1), np.zeros((SIZE, SIZE), np.uint8)
+    area[2:12, 40:46] = 1
+    alone = edit(pipe, image, labels, labels, area=area)
+    outside = pixel_weights(area.astype(bool), MARGIN, MARGIN // 2) == 0
+    assert torch.equal(alone[0][:, outside[0]], image[0][:, outside[0]])
+    assert (alone != image)[0, :, 2:12, 40:46].any(0).float().mean() > 0.9
+    both = edit(
+        pipe, torch.cat([image, image]), labels, labels, area=[np.zeros_like(area), torch.from_numpy(area)], seed=[5, 5]
+    )
+    assert torch.equal(both[:1], image)
+    assert_close(both[1:], alone, rms=1e-5)
+    with pytest.warns(UserWarning, match="the two masks are equal and no pixel is in the area"):
+        assert torch.equal(edit(pipe, image, labels, labels, area=np.zeros_like(area)), image)
+    with pytest.raises(InputError, match=r"of the image's size, \[64, 64\], .* got uint8 of shape \[32, 64\]"):
+        edit(pipe, image, labels, labels, area=area[:32])
+    with pytest.raises(InputError, match="got 3 for 1 images"):
+        edit(pipe, image, labels, labels, area=[area] * 3)
+
+
+@pytest.mark.quick
 def test_batch_equals_single_edits(pipe: Pipeline) -> None:
     images = torch.cat([draw(pipe, seed) for seed in (1, 2, 3)])
     before = [face(seed) for seed in (1, 2, 3)]

@@ -26,7 +26,8 @@ def test_every_form_gives_the_same_pixels(tmp_path: Path) -> None:
     channels_first = torch.from_numpy(floats).permute(2, 0, 1)
     expected = channels_first[None]
     forms: list[Any] = [
-        tmp_path / "image.png", str(tmp_path / "image.png"), PICTURE, opaque, BYTES, floats, floats[None],
+        tmp_path / "image.png", str(tmp_path / "image.png"), (tmp_path / "image.png").read_bytes(),
+        PICTURE, opaque, BYTES, floats, floats[None],
         channels_first, channels_first[None], torch.from_numpy(BYTES).permute(2, 0, 1), [PICTURE],
     ]  # fmt: skip
     for form in forms:
@@ -61,7 +62,7 @@ BAD: list[tuple[Any, str]] = [
     (np.zeros((0, 16, 3), np.uint8), "an image can have 1 to"),
     (Image.new("L", (16384, 2048)), "an image can have 1 to 16,777,216 pixels, got 16384 x 2048"),
     ("nowhere.png", "nowhere.png: no such file"),
-    (b"content", "image must be a path"),
+    (b"content", "image: not an image that can be read"),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +21,13 @@ from PIL import Image
 from mogle_rt import Pipeline
 from mogle_rt.bundle.shipped import examples
 from mogle_rt.server.app import build_app
+from mogle_rt.server.asked.requests import Limits
 from mogle_rt.server.drawing import Studio
-from mogle_rt.server.requests import Limits
 from mogle_rt.server.running import Server, listen, make_server
 
 MASKS = {one.name: one.mask.read_bytes() for one in examples()}
 GENERATIONS = "/v1/images/generations"
+EDITS = "/v1/images/edits"
 SMALL = {"size": "64x64", "num_inference_steps": 2}
 LONG = {"size": "64x64", "num_inference_steps": 100}
 
@@ -60,6 +62,22 @@ def own_pixels(pipe: Pipeline, mask: str, prompt: str, seed: int, **options: Any
 
     labels = to_labels(MASKS[mask], height=call["height"], width=call["width"])
     return np.asarray(pipe(labels, prompt, seed=seed, **call).images[0])
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    """The error of an answer, which has OpenAI's shape and one sentence."""
+    error: dict[str, Any] = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert "\n" not in error["message"]
+    assert "Traceback" not in answer.text
+    return error
+
+
+def events(answer: httpx.Response) -> Iterator[dict[str, Any]]:
+    for line in answer.iter_lines():
+        if line.startswith("data: "):
+            yield json.loads(line[6:])
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import io
-import json
 import logging
 import threading
 import time
@@ -21,10 +20,22 @@ from PIL import Image
 
 from mogle_rt import Pipeline
 from mogle_rt.masks import colorize, to_labels
+from mogle_rt.server.asked.requests import Limits
 from mogle_rt.server.jobs import Job, Queued, Shape, Waiting
 from mogle_rt.server.refusals import Refusal
-from mogle_rt.server.requests import Limits
-from tests.server.live import GENERATIONS, LONG, MASKS, SMALL, Live, encoded, live, own_pixels, pixels
+from tests.server.live import (
+    GENERATIONS,
+    LONG,
+    MASKS,
+    SMALL,
+    Live,
+    encoded,
+    error_of,
+    events,
+    live,
+    own_pixels,
+    pixels,
+)  # fmt: skip
 
 SECRET = "a sentence that no log may hold"
 
@@ -58,28 +69,12 @@ def one_worker(pipes: list[Pipeline]) -> Iterator[Live]:
         yield running
 
 
-def error_of(answer: httpx.Response) -> dict[str, Any]:
-    """The error of an answer, which has OpenAI's shape and one sentence."""
-    error: dict[str, Any] = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["message"]
-    assert "\n" not in error["message"]
-    assert "Traceback" not in answer.text
-    return error
-
-
 def until(condition: Any) -> None:
     """Wait until something is so; it fails after a time that only a hang takes."""
     end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def events(answer: httpx.Response) -> Iterator[dict[str, Any]]:
-    for line in answer.iter_lines():
-        if line.startswith("data: "):
-            yield json.loads(line[6:])
 
 
 def test_an_answer_is_the_pipelines_own_image(served: Live, pipe: Pipeline) -> None:
