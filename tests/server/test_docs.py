@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -32,9 +33,10 @@ def served() -> Iterator[Live]:
 
 @pytest.mark.skipif(shutil.which("curl") is None or shutil.which("bash") is None, reason="needs curl and bash")
 def test_curl_examples(served: Live, tmp_path: Path) -> None:
+    side = served.studio.pipe.bundle.default_size
     write_examples(tmp_path / "masks")
     shown = [block.text for block in blocks(PAGE, "sh") if ADDRESS in block.text]
-    assert len(shown) == 2
+    assert len(shown) == 3
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "no_proxy": "*"}
     outputs = [
@@ -50,18 +52,24 @@ def test_curl_examples(served: Live, tmp_path: Path) -> None:
         ).stdout
         for text in shown
     ]
-    assert Image.open(tmp_path / "face.png").size == (128, 128)
-    told = [json.loads(line[6:]) for line in outputs[1].splitlines() if line.startswith("data: ")]
+    assert Image.open(tmp_path / "face.png").size == (side, side)
+    assert json.loads((tmp_path / "edit.json").read_text())["size"] == f"{side}x{side}"
+    told = [json.loads(line[6:]) for line in outputs[2].splitlines() if line.startswith("data: ")]
     assert told[-1]["type"] == "image_generation.completed"
     assert any(event["type"] == "image_generation.partial_image" for event in told)
 
 
 def test_openai_example(served: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openai", reason="needs OpenAI's client: pip install openai")
+    side = served.studio.pipe.bundle.default_size
     write_examples(tmp_path / "masks")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_PROXY", "*")
-    (shown,) = (block for block in blocks(PAGE, "python") if ADDRESS in block.text)
-    exec(compile(shown.text.replace(ADDRESS, served.url), shown.place, "exec"), {"__name__": "__main__"})
+    (tmp_path / "face.png").write_bytes(base64.b64decode(served.draw(prompt="a man").json()["data"][0]["b64_json"]))
+    shown = [block for block in blocks(PAGE, "python") if ADDRESS in block.text]
+    assert len(shown) == 2
+    for block in shown:
+        exec(compile(block.text.replace(ADDRESS, served.url), block.place, "exec"), {"__name__": "__main__"})
     for number in range(2):
-        assert Image.open(f"face-{number}.png").size == (128, 128)
+        assert Image.open(f"face-{number}.png").size == (side, side)
+    assert Image.open("edited.png").size == Image.open("face.png").size

@@ -114,7 +114,7 @@ def read_edit(asked: EditRequest, files: Files, limits: Limits, *, bundle: str) 
                     area=area,
                     margin=asked.margin,
                 )
-            options = {
+            options: dict[str, Any] = {
                 "num_inference_steps": first(asked.num_inference_steps, known.steps, 28),
                 "guidance_scale": first(asked.guidance_scale, known.guidance_scale, DEFAULT_GUIDANCE),
                 "condition_scale": first(asked.condition_scale, known.condition_scale, 1.0),
