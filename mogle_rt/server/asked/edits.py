@@ -103,11 +103,10 @@ def read_edit(asked: EditRequest, files: Files, limits: Limits, *, bundle: str) 
                         "give the mask that belongs to the image as semantic_mask_before; the image itself holds none"
                     )
                     raise Refusal(422, message, code="no_mask", param="semantic_mask_before")
-                before = after if before is None else before
                 start, (labels,) = start_of_edit(
                     pixels,
-                    before,
-                    before if after is None else after,
+                    first(before, after),
+                    first(after, before),
                     first(strength, EDIT_STRENGTH),
                     keep=asked.keep or (),
                     regions=asked.regions or (),
