@@ -1,4 +1,4 @@
-"""The command line, most of it in this process; a few runs of the real program."""
+"""The command line. Most tests call it in this process; a few run the real program."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ AI_GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmi
 
 @dataclass(frozen=True)
 class Result:
-    """What a run of the program left."""
+    """What a run of the program printed, and its exit code."""
 
     code: int
     out: str
@@ -46,7 +46,7 @@ class Result:
 
 
 def run(*args: object) -> Result:
-    """The program in this process, as the console script calls it."""
+    """Run the program in this process, in the way the console script does."""
     out, err = io.StringIO(), io.StringIO()
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -64,7 +64,7 @@ def run(*args: object) -> Result:
 
 
 def run_process(*args: object, **environment: str) -> Result:
-    """The program in a process of its own, without a terminal."""
+    """Run the program in a process of its own, without a terminal."""
     done = subprocess.run(
         [sys.executable, "-m", "mogle_rt", *map(str, args)],
         capture_output=True,
@@ -77,7 +77,7 @@ def run_process(*args: object, **environment: str) -> Result:
 
 
 def draw_mask(path: Path, *, seed: int = 0) -> Path:
-    """A mask of rectangles, as the data sets store them."""
+    """Write a mask of rectangles, in the form that the data sets have."""
     random = np.random.default_rng(seed)
     labels = np.zeros((32, 48), dtype=np.uint8)
     for c in random.integers(1, 19, 6):
@@ -90,7 +90,7 @@ def draw_mask(path: Path, *, seed: int = 0) -> Path:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Tiny models gain nothing from more, and wait for each other on a busy machine."""
+    """Compute with one thread. Tiny models gain nothing from more, which wait for one another on a busy machine."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -111,7 +111,7 @@ def mask(tmp_path: Path) -> Path:
 
 
 def parse_xmp(packet: bytes | str) -> tuple[list[str], list[dict[str, Any]]]:
-    """Digital source types and descriptions of an XMP packet, read by an XML parser."""
+    """The digital source types and the descriptions in an XMP packet, read by an XML parser."""
     text = packet.decode() if isinstance(packet, bytes) else packet
     root = ElementTree.fromstring(re.sub(r"<\?xpacket.*?\?>", "", text))
     kinds = root.findall(".//{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType")
@@ -302,7 +302,7 @@ def pixels(path: Path) -> bytes:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """A folder's images, without the record of their job."""
+    """The images of a folder. The record of their job is left out."""
     return sorted(path for path in folder.iterdir() if path.suffix in (".png", ".jpg"))
 
 
@@ -370,7 +370,7 @@ def test_computed_together_or_alone_the_images_are_the_same(tiny_bundle: Path, t
     for path in images_in(tmp_path / "by_1"):
         other = tmp_path / "by_2" / path.name
         difference = np.frombuffer(pixels(path), np.uint8).astype(int) - np.frombuffer(pixels(other), np.uint8)
-        assert np.abs(difference).max() <= 1  # float32 sums in another order, then rounded
+        assert np.abs(difference).max() <= 1  # the batch adds in another order, and the result is rounded to 8 bits
 
 
 def test_images_are_replaced_whole(tiny_bundle: Path, mask: Path, tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_an_interrupted_job_goes_on(tiny_bundle: Path, mask: Path, tmp_path: Pat
 
 
 def prompts_of(folder: Path) -> list[str]:
-    """What the images of a folder say that they were drawn from."""
+    """The prompts that stand in the images of a folder."""
     found = []
     for path in images_in(folder):
         with Image.open(path) as image:
@@ -414,7 +414,7 @@ def prompts_of(folder: Path) -> list[str]:
 
 
 def test_prompts_of_several_masks(tiny_bundle: Path, tmp_path: Path) -> None:
-    """One for all, one for each, or what lies beside the masks; another number is an error."""
+    """Prompts are one for all masks, or one for each, or lie beside the masks. Any other number is an error."""
     masks = [draw_mask(tmp_path / "masks" / f"{name}.png", seed=i) for i, name in enumerate("ab")]
     (tmp_path / "masks" / "b.txt").write_text("a man with grün hair\n", encoding="utf-8")
     for i, (given, expected) in enumerate(
@@ -436,7 +436,7 @@ def test_prompts_of_several_masks(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_a_mask_whose_name_is_no_text(tiny_bundle: Path, tmp_path: Path) -> None:
-    """The settings hold its bytes as JSON's escapes."""
+    """Where a name's bytes are no text, the settings in the image hold them as JSON escapes."""
     named = tmp_path / os.fsdecode(b"m\xff.png")
     draw_mask(tmp_path / "m.png").rename(named)
     assert run("generate", tiny_bundle, "-m", named, "-o", tmp_path / "out", "--seed", "3", *QUICK).code == 0
@@ -448,7 +448,7 @@ def test_a_mask_whose_name_is_no_text(tiny_bundle: Path, tmp_path: Path) -> None
 
 
 def test_too_little_memory_on_a_cpu(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch says it in a RuntimeError."""
+    """PyTorch raises a RuntimeError where a CPU's memory runs out."""
 
     def hungry(*_: Any, **__: Any) -> None:
         torch.empty(1 << 60)
@@ -538,7 +538,7 @@ def test_help_and_version() -> None:
 
 
 def test_export_is_a_command_beside_the_module(tmp_path: Path) -> None:
-    """``mogle-rt export`` is the function behind ``python -m mogle_rt.export``: the same options, the same errors."""
+    """``mogle-rt export`` runs the same code as ``python -m mogle_rt.export``, with its options and its errors."""
     from mogle_rt.export.__main__ import app as module
 
     (alone,) = module.registered_commands
@@ -558,8 +558,8 @@ def test_the_module_is_the_program() -> None:
     assert all(command in result.out for command in ("convert", "generate", "info"))
 
 
-# Two commands in one process, without a terminal, which imports the libraries in the ordinary way. Marks stand between
-# what they print.
+# Runs two commands in one process without a terminal, which imports the libraries in the ordinary way. A mark is printed
+# between their outputs.
 COMMANDS = """
 import json, sys
 from mogle_rt.apps import cli
@@ -573,7 +573,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def test_convert_is_quiet_without_a_terminal(tiny_files: Files, tmp_path: Path) -> None:
-    """The libraries may write to stderr behind Python's back: nothing but our one line is there, of an error or not."""
+    """stderr has only our one line, of success or of an error. Libraries that write to it without Python add nothing."""
     args = ("--lora", tiny_files.lora, "--mogle", tiny_files.mogle, "-o", tmp_path / "ckpt.safetensors")
     commands = [["convert", "--flux", flux, *map(str, args)] for flux in ("nobody/no-such-model", str(tiny_files.flux))]
     done = subprocess.run(

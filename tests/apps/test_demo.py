@@ -1,4 +1,4 @@
-"""The checkpoint in the package: it is whole, it draws what mask and prompt say, and it can be trained on."""
+"""The checkpoint in the package is whole, draws what mask and prompt say, and can be trained further."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def pipe() -> Pipeline:
 
 @pytest.fixture(scope="module")
 def cases() -> QualityCases:
-    """The package's examples; the colours that their prompts name are read off the prompts' words."""
+    """The package's examples, with the colours that the words of their prompts name."""
     shown = demo.examples()
     labels = np.stack([to_labels(e.mask) for e in shown])
     return QualityCases(np.zeros((*labels.shape, 3), np.uint8), labels, [e.prompt for e in shown], [{} for _ in shown])
@@ -89,7 +89,7 @@ def test_images_follow_the_mask(drawn: np.ndarray, cases: QualityCases) -> None:
 
 
 def test_images_follow_the_prompt(pipe: Pipeline, cases: QualityCases) -> None:
-    """One mask, one seed, five backgrounds and clothes: most are as the prompt says."""
+    """With one mask and one seed, prompts name five backgrounds and clothes. Most are drawn in the named colour."""
     judge, labels, right = ColourJudge(), cases.labels[4], []
     colours = ["red", "green", "blue", "yellow", "white", "black"]
     pairs = list(zip(colours, colours[1:] + colours[:1], strict=True))
@@ -144,7 +144,7 @@ def test_gradients_reach_every_weight() -> None:
         x, masks = torch.randn(1, 16, 64), torch.randn(1, 20, 16, 64)
         out = model(x, torch.tensor([0.5]), masks, torch.randn(1, 4, 128), torch.randn(1, 128), model.rope(4, (4, 4)))
         out.square().mean().backward()
-        # Of the last block, only what image rows need: its q, MLP and output have no LoRA there.
+        # The last block computes only the image's rows to the end, so the LoRA of its q, MLP and output is unused.
         last = f"single_blocks.{CONFIG.num_single_layers - 1}"
         unused = {
             f"{last}.qkv_mlp.lora_up.0",
@@ -158,7 +158,7 @@ def test_gradients_reach_every_weight() -> None:
 
 
 def test_a_bundle_goes_apart_and_together_again(tmp_path: Path) -> None:
-    """What an interrupted training needs: weights, VAE and text encoders come out of the bundle alone."""
+    """An interrupted training can go on from a bundle alone, which gives the weights, the VAE and the text encoders."""
     model = FaceMogle()
     load_parts(model, read_weights("demo"))
     unpack("demo", tmp_path)

@@ -1,4 +1,4 @@
-"""The command ``edit``: what the image itself says is taken, what it doesn't say is asked for, and the rest stays."""
+"""The command ``edit`` takes settings from the image, asks for what the image doesn't hold, and keeps all other pixels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def hat_on(mask: Path, path: Path) -> Path:
 
 @pytest.fixture
 def drawn(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """An image that generate drew from mask.png."""
+    """An image that ``generate`` drew from mask.png."""
     mask = draw_mask(tmp_path / "mask.png")
     image = tmp_path / "face.png"
     assert run("generate", tiny_bundle, "-m", mask, "-p", "a <man> & hat", "-o", image, "--seed", "7", *QUICK).code == 0
@@ -70,7 +70,7 @@ def test_settings_and_the_old_mask_come_from_the_image(drawn: Path, tiny_bundle:
 
 
 def test_an_edit_can_be_edited_by_classes(drawn: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    """Its options go before what stands in the image."""
+    """The command's options come before the settings that stand in the image."""
     new = hat_on(tmp_path / "mask.png", tmp_path / "new.png")
     first, second = tmp_path / "first.png", tmp_path / "second.png"
     assert run("edit", drawn, "-m", new, "-c", tiny_bundle, "-o", first).code == 0

@@ -1,4 +1,4 @@
-"""What the repository's examples do: the mask is its script's, and `make demo` draws its picture."""
+"""The repository's examples: its script draws the mask that is there, and `make demo` draws its picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Jobs of many images on the command line: going on, several processes at once, sheets, masks as a shell gives them."""
+"""Jobs of many images on the command line: going on after an interrupt, several processes at one job, contact sheets,
+and masks as a shell's patterns give them."""
 
 from __future__ import annotations
 
@@ -25,11 +26,11 @@ TAKES = {"-m", "--mask", "-o", "--steps"}
     [
         ("demo -m a b c -o x", "demo -m a -m b -m c -o x"),
         ("demo --mask a b --steps 3", "demo --mask a -m b --steps 3"),
-        ("-m a b demo", "-m a -m b demo"),  # the last one is the bundle, where there is no other
+        ("-m a b demo", "-m a -m b demo"),  # the last one is the bundle, if no other word can be it
         ("-o x -m a demo", "-o x -m a demo"),
         ("-m a b -o x demo", "-m a -m b -o x demo"),
         ("demo -m a b -m c d", "demo -m a -m b -m c -m d"),
-        ("demo -m a --overwrite b", "demo -m a --overwrite b"),  # click says that b is one too many
+        ("demo -m a --overwrite b", "demo -m a --overwrite b"),  # click then says that b is one argument too many
         ("demo -m a -- b", "demo -m a -- b"),
         ("demo -m", "demo -m"),
     ],
@@ -176,7 +177,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("how", ["shards", "alike"])
 def test_two_processes_share_a_job(how: str, tiny_bundle: Path, tmp_path: Path) -> None:
-    """Started at once and without a seed, both draw images of one job, each image once."""
+    """Two processes start at once, without a seed. They draw the images of one job, and each image is drawn once."""
     masks_in(tmp_path / "masks", 8)
     arguments = ("generate", tiny_bundle, "-m", tmp_path / "masks", "-o", tmp_path / "out", *QUICK)
     options = [("--shard", "1/2"), ("--shard", "2/2")] if how == "shards" else [("--skip-existing",)] * 2

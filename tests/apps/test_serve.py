@@ -1,4 +1,4 @@
-"""The command `serve`: what it refuses before anything heavy is loaded, and a run of the real program."""
+"""The command `serve`: what it refuses before it loads large libraries, and a run of the real program."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_else_needs_the_extra() -> None:
-    """The package and its other commands import without the server's packages."""
+    """Without the server's packages, the package and its other commands can be imported."""
     hidden = (
         "for name in ('fastapi', 'starlette', 'uvicorn', 'prometheus_client', 'pydantic'): sys.modules[name] = None"
     )

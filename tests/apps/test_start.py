@@ -1,4 +1,4 @@
-"""The first seconds of the program: what is said before the libraries are loaded, and what is not loaded at all."""
+"""The first seconds of the program: what it prints before it loads large libraries, and what it doesn't load at all."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.apps.test_cli import QUICK, draw_mask, one_thread, run
 
 HEAVY = ("torch", "diffusers", "transformers")
 
-# Commands run one after another in this process. After each, the heavy libraries that have been imported so far are
-# printed, and the exit code.
+# Runs commands one after the other in one process. After each it prints which large libraries have been imported so far,
+# and the command's exit code.
 PROBE = f"""
 import json, sys
 from mogle_rt.apps import cli
@@ -31,7 +31,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def probe(*commands: tuple[object, ...]) -> list[str]:
-    """For each command, what was imported of the heavy libraries when it ended, and its exit code."""
+    """For each command, the large libraries that were imported when it ended, and its exit code."""
     given = json.dumps([list(map(str, command)) for command in commands])
     done = subprocess.run([sys.executable, "-c", PROBE, given], capture_output=True, text=True, check=True, timeout=120)
     return [line for line in done.stderr.splitlines() if line.startswith("[")]
@@ -73,7 +73,7 @@ def test_mistakes_are_told_before_anything_heavy_is_loaded(tmp_path: Path) -> No
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal of its own")
 def test_a_terminal_shows_at_once_that_it_loads(tmp_path: Path) -> None:
-    """The first thing on the terminal is the line about loading, before any library could be loaded."""
+    """The line about loading is the first output on the terminal, and comes before any large library is imported."""
     reader, writer = os.openpty()
     options = ["generate", "demo", "-o", str(tmp_path / "x.png"), "--steps", "1"]
     command = [
@@ -99,10 +99,10 @@ def test_a_terminal_shows_at_once_that_it_loads(tmp_path: Path) -> None:
 
 
 def test_an_image_without_a_terminal(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No bars, no warnings, no notes of libraries: a path on stdout, one line of times on stderr.
+    """stdout has a path, and stderr one line of times: no bars, and no warnings or notes of libraries.
 
-    PyTorch's compiler, peft and the like are not imported for it; and the image is the one of ordinary imports. This
-    process, which has imported everything in the ordinary way, draws the other.
+    PyTorch's compiler, peft and others are not imported for it. The image equals the one that this process draws, which
+    has imported everything in the ordinary way.
     """
     code = (
         "import sys\n"

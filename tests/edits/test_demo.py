@@ -1,4 +1,4 @@
-"""On the demo, hair that is painted into a mask is drawn, and by the blend it fits what was there."""
+"""With the demo, an edit draws hair that was painted into a mask, and the blend makes it fit the rest of the image."""
 
 from __future__ import annotations
 

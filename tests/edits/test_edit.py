@@ -1,4 +1,5 @@
-"""Edits: what is not touched stays exactly, a batch draws what each would alone, and the ends of each range are known."""
+"""Edits: pixels outside the region stay exactly, a batch draws what single edits draw, and the ends of each option's
+range do what they should."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def pipe(tiny_bundle: Path) -> Pipeline:
 
 
 def face(seed: int) -> Labels:
-    """A mask of rectangles, other ones for other seeds."""
+    """A mask of rectangles, which depend on the seed."""
     random = np.random.default_rng(seed)
     labels = np.zeros((SIZE, SIZE), dtype=np.uint8)
     for c in (1, 2, 13):
@@ -79,7 +80,7 @@ def test_pixels_outside_stay_exactly(pipe: Pipeline, kind: OutputType, strength:
 
 
 def kept_latents(pipe: Pipeline) -> tuple[Tensor, Tensor]:
-    """After an edit, and of the image itself: the latents where the edit keeps all of it."""
+    """The latents where an edit keeps everything: those after the edit, and the image's own."""
     before, after, image = face(1), with_hat(face(1)), draw(pipe, 1)
     packed = edit(pipe, image, before, after, output_type="latent")
     own = pipe.conditioner.image_latents(image)
@@ -101,7 +102,7 @@ def test_a_blend_that_is_left_out_is_seen(pipe: Pipeline, monkeypatch: pytest.Mo
 
 
 def test_every_step_is_blended(pipe: Pipeline) -> None:
-    """After each step the latents outside are the image's with the noise of that level."""
+    """After each step, the latents outside the region are the image's with noise of this step's level."""
     before, after, image = face(1), with_hat(face(1)), draw(pipe, 1)
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(1, (SIZE // 16) ** 2, 64, generator=generator)
@@ -134,7 +135,7 @@ def test_where_nothing_changes_the_image_comes_back(pipe: Pipeline) -> None:
     assert pipe.last_run.steps == 0
     with pytest.warns(UserWarning, match="because no pixel is of eye_glasses"):
         assert torch.equal(edit(pipe, image, face(1), face(1), regions="eye_glasses"), image)
-    both = edit(pipe, image, face(1), [face(1), with_hat(face(1))])  # beside an image that does change
+    both = edit(pipe, image, face(1), [face(1), with_hat(face(1))])  # in a batch, beside an image that does change
     assert torch.equal(both[:1], image)
     assert not torch.equal(both[1:], image)
 
@@ -194,7 +195,7 @@ def test_at_full_strength_nothing_is_left_of_the_image(pipe: Pipeline) -> None:
     weaker: Any = pipe.image_to_image(image, face(2), "a man", strength=0.4, **settings).images
     assert relative_rms(weaker, image) < relative_rms(plain, image)
     everywhere = edit(pipe, image, face(1), face(2), "a man", seed=4, regions="background", margin=SIZE, feather=0)
-    assert torch.equal(everywhere, plain)  # an edit whose region is all of the image
+    assert torch.equal(everywhere, plain)  # the region of this edit is the whole image
 
 
 def test_no_mask_is_all_background(pipe: Pipeline) -> None:
@@ -242,7 +243,7 @@ def test_named_regions_are_drawn_anew_and_kept_ones_stay(pipe: Pipeline) -> None
 
 @pytest.mark.quick
 def test_runs_without_an_edit_stay_the_same(pipe: Pipeline, tiny_bundle: Path) -> None:
-    """Before, between and after edits, in buffers that an edit of the same shape used."""
+    """Edits change no run before, between or after them, even in buffers that an edit of the same shape used."""
     expected = draw(Pipeline(tiny_bundle, device="cpu", dtype="fp32"), 3)
     pipe.engine._runners.limit = 1 << 30  # type: ignore[attr-defined]  # keep both steps, as on a GPU
     first = edit(pipe, expected, face(3), with_hat(face(3)))

@@ -1,4 +1,4 @@
-"""Edits through exported graphs: the same images as through the torch engine."""
+"""Edits through exported graphs give the same images as through PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images to start from: every form gives the same pixels, and what is no such image is refused in one line."""
+"""Images that an edit starts from: every form gives the same pixels, and everything else is refused in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which pixels an edit may change: distances as they are stated, and exact zeros and ones."""
+"""Which pixels an edit may change: the weights are exactly 0 and 1 at the distances that the documentation states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Some blocks of a model, as a model of their own."""
+"""A few blocks of a model can be used as a smaller model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(("double", "single"), [([1], []), ([], [1]), ([1, 0], [0])])
 def test_blocks_are_numbered_anew(double: list[int], single: list[int], tiny_bundle: Path) -> None:
-    """The result is a whole model of fewer blocks, and its tensors are those of the blocks that were chosen."""
+    """The result is a complete model of fewer blocks, with the tensors of the chosen blocks."""
     bundle = Bundle(tiny_bundle)
     part = SelectedBlocks(bundle, double=double, single=single)
     config = part.config.transformer

@@ -1,4 +1,4 @@
-"""Exported graphs: the golden cases through onnxruntime, any size and switch, weights by reference, full size."""
+"""Exported graphs: the golden cases through onnxruntime, all sizes and switches, weights in other files, full size."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Bundles = Callable[[str], Path]
 
 
 def export_case(case: GoldenCase, bundle: Path, folder: Path, **options: Any) -> Path:
-    """The case's bundle with its switches, in float32."""
+    """Export the case's bundle in float32, with the case's switches."""
     return export(bundle, folder, dtype="fp32", model_config=case.model, **options)
 
 
@@ -102,7 +102,7 @@ def test_golden_images(name: str, golden_bundle: Bundles, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["base", "no_guidance"])
 def test_image_by_graphs_alone(name: str, golden_bundle: Bundles, tmp_path: Path) -> None:
-    """As the manifest tells it, with onnxruntime and numpy only."""
+    """The graphs are run as the manifest describes, with onnxruntime and numpy only."""
     case = GoldenCase.load(name)
     folder = export_case(case, golden_bundle(case.settings["checkpoint"]), tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -153,13 +153,13 @@ SWITCHES: dict[str, dict[str, bool]] = {
 }
 
 
-# Gelu is an operator of its own from opset 20 on; attention, norms and rotations are from 23 on.
+# ONNX has an operator for GELU from opset 20 on, and operators for attention, norms and rotations from opset 23 on.
 OPSETS = [(switches, opset) for switches in SWITCHES for opset in (18, 23)] + [("released", 20), ("separate", 25)]
 
 
 @pytest.mark.parametrize(("switches", "opset"), OPSETS)
 def test_sizes_batches_and_text_lengths(switches: str, opset: int, tiny_bundle: Path, tmp_path: Path) -> None:
-    """Four sizes through the same files, with and without condition_scale, moved and scaled conditions."""
+    """The same files serve four sizes, with and without condition_scale, and with moved and scaled conditions."""
     folder = export(tiny_bundle, tmp_path, dtype="fp32", opset=opset, model_config=SWITCHES[switches])
     bundle = Bundle(tiny_bundle)
     model = ModelConfig.from_mapping(SWITCHES[switches])
@@ -184,7 +184,7 @@ def test_sizes_batches_and_text_lengths(switches: str, opset: int, tiny_bundle: 
     ],
 )
 def test_models(blocks: tuple[int, int], mogle: MogleConfig, guidance: bool, tmp_path: Path) -> None:
-    """Without double or single blocks, gate, experts, guidance; odd head count; other LoRA rank."""
+    """Models without double or single blocks, gate, experts or guidance, with an odd number of heads, or other ranks."""
     config = replace(
         TINY, num_layers=blocks[0], num_single_layers=blocks[1], guidance_embeds=guidance, num_attention_heads=3
     )
@@ -207,7 +207,7 @@ def test_models(blocks: tuple[int, int], mogle: MogleConfig, guidance: bool, tmp
     ],
 )
 def test_dtypes(stored: torch.dtype, dtype: str, weights: Any, tmp_path: Path) -> None:
-    """Weights are cast in the graph, in the copy or in the embedding; each is right in its dtype."""
+    """Weights are cast by the graph, or when they are copied or embedded. In each dtype the result is right."""
     bundle = Bundle(write_checkpoint(tmp_path / "files", dtype=stored).convert(tmp_path / "b.safetensors"))
     folder = export(bundle.path, tmp_path / "out", dtype=dtype, weights=weights)
     results = check(folder, bundle.path)
@@ -218,7 +218,7 @@ def test_dtypes(stored: torch.dtype, dtype: str, weights: Any, tmp_path: Path) -
 
 
 def test_bfloat16_is_verified_on_the_files(tmp_path: Path) -> None:
-    """On the copied weights and the written graphs, though neither is what runs."""
+    """Verification uses the copied weights and the written graphs, though a CPU can't run these graphs in bfloat16."""
     bundle = Bundle(write_checkpoint(tmp_path / "files").convert(tmp_path / "b.safetensors"))
     folder = export(bundle.path, tmp_path / "out", dtype="bf16", weights="copy")
     copied, manifest = Bundle(folder / COPY_NAME), Manifest.read(folder)
@@ -237,7 +237,7 @@ def test_bfloat16_is_verified_on_the_files(tmp_path: Path) -> None:
 
 
 def test_what_onnxruntime_lacks_in_bfloat16(tiny_bundle: Path) -> None:
-    """It is done in float32 there, and there alone."""
+    """In a bfloat16 graph these operators compute in float32. In float16 none of them is cast."""
     bundle, model = Bundle(tiny_bundle), ModelConfig(weight_is_scale=True)
     weights = Weights(bundle.tensors, "b.safetensors", bundle, torch.float32, "")
     for dtype, cast in ((torch.bfloat16, True), (torch.float16, False)):
@@ -252,7 +252,7 @@ def test_what_onnxruntime_lacks_in_bfloat16(tiny_bundle: Path) -> None:
 
 
 def test_same_prompt_is_prepared_once(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its weights are a quarter of the model's."""
+    """The weights that prepare a prompt are a quarter of the model, so they aren't read again for the same prompt."""
     bundle = Bundle(tiny_bundle)
     exported = ExportedGraphs(export(tiny_bundle, tmp_path, dtype="fp32"), bundle, ModelConfig(), torch.float32)
     prepare = StepPreparation(exported, CPU)
@@ -288,7 +288,7 @@ def test_latents_are_a_copy() -> None:
 
 
 def test_planted_faults_are_caught(tiny_bundle: Path, tmp_path: Path) -> None:
-    """Exchanged weights, a switch, a wrong constant: verification sees each."""
+    """Verification notices exchanged weights, another switch and a wrong constant."""
     folder = export(tiny_bundle, tmp_path, dtype="fp32")
     bundle, manifest = Bundle(tiny_bundle), Manifest.read(folder)
     assert all(r.passed for r in verify(bundle, folder, manifest))
@@ -334,7 +334,8 @@ def test_planted_faults_are_caught(tiny_bundle: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("opset", [18, 23])
 def test_graphs_are_portable(opset: int, tiny_files: Any, tmp_path: Path) -> None:
-    """Checked whole, shapes inferred, standard operators, every weight a reference to its place in the bundle."""
+    """ONNX's own checker accepts the graphs and infers all shapes. They have standard operators only, and every weight
+    refers to its place in the bundle."""
     path = tiny_files.convert(tmp_path / "b.safetensors")
     folder = export(path, opset=opset)
     bundle = Bundle(path)
@@ -342,7 +343,7 @@ def test_graphs_are_portable(opset: int, tiny_files: Any, tmp_path: Path) -> Non
     for name in GRAPHS:
         file = folder / f"{name}.onnx"
         onnx.checker.check_model(str(file), full_check=True)
-        onnx.load(file)  # its loader takes the weights too
+        onnx.load(file)  # onnx's loader reads the weights too
         model = onnx.load(file, load_external_data=False)
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
         assert len(inferred.graph.value_info) > 0.9 * len(model.graph.node) - 2
@@ -394,7 +395,7 @@ def test_manifest_describes_the_graphs(tiny_bundle: Path, tmp_path: Path) -> Non
 
 
 def test_manifest_is_json_for_all(tiny_bundle: Path, tmp_path: Path) -> None:
-    """NaN and infinity, which JSON has not, are null."""
+    """NaN and infinity, which JSON doesn't have, are written as null."""
     folder = export(tiny_bundle, tmp_path)
     bad = Comparison(what="step", by="none", rms=math.nan, largest=math.inf, tolerance=1e-5)
     replace(Manifest.read(folder), verified=summary([bad])).write(folder)
@@ -452,7 +453,7 @@ def test_a_link_to_another_file_is_refused(tiny_bundle: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("named", [False, True])
 def test_a_bundle_that_is_a_link_into_a_cache(named: bool, tiny_bundle: Path, tmp_path: Path) -> None:
-    """As a hub's snapshot: the export lies beside the name that was given, and nothing in the cache changes."""
+    """A hub's snapshot is such a link. The export lies beside the given name, and nothing in the cache changes."""
     cache, own = tmp_path / "blobs", tmp_path / "snapshot"
     cache.mkdir()
     own.mkdir()
@@ -474,7 +475,7 @@ def test_a_bundle_that_is_a_link_into_a_cache(named: bool, tiny_bundle: Path, tm
 
 
 def test_no_cosine_of_float64(tiny_bundle: Path) -> None:
-    """onnxruntime has cosines of float64 only since 1.29; without them, graphs up to opset 21 open from 1.20 on."""
+    """onnxruntime before 1.29 has no cosine of float64. Graphs up to opset 21 do without, so they open from 1.20 on."""
     bundle = Bundle(tiny_bundle)
     weights = Weights(bundle.tensors, "w.safetensors", bundle, torch.float32, "")
     model = build_graph("prepare", bundle.config, weights, ExportOptions(dtype=torch.float32, opset=21))
@@ -484,8 +485,8 @@ def test_no_cosine_of_float64(tiny_bundle: Path) -> None:
         if n.op_type == "Cast" and n.attribute[0].i == onnx.TensorProto.DOUBLE
         for o in n.output
     }
-    assert doubles  # the angles are still exact
-    for node in model.graph.node:  # a Cast's precision goes on through what follows, up to the next Cast
+    assert doubles  # angles are still computed in float64
+    for node in model.graph.node:  # results stay float64 up to the next Cast
         if node.op_type != "Cast" and doubles & set(node.input):
             doubles |= set(node.output)
             assert node.op_type in ("Unsqueeze", "Mul", "Concat", "Add", "Sin"), node.op_type
@@ -564,7 +565,7 @@ def test_full_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("dtype", "coarsest"), [("bf16", torch.float32), ("fp16", torch.float16)])
 def test_tolerance_is_of_what_was_rounded(dtype: str, coarsest: torch.dtype, tiny_files: Files, tmp_path: Path) -> None:
-    """Weights copied as they were are exact, whatever else the bundle holds; in another dtype they are not."""
+    """The tolerance depends on the weights that were rounded. Those that were copied unchanged are exact."""
     bundle = Bundle(tiny_files.convert(tmp_path / "ckpt.safetensors", dtype="bf16"))
     assert any(info.dtype == torch.uint8 for info in bundle.tensors.values())
     folder = export(bundle.path, tmp_path / "out", weights="copy", dtype=dtype)
@@ -572,7 +573,7 @@ def test_tolerance_is_of_what_was_rounded(dtype: str, coarsest: torch.dtype, tin
 
 
 def test_threads_rest_between_runs(tiny_bundle: Path, tmp_path: Path) -> None:
-    """Spinning on, onnxruntime's would take the processors from PyTorch's."""
+    """onnxruntime's threads must not spin while they wait, since they would take the processors from PyTorch's."""
     folder = export(tiny_bundle, tmp_path / "out")
     manifest = Manifest.read(folder)
     session = Session(folder, manifest.graphs["step"], torch.device("cpu"), manifest.weights.bytes).session

@@ -1,4 +1,4 @@
-"""The exporter's and the exported engines' errors: one line each that says what was wrong and what would be right."""
+"""Errors of the exporter and of exported engines: one line each, which says what was wrong and what would be right."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from tests.test_bad_input import assert_one_line, unchanged
 
 
 def run(*args: object) -> Result:
-    """``python -m mogle_rt.export`` in this process."""
+    """Run ``python -m mogle_rt.export`` in this process."""
     out, err = io.StringIO(), io.StringIO()
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -64,7 +64,7 @@ def run(*args: object) -> Result:
 
 @pytest.fixture
 def exported(tiny_bundle: Path, tmp_path: Path) -> Path:
-    """A folder with an export in float32 and a copy of the tiny bundle, both to be harmed."""
+    """A folder with an export in float32 and a copy of the tiny bundle. Tests may damage both."""
     shutil.copy(tiny_bundle, tmp_path / "tiny.safetensors")
     return export(tmp_path / "tiny.safetensors", dtype="fp32")
 
@@ -105,7 +105,7 @@ def test_generate_by_onnxruntime(exported: Path) -> None:
 
 
 def test_check_finds_a_wrong_graph(exported: Path) -> None:
-    """Verification fails loudly where the graphs don't compute what the manifest says."""
+    """Verification reports graphs that don't compute what the manifest says, and the command fails."""
     manifest = json.loads((exported / "manifest.json").read_text())
     manifest["model_config"]["add_cond_attn"] = True
     (exported / "manifest.json").write_text(json.dumps(manifest))
@@ -187,7 +187,7 @@ def test_other_file_system(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_copy_onto_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
-    """Whether it has that name from the start, or is the copy that an export has made."""
+    """The bundle may have that name from the start, or be the copy that an earlier export made."""
     bundle = tmp_path / "weights.safetensors"
     shutil.copy(tiny_bundle, bundle)
     assert_one_line(run(bundle, "--weights", "copy"), "weights.safetensors: exists already, but not from an export")
@@ -199,7 +199,7 @@ def test_copy_onto_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_a_bundle_of_the_copy_s_name_stays(tiny_bundle: Path, tmp_path: Path) -> None:
-    """Linked where a copy was before, or the copy itself exported: graphs point into the file of that name again."""
+    """First a copy of the name is made, then this copy is exported with links. The graphs point into the file again."""
     (tmp_path / "source").mkdir()
     bundle, folder = tmp_path / "source" / "weights.safetensors", tmp_path / "out"
     shutil.copy(tiny_bundle, bundle)
@@ -211,7 +211,7 @@ def test_a_bundle_of_the_copy_s_name_stays(tiny_bundle: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "step.onnx"])
 def test_files_of_others_are_kept(name: str, tiny_bundle: Path, tmp_path: Path) -> None:
-    """What an export has written, the next replaces; what someone else has, none."""
+    """An export replaces the files of an earlier export, but nobody else's."""
     (tmp_path / name).write_text("precious")
     done = run(tiny_bundle, "-o", tmp_path, "--weights", "copy", "--no-verify")
     assert_one_line(done, f"{name}: exists already, but not from an export; choose another folder with -o")
@@ -238,7 +238,7 @@ def test_a_failed_export_leaves_the_one_before(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All graphs and their weights are replaced, or none."""
+    """An export replaces all graphs and their weights, or nothing."""
     assert run(tiny_bundle, "-o", tmp_path, "--no-verify", *before).code == 0
     build = exporter.build_graph
 
@@ -257,7 +257,7 @@ def test_a_failed_export_leaves_the_one_before(
 def test_a_full_disk_leaves_the_export_before(
     number: int, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whichever file it is that can't be written to the end."""
+    """Any one of the files can't be written to its end."""
     assert run(tiny_bundle, "-o", tmp_path, "--no-verify", "--weights", "copy").code == 0
     fsync, calls = os.fsync, iter(range(100))
 
@@ -276,7 +276,7 @@ def test_a_full_disk_leaves_the_export_before(
 
 
 def test_a_copy_goes_when_no_graph_needs_it(tiny_bundle: Path, tmp_path: Path) -> None:
-    """So that the next export may write one again."""
+    """It is removed, so that the next export may write one again."""
     for weights in ("copy", "embed", "copy", "link", "copy"):
         assert run(tiny_bundle, "-o", tmp_path, "--no-verify", "--weights", weights).code == 0
         assert (tmp_path / "weights.safetensors").exists() == (weights == "copy")
@@ -298,7 +298,7 @@ def test_weights_that_a_dtype_cannot_hold(weights: str, tiny_files: Files, tmp_p
 
 
 def test_own_bundle_of_the_package(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not written beside; and its export is not looked for in the working directory."""
+    """The exporter writes nothing into the package, and an engine doesn't look for the export in the working directory."""
     package = tmp_path / "package"
     package.mkdir()
     monkeypatch.setattr("mogle_rt.bundle.shipped.BUNDLE", Path(shutil.copy(exported / "tiny.safetensors", package)))
@@ -312,7 +312,7 @@ def test_own_bundle_of_the_package(exported: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_sizes_of_a_small_model(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model's own size lies in the profile by default."""
+    """By default the profile includes the model's own size."""
     pytest.importorskip("tensorrt_rtx")
     seen = []
 
@@ -354,7 +354,7 @@ def test_other_weights_of_that_name(exported: Path, tiny_bundle: Path) -> None:
 
 
 def test_tampered_weights(exported: Path) -> None:
-    """One byte: too little to see on opening, not for --check."""
+    """One byte is changed, which opening can't notice, but --check does."""
     info = bundle_of(exported).tensors["transformer.proj_out.weight"]
     with (exported / "tiny.safetensors").open("r+b") as file:
         file.seek(info.begin + 2)
@@ -388,7 +388,7 @@ def test_damaged_manifest(content: bytes, message: str, exported: Path) -> None:
 
 
 def changed(folder: Path, *way: str | int, to: object) -> None:
-    """Put a value into the manifest, at the end of a way of names and numbers."""
+    """Write a value into the manifest, at the place to which these names and numbers lead."""
     raw = json.loads((folder / "manifest.json").read_text())
     place = raw
     for step in way[:-1]:
@@ -425,7 +425,7 @@ LIES: dict[str, tuple[tuple[str | int, ...], object, str]] = {
 
 @pytest.mark.parametrize("name", LIES)
 def test_lies_in_the_manifest(name: str, exported: Path) -> None:
-    """Each is one line, and nothing is allocated or opened by it."""
+    """Each lie gives an error of one line, and nothing is allocated or opened for it."""
     way, value, message = LIES[name]
     changed(exported, *way, to=value)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -434,7 +434,7 @@ def test_lies_in_the_manifest(name: str, exported: Path) -> None:
 
 
 def test_a_link_out_of_the_folder(exported: Path, tmp_path: Path) -> None:
-    """A graph that is a link to another folder's file is refused, as every loader refuses it."""
+    """A graph that is a link to a file in another folder is refused, as it is by all other loaders."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (exported / "step.onnx").rename(elsewhere / "step.onnx")
@@ -444,7 +444,7 @@ def test_a_link_out_of_the_folder(exported: Path, tmp_path: Path) -> None:
 
 
 def test_a_graph_that_the_manifest_does_not_describe(exported: Path) -> None:
-    """Its hash is the manifest's, and yet its inputs have other names: found when it is opened, before it is run."""
+    """Its hash is in the manifest, but its inputs have other names. The error comes on opening, before it is run."""
     model = onnx.load(exported / "step.onnx", load_external_data=False)
     for node in model.graph.node:
         for i, used in enumerate(node.input):
@@ -503,7 +503,7 @@ def test_missing_onnxruntime(exported: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="onnxruntime has its GPU here")
 def test_silent_fall_back_is_told(exported: Path) -> None:
-    """onnxruntime-gpu without a GPU says nothing and takes the CPU; onnxruntime has no such provider at all."""
+    """Without a GPU, onnxruntime-gpu takes the CPU and doesn't say so, and plain onnxruntime has no CUDA provider."""
     graphs = graphs_of(exported)
     with pytest.raises(DeviceError, match=r"fell back from CUDAExecutionProvider to CPU|has no CUDAExecutionProvider"):
         Session(exported, graphs.graph("step"), torch.device("cuda"), 0)
@@ -515,7 +515,7 @@ def test_no_device_of_onnxruntime(exported: Path) -> None:
 
 
 def described(values: Any) -> list[Any]:
-    """Inputs or outputs of a graph as onnxruntime tells them."""
+    """Inputs or outputs of a graph, in the form in which onnxruntime gives them."""
     found = []
     for spec in map(tensor_spec, values):
         found.append(SimpleNamespace(name=spec.name, type=ORT_TYPES[spec.dtype], shape=list(spec.shape)))
@@ -523,12 +523,12 @@ def described(values: Any) -> list[Any]:
 
 
 class FakeRuntime:
-    """An onnxruntime that says it has CUDA.
+    """Stands for an onnxruntime that says that it has CUDA.
 
     Args:
-        providers: what sessions get.
-        failure: raised in place of a session of a file, if given.
-        on_cpu: operators that the session leaves on the CPU.
+        providers: those that a session gets.
+        failure: if given, opening a file raises it.
+        on_cpu: operators that a session runs on the CPU.
     """
 
     def __init__(self, providers: list[str], failure: Exception | None = None, on_cpu: tuple[str, ...] = ()) -> None:
@@ -570,7 +570,7 @@ def open_on_cuda(runtime: FakeRuntime, folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_cuda_as_it_is_asked_for(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One provider, on the right GPU, without TF32; shapes may be computed on the CPU."""
+    """A session has one provider, on the right GPU and without TF32. Shapes may be computed on the CPU."""
     runtime = FakeRuntime(CUDA, on_cpu=("Shape", "Concat"))
     open_on_cuda(runtime, exported, monkeypatch)
     assert runtime.asked == 2 * [[("CUDAExecutionProvider", {"device_id": "1", "use_tf32": "0"})]]
@@ -602,20 +602,20 @@ class InvalidGraph(Exception):  # noqa: N818
 
 
 def test_whose_fault_a_failure_is(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too little memory is not the graph's."""
+    """Where memory runs out, the error doesn't blame the graph."""
     with pytest.raises(DeviceError, match=r"step\.onnx: onnxruntime can't load it on cuda:1: .*Failed to allocate"):
         open_on_cuda(FakeRuntime(CUDA, RuntimeException("6 : BFCArena: Failed to allocate")), exported, monkeypatch)
     with pytest.raises(CheckpointError, match=r"step\.onnx: onnxruntime refuses it: 10 : node of unknown kind"):
         open_on_cuda(FakeRuntime(CUDA, InvalidGraph("10 : node of unknown kind")), exported, monkeypatch)
 
 
-# Misuse of TensorRT engines; what is in the plan doesn't matter to these
+# Misuse of TensorRT engines, for which the contents of the plan don't matter
 
 RTX = PACKAGES["tensorrt-rtx"]
 
 
 def add_engine(folder: Path, **changes: Any) -> Path:
-    """An engine file with a proper header and no proper plan, entered into the manifest."""
+    """Write an engine file with a right header but without a real plan, and enter it into the manifest."""
     manifest = Manifest.read(folder)
     values: dict[str, Any] = {
         "runtime": "tensorrt-rtx",
@@ -637,7 +637,7 @@ def add_engine(folder: Path, **changes: Any) -> Path:
 
 
 def test_engines_outlive_an_export(exported: Path) -> None:
-    """As long as they fit it: the same graph over the same weights."""
+    """Engines are kept as long as they fit the new export: it must have the same graph and the same weights."""
     bundle, file = exported / "tiny.safetensors", add_engine(exported).name
     export(bundle, dtype="fp32", weights="link")
     assert [e.file for e in Manifest.read(exported).engines] == [file]
@@ -654,7 +654,7 @@ def test_engines_outlive_an_export(exported: Path) -> None:
 @pytest.mark.quick
 @pytest.mark.parametrize("fault", ["stale", "damaged", "another GPU's, gone"])
 def test_one_engine_does_not_block_another(fault: str, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """step_scaled's is unfit: step's runs, and the fault is told where the other is needed."""
+    """The engine of step_scaled has a fault. That of step runs, and the error comes where the other one is needed."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace(__version__="0.0"))
     monkeypatch.setattr("mogle_rt.engines.tensorrt_engine.load_onnxruntime", lambda *_: None)
@@ -735,7 +735,8 @@ def test_engine_of_another_graph(exported: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_tensorrt_says_no(exported: Path) -> None:
-    """No context, a refused shape, address or launch: an error each. What the engine leaves out is not bound."""
+    """A missing context and a refused shape, address or launch give an error each. Inputs that the engine doesn't have
+    are not bound."""
     context = mock.Mock()
     context.set_tensor_address.side_effect = lambda name, _: name != "latents"
     engine = SimpleNamespace(
@@ -785,7 +786,7 @@ def test_damaged_engine(exported: Path) -> None:
 
 
 def test_size_outside_the_profile(exported: Path) -> None:
-    """The advice is one that helps: --min and --max widen sizes and batches, but neither steps nor text."""
+    """The advice names what helps: --min and --max widen sizes and batches, but not the number of steps or text tokens."""
     header, _ = read_engine(
         add_engine(
             exported,
@@ -819,7 +820,7 @@ def test_help() -> None:
 
 
 def test_exporting_changes_nothing_else(tiny_files: Files, tmp_path: Path) -> None:
-    """The bundle keeps its bytes and its time; an -o that can't be made is told."""
+    """The bundle keeps its bytes and its time of change. An output folder that can't be made is an error."""
     bundle = tiny_files.convert(tmp_path / "b.safetensors")
     before = bundle.stat().st_mtime_ns, bundle.read_bytes()
     export(bundle)

@@ -1,4 +1,4 @@
-"""Prompts as embeddings: written by ``embed``, drawn by ``generate --embeds`` as the prompts themselves are."""
+"""Prompts as embeddings: ``embed`` writes them, and ``generate --embeds`` draws from them as from the prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.checkpoints import Files
 
 
 def test_embedded_prompts_draw_the_same_images(tiny_bundle: Path, tiny_files: Files, tmp_path: Path) -> None:
-    """Also from a bundle without text encoders."""
+    """A bundle without text encoders can draw from them as well."""
     masks = [draw_mask(tmp_path / "masks" / f"{name}.png", seed=i) for i, name in enumerate("ab")]
     masks[0].with_suffix(".txt").write_text("a man")
     masks[1].with_suffix(".txt").write_text("a woman")
@@ -49,8 +49,8 @@ def test_embedded_prompts_draw_the_same_images(tiny_bundle: Path, tiny_files: Fi
             for a, b in zip(images_in(expected), images_in(found), strict=True):
                 difference = torch.frombuffer(bytearray(pixels(a)), dtype=torch.uint8).int()
                 difference -= torch.frombuffer(bytearray(pixels(b)), dtype=torch.uint8).int()
-                assert difference.abs().max() <= 1  # the batch sums in another order
-    embeddings = load_file(file)  # in Python, they are the arguments of a call
+                assert difference.abs().max() <= 1  # the batch adds in another order
+    embeddings = load_file(file)  # its tensors are arguments of a call in Python
     pipe = Pipeline(alone, device="cpu", dtype="fp32")
     out = pipe([masks[0]] * 3, num_inference_steps=1, height=32, width=48, **embeddings)
     assert len(out.images) == 3

@@ -1,4 +1,5 @@
-"""Which images are planned: masks by folder and pattern, prompts as people keep them, names of files."""
+"""Which images are planned: masks from folders and patterns, prompts from the places where people keep them, and the
+names of the images' files."""
 
 from __future__ import annotations
 
@@ -22,13 +23,13 @@ def names(masks: list[Path | None], output: Path | str, count: int = 1, suffix: 
 
 
 def prompts(masks: list[Path], caption: int = 1) -> tuple[list[str], list[str]]:
-    """The prompts found for masks, and what was said meanwhile."""
+    """The prompts that are found for these masks, and the messages that this gives."""
     said: list[str] = []
     return prompts_of(None, [*masks], caption, said.append), said
 
 
 def mm_celeba_hq(folder: Path, count: int, texts: str) -> list[Path]:
-    """An empty data set in the layout of MM-CelebA-HQ, with captions in "text.json" or in the folder "text"."""
+    """A data set of empty files in MM-CelebA-HQ's layout, with captions in "text.json" or in the folder "text"."""
     (folder / "mask").mkdir(parents=True)
     (folder / "text").mkdir()
     for i in range(count):
@@ -65,7 +66,7 @@ def test_captions_that_are_none(content: str, message: str, tmp_path: Path) -> N
 
 
 def test_one_of_ten_captions_is_the_prompt(tmp_path: Path) -> None:
-    """Also of a file beside the mask: ten lines are ten captions of one face, not one long prompt."""
+    """In a file beside the mask too, ten lines are ten captions of one face, not one long prompt."""
     for name, text in (("a", "\n".join(f" caption {i} \n" for i in range(1, 11))), ("b", "only one\n"), ("c", None)):
         (tmp_path / f"{name}.png").write_bytes(b"")
         if text:

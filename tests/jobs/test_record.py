@@ -1,4 +1,5 @@
-"""The record of jobs in a folder: seeds that go on, no mix of settings, and images that one of several processes takes."""
+"""The record of the jobs in a folder: a job goes on with its seed, settings are never mixed, and of several processes
+only one takes an image."""
 
 from __future__ import annotations
 
@@ -107,7 +108,7 @@ def test_a_line_that_was_cut_costs_only_itself(tmp_path: Path) -> None:
         JobRecord(tmp_path)
 
 
-# What another process does in a folder: it takes the images that are named, says so, and waits to be ended.
+# Another process in the same folder: it takes the named images, prints which it got, and waits until it is ended.
 OTHER = """
 import sys
 from pathlib import Path
@@ -123,7 +124,7 @@ with JobRecord(folder) as record:
 
 @contextmanager
 def other_process(folder: Path, *names: str) -> Iterator[str]:
-    """Another process that has taken these images; what it got of them."""
+    """Start another process that takes these images. Yields which of them it got."""
     command = [sys.executable, "-c", OTHER, str(folder), *names]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -138,7 +139,7 @@ def drawings(folder: Path, *names: str) -> list[Drawing]:
 
 
 def test_an_image_is_drawn_by_one_process(tmp_path: Path) -> None:
-    """What another one has in hand is left to it; if it ends without the image, this process draws it after the rest."""
+    """Images that another process draws are left to it. Where it ends without one, this process draws it in the end."""
     images = drawings(tmp_path, "a", "b", "c", "d")
     with JobRecord(tmp_path) as record:
         job = record.begin(SETTINGS, None, 5, ["a"], share=True, hold_seed=True)

@@ -1,4 +1,4 @@
-"""The contact sheet: what is on it, and that its tiles are the images."""
+"""The contact sheet: what is on it, and that its tiles show the images."""
 
 from __future__ import annotations
 

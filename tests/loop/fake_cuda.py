@@ -1,8 +1,8 @@
-"""Fake CUDA tensors on a machine without CUDA: what a step would do on a GPU, told operation by operation.
+"""Fake CUDA tensors on a machine without CUDA show, operation by operation, what a step would do on a GPU.
 
-PyTorch's fake tensors carry shapes, dtypes and devices, no values. So whatever would wait for a value (`.item()`, a
-branch on a tensor, a shape that depends on data) fails on them, as it fails in the capture of a CUDA graph; copies
-between devices don't, and are looked for here.
+PyTorch's fake tensors have shapes, dtypes and devices, but no values. Whatever would wait for a value (`.item()`, a
+branch on a tensor, a shape that depends on data) fails on them, as it fails in the capture of a CUDA graph. Copies
+between devices don't fail on them, so `Trace` refuses these.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ATEN = torch.ops.aten
-COPIES = {ATEN.to, ATEN._to_copy, ATEN.copy_, ATEN.copy}  # in inference mode `to` comes whole
+COPIES = {ATEN.to, ATEN._to_copy, ATEN.copy_, ATEN.copy}  # inference mode does not split `to` into `_to_copy`
 
-# c10's headers alone: torch/extension.h would take the compiler most of a minute.
+# It includes only c10's headers, since the compiler takes most of a minute for torch/extension.h.
 GUARD = r"""
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 namespace {
@@ -43,7 +43,7 @@ struct Install {
 
 
 def compile_guard(path: Path) -> None:
-    """Write a library that registers PyTorch's own no-op device guard for CUDA, which its CPU builds leave out."""
+    """Compile a library that registers PyTorch's device guard without effect for CUDA. PyTorch's CPU builds lack it."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         pytest.skip("compiling PyTorch's no-op CUDA guard needs a C++ compiler (c++, or the one named by CXX)")
@@ -56,16 +56,16 @@ def compile_guard(path: Path) -> None:
 
 
 def install_guard(path: Path) -> None:
-    """Load what `compile_guard` wrote; needed before `fake_mode` where PyTorch is built without CUDA."""
+    """Load the library that `compile_guard` wrote. `fake_mode` needs it where PyTorch is built without CUDA."""
     torch.ops.load_library(str(path))
 
 
 @dataclass
 class Trace(TorchDispatchMode):
-    """Notes every operation under it; refuses those between devices.
+    """Notes every operation within its block, and raises at those between devices.
 
     Attributes:
-        operations: name, and shapes and dtypes of what came out.
+        operations: of each the name, and the shapes and dtypes of its results.
     """
 
     operations: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
@@ -75,10 +75,10 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.namespace == "prim":  # questions about a tensor
+        if func.namespace == "prim":  # these only ask for a tensor's properties
             return out
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-        # A CPU scalar is an argument of the launch, unless a copy is what is asked for.
+        # A scalar on the CPU becomes an argument of the launch, unless the operation is a copy.
         copies = func.overloadpacket in COPIES
         devices = {t.device.type for t in tensors if copies or t.dim() or t.device.type != "cpu"}
         if len(devices) > 1 or (devices and devices != {"cuda"}):
@@ -94,7 +94,7 @@ real_capability = torch.cuda.get_device_capability
 
 @contextmanager
 def fake_mode() -> Iterator[None]:
-    """Fake tensors of every device, "cuda" included; a test may say of which capability the card is."""
+    """Make all tensors fake ones, on any device, "cuda" too. A test may set the card's compute capability, `CARD`."""
     unsaid = torch.cuda.get_device_capability is real_capability and not torch.cuda.is_available()
     card = mock.patch.object(torch.cuda, "get_device_capability", return_value=CARD) if unsaid else nullcontext()
     with card, FakeTensorMode(allow_non_fake_inputs=False):
@@ -105,7 +105,7 @@ def trace(step: Callable[[], object]) -> list[tuple[str, tuple[Any, ...]]]:
     """The operations of a step.
 
     Raises:
-        AssertionError: it copies between devices.
+        AssertionError: the step copies between devices.
         Exception: PyTorch's own, where it would wait for the device.
     """
     with Trace() as noted:

@@ -1,4 +1,4 @@
-"""That the whole step can be captured in a CUDA graph, at FLUX.1-dev's full size, shown on fake CUDA tensors."""
+"""Fake CUDA tensors show that the whole step of FLUX.1-dev, at full size, can be captured in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from tests.loop.fake_cuda import compile_guard, fake_mode, install_guard, trace
 pytestmark = needs_triton
 
 CUDA = torch.device("cuda")
-MOST_LAUNCHES, MOST_MOVED = 511, 44.22e9  # what a step at full size takes today; more would be a loss
-FEW_BLOCKS = replace(FLUX_DEV, num_layers=1, num_single_layers=2)  # of full width, for what all blocks share
+MOST_LAUNCHES, MOST_MOVED = 511, 44.22e9  # launches and bytes of a step at full size today; it should never take more
+FEW_BLOCKS = replace(FLUX_DEV, num_layers=1, num_single_layers=2)  # FLUX's width; enough where all blocks are alike
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,7 +51,8 @@ def full_size(
     style_rank: int = 0,
     edit: bool = False,
 ) -> Iterator[tuple[Step, Callable[[], Count]]]:
-    """A prepared step of FLUX.1-dev, 512 x 512, bf16, on fake CUDA; and what was counted since it was last asked."""
+    """A prepared step of FLUX.1-dev, 512 x 512, bf16, on fake CUDA, and a function that gives the counts since its last
+    call."""
     ranks = dict.fromkeys(schema.lora_modules(transformer), 4)
     job, batch = Job(config=replace(FLUX_BUNDLE, transformer=transformer), ranks=ranks), 1
     with fake_mode(), counting() as counter, torch.inference_mode():
@@ -96,7 +97,7 @@ SWITCHES = [
 @pytest.mark.parametrize(("switches", "condition_scale"), SWITCHES, ids=str)
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
 def test_step_waits_for_nothing(switches: dict[str, bool], condition_scale: float, kernels: str) -> None:
-    """No synchronisation, no copy between devices, and every step does the same to memory of the same shapes."""
+    """It doesn't synchronise or copy between devices, and every step has the same operations on the same shapes."""
     with full_size(ModelConfig(**switches), kernels, condition_scale, FEW_BLOCKS) as (step, _):
         first = trace(step.advance)
         assert trace(step.advance) == first
@@ -111,7 +112,7 @@ def test_fused_mixture_waits_for_nothing(kernels: str) -> None:
 
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
 def test_styles_wait_for_nothing(kernels: str) -> None:
-    """Two small products for each layer that a style adapts, in memory of the same shapes in every step."""
+    """For each layer that a style adapts there are two small products, on the same shapes in every step."""
     with full_size(kernels=kernels, transformer=FEW_BLOCKS) as (step, _):
         plain = trace(step.advance)
     with full_size(kernels=kernels, transformer=FEW_BLOCKS, style_rank=16) as (step, _):
@@ -123,7 +124,7 @@ def test_styles_wait_for_nothing(kernels: str) -> None:
 
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
 def test_edits_wait_for_nothing(kernels: str) -> None:
-    """Three launches more: the noise level, the image's latents at this level, and the blend with them."""
+    """An edit takes three more launches: for the noise level, for the image's latents at this level, and for the blend."""
     with full_size(kernels=kernels, transformer=FEW_BLOCKS) as (step, taken):
         step.advance()
         plain = taken()
@@ -134,7 +135,8 @@ def test_edits_wait_for_nothing(kernels: str) -> None:
 
 
 class Epilogues(TorchDispatchMode):
-    """Refuses products whose bias would be copied into the output first: cuBLAS adds it only to rows without gaps."""
+    """Refuses products whose bias PyTorch would first copy into the output. It does so where the output's rows have
+    gaps, since cuBLAS then can't add the bias."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -142,7 +144,7 @@ class Epilogues(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.overloadpacket in (torch.ops.aten.addmm, torch.ops.aten._addmm_activation) and args[0].dim() == 1:
-            out = kwargs.get("out")  # a result that it makes itself has no gaps
+            out = kwargs.get("out")  # without it, PyTorch makes the result, which has no gaps
             assert args[0].is_contiguous()
             assert out is None or out.is_contiguous(), f"{func} into strides {out.stride()}"
         return func(*args, **kwargs)
@@ -150,14 +152,14 @@ class Epilogues(TorchDispatchMode):
 
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
 def test_biases_are_added_in_epilogues(kernels: str) -> None:
-    """One launch a product, as it is counted."""
+    """So each product really takes one launch, as it is counted."""
     with full_size(kernels=kernels, transformer=FEW_BLOCKS) as (step, _), Epilogues():
         step.advance()
 
 
 @dataclass(frozen=True)
 class WholeModel:
-    """What two steps of the whole model do, operation by operation, and what a step and its mixture take."""
+    """The operations of two steps of the whole model, and the counts of a step and of its mixture."""
 
     first: list[Any]
     second: list[Any]
@@ -167,7 +169,7 @@ class WholeModel:
 
 @pytest.fixture(scope="module")
 def whole_model() -> WholeModel:
-    """512 x 512, batch 1, bf16."""
+    """The whole model at 512 x 512, batch 1, bf16."""
     with full_size() as (step, taken):
         first, counted = trace(step.advance), taken()
         second, again = trace(step.advance), taken()
@@ -183,14 +185,14 @@ def test_the_whole_model_waits_for_nothing(whole_model: WholeModel) -> None:
 
 
 def test_counts_at_full_size(whole_model: WholeModel) -> None:
-    """The reference takes 9,632 launches and 215.8 GB a step."""
+    """For comparison: the reference takes 9,632 launches and 215.8 GB a step."""
     assert whole_model.step.launches <= MOST_LAUNCHES
     assert whole_model.step.moved <= MOST_MOVED
-    assert whole_model.mixture.launches == 1  # gate and mix; the experts are one launch an image
+    assert whole_model.mixture.launches == 1  # gate and mix; the experts run once an image
 
 
 def test_fused_mixture_is_one_launch() -> None:
-    """Experts, gate and mix; here without contents, so that no two pictures count as equal."""
+    """Experts, gate and mix are one launch. Fake pictures have no contents, so none of them count as equal."""
     with full_size(transformer=FEW_BLOCKS, mixture="fused") as (step, taken):
         step.condition()
         mixture = taken()
@@ -210,7 +212,7 @@ def test_fused_mixture_is_one_launch() -> None:
 def test_attention_takes_what_the_card_has(
     capability: tuple[int, int], dtype: torch.dtype, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the log-sum-exp is wanted, too, PyTorch doesn't choose by itself."""
+    """Where log-sum-exps are needed too, PyTorch doesn't choose the kernel itself, so the package does."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with fake_mode(), torch.inference_mode():
         q, k = (torch.empty(2, 3, length, 16, dtype=dtype, device=CUDA) for length in (5, 40))
@@ -275,7 +277,7 @@ def test_planted_faults_are_caught(fault: Callable[[Step], None], error: type[Ex
 
 
 def test_growing_step_is_caught() -> None:
-    """A step whose allocations differ from the last one's."""
+    """The planted fault is a step that allocates more than the step before it."""
     held: list[Tensor] = []
 
     def grows(step: Step) -> None:

@@ -1,4 +1,4 @@
-"""The loop asks nothing of a device that nobody asked for, and its bar counts finished steps alone."""
+"""The loop does nothing on the device that isn't needed, and its progress bar counts only finished steps."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SCHEDULE = Schedule(torch.linspace(1, 0, STEPS + 1), torch.arange(STEPS), torch.
 
 
 class Engine:
-    """Adds 1 to its latents in each step; a GPU would do so later.
+    """An engine that adds 1 to its latents in each step. `events` makes it like a GPU, which does queued steps later.
 
     Attributes:
-        asked: what was asked of it. queued, finished: steps.
+        asked: the calls that it got. queued, finished: how many steps are.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Engine:
 
 
 def test_nothing_is_copied_without_a_callback() -> None:
-    """Only the result is; with a callback, the latents are copied for it and taken back after every step."""
+    """Only the result is copied. With a callback, the latents are copied for it, and back after every step."""
     engine = Engine()
     result = denoise(engine, torch.zeros(1, 2, 3), SCHEDULE, progress=Progress(CPU, lambda n: None))
     assert torch.equal(result, torch.full((1, 2, 3), float(STEPS)))
@@ -71,7 +71,7 @@ def test_on_a_cpu_a_step_counts_when_it_returns() -> None:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engine, int], list[int]]:
-    """A fake GPU's events: `behind` an engine, whose GPU finishes a step with every so many looks at it."""
+    """Replaces CUDA's events by those of a fake GPU, which finishes one of an engine's steps after some looks at it."""
     engine, every, looks = Engine(), 1, [0]
 
     class Event:
@@ -105,7 +105,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engine, int], list[int]
 def test_on_a_gpu_a_step_counts_when_its_event_has_come(
     looks_a_step: int, events: Callable[[Engine, int], list[int]]
 ) -> None:
-    """The bar never runs ahead of the GPU, the host never waits in the loop, and in the end all steps have counted."""
+    """The bar never runs ahead of the GPU, the host never waits in the loop, and in the end all steps are counted."""
     engine, bar = Engine(), [0]
     looks = events(engine, looks_a_step)
 
@@ -123,7 +123,7 @@ def test_on_a_gpu_a_step_counts_when_its_event_has_come(
     assert bar == [STEPS]
     assert [queued for queued, *_ in seen] == [1, 2, 3, 4, 5]
     if looks_a_step == 100:
-        assert [(counted, n) for _, counted, n in seen] == [(0, k) for k in range(1, 6)]  # one look a step
+        assert [(counted, n) for _, counted, n in seen] == [(0, k) for k in range(1, 6)]  # the host looks once a step
 
 
 def test_interrupted_steps_do_not_count(events: Callable[[Engine, int], list[int]]) -> None:
@@ -138,7 +138,7 @@ def test_interrupted_steps_do_not_count(events: Callable[[Engine, int], list[int
 
 
 class Still(VelocityLoop):
-    """Nothing moves."""
+    """A loop whose velocities are 0, so its latents stay."""
 
     def step(self, latents: Tensor, k: int) -> Tensor:
         return torch.zeros_like(latents)
@@ -157,7 +157,7 @@ def test_steps_past_the_end_are_refused() -> None:
         engine.start(torch.zeros(1, 2, 3), STEPS + 1)
     engine.start(torch.zeros(1, 2, 3), 0)
     engine.advance()
-    engine.follow(SCHEDULE, CPU)  # another run begins at its first step
+    engine.follow(SCHEDULE, CPU)  # a new run begins at its first step
     for _ in range(STEPS):
         engine.advance()
 

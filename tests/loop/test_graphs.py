@@ -1,4 +1,5 @@
-"""The loop over fixed buffers: reuse, refusal of changed inputs, fallback that is told; on a GPU, graphs themselves."""
+"""The loop over fixed buffers: their reuse, the refusal of changed inputs, and the fallback to eager steps, which is
+reported. On a GPU, CUDA graphs themselves are tested."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ def run(engine: TorchEngine, bundle: Bundle, asked: Conditions, seed: int = 0, s
 
 
 def asked_of(bundle: Bundle) -> Callable[..., Conditions]:
-    """Random conditions for a bundle, by seed, text tokens and batch."""
+    """A function that makes random conditions for a bundle, from a seed, the number of text tokens and the batch."""
     t = bundle.config.transformer
 
     def make(seed: int, text: int = 5, batch: int = 1) -> Conditions:
@@ -74,7 +75,7 @@ def asked_of(bundle: Bundle) -> Callable[..., Conditions]:
 @pytest.mark.quick
 @pytest.mark.parametrize("batch", [1, 2])
 def test_runs_of_one_shape_share_their_buffers(bundle: Bundle, batch: int) -> None:
-    """The second run's result is a new engine's, through the first run's memory."""
+    """A second run goes through the first run's memory, and its result equals that of a new engine."""
     asked = asked_of(bundle)
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
     run(engine, bundle, asked(1, batch=batch))
@@ -91,7 +92,7 @@ def test_runs_of_one_shape_share_their_buffers(bundle: Bundle, batch: int) -> No
 def test_attention_may_come_in_any_layout(
     bundle: Bundle, switches: dict[str, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CUDA's memory-efficient kernel, which float32 takes, gives [B, L, H, d] transposed."""
+    """CUDA's memory-efficient kernel, which runs in float32, returns a transposed view of [B, L, H, d]."""
     monkeypatch.setattr("mogle_rt.ops.attention.WHOLE_SCORES", 0)
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig(**switches))
     expected = run(engine, bundle, asked_of(bundle)(1, batch=2))
@@ -110,7 +111,8 @@ def test_attention_may_come_in_any_layout(
 def test_modulations_are_kept_while_nothing_they_hang_on_changes(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their weights, a quarter of the model's, are read for another prompt or guidance, not for another mask."""
+    """The weights of modulations are a quarter of the model. They are read for another prompt or guidance, but not for
+    another mask."""
     asked = asked_of(bundle)
     made: list[int] = []
 
@@ -142,12 +144,12 @@ def test_another_shape_has_its_own_step(bundle: Bundle) -> None:
     step = engine.prepared
     run(engine, bundle, asked(1, text=6))
     assert engine.prepared is not step
-    assert len(engine._runners) == 1  # activations of old shapes don't stay
+    assert len(engine._runners) == 1  # on a CPU, activations of old shapes are freed
 
 
 def test_sliders_change_no_shape(bundle: Bundle) -> None:
-    """condition_scale and the number of steps are data: runs of other values go through the same memory, and are what a
-    new engine makes of them."""
+    """condition_scale and the number of steps are data. Runs with other values go through the same memory, and give
+    what a new engine gives."""
     asked = asked_of(bundle)
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
     run(engine, bundle, replace(asked(1), condition_scale=0.5))
@@ -162,13 +164,13 @@ def test_sliders_change_no_shape(bundle: Bundle) -> None:
         assert torch.equal(made, run(fresh, bundle, asked_for, steps=steps))
         assert not any(torch.equal(made, other) for other in seen)
         seen.append(made)
-    for scale in (1.0, 0.0):  # exact, on attention of their own
+    for scale in (1.0, 0.0):  # these two have an attention of their own, and are exact
         run(engine, bundle, replace(asked(1), condition_scale=scale))
         assert engine.prepared is not step
 
 
 def test_steps_past_the_end_are_refused(bundle: Bundle) -> None:
-    """Of the run's own steps, though its tables have room for more."""
+    """Steps past the run's last one are refused, though its tables have room for more."""
     engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
     with pytest.raises(RuntimeError, match=r"prepare\(\) must be called before a step"):
         engine.advance()
@@ -210,10 +212,12 @@ def test_exchanged_buffer_is_refused(bundle: Bundle) -> None:
 
 
 class FakeCuda:
-    """What capture takes of torch.cuda, on the CPU: work under capture leaves no trace, a replay does it.
+    """Stands on a CPU for the parts of torch.cuda that a capture uses. Work under capture has no effect; a replay does it.
 
     Attributes:
-        engine: whose step is captured. faults: raised by the next captures' ends. captures: pool and stream of each.
+        engine: the engine whose step is captured.
+        faults: errors that the ends of the next captures raise.
+        captures: the pool and the stream of each capture.
     """
 
     engine: TorchEngine
@@ -257,7 +261,7 @@ class FakeCuda:
 
 @pytest.fixture
 def expected(bundle: Bundle) -> Tensor:
-    """Of eager steps."""
+    """The result of eager steps."""
     return run(TorchEngine(bundle, CPU, torch.float32, ModelConfig()), bundle, asked_of(bundle)(1))
 
 
@@ -270,7 +274,7 @@ def fake_cuda(bundle: Bundle, expected: Tensor, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.quick
 def test_capture_changes_no_result(bundle: Bundle, fake_cuda: FakeCuda, expected: Tensor) -> None:
-    """Warm-up and capture leave latents and index as they were; every step is a replay."""
+    """Warm-up and capture leave the latents and the index of the step unchanged, and every step is a replay."""
     for _ in range(2):
         assert torch.equal(run(fake_cuda.engine, bundle, asked_of(bundle)(1)), expected)
         assert fake_cuda.engine.execution == GRAPH
@@ -282,12 +286,12 @@ def test_sliders_capture_nothing_anew(bundle: Bundle, fake_cuda: FakeCuda) -> No
     for scale, steps in ((0.5, 3), (2.0, 3), (2.0, 8), (0.5, 1)):
         run(fake_cuda.engine, bundle, replace(asked(1), condition_scale=scale), steps=steps)
     assert len(fake_cuda.captures) == 1
-    run(fake_cuda.engine, bundle, replace(asked(1), condition_scale=2.0), steps=9)  # more than there is room for
+    run(fake_cuda.engine, bundle, replace(asked(1), condition_scale=2.0), steps=9)  # the tables lack room for so many
     assert len(fake_cuda.captures) == 2
 
 
 def test_kept_graphs_are_bounded_in_bytes(bundle: Bundle, fake_cuda: FakeCuda) -> None:
-    """The least recently used go first, and go when the bound is passed."""
+    """Graphs are given up when the bound is passed, those first that were not used for the longest time."""
     asked, engine = asked_of(bundle), fake_cuda.engine
     engine._runners.limit = 1 << 40
     sizes: dict[int, int] = {}
@@ -297,28 +301,28 @@ def test_kept_graphs_are_bounded_in_bytes(bundle: Bundle, fake_cuda: FakeCuda) -
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(held_by(engine.prepared))}
     assert sizes[7] == sum(held.values())
     assert engine._runners.nbytes == sum(sizes.values())
-    run(engine, bundle, asked(1, text=5))  # now used last
+    run(engine, bundle, asked(1, text=5))  # so this one was used last
     assert len(fake_cuda.captures) == 3
     engine._runners.limit = sizes[5] + sizes[7] + sizes[7]
-    run(engine, bundle, asked(1, text=8))  # 6 and 7 go
+    run(engine, bundle, asked(1, text=8))  # 6 and 7 are given up
     assert engine._runners.nbytes == sizes[5] + engine.prepared.nbytes <= engine._runners.limit
     run(engine, bundle, asked(1, text=5))
     run(engine, bundle, asked(1, text=8))
     assert len(fake_cuda.captures) == 4
     run(engine, bundle, asked(1, text=6))
     assert len(fake_cuda.captures) == 5
-    engine._runners.limit = 1  # the one in use is kept all the same
+    engine._runners.limit = 1  # even so, the one in use is kept
     run(engine, bundle, asked(1, text=7))
     assert len(engine._runners) == 1
 
 
 def held_by(step: Step) -> object:
-    """All that a step holds, weights aside."""
+    """Everything that a step holds, without the weights."""
     return step.inputs, step.modulation, step.time, step.sigma_step, list(vars(step.buffers).values())
 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, where: str, name: str, times: int) -> list[int]:
-    """A function that runs out of memory in its next calls, so many times; it notes its calls."""
+    """Let a method run out of memory in its next ``times`` calls. Returns a list that gets an entry for each call."""
     owner: Any = {"Step": Step, "MixtureOfExperts": MixtureOfExperts}[where]
     whole, calls = getattr(owner, name), list[int]()
 
@@ -345,7 +349,8 @@ def test_graphs_are_given_up_when_memory_is_short(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """While inputs are computed, buffers made, or a graph warmed up: all others go, and it is tried once more."""
+    """Memory may run out while inputs are computed, buffers are made or a graph is warmed up. Then all other graphs are
+    given up, and it is tried once more."""
     engine, asked = fake_cuda.engine, asked_of(bundle)
     engine._runners.limit = 1 << 40
     for text in (6, 7):
@@ -359,7 +364,7 @@ def test_graphs_are_given_up_when_memory_is_short(
     assert len(calls) >= 2
     assert len(engine._runners) == 1
     gc.collect()
-    assert [ref() for ref in gone] == [None, None]  # nobody else holds their memory
+    assert [ref() for ref in gone] == [None, None]  # nothing else holds their memory
     assert engine.execution == GRAPH
     assert "memory is short: 2 kept steps of other shapes were given up" in caplog.text
 
@@ -368,7 +373,7 @@ def test_graphs_are_given_up_when_memory_is_short(
 def test_too_little_memory_is_an_error(
     where: str, name: str, bundle: Bundle, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is tried once more where something could be given up, and not at all where nothing could."""
+    """It is tried once more only if something could be given up."""
     engine, asked = fake_cuda.engine, asked_of(bundle)
     engine._runners.limit = 1 << 40
     run(engine, bundle, asked(1, text=6))
@@ -377,13 +382,13 @@ def test_too_little_memory_is_an_error(
             calls = short_of_memory(patched, where, name, 9)
             with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
                 run(engine, bundle, asked(1, text=5 if tries == 2 else 7))
-        if name != "advance":  # there, the new runner itself stays, to be given up by the next
+        if name != "advance":  # with "advance", the new runner stays, and the next run can give it up
             assert len(calls) == tries
     run(engine, bundle, asked(1))
 
 
 def test_capture_short_of_memory(bundle: Bundle, fake_cuda: FakeCuda, expected: Tensor) -> None:
-    """Others are given up and the capture is done again; where there are none, steps run eagerly."""
+    """The other graphs are given up and the step is captured again. If there are no others, steps run eagerly."""
     engine, asked = fake_cuda.engine, asked_of(bundle)
     engine._runners.limit = 1 << 40
     run(engine, bundle, asked(1, text=6))
@@ -399,7 +404,7 @@ def test_capture_short_of_memory(bundle: Bundle, fake_cuda: FakeCuda, expected: 
 
 
 def test_graphs_share_memory(bundle: Bundle, fake_cuda: FakeCuda) -> None:
-    """A pool's blocks are of one stream: it has to be the same for every capture."""
+    """All captures use one pool, and one stream, since a pool's memory can be used again only on the same stream."""
     for text in (5, 6):
         run(fake_cuda.engine, bundle, asked_of(bundle)(1, text=text))
     first, second = fake_cuda.captures
@@ -411,7 +416,7 @@ def test_graphs_share_memory(bundle: Bundle, fake_cuda: FakeCuda) -> None:
 def test_failed_capture_is_told(
     bundle: Bundle, fake_cuda: FakeCuda, expected: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Steps run eagerly, from where they were, everyone is told, and the next capture has another pool."""
+    """Steps go on eagerly where they were, the reason is reported, and the next capture uses another pool."""
     fake_cuda.faults = [RuntimeError("CUDA error: operation not permitted\nwhen stream is capturing")]
     with caplog.at_level(logging.WARNING):
         assert torch.equal(run(fake_cuda.engine, bundle, asked_of(bundle)(1)), expected)
@@ -426,7 +431,7 @@ def test_failed_capture_is_told(
 
 
 def test_errors_of_the_step_are_its_own(bundle: Bundle, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would come in eager steps too: no fallback hides them."""
+    """Errors that come in eager steps too are raised: no fallback hides them."""
 
     def broken(self: Step) -> None:
         raise RuntimeError("out of memory")
@@ -435,7 +440,7 @@ def test_errors_of_the_step_are_its_own(bundle: Bundle, fake_cuda: FakeCuda, mon
     with pytest.raises(RuntimeError, match=r"^out of memory$"):
         run(fake_cuda.engine, bundle, asked_of(bundle)(1))
     assert fake_cuda.captures == []
-    assert fake_cuda.engine.execution == GRAPH  # no word of a failed capture
+    assert fake_cuda.engine.execution == GRAPH  # it doesn't speak of a failed capture
 
 
 def test_the_reason_is_given(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -482,7 +487,7 @@ def test_choice_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_triton_is_for_gpus_that_its_kernels_were_compiled_for(
     capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Others take PyTorch's operations, and say so once; to ask for Triton there is an error."""
+    """On other GPUs PyTorch's operations are used, which is logged once, and to ask for Triton there is an error."""
     monkeypatch.delenv(KERNELS_VARIABLE, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -522,7 +527,7 @@ def test_graph_equals_eager(bundle: Bundle, dtype: torch.dtype, kernels: str, ba
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_an_edit_s_graph_equals_eager(bundle: Bundle) -> None:
-    """The blend is in the graph and reads each run's own image, also after a run of the same shape that is no edit."""
+    """The blend is in the graph. It reads each run's own image, also after a run of the same shape without an edit."""
     asked, cuda = asked_of(bundle), torch.device("cuda")
 
     def edit(seed: int) -> Conditions:
@@ -554,7 +559,7 @@ def test_an_edit_s_graph_equals_eager(bundle: Bundle) -> None:
 @pytest.mark.parametrize(("dtype", "rms"), [(torch.float32, 10 * TOLERANCE), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("name", CASES)
 def test_golden_on_a_gpu(name: str, dtype: torch.dtype, rms: float, golden_bundle: Bundles) -> None:
-    """Final latents through kernels and graphs."""
+    """Kernels and graphs give the final latents of the golden cases."""
     torch.backends.cuda.matmul.allow_tf32 = False
     case = GoldenCase.load(name)
     bundle = Bundle(golden_bundle(case.settings["checkpoint"]))

@@ -1,4 +1,4 @@
-"""A server in this process, on a free port, for the tests of the server and of the page."""
+"""A server in this process, on a free port, for tests of the server and of the page."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LONG = {"size": "64x64", "num_inference_steps": 100}
 
 @dataclass
 class Live:
-    """A server that runs, and a client for it."""
+    """A running server, and a client for it."""
 
     url: str
     client: httpx.Client
@@ -56,7 +56,7 @@ def pixels(b64: str) -> NDArray[np.uint8]:
 
 
 def own_pixels(pipe: Pipeline, mask: str, prompt: str, seed: int, **options: Any) -> NDArray[np.uint8]:
-    """The same image by a call of the pipeline."""
+    """The pixels of the image that a call of the pipeline draws with the same options."""
     call = {"height": 64, "width": 64, "num_inference_steps": 2} | options
     from mogle_rt.masks import to_labels
 
@@ -89,7 +89,7 @@ def live(
     grace: float = 30,
     **options: Any,
 ) -> Iterator[Live]:
-    """Serve until the block ends. Meanwhile images are drawn by one thread, here too: their number changes the rounding."""
+    """Serve until the block ends. Within it this process draws with one thread, as their number changes the rounding."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     studio = Studio(pipes, **options)

@@ -1,4 +1,4 @@
-"""The examples of docs/server.md, against a server that runs."""
+"""The examples in docs/server.md work with a running server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page in a browser: painting, drawing, undoing, files, errors. Needs Playwright and Chromium: `make page-test`."""
+"""The page in a browser: painting, drawing, undoing, files and errors. `make page-test` installs Playwright and Chromium."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ expect = sync_api.expect
 
 CHROMIUM = shutil.which("chromium")
 HAIR = CLASS_NAMES.index("hair")
-SLOW = 60_000  # milliseconds, against hangs alone
+SLOW = 60_000  # milliseconds; only a page that hangs takes so long
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, served: Live) -> Iterator[Any]:
-    """The page, ready, without an error in its script so far and at the end."""
+    """The page when it is ready. Its script has no error until then, and none until the test ends."""
     context = browser.new_context(viewport={"width": 1300, "height": 900}, accept_downloads=True)
     opened = context.new_page()
     wrong: list[str] = []
@@ -61,12 +61,12 @@ def page(browser: Any, served: Live) -> Iterator[Any]:
 
 
 def is_own(url: str, server: str) -> bool:
-    """Whether nothing is fetched from elsewhere."""
+    """Whether an address is on this server, or holds its data itself."""
     return url.startswith((server + "/", "blob:", "data:"))
 
 
 def canvas(page: Any) -> NDArray[np.uint8]:
-    """The class numbers that the canvas shows. A colour that is no class's fails."""
+    """The class numbers that the canvas shows. It fails if a colour is not that of a class."""
     url = page.locator("#mask").evaluate("c => c.toDataURL()")
     colours = pixels(url.partition(",")[2])
     same = (colours[:, :, None] == PALETTE).all(-1)
@@ -81,7 +81,7 @@ def example(page: Any, name: str) -> NDArray[np.uint8]:
 
 
 def drag(page: Any, *points: tuple[float, float]) -> None:
-    """A stroke over points of the mask, in shares of its sides."""
+    """Paint a stroke through points of the mask, which are given as fractions of its width and height."""
     box = page.locator("#mask").bounding_box()
     places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
     page.mouse.move(*places[0])
@@ -98,7 +98,7 @@ def draw(page: Any, steps: int) -> None:
 
 
 def test_paint_draw_undo(page: Any, served: Live) -> None:
-    """Hair is painted onto an example with hard edges, undone and done again; the image is drawn, with progress."""
+    """Hair is painted onto an example with hard edges, then undone and done again. The image is drawn, with progress."""
     before = example(page, "short")
     assert np.array_equal(before, to_labels(MASKS["short"]))
     page.click(".class >> text=hair")
@@ -160,7 +160,7 @@ def test_history_and_settings(page: Any) -> None:
 
 @pytest.mark.parametrize("form", ["palette", "colour", "grey", "npy"])
 def test_a_saved_mask_is_read_back(page: Any, form: str, tmp_path: Path) -> None:
-    """What is saved is read by `masks`, and by the page again."""
+    """The saved file can be read by `masks`, and by the page itself."""
     example(page, "bun")
     drag(page, (0.1, 0.1), (0.9, 0.2))
     painted = canvas(page)
@@ -201,7 +201,7 @@ def test_errors_are_shown_where_one_looks(page: Any) -> None:
 
 
 def test_tools(page: Any) -> None:
-    """Mirrored painting swaps left and right; filling, erasing, picking, and painting with the keyboard."""
+    """Mirrored painting swaps left and right; and filling, erasing, picking a class, and painting with the keyboard work."""
     page.click(".start >> text=blank")
     page.click("#mirror")
     page.click(".class >> text=left eye")
@@ -234,7 +234,7 @@ def test_tools(page: Any) -> None:
 
 
 def test_stopping(page: Any, served: Live) -> None:
-    """An image that is stopped frees its place, and the page can draw again."""
+    """Stopping an image frees its place, and the page can draw again."""
     page.fill("#prompt", "x")
     page.fill("#steps", "100")
     page.select_option("#size", "256x256")
@@ -247,7 +247,7 @@ def test_stopping(page: Any, served: Live) -> None:
 
 
 def test_a_phone(browser: Any, served: Live) -> None:
-    """Nothing is wider than the screen; a finger paints."""
+    """Nothing is wider than the screen, and a finger can paint."""
     context = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, color_scheme="dark")
     page = context.new_page()
     page.goto(served.url)

@@ -1,4 +1,4 @@
-"""The server by its own protocol: answers equal the pipeline's, everything else is refused in one sentence."""
+"""The server over HTTP: its images equal the pipeline's, and wrong requests are refused with one sentence."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SECRET = "a sentence that no log may hold"
 
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
-    """The pipeline that answers are compared with; the server has others."""
+    """The pipeline whose images are compared with the answers. The server has pipelines of its own."""
     pipeline = Pipeline("demo", device="cpu", dtype="fp32")
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -64,13 +64,13 @@ def served(pipes: list[Pipeline]) -> Iterator[Live]:
 
 @pytest.fixture
 def one_worker(pipes: list[Pipeline]) -> Iterator[Live]:
-    """A server with one thread that draws, two places, and little patience."""
+    """A server with one thread that draws, two places for requests, and short time limits."""
     with live(pipes[:1], places=2) as running:
         yield running
 
 
 def until(condition: Any) -> None:
-    """Wait until something is so; it fails after a time that only a hang takes."""
+    """Wait until the condition holds. It fails after a time that only something that hangs takes."""
     end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
@@ -169,7 +169,7 @@ def test_wrong_bodies_are_refused(served: Live, status: int, content: bytes, kin
 
 
 def test_bombs_are_refused(served: Live) -> None:
-    """Small files of large pictures and arrays are refused by what their headers say."""
+    """Small files whose headers describe very large pictures or arrays are refused."""
     picture = io.BytesIO()
     Image.new("L", (4000, 4000)).save(picture, "PNG")
     answer = served.draw(semantic_mask=encoded(picture.getvalue()))
@@ -196,7 +196,8 @@ def test_uploads_are_limited(pipes: list[Pipeline]) -> None:
 
 
 def test_strangers_are_refused(served: Live) -> None:
-    """A page of another site can neither send requests from its visitor's browser, nor by a name that leads here."""
+    """A page of another site can't send requests from a visitor's browser, not even under a host name of its own that
+    leads to this server."""
     for headers, status in (({"Host": "evil.example"}, 421), ({"Origin": "https://evil.example"}, 403)):
         answer = served.client.post(GENERATIONS, json=SMALL | {"prompt": "x"}, headers=headers)
         assert answer.status_code == status
@@ -277,7 +278,7 @@ def test_a_stream_tells_steps_and_previews_and_changes_nothing(served: Live, pip
 
 
 def test_a_preview_looks_like_the_image(served: Live) -> None:
-    """A preview half way is nearer to the image than the image of another seed and prompt is."""
+    """A preview half way is nearer to the final image than an image of another seed and prompt is."""
     asked = {"semantic_mask": encoded(MASKS["hat"]), "num_inference_steps": 8, "size": "128x128", "stream": True}
     made = []
     for prompt, seed in (("a woman with a yellow hat", 1), ("an old man on a black background", 2)):
@@ -303,7 +304,7 @@ def test_a_job_can_be_cancelled(one_worker: Live) -> None:
 
 
 def test_a_client_that_leaves_frees_its_place(one_worker: Live) -> None:
-    """Both what is being drawn and what waits ends when nobody wants it any more, with and without a stream."""
+    """When a client leaves, its image ends, whether it is being drawn or waits, and with a stream or without."""
     waiting = one_worker.studio.waiting
     for stream in (True, False):
         with contextlib.ExitStack() as stack:
@@ -330,7 +331,7 @@ def test_a_client_that_leaves_frees_its_place(one_worker: Live) -> None:
 
 
 def test_stopping_finishes_or_refuses(pipes: list[Pipeline]) -> None:
-    """What is being drawn is finished, what waits is refused, and the server ends."""
+    """The image that is being drawn is finished, waiting ones are refused, and the server ends."""
     with live(pipes[:1], places=8) as running, ThreadPoolExecutor(8) as threads:
         asked = [threads.submit(running.draw, prompt="x", num_inference_steps=20, seed=i) for i in range(6)]
         until(lambda: len(running.studio.waiting) == 5)
@@ -353,7 +354,7 @@ def test_stopping_does_not_wait_for_ever(pipes: list[Pipeline]) -> None:
 def test_nothing_of_a_person_is_logged(
     served: Live, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even where drawing fails with an error that quotes it."""
+    """Not even an error that quotes the prompt gets it into the log."""
     caplog.set_level(logging.DEBUG)
     served.draw(prompt=SECRET)
     served.draw(prompt=SECRET, size="1x1")
@@ -376,7 +377,8 @@ def test_nothing_of_a_person_is_logged(
 def test_one_bad_image_does_not_spoil_a_batch(
     pipe: Pipeline, pipes: list[Pipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a batch fails, its images are drawn alone. In a batch an image is its own, up to rounding."""
+    """Where a batch fails, each of its images is drawn alone. In a batch, an image equals the one drawn alone up to
+    rounding."""
     call, sizes = Pipeline.__call__, []
 
     def fails_of_bad(self: Pipeline, masks: Any, prompts: Any, *args: Any, **options: Any) -> Any:
@@ -433,7 +435,8 @@ def test_a_batch_holds_images_of_one_shape_in_their_order() -> None:
 
 
 def test_many_clients(served: Live, pipe: Pipeline) -> None:
-    """Mixed requests at once: every good answer is the pipeline's own image, broken ones are refused, none is lost."""
+    """Many requests come at once. Each good one gets the pipeline's own image, each broken one an error, and none is
+    lost."""
     names = sorted(MASKS)
 
     def ask(i: int) -> tuple[int, httpx.Response]:
