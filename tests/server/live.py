@@ -65,7 +65,7 @@ def own_pixels(pipe: Pipeline, mask: str, prompt: str, seed: int, **options: Any
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:
-    """The error of an answer, which has OpenAI's shape and one sentence."""
+    """The error in an answer. It must have the shape of OpenAI's errors, and one sentence."""
     error: dict[str, Any] = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
