@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from mogle_rt import masks
     from mogle_rt.config import ModelConfig
     from mogle_rt.conversion.convert import convert
+    from mogle_rt.fast.settings import FastConfig
     from mogle_rt.pipeline import Pipeline
 
 # Loaded when first used: `import mogle_rt` and `mogle-rt --help` needn't wait for torch and diffusers.
 _LAZY = {
+    "FastConfig": "mogle_rt.fast.settings",
     "ModelConfig": "mogle_rt.config",
     "Pipeline": "mogle_rt.pipeline",
     "convert": "mogle_rt.conversion.convert",
@@ -43,6 +45,7 @@ __all__ = [
     "ConfigError",
     "DeviceError",
     "DownloadError",
+    "FastConfig",
     "InputError",
     "MaskError",
     "ModelConfig",

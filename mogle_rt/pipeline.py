@@ -42,6 +42,8 @@ from mogle_rt.encoders.conditioning import Conditioner, MaskPosterior
 from mogle_rt.encoders.vae import autoencoder, load_autoencoder, vae_dtype
 from mogle_rt.engines.choice import EngineName, engine_dtype, make_engine
 from mogle_rt.engines.contract import Conditions, Engine
+from mogle_rt.fast.choice import FastModes
+from mogle_rt.fast.settings import FastConfig
 from mogle_rt.loop.denoise import initial_latents
 from mogle_rt.loop.schedule import make_schedule
 from mogle_rt.masks.labels import MaskLike, resize, to_label_batch
@@ -53,7 +55,7 @@ from mogle_rt.torch_api.settings import settled
 CACHE_BYTES = 256 << 20
 
 
-class Pipeline(DiffusersHabits, FitsMemory, LoraMethods, EditMethods):
+class Pipeline(DiffusersHabits, FitsMemory, FastModes, LoraMethods, EditMethods):
     """Runs Face-MoGLE from a bundle.
 
     Threads may share a pipeline; their calls then wait for each other. Processes can't share one: a pipeline that is
@@ -82,6 +84,8 @@ class Pipeline(DiffusersHabits, FitsMemory, LoraMethods, EditMethods):
         allow_tf32: let NVIDIA GPUs compute PyTorch's float32 products and convolutions in TF32, which is faster but
             rounds the operands to 11 significant bits. By default float32 means float32, whatever PyTorch's own flags
             say. It applies to engine "torch", and to the VAE and the text encoders with every engine.
+        fast: what is left out to save time, which changes the images: a `FastConfig`, or "balanced" or "fast" (see
+            `mogle_rt.fast.choice`). None leaves nothing out. ``fast`` is also an attribute that calls look at.
 
     Attributes:
         conditioning_cache, prompt_cache: see `TensorCache`; ``clear()`` empties them.
@@ -108,6 +112,7 @@ class Pipeline(DiffusersHabits, FitsMemory, LoraMethods, EditMethods):
         cache_bytes: int = CACHE_BYTES,
         allow_tf32: bool = False,
         max_memory: str | int | None = None,
+        fast: str | FastConfig | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(allow_tf32=allow_tf32)
         self._options = {
@@ -123,6 +128,7 @@ class Pipeline(DiffusersHabits, FitsMemory, LoraMethods, EditMethods):
             "cache_bytes": cache_bytes,
             "allow_tf32": allow_tf32,
             "max_memory": max_memory,
+            "fast": fast,
         }
         self._open()
         self.last_run = RunReport()
@@ -135,6 +141,7 @@ class Pipeline(DiffusersHabits, FitsMemory, LoraMethods, EditMethods):
         self.device = choose_device(o["device"])
         self.dtype = choose_dtype(engine_dtype(o["engine"], o["engine_path"], checkpoint, o["dtype"]), self.device)
         self.bundle = Bundle(checkpoint)
+        self.fast = o["fast"]
         vae_config = self.bundle.config.vae
         self._vae_dtype = vae_dtype(vae_config, self.dtype)
         weights = self.bundle.part("vae", self.device, self._vae_dtype)
@@ -324,12 +331,14 @@ class Pipeline(DiffusersHabits, FitsMemory, LoraMethods, EditMethods):
                         position_delta=(rows, columns),
                         position_scale=float(position_scale),
                         kept=kept,
+                        fast=self.fast,
                     ),
                     schedule,
                 )
             with stage("denoise"):
                 packed = denoise_for(self, latents, schedule, first, callback_on_step_end, bar)
             report.interrupted, report.execution = self._interrupt, self.engine.execution
+            report.computed_steps = self.engine.computed_steps
             report.weights = self.engine.weight_formats
             images = packed
             if output_type != "latent":

@@ -25,6 +25,7 @@ ROOMS = [
     "torch_api",
     "masks",
     "bundle",
+    "fast",
     "ops",
     "encoders",
     "linear",

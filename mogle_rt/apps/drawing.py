@@ -16,6 +16,7 @@ from tqdm import tqdm
 from mogle_rt.apps.program import console, say
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.errors import InputError, OutputError
+from mogle_rt.fast.choice import chosen
 from mogle_rt.jobs.embeddings import EmbeddedPrompts
 from mogle_rt.jobs.image_files import check_prompt, check_suffix, save_image
 from mogle_rt.jobs.naming import Naming, check_writable
@@ -169,6 +170,7 @@ def _settings(request: Request) -> dict[str, Any]:
                 f"{request.checkpoint}: holds no text encoders, which generate needs for prompts; convert it with them, "
                 f"or give --embeds, a file that mogle-rt embed writes with such a bundle.{alone}"
             )
+    fast = chosen(request.model["fast"], bundle)
     return job_settings(
         bundle.content_hash,
         request.call,
@@ -176,6 +178,7 @@ def _settings(request: Request) -> dict[str, Any]:
         dtype=request.model["dtype"],
         num_images=request.num_images,
         embeds=None if request.embeds is None else [request.embeds.bundle, request.embeds.tokens],
+        fast=None if fast is None else fast.to_dict(),
     )
 
 

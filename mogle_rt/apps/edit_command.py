@@ -107,10 +107,18 @@ def edit(
     max_memory: Annotated[
         str | None, typer.Option(help="The most memory to use on the device, such as 8GB.", rich_help_panel=MODEL)
     ] = None,
+    fast: Annotated[
+        str | None,
+        typer.Option(
+            help="Leave steps out, which changes the images: balanced, fast, or settings such as steps_mask=fast,order=1.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
 ) -> None:
     """Draw a region of an image anew, and keep the rest pixel by pixel."""
     from mogle_rt.arguments import check_names, check_options
     from mogle_rt.config import dtype_name, parse_bytes
+    from mogle_rt.fast.choice import said
     from mogle_rt.jobs.image_files import MASK, check_suffix, save_image, settings_of
     from mogle_rt.jobs.naming import check_writable
     from mogle_rt.jobs.settings_read import mask_text, read_settings
@@ -133,6 +141,8 @@ def edit(
     }
     check_options(strength=strength, **call)
     check_names(device=device, engine=engine)
+    if fast is not None:
+        said(fast)
     memory = None if max_memory is None else parse_bytes(max_memory)
     target = image.with_name(f"{image.stem}_edited.png") if output is None else output
     for path in filter(None, (target, sheet)):
@@ -154,6 +164,7 @@ def edit(
         engine=engine,
         engine_path=engine_path,
         max_memory=memory,
+        fast=fast,
     )
     from PIL import Image
 

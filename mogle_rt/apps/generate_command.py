@@ -156,6 +156,13 @@ def generate(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    fast: Annotated[
+        str | None,
+        typer.Option(
+            help="Leave steps out, which changes the images: balanced, fast, or settings such as steps_mask=fast,order=1.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     verbose: Annotated[
         bool,
         typer.Option("--verbose", "-v", help="Say what is held in memory and how steps run.", rich_help_panel=MODEL),
@@ -170,6 +177,7 @@ def generate(
     from mogle_rt.apps.drawing import Request, draw
     from mogle_rt.arguments import check_names, check_options
     from mogle_rt.config import PATCH, ModelConfig, dtype_name, parse_bytes
+    from mogle_rt.fast.choice import said
     from mogle_rt.jobs.captions import prompts_of
     from mogle_rt.jobs.embeddings import EmbeddedPrompts
     from mogle_rt.jobs.naming import Naming
@@ -199,6 +207,8 @@ def generate(
     naming = Naming(output, suffix, masks=len(masks), several_images=num_images > 1)
     switches = ModelConfig.of(parse_json(model_config))
     check_names(device=device, engine=engine, kernels=kernels)
+    if fast is not None:
+        said(fast)
     check_options(
         num_inference_steps=steps,
         guidance_scale=guidance,
@@ -232,6 +242,7 @@ def generate(
                 "engine": engine,
                 "engine_path": engine_path,
                 "max_memory": memory,
+                "fast": fast,
             },
             call={
                 "num_inference_steps": steps,

@@ -50,6 +50,12 @@ def serve(
         str | None,
         typer.Option(help="The most memory to use on the device, such as 8GB, for all workers. Default: what is free."),
     ] = None,
+    fast: Annotated[
+        str | None,
+        typer.Option(
+            help="Leave steps out, which changes the images: balanced, fast, or settings such as steps_mask=fast,order=1."
+        ),
+    ] = None,
     model_config: Annotated[str | None, typer.Option(help="The reference's switches as JSON.")] = None,
 ) -> None:
     """Serve images in the shape of OpenAI's API, and a page to paint masks on."""
@@ -59,6 +65,7 @@ def serve(
     from mogle_rt.arguments import check_names
     from mogle_rt.bundle.shipped import bundle_path
     from mogle_rt.config import ModelConfig, dtype_name, parse_bytes
+    from mogle_rt.fast.choice import said
     from mogle_rt.server.access import is_loopback, read_keys
     from mogle_rt.server.asked.requests import Limits
     from mogle_rt.server.running import listen, make_server
@@ -79,6 +86,8 @@ def serve(
             f"--host {host} can be reached from other machines: give --api-key-file too, or take 127.0.0.1"
         )
     check_names(device=device, engine=engine, kernels=kernels)
+    if fast is not None:
+        said(fast)
     memory = None if max_memory is None else parse_bytes(max_memory)
     if memory is not None:
         memory //= workers
@@ -90,6 +99,7 @@ def serve(
         "engine": engine,
         "engine_path": engine_path,
         "max_memory": memory,
+        "fast": fast,
     }
     must_exist(bundle_path(checkpoint), CheckpointError)
     listening = listen(host, port)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from mogle_rt.encoders.mask_planes import MaskPlanes
+from mogle_rt.fast.settings import FastConfig
 from mogle_rt.loop.blend import Kept
 from mogle_rt.loop.denoise import Denoiser
 from mogle_rt.loop.schedule import Schedule
@@ -24,6 +25,7 @@ class Conditions:
         grid: the rows and columns of image tokens, (H / 16, W / 16).
         condition_scale, position_delta, position_scale: see `Pipeline`.
         kept: what an edit keeps of an image; None draws everything anew.
+        fast: what the steps leave out; None computes everything.
     """
 
     masks: MaskPlanes
@@ -35,6 +37,7 @@ class Conditions:
     position_delta: tuple[float, float] = (0, 0)
     position_scale: float = 1.0
     kept: Kept | None = None
+    fast: FastConfig | None = None
 
     @classmethod
     def from_mask_latents(cls, mask_latents: Tensor, **others: Any) -> Conditions:
@@ -50,7 +53,8 @@ class Conditions:
 class Engine(Denoiser, Protocol):
     """An engine: `Denoiser` for the loop, and ``prepare``, which computes what no step changes before the loop.
 
-    ``execution`` says how steps are run, and ``weight_formats`` in which formats the weights are held.
+    ``execution`` says how steps are run, ``weight_formats`` in which formats the weights are held, and
+    ``computed_steps`` how many steps were computed since `prepare`.
     """
 
     @property
@@ -58,5 +62,8 @@ class Engine(Denoiser, Protocol):
 
     @property
     def weight_formats(self) -> str: ...
+
+    @property
+    def computed_steps(self) -> int: ...
 
     def prepare(self, conditions: Conditions, schedule: Schedule) -> object: ...

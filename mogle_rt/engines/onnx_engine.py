@@ -36,7 +36,7 @@ class OnnxEngine(VelocityLoop):
 
     def prepare(self, conditions: Conditions, schedule: Schedule) -> None:
         """Compute the inputs that no step changes, and bind them to the step's graph."""
-        self.follow(schedule, self.device, conditions.kept)
+        self.follow(schedule, self.device, conditions)
         name = "step" if conditions.condition_scale == 1 else "step_scaled"
         self._inputs = self.prepare_step(conditions, schedule)
         if self._step is None or self._step.graph.file != self.prepare_step.exported.graph(name).file:

@@ -226,7 +226,7 @@ class TensorRTEngine(VelocityLoop):
             InputError: a size is outside the engine's profile.
             CheckpointError, DeviceError: there is no engine for these conditions, or TensorRT fails.
         """
-        self.follow(schedule, self.device, conditions.kept)
+        self.follow(schedule, self.device, conditions)
         graph = "step" if conditions.condition_scale == 1 else "step_scaled"
         spec, axes = self.exported.graph(graph), run_axes(conditions, schedule)
         check_profile(self.header(graph), spec, axes)

@@ -11,6 +11,7 @@ from torch import Tensor
 from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import ModelConfig
 from mogle_rt.engines.contract import Conditions
+from mogle_rt.fast.course import Course
 from mogle_rt.linear.formats import choose_format
 from mogle_rt.loop.buffers import StepInputs
 from mogle_rt.loop.graphs import Runner, Runners, with_room
@@ -85,7 +86,7 @@ class TorchEngine:
         self._mixture = mixture
         self._runners = Runners(device, cuda_graphs, limit=KEPT_BYTES if device.type == "cuda" else 0)
         self._runner: Runner | None = None
-        self._position = Position(0)
+        self._position, self._course = Position(0), Course(None, [])
         self._streamed = tuple(streamed)
         if device.type != "cpu":
             self._transformer = self._load_transformer()
@@ -161,7 +162,9 @@ class TorchEngine:
             visibility=Visibility.of(self.model, c.condition_scale),
             add_cond_attn=self.model.add_cond_attn,
         )
-        shapes = {kind: (batch, capacity, layout, kind, self.styles.shape, c.kept is None) for kind in (Bank, Fused)}
+        extrapolates = c.fast is not None and c.fast.extrapolates
+        held = (self.styles.shape, c.kept is None, extrapolates)
+        shapes = {kind: (batch, capacity, layout, kind, *held) for kind in (Bank, Fused)}
         self._runner = None  # if its shapes are not kept, this frees its buffers before new ones are made
         inputs = with_room(
             lambda: self._inputs(c, schedule, capacity, shapes),
@@ -170,10 +173,12 @@ class TorchEngine:
         self._runner = self._runners.get(
             shapes[type(inputs.mixture)],
             inputs,
-            lambda: Step(self.styles.beside(self.transformer), self.mogle, inputs, layout, self.ops),
+            lambda: Step(
+                self.styles.beside(self.transformer), self.mogle, inputs, layout, self.ops, extrapolates=extrapolates
+            ),
         )
         self.styles.fill(self._runner.step.transformer)
-        self._position = Position(len(schedule))
+        self._position, self._course = Position(len(schedule)), Course.of(c.fast, schedule)
 
     def _inputs(
         self, c: Conditions, schedule: Schedule, capacity: int, shapes: Mapping[type[Bank | Fused], Hashable]
@@ -265,14 +270,18 @@ class TorchEngine:
     @settled()
     @torch.inference_mode()
     def start(self, latents: Tensor, k: int = 0) -> None:
-        """Set the latents, [B, N, 64], and go to step k.
+        """Set the latents, [B, N, 64], and go to step k. Unless they are those that the last step left, this step is
+        computed whatever the mask says, since nothing that was kept belongs to them.
 
         Raises:
             IndexError: the schedule has no step k.
         """
-        runner = self._prepared_runner()
+        runner, given = self._prepared_runner(), latents.transpose(0, 1)
         self._position.go_to(k)
-        runner.start(latents.transpose(0, 1), k)
+        if not (self._course.may_go_on(k) and torch.equal(given, self.prepared.buffers.latents)):
+            self._course.begin(k)
+            runner.step.forget()
+        runner.start(given, k)
 
     def _enter(self, latents: Tensor, k: int) -> None:
         """Start at step k, which must exist, and select its rows of the tables."""
@@ -289,8 +298,19 @@ class TorchEngine:
             IndexError: all steps of the schedule are done.
         """
         runner, k = self._prepared_runner(), self._position.next_step()
-        runner.advance()
+        way = self._course.way(k)
+        try:
+            runner.advance(way)
+        except BaseException:
+            self._course.begin(k)  # what is kept may be half written
+            raise
         self._position.go_to(k + 1)
+        self._course.done(k)
+
+    @property
+    def computed_steps(self) -> int:
+        """How many steps were computed since the run was prepared."""
+        return self._course.computed
 
     @property
     def execution(self) -> str:

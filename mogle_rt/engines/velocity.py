@@ -7,7 +7,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from mogle_rt.loop.blend import Blend, Kept
+from mogle_rt.engines.contract import Conditions
+from mogle_rt.fast.course import Course, Kind, Way
+from mogle_rt.loop.blend import Blend
 from mogle_rt.loop.denoise import euler
 from mogle_rt.loop.schedule import Position, Schedule
 
@@ -21,11 +23,15 @@ class VelocityLoop(ABC):
     _latents = torch.zeros(1, dtype=torch.float32, device="cpu")
     _position: Position | None = None  # None until a run is prepared
     _blend: Blend | None = None  # only for edits
+    _course = Course(None, [])
+    _velocities: list[Tensor]  # of the last two computed steps, [B, N, 64]
 
-    def follow(self, schedule: Schedule, device: torch.device, kept: Kept | None = None) -> None:
-        """Set the schedule of the next run, and what it keeps of an image."""
+    def follow(self, schedule: Schedule, device: torch.device, conditions: Conditions | None = None) -> None:
+        """Set the schedule of the next run, what it keeps of an image, and what it leaves out."""
+        kept, fast = (None, None) if conditions is None else (conditions.kept, conditions.fast)
         self._sigmas = schedule.sigmas.to(device)
         self._position = Position(len(schedule))
+        self._course, self._velocities = Course.of(fast, schedule), []
         self._blend = None if kept is None else Blend(kept.to(device, kept.original.dtype))
 
     @abstractmethod
@@ -39,6 +45,8 @@ class VelocityLoop(ABC):
             IndexError: the schedule has no step k.
         """
         self._prepared_position().go_to(k)
+        if not (self._course.may_go_on(k) and torch.equal(latents, self._latents)):
+            self._course.begin(k)
         self._latents = latents
 
     def advance(self) -> None:
@@ -49,12 +57,28 @@ class VelocityLoop(ABC):
         """
         position = self._prepared_position()
         k = position.next_step()
-        velocity = self.step(self._latents, k)
+        velocity = self._velocity(k, self._course.way(k))
         self._latents = euler(self._latents, velocity, self._sigmas[k], self._sigmas[k + 1])
         if self._blend is not None:
             self._blend.select(torch.tensor([k], device=self._latents.device))
             self._blend(self._latents)
         position.go_to(k + 1)
+        self._course.done(k)
+
+    def _velocity(self, k: int, way: Way) -> Tensor:
+        """The velocity of step k, computed or from earlier steps: [B, N, 64]."""
+        if way.kind is Kind.REUSED:
+            last = self._velocities[-1]
+            return last.float() + way.weight * (last.float() - self._velocities[-2].float()) if way.weight else last
+        velocity = self.step(self._latents, k)
+        if self._course.config is not None:
+            self._velocities = [*self._velocities[-1:], velocity]
+        return velocity
+
+    @property
+    def computed_steps(self) -> int:
+        """How many steps were computed since the run was prepared."""
+        return self._course.computed
 
     def latents(self) -> Tensor:
         """A copy of the latents after the last `advance`: [B, N, 64]."""

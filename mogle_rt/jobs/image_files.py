@@ -87,7 +87,7 @@ def settings_of(
     Args:
         size: width and height in pixels. mask: its file's name, if it is known.
     """
-    return {
+    settings = {
         "prompt": prompt,
         "seed": seed,
         "mask": mask,
@@ -100,6 +100,7 @@ def settings_of(
         "bundle_sha256": pipe.bundle.content_hash,
         "software": f"mogle_rt {__version__}",
     }
+    return settings if pipe.fast is None else settings | {"fast": str(pipe.fast)}
 
 
 def encode_image(image: Image.Image, kind: str, settings: Mapping[str, Any] | None = None, quality: int = 95) -> bytes:

@@ -309,6 +309,7 @@ def job_settings(
     dtype: str | None,
     num_images: int = 1,
     embeds: Sequence[object] | None = None,
+    fast: Settings | None = None,
 ) -> dict[str, Any]:
     """What all images of a job depend on besides their masks, prompts and seeds, as `Job.settings`.
 
@@ -318,11 +319,13 @@ def job_settings(
         model_config, dtype: those of the pipeline, as they were asked for.
         num_images: of each mask.
         embeds: what tells the embeddings of the prompts, where no text encoder makes them.
+        fast: what is left out, if anything is.
     """
     names = {"num_inference_steps": "steps", "guidance_scale": "guidance"}  # those of the options
     shown = {names.get(name, name): value for name, value in call.items()}
     given = {"bundle": bundle, "num_images": num_images, "embeds": None if embeds is None else list(embeds)}
-    return given | shown | {"model_config": dict(model_config), "dtype": dtype}
+    left_out = {} if fast is None else {"fast": dict(fast)}
+    return given | shown | {"model_config": dict(model_config), "dtype": dtype} | left_out
 
 
 def _shown(value: object) -> str:

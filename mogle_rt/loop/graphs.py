@@ -2,7 +2,7 @@
 
 A `Step` reads and writes the same memory each time, and the step's number is in that memory too. So it is captured once
 for each shape and replayed for every step of every run of that shape. (If weights are streamed, there is a graph for
-each section of the step.) On other devices the same step runs eagerly under the same rule: inputs are copied into its
+each section of the step. If a run computes less in some steps, there is one for each kind of step.) On other devices the same step runs eagerly under the same rule: inputs are copied into its
 buffers, and a changed address is an error.
 
 Steps of several shapes are kept, up to a limit in bytes. If memory runs out while a new one is made or captured, all
@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mogle_rt.fast.course import WHOLE, Kind, Way
 from mogle_rt.loop.buffers import StepInputs, tensors_of
 from mogle_rt.loop.step import Step
 
@@ -98,7 +99,8 @@ class Runner:
         self._pool, self._give_up = pool, give_up
         self.execution = GRAPH if reason is None else f"eager: {reason}"
         self._addresses: list[int] | None = None  # those at the first start
-        self._graphs: list[torch.cuda.CUDAGraph] = []  # one for each section of the step, once they are captured
+        # For each kind of step, one for each of its sections, once they are captured.
+        self._graphs: dict[Kind, list[torch.cuda.CUDAGraph]] = {}
         self._device = step.buffers.latents.device
 
     def start(self, latents: Tensor, k: int) -> None:
@@ -114,31 +116,34 @@ class Runner:
         self.step.buffers.latents.copy_(latents)
         self.step.seek(k)
 
-    def advance(self) -> None:
-        """Run one step."""
+    def advance(self, way: Way = WHOLE) -> None:
+        """Run one step in this way."""
+        kind = way.kind
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
-            if self.execution == GRAPH and not self._graphs:
-                self._capture()
-            if not self._graphs:
-                self.step.advance()
+            if way.kind is Kind.REUSED and self.step.difference is not None:
+                self.step.difference.weight.fill_(way.weight)
+            if self.execution == GRAPH and kind not in self._graphs:
+                self._capture(kind)
+            if kind not in self._graphs:
+                self.step.advance(kind)
                 return
-            for section, graph in zip(self.step.sections, self._graphs, strict=True):
+            for section, graph in zip(self.step.sections[kind], self._graphs[kind], strict=True):
                 with self.step.weights_of(section):
                     graph.replay()
 
-    def _capture(self) -> None:
+    def _capture(self, kind: Kind) -> None:
         """Warm up, capture, and restore what the warm-up changed. If the capture fails, warn and run eagerly.
 
         Errors of the step itself, such as too little memory, are raised unchanged by the warm-up.
         """
         pool = self._pool = self._pool or Pool(self._device)
-        changing = (self.step.buffers.latents, self.step.buffers.index)
-        saved = [t.clone() for t in changing]
+        changing, index = self.step.carried, self.step.buffers.index
+        saved, at = [t.clone() for t in changing], index.clone()
 
         def warm_up() -> None:
             for _ in range(WARM_UP):
-                self.step.buffers.index.copy_(saved[1])
-                self.step.advance()
+                index.copy_(at)
+                self.step.advance(kind)
 
         outer = torch.cuda.current_stream(self._device)
         pool.stream.wait_stream(outer)
@@ -146,18 +151,19 @@ class Runner:
             # The capture is inside this block too, because a failed capture leaves its stream current.
             with torch.cuda.stream(pool.stream):
                 with_room(warm_up, self._give_up)
-                self._graphs = self._captured(pool)
+                if graphs := self._captured(pool, kind):
+                    self._graphs[kind] = graphs
         finally:
             outer.wait_stream(pool.stream)
             for t, before in zip(changing, saved, strict=True):
                 t.copy_(before)
 
-    def _captured(self, pool: Pool) -> list[torch.cuda.CUDAGraph]:
+    def _captured(self, pool: Pool, kind: Kind) -> list[torch.cuda.CUDAGraph]:
         """The step's graphs, or none if the driver or an operation of the step does not allow the capture."""
-        made = self._recorded(pool)
+        made = self._recorded(pool, kind)
         if isinstance(made, torch.OutOfMemoryError) and self._give_up():
             del made  # the error's traceback holds tensors
-            made = self._recorded(pool)
+            made = self._recorded(pool, kind)
         if isinstance(made, list):
             return made
         first_line = " ".join(str(made).split("\n", 1)[0].split())
@@ -165,11 +171,11 @@ class Runner:
         logger.warning("steps run one by one, which is slower: %s", self.execution)
         return []
 
-    def _recorded(self, pool: Pool) -> list[torch.cuda.CUDAGraph] | BaseException:
+    def _recorded(self, pool: Pool, kind: Kind) -> list[torch.cuda.CUDAGraph] | BaseException:
         """The graphs of the step's sections, in order, or the error that broke their capture."""
         graphs = []
         try:
-            for section in self.step.sections:
+            for section in self.step.sections[kind]:
                 graph = torch.cuda.CUDAGraph()
                 # "thread_local" lets other threads use the GPU during the capture.
                 with torch.cuda.graph(graph, pool.handle, pool.stream, capture_error_mode="thread_local"):

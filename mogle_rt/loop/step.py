@@ -16,10 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mogle_rt.fast.course import Kind
 from mogle_rt.linear.layer import Product
 from mogle_rt.linear.views import first_columns, flat
 from mogle_rt.loop.blend import Blend
 from mogle_rt.loop.buffers import Buffers, StepInputs, shape_and_place, tensors_of
+from mogle_rt.loop.reuse import Difference
 from mogle_rt.loop.sublayers import DoubleAttention, DoubleMlp, LastSingle, NormArguments, Single, Sublayer
 from mogle_rt.model.layout import Layout
 from mogle_rt.model.mixture import MixtureOfExperts
@@ -35,12 +37,14 @@ class Section:
         links: the sublayers that it computes, by their place. streamed: the number of the first of them among the
             streamed ones; None if it is not streamed.
         first, last: whether the step begins or ends with this section.
+        kind: what the step computes.
     """
 
     links: range
     streamed: int | None = None
     first: bool = False
     last: bool = False
+    kind: Kind = Kind.WHOLE
 
 
 class Step:
@@ -51,10 +55,18 @@ class Step:
         inputs: the inputs of the first run. Inputs of later runs, of the same shapes, are copied over them.
         layout: the rows and the switches.
         ops: see `mogle_rt.ops.choice`.
+        extrapolates: whether steps that aren't computed need the difference of the last two velocities.
     """
 
     def __init__(
-        self, transformer: Transformer, mogle: MixtureOfExperts, inputs: StepInputs, layout: Layout, ops: Ops
+        self,
+        transformer: Transformer,
+        mogle: MixtureOfExperts,
+        inputs: StepInputs,
+        layout: Layout,
+        ops: Ops,
+        *,
+        extrapolates: bool = False,
     ) -> None:
         self.transformer, self.mogle, self.inputs, self.ops = transformer, mogle, inputs, ops
         self.buffers = b = Buffers(transformer, layout, inputs.text.shape[1], inputs.log_scale)
@@ -62,6 +74,7 @@ class Step:
         self.time = None if inputs.time_table is None else inputs.time_table[:1].clone()
         self.sigma_step = inputs.sigma_steps[:1].clone()
         self.blend = None if inputs.kept is None else Blend(inputs.kept)
+        self.difference = Difference(b.velocity) if extrapolates else None
         self.links: list[Sublayer] = []
         for block, mod in zip(transformer.blocks, self.modulation.double, strict=True):
             self.links.append(DoubleAttention(block, mod, b, inputs.rope, layout, ops))
@@ -78,7 +91,8 @@ class Step:
         self.embed = Product(transformer.x_embedder, b.x[layout.text :], layout.streams_after_text)
         self.project_out = Product(transformer.proj_out, b.velocity, layout.image_stream)
         self.tokens, self.last_normed, self.x_text = flat(b.tokens), flat(last.out), b.x[: layout.text]
-        self.sections = self._cut()
+        reused = Section(range(0), first=True, last=True, kind=Kind.REUSED)
+        self.sections = {Kind.WHOLE: self._cut(), Kind.REUSED: [reused]}
 
     def _cut(self) -> list[Section]:
         """The step, cut where the weights of streamed sublayers are needed. Without any it is one section."""
@@ -116,12 +130,24 @@ class Step:
     def _own(self) -> list[Tensor]:
         """The inputs, and the buffers outside of `Buffers`."""
         blend = [] if self.blend is None else self.blend.buffers
-        return tensors_of((self.inputs, self.modulation, self.time, self.sigma_step, blend))
+        difference = [] if self.difference is None else self.difference.buffers
+        return tensors_of((self.inputs, self.modulation, self.time, self.sigma_step, blend, difference))
+
+    @property
+    def carried(self) -> list[Tensor]:
+        """What a step leaves for the next one."""
+        b = self.buffers
+        return [b.latents, b.index, b.velocity, *([] if self.difference is None else self.difference.buffers)]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all inputs and buffers, which only this step holds. Weights are not counted."""
         return sum(t.nbytes for t in self._own()) + self.buffers.nbytes
+
+    def forget(self) -> None:
+        """Forget the velocities of earlier steps, whose latents were others."""
+        if self.difference is not None:
+            self.buffers.velocity.zero_()
 
     def seek(self, k: int) -> None:
         """Go to step k."""
@@ -133,9 +159,13 @@ class Step:
         inputs.modulation.select(index, into=self.modulation)
         if inputs.time_table is not None:
             torch.index_select(inputs.time_table, 0, index, out=self.time)
-        torch.index_select(inputs.sigma_steps, 0, index, out=self.sigma_step)
+        self._select_levels()
+
+    def _select_levels(self) -> None:
+        """Of these rows, those that an update of the latents needs."""
+        torch.index_select(self.inputs.sigma_steps, 0, self.buffers.index, out=self.sigma_step)
         if self.blend is not None:
-            self.blend.select(index)
+            self.blend.select(self.buffers.index)
 
     def condition(self) -> None:
         """Compute the condition tokens from the latents, by gate and mixture."""
@@ -158,7 +188,7 @@ class Step:
 
     def velocity(self) -> None:
         """Compute the velocity from latents and condition tokens, by the transformer."""
-        for section in self.sections:
+        for section in self.sections[Kind.WHOLE]:
             with self.weights_of(section):
                 self._transform(section)
 
@@ -176,18 +206,34 @@ class Step:
 
     def run(self, section: Section) -> None:
         """Compute a section of the step. Its streamed weights must be in memory, see `weights_of`."""
+        if section.kind is Kind.REUSED:
+            self._select_levels()
+            self._update(self.buffers.velocity if self.difference is None else self.difference.continued())
+            return
         if section.first:
             self.select()
             self.condition()
+            if self.difference is not None:
+                self.difference.before()
         self._transform(section)
-        if section.last:  # update the latents, x + (σ' - σ) v, and increase the index
-            self.buffers.latents.addcmul_(self.buffers.velocity, self.sigma_step)
-            if self.blend is not None:
-                self.blend(self.buffers.latents)
-            self.buffers.index.add_(1)
+        if section.last:
+            if self.difference is not None:
+                self.difference.after()
+            self._update(self.buffers.velocity)
 
-    def advance(self) -> None:
-        """Run one step of the loop: compute the velocity, update the latents, and increase the index."""
-        for section in self.sections:
+    def _update(self, velocity: Tensor) -> None:
+        """Update the latents, x + (σ' - σ) v, and increase the index."""
+        self.buffers.latents.addcmul_(velocity, self.sigma_step)
+        if self.blend is not None:
+            self.blend(self.buffers.latents)
+        self.buffers.index.add_(1)
+
+    def advance(self, kind: Kind = Kind.WHOLE) -> None:
+        """Run one step of the loop: compute the velocity, update the latents, and increase the index.
+
+        Args:
+            kind: what is computed. A reused step needs a velocity of the same run, see `mogle_rt.fast.course`.
+        """
+        for section in self.sections[kind]:
             with self.weights_of(section):
                 self.run(section)

@@ -29,7 +29,7 @@ from mogle_rt.loop.buffers import tensors_of
 from mogle_rt.loop.denoise import denoise
 from mogle_rt.loop.graphs import GRAPH, why_eager
 from mogle_rt.loop.schedule import make_schedule
-from mogle_rt.loop.step import Step
+from mogle_rt.loop.step import Section, Step
 from mogle_rt.model.mixture import MixtureOfExperts
 from mogle_rt.model.modulation import ModulationTables, modulation_tables
 from mogle_rt.ops.choice import KERNELS_VARIABLE, choice, choose
@@ -218,6 +218,7 @@ class FakeCuda:
         engine: the engine whose step is captured.
         faults: errors that the ends of the next captures raise.
         captures: the pool and the stream of each capture.
+        sections: the sections that were run since the last capture began.
     """
 
     engine: TorchEngine
@@ -225,11 +226,22 @@ class FakeCuda:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.faults: list[Exception] = []
         self.captures: list[tuple[object, object]] = []
-        replay = self.replay
+        self.sections: list[Section] = []
+        cuda, run = self, Step.run
+
+        def noted(step: Step, section: Section) -> None:
+            cuda.sections.append(section)
+            run(step, section)
 
         class Graph:
+            def __init__(self) -> None:
+                self.captured: list[Section] = []
+
             def replay(self) -> None:
-                replay()
+                for section in self.captured:
+                    cuda.engine.prepared.run(section)
+
+        monkeypatch.setattr(Step, "run", noted)
 
         fakes = {
             "CUDAGraph": Graph,
@@ -243,15 +255,15 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr("mogle_rt.loop.graphs.why_eager", lambda device, cuda_graphs: None)
 
-    def replay(self) -> None:
-        self.engine.prepared.advance()
-
     @contextmanager
-    def capture(self, graph: object, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
+    def capture(self, graph: Any, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:
         step = self.engine.prepared
         written = tensors_of((list(vars(step.buffers).values()), step.modulation, step.time, step.sigma_step))
+        written += step.carried
         saved = [t.clone() for t in written]
+        self.sections.clear()
         yield
+        graph.captured += self.sections
         for t, before in zip(written, saved, strict=True):
             t.copy_(before)
         self.captures.append((pool, stream))
@@ -433,7 +445,7 @@ def test_failed_capture_is_told(
 def test_errors_of_the_step_are_its_own(bundle: Bundle, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors that come in eager steps too are raised: no fallback hides them."""
 
-    def broken(self: Step) -> None:
+    def broken(self: Step, *kind: object) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(Step, "advance", broken)

@@ -1,0 +1,1 @@
+"""Fast modes: what a run leaves out on request, and what each of its steps then does."""
