@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 from mogle_rt.fast.settings import FastConfig
@@ -43,7 +44,8 @@ WHOLE = Way(Kind.WHOLE)
 def computed_steps(mask: Sequence[bool] | None, steps: int, first: int = 0) -> list[bool]:
     """Whether each step of a run is computed.
 
-    A mask of another length is stretched: the same share of steps is computed, and they lie where the mask has them. The first and the last step that are run are computed whatever the mask says.
+    A mask of another length is stretched: the same share of steps is computed, and they lie where the mask has them.
+    The first and the last step that are run are computed whatever the mask says.
 
     Args:
         mask: of any length; None computes every step.
@@ -64,7 +66,7 @@ def computed_steps(mask: Sequence[bool] | None, steps: int, first: int = 0) -> l
         return -(-wanted * until // (max(ones, 1) * steps))
 
     counts = [count(k) for k in range(steps + 1)]
-    chosen = [after > before for before, after in zip(counts, counts[1:], strict=False)]
+    chosen = [after > before for before, after in pairwise(counts)]
     return [k >= first and (chosen[k] or k in (first, steps - 1)) for k in range(steps)]
 
 

@@ -113,7 +113,9 @@ def _checked_mask(given: object) -> str:
     if isinstance(given, str) and given in POLICIES:
         return given
     if isinstance(given, Sequence) and 1 <= len(given) <= MOST_STEPS_IN_MASK:
-        digits = given if isinstance(given, str) else [str(int(v)) if isinstance(v, (int, bool)) else "?" for v in given]
+        digits = (
+            given if isinstance(given, str) else [str(int(v)) if isinstance(v, (int, bool)) else "?" for v in given]
+        )
         if set(digits) <= {"0", "1"}:
             return "".join(digits)
     raise ConfigError(

@@ -2,8 +2,8 @@
 
 A `Step` reads and writes the same memory each time, and the step's number is in that memory too. So it is captured once
 for each shape and replayed for every step of every run of that shape. (If weights are streamed, there is a graph for
-each section of the step. If a run computes less in some steps, there is one for each kind of step.) On other devices the same step runs eagerly under the same rule: inputs are copied into its
-buffers, and a changed address is an error.
+each section of the step. If a run computes less in some steps, there is one for each kind of step.) On other devices
+the same step runs eagerly under the same rule: inputs are copied into its buffers, and a changed address is an error.
 
 Steps of several shapes are kept, up to a limit in bytes. If memory runs out while a new one is made or captured, all
 others are dropped, and it is tried once more.

@@ -54,7 +54,10 @@ def test_masks_of_every_form(given: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"steps_mask": "quick"}, "steps_mask must be 'slow', 'medium', 'fast', 'ultra', or a 1 for each .* got 'quick'"),
+        (
+            {"steps_mask": "quick"},
+            "steps_mask must be 'slow', 'medium', 'fast', 'ultra', or a 1 for each .* got 'quick'",
+        ),
         ({"steps_mask": ""}, "steps_mask must be"),
         ({"steps_mask": [1, 2]}, "steps_mask must be"),
         ({"steps_mask": [1.0, 0.0]}, "steps_mask must be"),

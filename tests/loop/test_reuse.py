@@ -132,15 +132,17 @@ def test_nothing_is_reused_after_an_edit(bundle: Bundle, fast: FastConfig) -> No
     """Where a callback changes the latents, in place or for others, the rest is what a run from there draws."""
     asked = replace(asked_of(bundle)(1), fast=fast)
 
-    def edit(k: int, latents: Tensor) -> Tensor:
-        return latents.mul_(1.5) if k == EDIT_AT else latents
+    engine, after = engine_of(bundle), list[Tensor]()
 
-    engine, at_edit = engine_of(bundle), list[Tensor]()
-    made = drawn(engine, bundle, asked, lambda k, x: (edit(k, x), at_edit.append(x.clone()))[0])
+    def edit(k: int, latents: Tensor) -> Tensor:
+        after.append(latents.mul_(1.5).clone() if k == EDIT_AT else latents.clone())
+        return latents
+
+    made = drawn(engine, bundle, asked, edit)
     assert engine.computed_steps == 5  # one more, after the edit
     fresh, schedule = engine_of(bundle), schedule_of(bundle)
     fresh.prepare(asked, schedule)
-    assert torch.equal(made, denoise(fresh, at_edit[EDIT_AT], schedule, first=EDIT_AT + 1))
+    assert torch.equal(made, denoise(fresh, after[EDIT_AT], schedule, first=EDIT_AT + 1))
 
 
 @WAYS
