@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mogle_rt import CheckpointError, InputError, Pipeline
 from mogle_rt.calls.results import OutputType
-from mogle_rt.encoders.cache import TensorCache
 from mogle_rt.encoders.conditioning import Conditioner
 from mogle_rt.encoders.mask_planes import MaskPlanes
 from mogle_rt.encoders.vae import pack_latents, unpack_latents
@@ -333,23 +332,6 @@ def test_the_cache_is_bounded_and_can_be_off(tiny_bundle: Path) -> None:
     assert len(off.conditioning_cache) == off.conditioning_cache.nbytes == 0
 
 
-def test_a_long_prompt_counts_in_the_cache() -> None:
-    """The prompt itself is kept as the entry's key, and can take more memory than its embeddings."""
-    cache = TensorCache(10_000)
-    cache.put(("a", 8), (torch.zeros(10),))
-    assert len(cache) == 1
-    cache.put(("b" * 20_000, 8), (torch.zeros(10),))
-    assert len(cache) == 1
-    for i in range(9):
-        cache.put((str(i) * 3000, 8), (torch.zeros(10),))
-        assert cache.nbytes < 10_000
-    assert len(cache) == 3
-    cache.put(("8" * 3000, 8), (torch.zeros(10),))
-    assert len(cache) == 3
-    cache.clear()
-    assert cache.nbytes == 0
-
-
 def test_prompts_are_encoded_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe.prompt_cache.clear()
     first = run(pipe, None, ["a hat", "a beard", "a hat"], generator=[seeded(0)] * 3)
@@ -479,11 +461,13 @@ def test_without_text_encoders(tiny_files: Files, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_draws_a_similar_image(tiny_bundle: Path, pipe: Pipeline, dtype: str) -> None:
+    """The image differs from float32's, which shows that the dtype was used, but only by the roundings of its layers."""
     half = Pipeline(tiny_bundle, device="cpu", dtype=dtype)
     options: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32}
     a = run(half, draw(1), "a face", generator=seeded(0), **options)
     b = run(pipe, draw(1), "a face", generator=seeded(0), **options)
-    assert relative_rms(a.float(), b) < (0.1 if dtype == "bf16" else 0.02)
+    unit = 2.0**-8 if dtype == "bf16" else 2.0**-11
+    assert 0.1 * unit < relative_rms(a.float(), b) < (0.1 if dtype == "bf16" else 0.02)
 
 
 def test_packing_is_flux_s_and_unpacks() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mogle_rt.engines.velocity import VelocityLoop
-from mogle_rt.loop.denoise import denoise
+from mogle_rt.loop.denoise import denoise, euler
 from mogle_rt.loop.progress import Progress
 from mogle_rt.loop.schedule import Position, Schedule, step_capacity, with_further_rows
 
@@ -177,3 +177,15 @@ def test_tables_have_room_for_more_steps() -> None:
     rows = torch.tensor([[1.0], [2.0]])
     assert with_further_rows(rows, 4, -1.0).tolist() == [[1.0], [2.0], [-1.0], [-1.0]]
     assert with_further_rows(rows, 2).data_ptr() != rows.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_update_is_rounded_once(dtype: torch.dtype) -> None:
+    """The difference of two neighbouring noise levels has more digits than the dtype."""
+    latents, velocity = torch.randn(2, 1, 50, 64).to(dtype)
+    velocity *= 100  # so that the difference decides the result
+    sigma, sigma_next = torch.tensor(0.6789), torch.tensor(0.6543)
+    exact = latents.double() + (sigma_next.double() - sigma.double()) * velocity.double()
+    error = (euler(latents, velocity, sigma, sigma_next).double() - exact).abs()
+    half_a_step = torch.finfo(dtype).eps / 2
+    assert bool((error <= 1.01 * half_a_step * exact.abs() + 1e-5).all())
