@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from mogle_rt.apps.program import console, format_bytes
-from mogle_rt.errors import InputError, OutputError
+from mogle_rt.apps.program import console, format_bytes, must_exist
+from mogle_rt.errors import CheckpointError, InputError, OutputError
 
 if TYPE_CHECKING:
     from mogle_rt.bundle.bundle import Bundle
@@ -45,16 +45,27 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
 ) -> None:
     """Convert FLUX and Face-MoGLE's files into one file, a bundle."""
-    from mogle_rt.conversion.convert import convert as run
-    from mogle_rt.conversion.hub import RELEASED_FLUX, RELEASED_LORA, RELEASED_MOGLE
+    from mogle_rt.bundle.storage import storage_named
+    from mogle_rt.config import dtype_name
+    from mogle_rt.conversion.hub import RELEASED_FLUX, RELEASED_LORA, RELEASED_MOGLE, check_flux_folder, find_here
 
     if released:
         flux, lora, mogle = flux or RELEASED_FLUX, lora or RELEASED_LORA, mogle or RELEASED_MOGLE
     missing = [name for name, value in (("--flux", flux), ("--lora", lora), ("--mogle", mogle)) if value is None]
     if missing or flux is None or lora is None or mogle is None:
         raise InputError(f"missing {', '.join(missing)}; or pass --released for the published files")
-    _refuse_existing(output, overwrite)
+    _check_output(output, overwrite)
+    if weights is not None:
+        storage_named(weights)
+    if dtype is not None:
+        dtype_name(dtype)
+    here = [None if spec is None else find_here(spec) for spec in (flux, transformer, lora, mogle)]
+    if here[0] is not None:
+        check_flux_folder(here[0])
     start = time.perf_counter()
+    _load_libraries()
+    from mogle_rt.conversion.convert import convert as run
+
     run(
         flux,
         lora,
@@ -85,14 +96,24 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there already.")] = False,
 ) -> None:
     """Make a smaller bundle, whose blocks' weights are stored in eight or four bits."""
-    _refuse_existing(output, overwrite)
+    from mogle_rt.bundle.shipped import bundle_path
+    from mogle_rt.bundle.storage import storage_named
+    from mogle_rt.cost.gpus import find_gpu
+
+    must_exist(bundle_path(checkpoint), CheckpointError)
+    _check_output(output, overwrite)
+    if weights != "auto":
+        storage_named(weights)
+        if gpu is not None or max_memory is not None:
+            raise InputError("--gpu and --max-memory need --weights auto, which picks a format for them")
+    elif gpu is not None:
+        find_gpu(gpu)
+    start = time.perf_counter()
+    _load_libraries()
     if weights == "auto":
         weights = _chosen_weights(checkpoint, gpu, max_memory)
-    elif gpu is not None or max_memory is not None:
-        raise InputError("--gpu and --max-memory need --weights auto, which picks a format for them")
     from mogle_rt.conversion.writing.quantize import quantize as run
 
-    start = time.perf_counter()
     _print_weights(run(checkpoint, output, weights), weights)
     _print_written(output, start)
 
@@ -130,9 +151,21 @@ def _chosen_weights(checkpoint: Path, gpu: str | None, max_memory: str | None) -
     return chosen
 
 
-def _refuse_existing(output: Path, overwrite: bool) -> None:
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Check that the bundle can be written, before anything else is done."""
+    from mogle_rt.jobs.naming import check_writable
+
     if output.is_file() and not overwrite:
         raise OutputError(f"{output}: exists already; choose another name, or --overwrite")
+    check_writable(output)
+
+
+def _load_libraries() -> None:
+    """Import what takes seconds, and say so meanwhile. All that can be checked without it was checked before."""
+    with console.status("loading the libraries …"):
+        from mogle_rt.start.quick_imports import import_models
+
+        import_models()
 
 
 def _print_weights(report: WrittenWeights, weights: str | None) -> None:

@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mogle_rt.apps.program import format_bytes
-from mogle_rt.errors import InputError, InsufficientMemoryError
+from mogle_rt.apps.program import format_bytes, must_exist
+from mogle_rt.errors import CheckpointError, InputError, InsufficientMemoryError
 
 if TYPE_CHECKING:
     from mogle_rt.cost.estimate import JobCost
@@ -44,7 +44,8 @@ def cost(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: bytes, FLOPs, milliseconds.")] = False,
 ) -> None:
     """Count what a job takes, and what the reference's way of computing takes. This needs neither weights nor a GPU."""
-    from mogle_rt.config import parse_bytes
+    from mogle_rt.bundle.shipped import bundle_path
+    from mogle_rt.config import dtype_name, parse_bytes
     from mogle_rt.cost.gpus import find_gpu
 
     if (checkpoint is None) != flux_dev:
@@ -54,6 +55,13 @@ def cost(
         raise InputError("--max-memory needs --gpu, the card whose memory is meant")
     allowed = None if max_memory is None else parse_bytes(max_memory)
 
+    if checkpoint is not None:
+        must_exist(bundle_path(checkpoint), CheckpointError)
+    if dtype is not None:
+        dtype_name(dtype)
+    from mogle_rt.start.quick_imports import import_models, without_compiler
+
+    import_models()
     import torch
 
     from mogle_rt.bundle.bundle import Bundle
@@ -68,7 +76,8 @@ def cost(
     asked = options | {"kernels": kernels, "weights": weights, "dtype": None if dtype is None else parse_dtype(dtype)}
     given = {name: value for name, value in asked.items() if value is not None}
     job = Job(**given) if checkpoint is None else Job.of(Bundle(checkpoint), **given)
-    result = estimate(job)
+    with without_compiler(torch):
+        result = estimate(job)
     ways = {"mogle_rt": result.engine, "reference": result.reference}
     plan, refused, predicted = None, "", 0.0
     if card:

@@ -14,8 +14,8 @@ from mogle_rt.bundle.bundle import TEXT_PARTS, BundleConfig
 from mogle_rt.bundle.schema import check_names
 from mogle_rt.bundle.storage import storage_named
 from mogle_rt.config import SchedulerConfig, TransformerConfig, parse_dtype
-from mogle_rt.conversion.folders import check_level, read_folder, read_json
-from mogle_rt.conversion.hub import find
+from mogle_rt.conversion.folders import read_folder, read_json
+from mogle_rt.conversion.hub import check_flux_folder, find
 from mogle_rt.conversion.lora import read_lora
 from mogle_rt.conversion.mogle_file import read_mogle
 from mogle_rt.conversion.single_file import read_transformer, refuse_other_models
@@ -77,12 +77,7 @@ def convert(
     target = parse_dtype(dtype) if dtype is not None else None
     output = Path(output)
     flux_dir = find(flux)
-    if not flux_dir.is_dir():
-        raise CheckpointError(
-            f"{flux_dir}: is a file; pass a transformer in one file as --transformer, and with --flux the folder that "
-            "holds its vae and scheduler (and, for prompts, the text encoders)"
-        )
-    check_level(flux_dir)
+    check_flux_folder(flux_dir)
     transformer_file = None if transformer is None else find(transformer, default_file="flux1-dev.safetensors")
     lora_file = find(lora, default_file="pytorch_lora_weights.safetensors")
     mogle_file = find(mogle, default_file="global_local_mask_moe.pt")

@@ -15,26 +15,6 @@ from mogle_rt.values import read_json as parse_json
 LARGEST_JSON = 64 << 20  # bytes; an index of FLUX.1-dev has 120 kB
 
 
-def check_level(folder: Path) -> None:
-    """Check that a folder is FLUX's own, and not the one above it or one of those in it.
-
-    Raises:
-        CheckpointError: it isn't. The message names the right one, if it is near.
-    """
-
-    def fits(candidate: Path) -> bool:
-        return any((candidate / name).is_dir() for name in FLUX_FOLDERS)
-
-    if fits(folder):
-        return
-    resolved = folder.resolve()
-    near = [path for path in (resolved.parent, *sorted(resolved.iterdir())) if path.is_dir() and fits(path)]
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise CheckpointError(
-        f"{folder}: is not FLUX's folder in diffusers' layout, which holds the folders {', '.join(FLUX_FOLDERS)}{hint}"
-    )
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 

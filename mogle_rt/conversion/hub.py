@@ -30,6 +30,19 @@ def find(spec: str | Path, *, default_file: str | None = None) -> Path:
         CheckpointError: there is no such path, and it is not a hub id.
         DownloadError: the hub can't be reached, refuses access (gated), or has no such repository or file.
     """
+    path = find_here(spec)
+    if path is not None:
+        return path
+    owner, repository, *rest = str(spec).split("/", 2)
+    return _download(f"{owner}/{repository}", rest[0] if rest else default_file, str(spec))
+
+
+def find_here(spec: str | Path) -> Path | None:
+    """The local path that is meant, or None for a hub id. Nothing is asked of the hub.
+
+    Raises:
+        CheckpointError: there is no such path, and it is not a hub id.
+    """
     name = str(spec)
     try:
         path = Path(spec).expanduser()
@@ -45,8 +58,33 @@ def find(spec: str | Path, *, default_file: str | None = None) -> Path:
         raise CheckpointError(f"{name}: no such file or folder, nor a hub id like {RELEASED_FLUX}")
     if _is_local(name):
         raise CheckpointError(f"{name}: no such file or folder")
-    owner, repository, *rest = name.split("/", 2)
-    return _download(f"{owner}/{repository}", rest[0] if rest else default_file, name)
+    return None
+
+
+def check_flux_folder(folder: Path) -> None:
+    """Check that a path is FLUX's own folder, and not a file, or the folder above it or one of those in it.
+
+    Raises:
+        CheckpointError: it isn't. The message names the right one, if it is near.
+    """
+
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: is a file; pass a transformer in one file as --transformer, and with --flux the folder that "
+            "holds its vae and scheduler (and, for prompts, the text encoders)"
+        )
+
+    def fits(candidate: Path) -> bool:
+        return any((candidate / name).is_dir() for name in FLUX_FOLDERS)
+
+    if fits(folder):
+        return
+    resolved = folder.resolve()
+    near = [path for path in (resolved.parent, *sorted(resolved.iterdir())) if path.is_dir() and fits(path)]
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise CheckpointError(
+        f"{folder}: is not FLUX's folder in diffusers' layout, which holds the folders {', '.join(FLUX_FOLDERS)}{hint}"
+    )
 
 
 def _is_local(name: str) -> bool:

@@ -59,7 +59,7 @@ def import_models() -> None:
             for context in (
                 _hidden(OPTIONAL),
                 few_distributions(),
-                _without_compiler(torch),
+                without_compiler(torch),
                 _without_distribution(torch),
             ):
                 stack.enter_context(context)
@@ -121,8 +121,15 @@ def _hidden(names: tuple[str, ...]) -> Iterator[None]:
 
 
 @contextmanager
-def _without_compiler(torch: Any) -> Iterator[None]:
-    """Replace the compiler meanwhile by a module whose decorators do nothing. Its submodules are the real ones."""
+def without_compiler(torch: Any) -> Iterator[None]:
+    """Replace the compiler meanwhile by a module whose decorators do nothing. Its submodules are the real ones.
+
+    PyTorch marks some of its own functions for the compiler when they are first called, as those that count operations; so
+    whoever compiles nothing may call them in here, and is spared the import of the compiler.
+
+    Args:
+        torch: the module.
+    """
     spec = importlib.machinery.PathFinder.find_spec(COMPILER, torch.__path__)
     if spec is None or spec.submodule_search_locations is None:
         yield

@@ -46,6 +46,7 @@ def test_mistakes_are_told_before_anything_heavy_is_loaded(tmp_path: Path) -> No
     mask = draw_mask(tmp_path / "mask.png")
     (tmp_path / "file").write_text("")
     good = ("generate", "demo", "-m", mask, "-o", tmp_path / "x.png")
+    convert = ("convert", "--lora", "owner/name", "--mogle", "owner/name", "-o", tmp_path / "b.safetensors")
     commands: tuple[tuple[object, ...], ...] = (
         ("generate", "demo", "-m", tmp_path / "absent.png", "-o", tmp_path / "x.png"),
         ("generate", tmp_path / "absent.safetensors", "-o", tmp_path / "x.png"),
@@ -67,8 +68,38 @@ def test_mistakes_are_told_before_anything_heavy_is_loaded(tmp_path: Path) -> No
         (*good, "--sheet", tmp_path / "file" / "sheet.png"),
         (*good, "--overwrite", "--skip-existing"),
         (*good, "--model-config", '{"latent_loro": true}'),
+        ("cost", tmp_path / "absent.safetensors"),
+        ("cost", "--flux-dev", "--dtype", "int8"),
+        ("cost", "--flux-dev", "--gpu", "RTX 1"),
+        (*convert, "--flux", tmp_path / "absent"),
+        (*convert, "--flux", mask),
+        (*convert, "--flux", tmp_path),
+        (*convert, "--flux", "owner/name", "--dtype", "int8"),
+        (*convert, "--flux", "owner/name", "--weights", "int2"),
+        (*convert, "--flux", "owner/name", "--transformer", tmp_path / "absent.gguf"),
+        ("convert", "--released", "-o", tmp_path / "file" / "b.safetensors"),
+        ("quantize", tmp_path / "absent.safetensors", "-o", tmp_path / "b.safetensors", "--weights", "int8"),
+        ("quantize", "demo", "-o", tmp_path / "b.safetensors", "--weights", "int2"),
     )
     assert probe(*commands) == ["[] 1"] * len(commands)
+
+
+def test_cost_counts_without_the_compiler() -> None:
+    """It imports only PyTorch and what counts as the engine's modules, and gives what ordinary imports give."""
+    code = (
+        "import sys; from mogle_rt.apps import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as error: assert error.code == 0\n"
+        "unused = {'torch._dynamo', 'torch._inductor', 'peft', 'accelerate', 'scipy', 'transformers.models.bert'}\n"
+        "print(sorted(unused & set(sys.modules)), file=sys.stderr)\n"
+        "import torch._dynamo\n"  # for whoever compiles afterwards, it is the real one
+        "assert torch._dynamo.convert_frame\n"
+    )
+    arguments = ("cost", "demo", "--json", "--gpu", "RTX 4090")
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "[]\n"
+    assert json.loads(done.stdout) == json.loads(run(*arguments).out)
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal of its own")
