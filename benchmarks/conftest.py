@@ -17,7 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import report
 from benchmarks.machine import Machine
-from benchmarks.report import Row
+from benchmarks.report import Row, Wait
 from benchmarks.side_by_side import TOLERANCES, SideBySide
 from benchmarks.sizes import Models, face_mask
 from mogle_rt.config import parse_dtype
@@ -26,6 +26,7 @@ from mogle_rt.masks import Labels, to_labels
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no benchmark may use the network
 
 ROWS = pytest.StashKey[list[Row]]()
+WAITS = pytest.StashKey[list[Wait]]()
 MACHINE = pytest.StashKey[Machine]()
 ModelsOf = Callable[[str], Models]
 
@@ -44,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    config.stash[WAITS] = []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -110,9 +112,17 @@ def compare(request: pytest.FixtureRequest, _clock: None, machine: Machine, benc
     return SideBySide(benchmark, machine, config.stash[ROWS], config.getoption("patience"))
 
 
+@pytest.fixture
+def waits(request: pytest.FixtureRequest) -> list[Wait]:
+    """The list to which a benchmark of the first seconds adds its figures."""
+    return request.config.stash[WAITS]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the table of ratios, and write the files that were asked for."""
-    rows, machine = config.stash[ROWS], config.stash.get(MACHINE, None)
+    rows, waited, machine = config.stash[ROWS], config.stash[WAITS], config.stash.get(MACHINE, None)
+    for line in report.waits(waited):
+        terminalreporter.write_line(line)
     if not rows or machine is None:
         return
     mask = config.getoption("mask")
@@ -128,5 +138,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
         terminalreporter.write_line(f"{path} was not written: a benchmark failed", red=True)
         return
-    for written in report.write(path, rows, facts, TOLERANCES[machine.dtype]):
+    for written in report.write(path, rows, facts, TOLERANCES[machine.dtype], waited):
         terminalreporter.write_line(f"written: {written}")

@@ -88,6 +88,23 @@ class Row:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wait:
+    """How long a command of the program takes, from its start in a new process to its end.
+
+    Attributes:
+        command: as it is typed.
+        seconds: wall time, the median.
+        processor: seconds of processor time, the least: other programs change it less than the wall time.
+        others: the share of the processors' time that other programs took meanwhile.
+    """
+
+    command: str
+    seconds: float
+    processor: float
+    others: float
+
+
 def _number(value: float) -> str:
     """A number with three digits."""
     if not value or not math.isfinite(value):
@@ -159,6 +176,20 @@ def cores(rows: Sequence[Row]) -> list[str]:
     return ["", text, "", *heading, *lines]
 
 
+def waits(rows: Sequence[Wait]) -> list[str]:
+    """The table of the first seconds."""
+    if not rows:
+        return []
+    text = "The first seconds: a command in a new process, from its start to its end, with all files in the system's cache."
+    heading = ["| command | wall time | processor time | others |", "| --- | --: | --: | --: |"]
+    lines = [
+        f"| {row.command} | {_number(row.seconds)} s | {_number(row.processor)} s "
+        f"| {row.others:.0%}{' noisy' if row.others > NOISY else ''} |"
+        for row in rows
+    ]
+    return ["", text, "", *heading, *lines]
+
+
 EXPLANATION = """\
 `make bench` writes this page, and the list below says which mask was used. Both sides load the same files. Before
 anything is timed it is checked that they give the same result, to {tolerance:g} relative RMS. Then they are timed in turns,
@@ -179,7 +210,9 @@ engine is onnxruntime and the baseline is this runtime's torch engine; a ratio b
 """
 
 
-def write(path: Path, rows: Sequence[Row], machine: Mapping[str, str], tolerance: float) -> list[Path]:
+def write(
+    path: Path, rows: Sequence[Row], machine: Mapping[str, str], tolerance: float, first: Sequence[Wait] = ()
+) -> list[Path]:
     """Write the report, and the plot beside it. Returns both paths."""
     plot = path.with_name("results.png")
     text = [
@@ -190,6 +223,7 @@ def write(path: Path, rows: Sequence[Row], machine: Mapping[str, str], tolerance
         "",
         *table(rows),
         *cores(rows),
+        *waits(first),
         *honesty(rows),
         "",
         f"![How many times faster than the baseline, and how far it could be]({plot.name})",

@@ -204,9 +204,10 @@ class Neighbours:
 
     @staticmethod
     def _read() -> tuple[float, float, float]:
-        """Seconds of processor time since the start: of all that was busy, of this process, and of all there was."""
+        """Seconds of processor time since the start: of all that was busy, of this process and those that it has started
+        and that have ended, and of all there was."""
         cpu, own = psutil.cpu_times(), os.times()
         idle = cpu.idle + getattr(cpu, "iowait", 0.0)
         guest = getattr(cpu, "guest", 0.0) + getattr(cpu, "guest_nice", 0.0)  # already contained in user
         total = sum(cpu) - guest
-        return total - idle, own.user + own.system, total
+        return total - idle, sum(own[:4]), total
