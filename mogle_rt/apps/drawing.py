@@ -144,7 +144,7 @@ def draw(request: Request, start: float) -> None:
                             typer.echo(drawing.path)
                     done += len(batch)
                     bar.update(len(batch))
-            _report(done, work.left, job.seed, time.perf_counter() - start, seconds)
+            report(done, work.left, job.seed, time.perf_counter() - start, seconds)
         else:
             say("nothing to draw: all images are there already")
     if request.sheet is not None:
@@ -256,7 +256,12 @@ def _draw(
         save_image(image, drawing.path, described)
 
 
-def _report(done: int, left: int, seed: int, total: float, seconds: Mapping[str, float]) -> None:
+def report(done: int, left: int, seed: int, total: float, seconds: Mapping[str, float]) -> None:
+    """Say how many images were drawn, in how many seconds of wall time, from which seed on, and how long each part took.
+
+    Args:
+        left: how many images of the job other processes have drawn.
+    """
     stages = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     count = "1 image" if done == 1 else f"{done:,} images"
     others = f"; {left:,} more by other processes" if left else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,6 +125,7 @@ def edit(
     from mogle_rt.jobs.settings_read import mask_text, read_settings
     from mogle_rt.masks.labels import colorize, resize
 
+    start = time.perf_counter()
     must_exist(image, InputError)
     known = read_settings(image)
     order: Any = mask_order.split(",") if "," in mask_order else mask_order
@@ -154,8 +156,9 @@ def edit(
     drawn_seed = _first(seed, known.seed, secrets.randbelow(1_000_000))
     text = _first(prompt, known.prompt, "")
 
-    from mogle_rt.apps.drawing import load_pipeline
+    from mogle_rt.apps.drawing import load_pipeline, report
 
+    loading = time.perf_counter()
     pipe = load_pipeline(
         bundle,
         device=device,
@@ -166,6 +169,7 @@ def edit(
         max_memory=memory,
         fast=fast,
     )
+    loaded = time.perf_counter() - loading
     from PIL import Image
 
     from mogle_rt.edits.images import to_pixels
@@ -198,6 +202,7 @@ def edit(
         original = Image.fromarray((pixels[0].permute(1, 2, 0) * 255).round().byte().numpy())
         write_row(sheet, [(old, "mask before"), (original, "before"), (new, "mask after"), (result, "after")])
         typer.echo(sheet)
+    report(1, 0, drawn_seed, time.perf_counter() - start, {"load": loaded} | pipe.last_run.seconds)
 
 
 def _labels(mask: Path, order: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def test_settings_and_the_old_mask_come_from_the_image(drawn: Path, tiny_bundle:
     result = run("edit", drawn, "--mask", new, "-c", tiny_bundle, "--sheet", sheet, "--device", "cpu")
     target = tmp_path / "face_edited.png"
     assert (result.code, result.out) == (0, f"{target}\n{sheet}\n")
+    assert re.fullmatch(r"1 image in \S+ s \(seed 7\): load \S+ s, .*decode \S+ s", result.err.splitlines()[-1])
     before, after = pixels(drawn), pixels(target)
     assert (before[:6, :6] != after[:6, :6]).any(-1).mean() > 0.9
     assert (before[14:] == after[14:]).all()
