@@ -125,13 +125,14 @@ def without_compiler(torch: Any) -> Iterator[None]:
     """Replace the compiler meanwhile by a module whose decorators do nothing. Its submodules are the real ones.
 
     PyTorch marks some of its own functions for the compiler when they are first called, as those that count operations; so
-    whoever compiles nothing may call them in here, and is spared the import of the compiler.
+    whoever compiles nothing may call them in here, and is spared the import of the compiler. If that is imported already,
+    nothing is changed.
 
     Args:
         torch: the module.
     """
     spec = importlib.machinery.PathFinder.find_spec(COMPILER, torch.__path__)
-    if spec is None or spec.submodule_search_locations is None:
+    if COMPILER in sys.modules or spec is None or spec.submodule_search_locations is None:
         yield
         return
     stand_in: Any = types.ModuleType(COMPILER)

@@ -102,6 +102,16 @@ def test_cost_counts_without_the_compiler() -> None:
     assert json.loads(done.stdout) == json.loads(run(*arguments).out)
 
 
+def test_a_compiler_that_is_there_stays() -> None:
+    """Within it and afterwards, for whoever has imported it before."""
+    import torch._dynamo
+
+    compiler = torch._dynamo
+    with quick_imports.without_compiler(torch):
+        assert sys.modules["torch._dynamo"] is compiler
+    assert sys.modules["torch._dynamo"] is torch._dynamo is compiler
+
+
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal of its own")
 def test_a_terminal_shows_at_once_that_it_loads(tmp_path: Path) -> None:
     """The line about loading is the first output on the terminal, and comes before any large library is imported."""
