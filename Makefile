@@ -11,6 +11,7 @@ RANDOM_INPUTS := $(addprefix tests/,bundle encoders fuzz linear masks model kern
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mogle_rt needs Python 3.11 or newer; set PYTHON=python3.11")'
+	@echo "setting up $(VENV): this takes some minutes and 3 to 6 GB, once"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'

@@ -158,6 +158,7 @@ def test_the_wheel_holds_every_room() -> None:
         "mogle_rt.export",
         "mogle_rt.data",
         "mogle_rt.data.examples",
+        "mogle_rt.server.page",
     }
 
 
