@@ -18,13 +18,14 @@ _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(/[\w./-]+)?")
 
 
 def find(spec: str | Path, *, default_file: str | None = None) -> Path:
-    """Return a local path as it is; for a hub id, download the files, or find them in the cache.
+    """Return a local path, or the default file in it; for a hub id, download the files, or find them in the cache.
 
     A name is looked up on the hub only if it can't be meant as a local path, see `_is_local`.
 
     Args:
         spec: a path, or a hub id: ``owner/name`` for a repository, ``owner/name/file`` for one file.
-        default_file: the file to take if ``spec`` names only a repository; None takes FLUX's folders.
+        default_file: the file to take if ``spec`` names only a repository, or a folder that holds this file, as one
+            does that was downloaded from it. None takes FLUX's folders.
 
     Raises:
         CheckpointError: there is no such path, and it is not a hub id.
@@ -32,7 +33,8 @@ def find(spec: str | Path, *, default_file: str | None = None) -> Path:
     """
     path = find_here(spec)
     if path is not None:
-        return path
+        inside = None if default_file is None else path / default_file
+        return inside if inside is not None and inside.is_file() else path
     owner, repository, *rest = str(spec).split("/", 2)
     return _download(f"{owner}/{repository}", rest[0] if rest else default_file, str(spec))
 

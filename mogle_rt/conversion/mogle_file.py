@@ -27,6 +27,8 @@ def read_mogle(path: Path) -> tuple[dict[str, SourceTensor], MogleConfig]:
     Raises:
         CheckpointError: the file can't be read, would run code, or holds neither experts nor a gate.
     """
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; name the file of the experts and the gate in it")
     if path.suffix == ".safetensors":
         tensors: dict[str, SourceTensor] = dict(read_safetensors(path))
     else:

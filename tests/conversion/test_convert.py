@@ -670,3 +670,17 @@ def test_a_folder_too_high_or_too_low(level: str, tiny_files: Files, tmp_path: P
     assert str(caught.value).endswith(f"did you mean {tiny_files.flux.resolve()}?")
     with pytest.raises(CheckpointError, match=r"tokenizer_2$"):
         mogle_rt.convert(tmp_path, tiny_files.lora, tiny_files.mogle, tmp_path / "b.safetensors")
+
+
+def test_a_folder_with_the_published_files(tiny_files: Files, tiny_bundle: Path, tmp_path: Path) -> None:
+    """As the hub's own folder holds them: each is taken from it by its published name."""
+    folder = tmp_path / "face-mogle-models"
+    folder.mkdir()
+    shutil.copy(tiny_files.lora, folder / "pytorch_lora_weights.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"face-mogle-models: is a folder; name the file of the experts and the gate"
+    ):
+        mogle_rt.convert(tiny_files.flux, folder, folder, tmp_path / "b.safetensors", progress=False)
+    shutil.copy(tiny_files.mogle, folder / "global_local_mask_moe.pt")
+    bundle = mogle_rt.convert(tiny_files.flux, folder, folder, tmp_path / "b.safetensors", progress=False)
+    assert bundle.read_bytes() == tiny_bundle.read_bytes()
