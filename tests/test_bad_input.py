@@ -158,7 +158,7 @@ class Case:
 
 BUNDLES = {
     "absent": Case(Path.unlink, ("no such file",)),
-    "a_folder": Case(lambda p: (p.unlink(), p.mkdir()), ("Is a directory",)),
+    "a_folder": Case(lambda p: (p.unlink(), p.mkdir()), ("is a folder; name the file in it",)),
     "empty": Case(lambda p: p.write_bytes(b""), ("not a safetensors file, or cut short (0 bytes)",)),
     "a_text": Case(lambda p: p.write_text("not a bundle at all"), ("not a safetensors file",)),
     "a_pickle": Case(lambda p: torch.save({"a": torch.ones(3)}, p), ("not a safetensors file",)),
@@ -679,7 +679,7 @@ SOURCES = {
         lambda f: f.mogle.write_text("hello"), ("mogle.pt", "not a PyTorch file, damaged or cut short")
     ),
     "mogle_a_folder": Case(
-        lambda f: [step(f.mogle) for step in (Path.unlink, Path.mkdir)], ("mogle.pt", "can't be read: Is a directory")
+        lambda f: [step(f.mogle) for step in (Path.unlink, Path.mkdir)], ("mogle.pt", "is a folder; name the file")
     ),
     "mogle_cut_short": Case(
         lambda f: os.truncate(f.mogle, 20_000), ("mogle.pt", "not a PyTorch file, damaged or cut short")

@@ -123,6 +123,8 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             raw = f.read(length)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path}: is a folder; name the file in it") from None
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror or error}") from None
     try:

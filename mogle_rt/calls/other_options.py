@@ -1,4 +1,4 @@
-"""Arguments of diffusers' `FluxPipeline` that are not supported here. Each is refused with the reason."""
+"""Arguments of diffusers' FLUX pipelines that are not supported here. Each is refused with the reason."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ _DISTILLED = (
     "is not wanted must be left out of the prompt"
 )
 _IP_ADAPTER = "there is no IP-Adapter here: a face is drawn from a mask and a prompt"
+_IMAGE = (
+    "the mask is the first argument, or mask=…; to start from an image, call edit, inpaint or image_to_image instead"
+)
 
 REASONS = {
     "negative_prompt": _DISTILLED,
@@ -25,6 +28,9 @@ REASONS = {
     "ip_adapter_image_embeds": _IP_ADAPTER,
     "negative_ip_adapter_image": _IP_ADAPTER,
     "negative_ip_adapter_image_embeds": _IP_ADAPTER,
+    "image": _IMAGE,
+    "mask_image": _IMAGE,
+    "control_image": _IMAGE,
     "joint_attention_kwargs": "attention takes no further arguments here; condition_scale is the strength of the mask",
 }
 """Why each argument is not supported. ``prompt_2`` is missing here, because it is allowed if it equals ``prompt``."""
@@ -45,8 +51,8 @@ def check_other_options(options: Mapping[str, Any], prompt: object) -> None:
         prompt: the call's prompt, which ``prompt_2`` may equal.
 
     Raises:
-        InputError: an argument of `FluxPipeline` asks for something that is not supported.
-        TypeError: `FluxPipeline` has no such argument either.
+        InputError: an argument of diffusers' FLUX pipelines asks for something that is not supported.
+        TypeError: those have no such argument either.
     """
     for name, value in options.items():
         if name == "prompt_2":

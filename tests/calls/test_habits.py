@@ -237,6 +237,15 @@ def test_a_negative_prompt_is_told_of_distillation(pipe: Pipeline) -> None:
         run(pipe, true_cfg_scale=True)
 
 
+@pytest.mark.parametrize("name", ["image", "mask_image", "control_image"])
+def test_arguments_of_other_pipelines_of_flux(name: str, pipe: Pipeline) -> None:
+    with pytest.raises(
+        InputError, match=rf"^{name} is not supported: the mask is the first argument.*edit, inpaint or"
+    ):
+        run(pipe, **{name: "face.png"})
+    run(pipe, **{name: None})
+
+
 def test_arguments_of_nobody(pipe: Pipeline) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'promt'"):
         run(pipe, promt="a")
