@@ -7,6 +7,7 @@ adjacent tensors, reading in chunks, and writing tensor by tensor.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import mmap
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from mogle_rt.errors import CheckpointError
+from mogle_rt.errors import CheckpointError, InsufficientMemoryError
 
 if TYPE_CHECKING:
     import torch
@@ -188,12 +189,26 @@ class _Unprotected:
 
 
 class MappedFile:
-    """A memory map of a file. Tensors are views of it, so nothing is read until it is used."""
+    """A memory map of a file. Tensors are views of it, so nothing is read until it is used.
+
+    Raises:
+        InsufficientMemoryError: the process may not have so many addresses.
+        OSError: the file can't be opened.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._open = path.open("rb", buffering=0)  # kept, so that the file can be asked whether it is still the same
-        self._map = mmap.mmap(self._open.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            self._map = mmap.mmap(self._open.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            size = os.fstat(self._open.fileno()).st_size / 1e9
+            raise InsufficientMemoryError(
+                f"{path}: this process may not have the {size:.1f} GB of addresses for the file, which take no memory by "
+                f"themselves; allow more with `ulimit -v`"
+            ) from None
         self._state = self._now()
 
     @cached_property

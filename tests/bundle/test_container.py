@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import struct
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -386,3 +387,17 @@ def test_replace_together_keeps_folders(tmp_path: Path) -> None:
         fill(new, "a", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert contents(tmp_path / "a") == {"x": "precious"}
+
+
+def test_too_few_addresses(tmp_path: Path) -> None:
+    """Under `ulimit -v` a large file can't be mapped: one line says why, and what to do."""
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(24 * 10**9)  # a hole, which takes no room on the disk
+    code = (
+        "import resource, sys; from pathlib import Path; from mogle_rt.bundle.container import MappedFile\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (8 * 10**9,) * 2); MappedFile(Path(sys.argv[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    expected = f"InsufficientMemoryError: {path}: this process may not have the 24.0 GB of addresses for the file"
+    assert expected in done.stderr
