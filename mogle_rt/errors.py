@@ -60,5 +60,9 @@ class OutputError(MogleError, OSError):
     """A result can't be written to the requested place."""
 
 
+class ClusterError(MogleError, RuntimeError):
+    """Ray can't start, there is no cluster where one was named, or it has stopped a job."""
+
+
 class InsufficientMemoryError(MogleError, MemoryError):
     """A job does not fit into the memory that may be used. The message says how much would do."""

@@ -41,6 +41,7 @@ ROOMS = [
     "pipeline",
     "jobs",
     "quality",
+    "batch",
     "server",
     "start",
     "apps",

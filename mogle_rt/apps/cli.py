@@ -9,6 +9,7 @@ import typer
 from mogle_rt import __version__
 from mogle_rt.apps.bundle_commands import convert, examples, info, quantize
 from mogle_rt.apps.cost_command import cost
+from mogle_rt.apps.data_sets.batch_command import batch
 from mogle_rt.apps.edit_command import edit
 from mogle_rt.apps.embed_command import embed
 from mogle_rt.apps.generate_command import generate
@@ -30,6 +31,7 @@ for _name, _command in (
     ("info", info),
     ("cost", cost),
     ("generate", generate),
+    ("batch", batch),
     ("edit", edit),
     ("embed", embed),
     ("serve", serve),

@@ -25,12 +25,12 @@ def prompts_of(
         InputError: prompts are not text, their number is wrong, or a mask has fewer captions.
     """
     if given is None:
-        every = [_captions_of(mask) if mask else [] for mask in masks]
+        every = [captions_of(mask) if mask else [] for mask in masks]
         several = [captions for captions in every if len(captions) > 1]
         if several:
             most = max(map(len, several))
             say(f"masks have up to {most} captions; number {caption} is the prompt, --caption N chooses another")
-        return [_chosen(captions, caption, mask) for captions, mask in zip(every, masks, strict=True)]
+        return [chosen_caption(captions, caption, mask) for captions, mask in zip(every, masks, strict=True)]
     for prompt in given:
         if any("\ud800" <= c <= "\udfff" for c in prompt):  # Python represents bytes that are not text like this
             raise InputError(f"--prompt must be UTF-8 text, got {prompt!r}")
@@ -39,16 +39,24 @@ def prompts_of(
     return given * len(masks) if len(given) == 1 else given
 
 
-def _chosen(captions: list[str], number: int, mask: Path | None) -> str:
+def chosen_caption(captions: list[str], number: int, whose: object) -> str:
+    """One of the captions, numbered from 1; the empty text where there are none.
+
+    Args:
+        whose: names the mask in messages.
+
+    Raises:
+        InputError: there is none of this number.
+    """
     if not captions:
         return ""
     if not 1 <= number <= len(captions):
         has = "1 caption" if len(captions) == 1 else f"{len(captions)} captions"
-        raise InputError(f"--caption {number}: {mask} has {has}; give a number from 1 to {len(captions)}")
+        raise InputError(f"--caption {number}: {whose} has {has}; give a number from 1 to {len(captions)}")
     return captions[number - 1]
 
 
-def _captions_of(mask: Path) -> list[str]:
+def captions_of(mask: Path) -> list[str]:
     """The captions that belong to a mask: from a text file beside it, or else from where MM-CelebA-HQ has them.
 
     That data set has masks in ``mask/N.png`` and ten captions of each face, either one per line in ``text/N.txt`` or as
