@@ -21,7 +21,7 @@ from mogle_rt.batch.worker import Orders, Report, Task
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.bundle.shipped import bundle_path
 from mogle_rt.config import DEFAULT_GUIDANCE, ModelConfig, dtype_name, parse_bytes
-from mogle_rt.errors import InputError, MogleError, OutputError
+from mogle_rt.errors import DeviceError, InputError, MogleError, OutputError
 from mogle_rt.jobs.image_files import check_prompt
 from mogle_rt.jobs.naming import Naming, check_writable
 from mogle_rt.jobs.record import JobRecord, job_settings
@@ -106,7 +106,7 @@ def run(
             height, width, mask_order, position_delta, position_scale, max_sequence_length, mask_posterior.
 
     Raises:
-        ConfigError: Ray isn't installed, or an option has a wrong value.
+        ConfigError, DeviceError: Ray isn't installed, or an option has a wrong value.
         InputError: see `mogle_rt.batch.rows.read_rows`.
         CheckpointError: the bundle can't be read.
         OutputError: the folder has images of other settings, or can't be written to, or another job is at work in it.
@@ -116,6 +116,8 @@ def run(
     check_installed()
     _check_numbers(num_workers, batch_size, seed, caption, num_cpus, num_gpus)
     check_names(device=device, engine=engine, kernels=kernels)
+    if device is not None and device.startswith("cuda:"):
+        raise DeviceError(f"batch gives each worker a GPU of its own: device must be cpu, cuda or mps, got {device!r}")
     check_call(call)
     source, folder = (Path(path).expanduser().absolute() for path in (source, output))  # workers stand elsewhere
     _check_folders(source, folder)

@@ -6,14 +6,13 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any, NamedTuple
 
 from mogle_rt.batch.session import one_line
 from mogle_rt.batch.worker import Attempts, Orders, Report, Task, Worker, pack, unpack
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import PATCH
-from mogle_rt.errors import ClusterError, DeviceError
+from mogle_rt.errors import ClusterError
 
 MOST_ROWS = 16  # of a block: what a worker that is killed may have to look through again
 BLOCKS = 8  # for each worker, if there are rows enough, so that all end at about the same time
@@ -55,12 +54,9 @@ def choose_places(
         asked: what was asked for.
 
     Raises:
-        DeviceError: one of several GPUs is named.
         ClusterError: Ray hasn't what was asked for.
     """
     workers, cpus, gpus, device = asked
-    if device is not None and device.startswith("cuda:"):
-        raise DeviceError(f"batch gives each worker a GPU of its own: device must be cpu, cuda or mps, got {device!r}")
     there = resources.get("GPU", 0.0)
     if gpus is None:
         gpus = 0.0 if device in ("cpu", "mps") or (device is None and not there) else 1.0
@@ -113,13 +109,12 @@ def _on_cpus(bundle: Bundle, model: Mapping[str, Any], cpus: int, batch_size: in
 
 def blocks(tasks: Sequence[Task], batch_size: int, workers: int) -> Iterator[list[Task]]:
     """Divide rows into blocks. If images are drawn in batches, rows of one shape and the same options are together."""
-    key = lambda task: (repr(task.shape), repr(task.row.options))  # noqa: E731
     batches = [[task] for task in tasks]
     if batch_size > 1:
-        batches = []
-        for _, group in groupby(sorted(tasks, key=key), key):
-            alike = list(group)
-            batches += [alike[i : i + batch_size] for i in range(0, len(alike), batch_size)]
+        groups: dict[Any, list[Task]] = {}
+        for task in tasks:
+            groups.setdefault((task.shape, task.row.options), []).append(task)
+        batches = [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
     each = max(1, min(MOST_ROWS // batch_size, -(-len(batches) // (workers * BLOCKS))))
     for i in range(0, len(batches), each):
         yield [task for batch in batches[i : i + each] for task in batch]

@@ -41,7 +41,7 @@ class _WithoutThreads(io.TextIOBase):
         self._stream.flush()
 
     def isatty(self) -> bool:
-        return bool(self._stream.isatty())
+        return not self._stream.closed and bool(self._stream.isatty())  # Ray asks once more when the program ends
 
     def fileno(self) -> int:
         number: int = self._stream.fileno()

@@ -135,7 +135,7 @@ def _of_cells(table: Path, number: int, cells: dict[str, Any], place: str, capti
             row = replace(row, id=read_id(cells[ID]))
         if not is_empty(cells.get(SEED)):
             row = replace(row, seed=read_seed(cells[SEED], MOST_SEED))
-        row = replace(row, prompt=_prompt(cells[PROMPT], caption))
+        row = replace(row, prompt=_prompt(cells[PROMPT], caption, "the row"))
         mask, content = _mask_of(table, number, cells[MASK])
         row = replace(row, mask=mask, options=read_options({name: cells.get(name) for name in OPTIONS}))
         if mask is not None:
@@ -145,11 +145,11 @@ def _of_cells(table: Path, number: int, cells: dict[str, Any], place: str, capti
     return row
 
 
-def _prompt(value: Any, caption: int) -> str:
+def _prompt(value: Any, caption: int, whose: object) -> str:
     if is_empty(value):
         return ""
     if isinstance(value, list) and all(isinstance(one, str) for one in value):
-        value = chosen_caption(value, caption, "the row")
+        value = chosen_caption(value, caption, whose)
     if not isinstance(value, str):
         raise InputError(f"prompt must be a text, or a list of captions, got {quoted(value)}")
     return prompt_list(value, None, None)[0]
@@ -166,7 +166,7 @@ def _mask_of(table: Path, number: int, value: Any) -> tuple[MaskSource | None, b
     if is_empty(value):
         return None, None
     if isinstance(value, bytes):
-        return MaskSource(table, number, Path(name) if isinstance(name, str) and name else None), value
+        return MaskSource(table, number, Path(Path(name).name) if isinstance(name, str) and name else None), value
     if not isinstance(value, str) or "\0" in value:
         raise InputError(f"mask must be a path or the bytes of a file, got {quoted(value)}")
     path = table.parent / value
@@ -181,7 +181,7 @@ def _of_masks(masks: Sequence[Path], caption: int, say: Callable[[str], object])
             captions = captions_of(path)
             empty += not captions
             most = max(most, len(captions))
-            row = replace(row, digest=_digest(path), prompt=_prompt(captions, caption) if captions else "")
+            row = replace(row, digest=_digest(path), prompt=_prompt(captions, caption, path) if captions else "")
         except MogleError as error:
             row = replace(row, error=str(error))
         yield row

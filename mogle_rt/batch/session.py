@@ -34,6 +34,9 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
+# Ray's processes on this machine listen to this machine only. Ray reads it when it is imported.
+LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
 
 def check_installed() -> None:
     """Check that Ray is there, without importing it.
@@ -60,7 +63,7 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[Any]:
     Raises:
         ClusterError: there is no cluster, or Ray can't start.
     """
-    with _environment(QUIET), without_rays_messages():
+    with _environment(QUIET | ({} if address else LOCAL)), without_rays_messages():
         import ray
 
         if ray.is_initialized():
@@ -76,7 +79,6 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[Any]:
                     "include_dashboard": False,
                     "object_store_memory": OBJECT_STORE,
                     "_temp_dir": str(folder),
-                    "_node_ip_address": "127.0.0.1",
                 }
                 if not any(name.startswith("RAY_AUTH_") for name in os.environ):
                     own = {"RAY_AUTH_TOKEN": _token()}
