@@ -41,9 +41,9 @@ ROOMS = [
     "pipeline",
     "jobs",
     "quality",
-    "batch",
     "server",
     "start",
+    "batch",
     "apps",
     "__main__",
 ]

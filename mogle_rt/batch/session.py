@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import signal
+import site
 import tempfile
 import threading
 import warnings
@@ -82,7 +83,7 @@ def ray_session(address: str | None, num_cpus: int) -> Iterator[Any]:
                 }
                 if not any(name.startswith("RAY_AUTH_") for name in os.environ):
                     own = {"RAY_AUTH_TOKEN": _token()}
-            with _environment(own):
+            with _environment(own), _importable():
                 try:
                     with _handlers_kept(), warnings.catch_warnings():
                         warnings.simplefilter("ignore")
@@ -115,6 +116,21 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith("RAY_")]:
             if name not in before:
                 del os.environ[name]
+
+
+@contextlib.contextmanager
+def _importable() -> Iterator[None]:
+    """Ray's processes on this machine import this package from where this process did, also out of a checkout."""
+    place, before = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
+    if place not in site.getsitepackages():
+        os.environ["PYTHONPATH"] = place if not before else f"{place}{os.pathsep}{before}"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+        else:
+            os.environ.pop("PYTHONPATH", None)
 
 
 @cache
