@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ORDER = ("experts and gate", "step", "image", "engines", "mask", "load", "peak memory")  # of groups
+ORDER = ("experts and gate", "step", "image", "engines", "mask", "load", "data set", "peak memory")  # of groups
 NOISY = 0.15  # a figure is marked where its spread, or the processor time of other programs, is above this share
 HEADINGS = (
     "",
