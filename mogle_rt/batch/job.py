@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -160,7 +161,7 @@ def run(
         )
         try:
             if plan.tasks:
-                cpus = max(os.cpu_count() or 1, int((num_workers or 1) * num_cpus) + 1)
+                cpus = max(os.cpu_count() or 1, math.ceil((num_workers or 1) * num_cpus))
                 with ray_session(address, cpus) as ray:
                     there = ray.cluster_resources()
                     asked = Asked(num_workers, num_cpus, num_gpus, device)

@@ -190,6 +190,7 @@ def _progress() -> Iterator[Callable[[int, int, int], None]]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     task = bar.add_task("starting workers", total=None)
 
