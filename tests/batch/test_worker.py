@@ -81,7 +81,7 @@ def test_a_block_is_drawn(orders: Orders, tasks: list[Task]) -> None:
 def test_warnings_come_with_the_report(orders: Orders, tasks: list[Task]) -> None:
     """A worker's terminal is nobody's."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         report = draw(dataclasses.replace(orders, call=CALL | {"width": 96}), tasks[:1])
     assert report.errors == {}
     (line,) = report.warnings
