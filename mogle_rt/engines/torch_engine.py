@@ -12,6 +12,7 @@ from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import ModelConfig
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.fast.course import Course
+from mogle_rt.fast.settings import FastConfig
 from mogle_rt.linear.formats import choose_format
 from mogle_rt.loop.buffers import StepInputs
 from mogle_rt.loop.graphs import Runner, Runners, with_room
@@ -162,9 +163,10 @@ class TorchEngine:
             visibility=Visibility.of(self.model, c.condition_scale),
             add_cond_attn=self.model.add_cond_attn,
         )
-        extrapolates = c.fast is not None and c.fast.extrapolates
-        held = (self.styles.shape, c.kept is None, extrapolates)
-        shapes = {kind: (batch, capacity, layout, kind, *held) for kind in (Bank, Fused)}
+        fast = c.fast or FastConfig()
+        holds = {"extrapolates": fast.extrapolates, "keeps_condition": fast.keeps_condition}
+        others = (self.styles.shape, c.kept is None, *holds.values())
+        shapes = {kind: (batch, capacity, layout, kind, *others) for kind in (Bank, Fused)}
         self._runner = None  # if its shapes are not kept, this frees its buffers before new ones are made
         inputs = with_room(
             lambda: self._inputs(c, schedule, capacity, shapes),
@@ -173,9 +175,7 @@ class TorchEngine:
         self._runner = self._runners.get(
             shapes[type(inputs.mixture)],
             inputs,
-            lambda: Step(
-                self.styles.beside(self.transformer), self.mogle, inputs, layout, self.ops, extrapolates=extrapolates
-            ),
+            lambda: Step(self.styles.beside(self.transformer), self.mogle, inputs, layout, self.ops, **holds),
         )
         self.styles.fill(self._runner.step.transformer)
         self._position, self._course = Position(len(schedule)), Course.of(c.fast, schedule)

@@ -27,8 +27,14 @@ class VelocityLoop(ABC):
     _velocities: list[Tensor]  # of the last two computed steps, [B, N, 64]
 
     def follow(self, schedule: Schedule, device: torch.device, conditions: Conditions | None = None) -> None:
-        """Set the schedule of the next run, what it keeps of an image, and what it leaves out."""
+        """Set the schedule of the next run, what it keeps of an image, and what it leaves out.
+
+        Raises:
+            ConfigError: it leaves out more than steps.
+        """
         kept, fast = (None, None) if conditions is None else (conditions.kept, conditions.fast)
+        if fast is not None:
+            fast.check_exported()
         self._sigmas = schedule.sigmas.to(device)
         self._position = Position(len(schedule))
         self._course, self._velocities = Course.of(fast, schedule), []

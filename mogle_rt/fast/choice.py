@@ -145,5 +145,8 @@ class FastModes:
 
     @fast.setter
     def fast(self, asked: str | FastConfig | Mapping[str, Any] | None) -> None:
-        self._fast = chosen(asked, self.bundle)
+        config = chosen(asked, self.bundle)
+        if config is not None and self._options["engine"] != "torch":
+            config.check_exported()
+        self._fast = config
         self._options = self._options | {"fast": asked}

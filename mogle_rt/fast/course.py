@@ -21,6 +21,7 @@ class Kind(enum.Enum):
     """What a step computes."""
 
     WHOLE = "whole"  # everything
+    KEPT = "kept"  # text and image; the condition's keys and values are those of an earlier step
     REUSED = "reused"  # nothing: the velocity follows from earlier steps
 
 
@@ -38,7 +39,7 @@ class Way:
     weight: float = 0.0
 
 
-WHOLE = Way(Kind.WHOLE)
+WHOLE, KEPT = Way(Kind.WHOLE), Way(Kind.KEPT)
 
 
 def computed_steps(mask: Sequence[bool] | None, steps: int, first: int = 0) -> list[bool]:
@@ -86,8 +87,8 @@ def ways_of(config: FastConfig | None, sigmas: Sequence[float], first: int = 0) 
     last: list[int] = []  # the computed steps so far
     for k, computed in enumerate(computed_steps(config.mask, len(sigmas), first)):
         if computed or k < first:
+            ways.append(KEPT if len(last) % config.refresh_every else WHOLE)
             last += [k] if computed else []
-            ways.append(WHOLE)
         elif config.order == 0 or len(last) < 2:
             ways.append(Way(Kind.REUSED))
         else:

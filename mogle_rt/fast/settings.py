@@ -13,7 +13,7 @@ from mogle_rt.errors import ConfigError
 from mogle_rt.values import Range, quoted, read_json, whole
 
 MOST_STEPS_IN_MASK = 10_000
-ORDERS = Range(0, 1)
+ORDERS, INTERVALS = Range(0, 1), Range(1, MOST_STEPS_IN_MASK)
 
 
 def _mask(computed: Sequence[int], reused: Sequence[int]) -> str:
@@ -43,6 +43,9 @@ class FastConfig(Options):
             first and the last step of a run are computed in any case. None: all steps are computed.
         order: how the velocity follows from earlier steps. 0: it is the last one that was computed. 1: the last two are
             continued in a straight line over the noise level.
+        refresh_every: k: of the computed steps, the first and every k-th after it compute the condition's rows too. The
+            others compute text and image alone, and attend to the keys and values that the condition had last. 1: all
+            compute everything. More than 1 needs engine torch.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -50,11 +53,13 @@ class FastConfig(Options):
 
     steps_mask: str | None = None
     order: int = 1
+    refresh_every: int = 1
 
     def __post_init__(self) -> None:
         if self.steps_mask is not None:
             object.__setattr__(self, "steps_mask", _checked_mask(self.steps_mask))
-        object.__setattr__(self, "order", whole(self.order, "FastConfig: order", ORDERS))
+        whole(self.order, "FastConfig: order", ORDERS)
+        whole(self.refresh_every, "FastConfig: refresh_every", INTERVALS)
 
     @property
     def mask(self) -> tuple[bool, ...] | None:
@@ -68,9 +73,25 @@ class FastConfig(Options):
         return self.mask is not None and self.order == 1
 
     @property
+    def keeps_condition(self) -> bool:
+        """Whether some steps leave out the condition's rows."""
+        return self.refresh_every > 1
+
+    @property
     def exact(self) -> bool:
         """Whether nothing is left out."""
-        return self.mask is None
+        return self.mask is None and not self.keeps_condition
+
+    def check_exported(self) -> None:
+        """Check that an exported engine, which computes whole steps alone, can run it.
+
+        Raises:
+            ConfigError: it can't.
+        """
+        if self.keeps_condition:
+            raise ConfigError(
+                f"refresh_every={self.refresh_every} needs engine torch: exported engines compute whole steps; leave it out"
+            )
 
     @classmethod
     def parse(cls, text: str) -> FastConfig:

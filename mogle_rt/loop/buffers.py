@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, fields, is_dataclass
 
 import torch
@@ -56,7 +57,7 @@ class Buffers:
         x: [L, B, D], the residual stream. image: its image rows. y: [L, B, D + Q], the output of a sublayer.
         normed: [L, B, D + R], the input of a sublayer. Once it has been read, attention writes its result there too,
             unless the result belongs in ``beside``.
-        qkv: [L, B, 3 D].
+        qkv: [L, B, 3 D]. joint: the same memory, which holds every row also where a step computes fewer.
         hidden: [L, B, 4 D], the hidden layer of MLPs.
         scratch: [L, B, 4 D], shares the memory of qkv, because GELU runs before q, k and v are written or after their
             last use.
@@ -89,10 +90,18 @@ class Buffers:
         self.beside = made.get("beside")
         self.hidden = first_columns(made["hidden"] if self.beside is None else self.beside, layout.total, 4 * D)
         self.qkv = self.scratch.view(-1)[: layout.total * batch * 3 * D].view(layout.total, batch, 3 * D)
-        self.image = self.x[layout.image_rows]
+        self.joint, self.image = self.qkv, self.x[layout.image_rows]
         self.clips = like.dtype == torch.float16
         self.index = torch.zeros(1, dtype=torch.int64, device=like.device)
         self.nbytes = sum(t.nbytes for t in (*made.values(), self.index))
+
+    def without_condition(self, layout: Layout) -> Buffers:
+        """The same memory for the rows of text and image alone. ``joint`` still holds q, k and v of every row."""
+        own, rows = copy.copy(self), slice(layout.condition_from)
+        own.x, own.y, own.normed, own.scratch = self.x[rows], self.y[rows], self.normed[rows], self.scratch[rows]
+        own.hidden, own.qkv, own.tokens = self.hidden[rows], self.qkv[rows], self.latents
+        own.beside = None if self.beside is None else self.beside[rows]
+        return own
 
 
 def buffer_shapes(

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from mogle_rt.loop.buffers import Buffers
+from mogle_rt.model.layout import Layout
+from mogle_rt.model.modulation import StepModulation
+from mogle_rt.model.transformer import Transformer
 
 
 class Difference:
@@ -35,3 +42,45 @@ class Difference:
     def continued(self) -> Tensor:
         """The velocity that is expected, float32."""
         return torch.addcmul(self._velocity, self._difference, self.weight, out=self._continued)
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """What a block keeps of the condition's rows.
+
+    Attributes:
+        keys_values: [C, B, 2 D], as attention reads them, after norm and rotation.
+        shared: [C, B, D], what the switch add_cond_attn adds to the image's rows, before its gate; None without it.
+        gate: [B, D], this gate, which no step changes.
+    """
+
+    keys_values: Tensor
+    shared: Tensor | None = None
+    gate: Tensor | None = None
+
+
+class KeptCondition:
+    """What all blocks keep of the condition's rows, from the last step that computed them.
+
+    These rows depend on the step in two ways: the gate of the mixture reads the latents and the time, and in attention
+    they see text and image. Their modulation is constant. So what is kept is an approximation in later steps.
+
+    Attributes:
+        rows: for each block, in order.
+        buffers: the tensors that hold them.
+    """
+
+    def __init__(self, transformer: Transformer, b: Buffers, layout: Layout, modulation: StepModulation) -> None:
+        blocks, singles, batch, width = len(transformer.blocks), len(transformer.single_blocks), *b.x.shape[1:]
+        self.buffers = [b.x.new_zeros(shape) for shape in kept_shapes(blocks, singles, layout, batch, width)]
+        keys_values, *shared = self.buffers
+        self.rows = [KeptRows(of_block) for of_block in keys_values]
+        if shared:
+            self.rows[:blocks] = map(KeptRows, keys_values[:blocks], shared[0], modulation.double[:, 2, 2])
+
+
+def kept_shapes(blocks: int, singles: int, layout: Layout, batch: int, width: int) -> list[tuple[int, ...]]:
+    """The shapes of the buffers of `KeptCondition`."""
+    rows = (layout.condition, batch)
+    shared = [(blocks, *rows, width)] if layout.add_cond_attn and blocks else []
+    return [(blocks + singles, *rows, 2 * width), *shared]

@@ -1,8 +1,6 @@
 """One denoising step, as a fixed sequence of operations over fixed buffers.
 
-A chain of sublayers updates the residual stream x: x += gate * f(LayerNorm(x) * scale + shift). Each addition is done
-together with the norm of the next sublayer. Everything that depends on the shapes of a run (views, rows, switches) is
-worked out once, when a `Step` is made. After that, a step reads and writes the same memory each time, never waits and
+Everything that depends on the shapes of a run (views, rows, switches) is worked out once, when a `Step` is made. After that, a step reads and writes the same memory each time, never waits and
 has no branches that depend on data. So it can be captured in a CUDA graph, and one graph serves every step, because the
 step's number is in a buffer too. (On a CPU, where nothing is captured, a library may allocate the result of a product.)
 """
@@ -17,12 +15,10 @@ import torch
 from torch import Tensor
 
 from mogle_rt.fast.course import Kind
-from mogle_rt.linear.layer import Product
-from mogle_rt.linear.views import first_columns, flat
 from mogle_rt.loop.blend import Blend
 from mogle_rt.loop.buffers import Buffers, StepInputs, shape_and_place, tensors_of
-from mogle_rt.loop.reuse import Difference
-from mogle_rt.loop.sublayers import DoubleAttention, DoubleMlp, LastSingle, NormArguments, Single, Sublayer
+from mogle_rt.loop.chain import Chain
+from mogle_rt.loop.reuse import Difference, KeptCondition
 from mogle_rt.model.layout import Layout
 from mogle_rt.model.mixture import MixtureOfExperts
 from mogle_rt.model.transformer import Transformer
@@ -56,6 +52,7 @@ class Step:
         layout: the rows and the switches.
         ops: see `mogle_rt.ops.choice`.
         extrapolates: whether steps that aren't computed need the difference of the last two velocities.
+        keeps_condition: whether steps are asked for that leave out the condition's rows.
     """
 
     def __init__(
@@ -67,6 +64,7 @@ class Step:
         ops: Ops,
         *,
         extrapolates: bool = False,
+        keeps_condition: bool = False,
     ) -> None:
         self.transformer, self.mogle, self.inputs, self.ops = transformer, mogle, inputs, ops
         self.buffers = b = Buffers(transformer, layout, inputs.text.shape[1], inputs.log_scale)
@@ -75,31 +73,25 @@ class Step:
         self.sigma_step = inputs.sigma_steps[:1].clone()
         self.blend = None if inputs.kept is None else Blend(inputs.kept)
         self.difference = Difference(b.velocity) if extrapolates else None
-        self.links: list[Sublayer] = []
-        for block, mod in zip(transformer.blocks, self.modulation.double, strict=True):
-            self.links.append(DoubleAttention(block, mod, b, inputs.rope, layout, ops))
-            self.links.append(DoubleMlp(block, mod, b, layout, ops))
-        for single, mod in zip(transformer.single_blocks, self.modulation.single, strict=True):
-            kind = LastSingle if single.last else Single
-            self.links.append(kind(single, mod, b, inputs.rope, layout, ops))
-        scale, shift = self.modulation.out
-        normed = first_columns(b.normed, layout.image, transformer.config.width)
-        last = NormArguments(b.image, scale, shift, (layout.image,), normed)
-        self.first_norm = ops.norm_modulate(*self.links[0].norm)
-        norms = [link.norm for link in self.links[1:]] + [last]
-        self.joints = [link.joined(norm) for link, norm in zip(self.links, norms, strict=True)]
-        self.embed = Product(transformer.x_embedder, b.x[layout.text :], layout.streams_after_text)
-        self.project_out = Product(transformer.proj_out, b.velocity, layout.image_stream)
-        self.tokens, self.last_normed, self.x_text = flat(b.tokens), flat(last.out), b.x[: layout.text]
+        self.kept = KeptCondition(transformer, b, layout, self.modulation) if keeps_condition else None
+        rows = None if self.kept is None else self.kept.rows
+        parts = (b, inputs.rope, layout, ops, rows)
+        self.chains = {Kind.WHOLE: Chain(transformer, self.modulation, *parts)}
+        if self.kept is not None:
+            parts = (b.without_condition(layout), inputs.rope, layout.without_condition, ops, rows)
+            self.chains[Kind.KEPT] = Chain(transformer, self.modulation.without_condition, *parts)
+        self.x_text = b.x[: layout.text]
         reused = Section(range(0), first=True, last=True, kind=Kind.REUSED)
-        self.sections = {Kind.WHOLE: self._cut(), Kind.REUSED: [reused]}
+        self.sections = {kind: self._cut(kind) for kind in self.chains} | {Kind.REUSED: [reused]}
 
-    def _cut(self) -> list[Section]:
+    def _cut(self, kind: Kind) -> list[Section]:
         """The step, cut where the weights of streamed sublayers are needed. Without any it is one section."""
-        count, streamed = len(self.links), self.transformer.streamed
+        count, streamed = len(self.chains[kind].links), self.transformer.streamed
         starts = [0, *streamed]
         return [
-            Section(range(start, end), streamed.get(start) if number else None, number == 0, number == len(streamed))
+            Section(
+                range(start, end), streamed.get(start) if number else None, number == 0, number == len(streamed), kind
+            )
             for number, (start, end) in enumerate(zip(starts, [*streamed, count], strict=True))
         ]
 
@@ -131,7 +123,8 @@ class Step:
         """The inputs, and the buffers outside of `Buffers`."""
         blend = [] if self.blend is None else self.blend.buffers
         difference = [] if self.difference is None else self.difference.buffers
-        return tensors_of((self.inputs, self.modulation, self.time, self.sigma_step, blend, difference))
+        kept = [] if self.kept is None else self.kept.buffers
+        return tensors_of((self.inputs, self.modulation, self.time, self.sigma_step, blend, difference, kept))
 
     @property
     def carried(self) -> list[Tensor]:
@@ -194,15 +187,13 @@ class Step:
 
     def _transform(self, section: Section) -> None:
         """The part of the transformer that belongs to a section."""
+        chain = self.chains[section.kind]
         if section.first:
             self.x_text.copy_(self.inputs.text)
-            self.embed(self.tokens)
-            self.first_norm()
-        for place in section.links:
-            self.links[place].run()
-            self.joints[place]()
+            chain.begin()
+        chain.run(section.links)
         if section.last:
-            self.project_out(self.last_normed)
+            chain.end()
 
     def run(self, section: Section) -> None:
         """Compute a section of the step. Its streamed weights must be in memory, see `weights_of`."""
@@ -212,7 +203,8 @@ class Step:
             return
         if section.first:
             self.select()
-            self.condition()
+            if section.kind is Kind.WHOLE:
+                self.condition()
             if self.difference is not None:
                 self.difference.before()
         self._transform(section)
@@ -232,7 +224,7 @@ class Step:
         """Run one step of the loop: compute the velocity, update the latents, and increase the index.
 
         Args:
-            kind: what is computed. A reused step needs a velocity of the same run, see `mogle_rt.fast.course`.
+            kind: what is computed. All but whole steps need earlier ones of the same run, see `mogle_rt.fast.course`.
         """
         for section in self.sections[kind]:
             with self.weights_of(section):

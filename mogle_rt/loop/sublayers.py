@@ -11,6 +11,7 @@ from mogle_rt.linear.branches import Streams
 from mogle_rt.linear.layer import Product
 from mogle_rt.linear.views import first_columns, flat
 from mogle_rt.loop.buffers import Buffers
+from mogle_rt.loop.reuse import KeptRows
 from mogle_rt.model.layout import Layout
 from mogle_rt.model.transformer import DoubleBlock, SingleBlock
 from mogle_rt.ops.contract import Ops, Prepared
@@ -83,10 +84,39 @@ def heads(x: Tensor, batch: int, parts: int, size: int) -> Tensor:
     return x.view(-1, batch, parts, x.shape[1] // parts // size, size)
 
 
+class Exchange:
+    """Keeps the condition's keys and values for later steps, or puts back those that were kept, if this step has none.
+
+    Args:
+        keys_values: [L, B, 2 D], of all rows.
+        kept: None does nothing.
+    """
+
+    def __init__(self, keys_values: Tensor, layout: Layout, kept: KeptRows | None) -> None:
+        self._copies: tuple[Tensor, Tensor] | None = None  # to, from
+        if kept is not None:
+            present = keys_values[layout.condition_from :]
+            self._copies = (kept.keys_values, present) if layout.condition else (present, kept.keys_values)
+
+    def __call__(self) -> None:
+        if self._copies is not None:
+            to, source = self._copies
+            to.copy_(source)
+
+
 class DoubleAttention(Sublayer):
     """Attention of a double block: text and the rest have their own qkv and output layers and are attended jointly."""
 
-    def __init__(self, block: DoubleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
+    def __init__(
+        self,
+        block: DoubleBlock,
+        mod: Tensor,
+        b: Buffers,
+        rope: Tensor,
+        layout: Layout,
+        ops: Ops,
+        kept: KeptRows | None = None,
+    ) -> None:
         self.ops, self.layout = ops, layout
         T, D, bounds = layout.text, b.x.shape[-1], layout.double_bounds
         text, rest = layout.text_stream, layout.streams_after_text
@@ -98,19 +128,21 @@ class DoubleAttention(Sublayer):
         self.context_qkv = Product(block.context_qkv, b.qkv[:T], text)
         self.project_qkv = Product(block.qkv, b.qkv[T:], rest)
         qkv = heads(flat(b.qkv), b.x.shape[1], 3, block.norm_qk.shape[-1])
-        self.norm_rope = ops.qk_norm_rope(qkv, block.norm_qk, (T, layout.total), rope)
+        self.norm_rope = ops.qk_norm_rope(qkv, block.norm_qk, (T, layout.total), rope[: layout.total])
+        self.exchange = Exchange(b.joint[..., D:], layout, kept)
         attended = first_columns(b.normed, layout.total, D)  # this memory is free once q, k and v are computed
-        q, k, v = qkv.unbind(2)
+        q, (_, k, v) = qkv[:, :, 0], heads(flat(b.joint), b.x.shape[1], 3, block.norm_qk.shape[-1]).unbind(2)
         self.attend = ops.joint_attention(q, k, v, layout.condition_from, b.plan, b.scores, attended)
         self.context_out = Product(block.context_out, y[:T], text)
         self.out = Product(block.out, y[T:], rest)
         self.text_rows = T * b.x.shape[1]
-        self.shares_condition = layout.add_cond_attn and layout.condition > 0
+        self.shares_condition, self.kept = layout.add_cond_attn, kept
 
     def run(self) -> None:
         self.context_qkv(self.normed_text)
         self.project_qkv(self.normed_rest)
         self.norm_rope()
+        self.exchange()
         attention = flat(self.attend())
         self.context_out(attention[: self.text_rows])
         self.out(attention[self.text_rows :])
@@ -118,12 +150,19 @@ class DoubleAttention(Sublayer):
             self._share_condition()
 
     def _share_condition(self) -> None:
-        """Add the condition's gated output to the image rows too."""
-        a, c = self.addition, self.layout.condition_from
-        y = a.y[c:, :, : a.x.shape[-1]]
-        if a.lora_up is not None:
-            y = y + a.y[c:, :, a.x.shape[-1] :] @ a.lora_up
-        a.x[self.layout.text : c].addcmul_(a.gate[2], y)
+        """Add the condition's gated output to the image rows too; if this step has none, the one that was kept."""
+        a, c, kept = self.addition, self.layout.condition_from, self.kept
+        if self.layout.condition:
+            y, gate = a.y[c:, :, : a.x.shape[-1]], a.gate[2]
+            if a.lora_up is not None:
+                y = y + a.y[c:, :, a.x.shape[-1] :] @ a.lora_up
+            if kept is not None and kept.shared is not None:
+                kept.shared.copy_(y)
+        elif kept is not None and kept.shared is not None and kept.gate is not None:
+            y, gate = kept.shared, kept.gate
+        else:
+            return
+        a.x[self.layout.text : c].addcmul_(gate, y)
 
 
 class DoubleMlp(Sublayer):
@@ -189,7 +228,16 @@ class SingleOut:
 class Single(Sublayer):
     """A single block: attention and MLP side by side."""
 
-    def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
+    def __init__(
+        self,
+        block: SingleBlock,
+        mod: Tensor,
+        b: Buffers,
+        rope: Tensor,
+        layout: Layout,
+        ops: Ops,
+        kept: KeptRows | None = None,
+    ) -> None:
         self.ops = ops
         bounds, streams = layout.single_bounds, layout.streams
         normed = first_columns(b.normed, layout.total, block.qkv_mlp.in_columns)
@@ -199,9 +247,10 @@ class Single(Sublayer):
         self.normed = flat(normed)
         self.project_qkv = Product(block.qkv_mlp, b.qkv, streams, columns=block.columns.qkv)
         qkv = heads(flat(b.qkv), b.x.shape[1], 3, block.norm_qk.shape[-1])
-        self.norm_rope = ops.qk_norm_rope(qkv, block.norm_qk, (layout.total,), rope)
+        self.norm_rope = ops.qk_norm_rope(qkv, block.norm_qk, (layout.total,), rope[: layout.total])
+        self.exchange = Exchange(b.joint[..., b.x.shape[-1] :], layout, kept)
         self.out = SingleOut(block, b, slice(None), y, streams)
-        q, k, v = qkv.unbind(2)
+        q, (_, k, v) = qkv[:, :, 0], heads(flat(b.joint), b.x.shape[1], 3, block.norm_qk.shape[-1]).unbind(2)
         self.attend = ops.joint_attention(q, k, v, layout.condition_from, b.plan, b.scores, self.out.attention)
         columns, hidden = block.columns.mlp, self.out.hidden
         self.project_mlp = Product(block.qkv_mlp, hidden, streams, columns=columns, gelu_scratch=b.scratch)
@@ -210,13 +259,23 @@ class Single(Sublayer):
         self.project_mlp(self.normed)
         self.project_qkv(self.normed)
         self.norm_rope()
+        self.exchange()
         self.out(self.attend())
 
 
 class LastSingle(Sublayer):
     """The last single block. Only its image rows are needed, so q and MLP are computed for these, k and v for all."""
 
-    def __init__(self, block: SingleBlock, mod: Tensor, b: Buffers, rope: Tensor, layout: Layout, ops: Ops) -> None:
+    def __init__(
+        self,
+        block: SingleBlock,
+        mod: Tensor,
+        b: Buffers,
+        rope: Tensor,
+        layout: Layout,
+        ops: Ops,
+        kept: KeptRows | None = None,
+    ) -> None:
         self.ops = ops
         D, streams, columns = b.x.shape[-1], layout.streams, block.columns
         image, image_stream = layout.image_rows, layout.image_stream
@@ -226,17 +285,19 @@ class LastSingle(Sublayer):
         gate, up = mod[2][:1], block.out.after_it(image_stream)
         self.addition = AdditionArguments(b.image, y, gate, (layout.image,), *up, b.clips)
         self.normed, self.normed_image = flat(normed), flat(normed[image])
-        kv = first_columns(b.qkv, layout.total, 2 * D)
-        q = b.qkv.view(-1)[kv.numel() :][: b.image.numel()].view(b.image.shape)
+        joint_kv = first_columns(b.joint, len(b.joint), 2 * D)
+        kv = joint_kv[: layout.total]
+        q = b.joint.view(-1)[joint_kv.numel() :][: b.image.numel()].view(b.image.shape)
         self.project_kv = Product(block.qkv_mlp, kv, streams, columns=columns.kv)
         self.project_q = Product(block.qkv_mlp, q, image_stream, columns=columns.q)
         batch, size = b.x.shape[1], block.norm_qk.shape[-1]
         q_heads, kv_heads = heads(flat(q), batch, 1, size), heads(flat(kv), batch, 2, size)
         self.norm_rope_q = ops.qk_norm_rope(q_heads, block.norm_qk[:, :1], (layout.image,), rope[image])
-        self.norm_rope_k = ops.qk_norm_rope(kv_heads, block.norm_qk[:, 1:], (layout.total,), rope)
+        self.norm_rope_k = ops.qk_norm_rope(kv_heads, block.norm_qk[:, 1:], (layout.total,), rope[: layout.total])
+        self.exchange = Exchange(joint_kv, layout, kept)
         self.out = SingleOut(block, b, image, y, image_stream)
         # Image queries belong to "the rest" under every switch. The condition's own queries are left out.
-        q, (k, v) = q_heads[:, :, 0], kv_heads.unbind(2)
+        q, (k, v) = q_heads[:, :, 0], heads(flat(joint_kv), batch, 2, size).unbind(2)
         self.attend = ops.joint_attention(q, k, v, layout.condition_from, b.plan, b.scores, self.out.attention)
         self.project_mlp = Product(
             block.qkv_mlp, self.out.hidden, image_stream, columns=columns.mlp, gelu_scratch=b.scratch[image]
@@ -248,4 +309,5 @@ class LastSingle(Sublayer):
         self.project_q(self.normed_image)
         self.norm_rope_q()
         self.norm_rope_k()
+        self.exchange()
         self.out(self.attend())

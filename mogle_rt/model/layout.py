@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mogle_rt.linear.branches import Streams
 from mogle_rt.ops.attention import Visibility
@@ -23,6 +23,11 @@ class Layout:
     condition: int
     visibility: Visibility = Visibility.JOINT
     add_cond_attn: bool = False
+
+    @property
+    def without_condition(self) -> Layout:
+        """The same without the condition's rows; ``condition_from`` stays."""
+        return replace(self, condition=0)
 
     @property
     def condition_from(self) -> int:

@@ -55,6 +55,11 @@ class StepModulation:
     single: Tensor
     out: Tensor
 
+    @property
+    def without_condition(self) -> StepModulation:
+        """The same memory for the groups of text and image alone."""
+        return StepModulation(self.double[:, :, :2], self.single[:, :, :1], self.out)
+
 
 @dataclass(frozen=True)
 class ModulationTables:
