@@ -338,7 +338,7 @@ class Pipeline(DiffusersHabits, FitsMemory, FastModes, LoraMethods, EditMethods)
             with stage("denoise"):
                 packed = denoise_for(self, latents, schedule, first, callback_on_step_end, bar)
             report.interrupted, report.execution = self._interrupt, self.engine.execution
-            report.computed_steps = self.engine.computed_steps
+            report.computed_steps, report.condition_steps = self.engine.computed_steps, self.engine.condition_steps
             report.weights = self.engine.weight_formats
             images = packed
             if output_type != "latent":

@@ -30,7 +30,7 @@ class RunReport:
     """A report on the last call.
 
     ``steps``: of the schedule, from the first that was run; ``computed_steps``: those in which the model was computed,
-    which are fewer in a fast mode. ``execution``: how steps were run, "cuda graph" or "eager: …" with the reason.
+    and ``condition_steps``: those of them that computed the condition too. In a fast mode these are fewer. ``execution``: how steps were run, "cuda graph" or "eager: …" with the reason.
     ``weights``: the formats and sizes of the weights that the steps used, such as "packed 1.2 GB, plain 0.1 GB";
     formats differ in their rounding. ``seconds``: wall-clock time of each stage (text, mask, prepare, denoise, decode).
     """
@@ -38,6 +38,7 @@ class RunReport:
     batch_size: int = 0
     steps: int = 0
     computed_steps: int = 0
+    condition_steps: int = 0
     interrupted: bool = False
     execution: str = ""
     weights: str = ""

@@ -54,7 +54,8 @@ class Engine(Denoiser, Protocol):
     """An engine: `Denoiser` for the loop, and ``prepare``, which computes what no step changes before the loop.
 
     ``execution`` says how steps are run, ``weight_formats`` in which formats the weights are held, and
-    ``computed_steps`` how many steps were computed since `prepare`.
+    ``computed_steps`` how many steps were computed since `prepare`, and ``condition_steps`` how many of these computed the
+    condition too.
     """
 
     @property
@@ -65,5 +66,8 @@ class Engine(Denoiser, Protocol):
 
     @property
     def computed_steps(self) -> int: ...
+
+    @property
+    def condition_steps(self) -> int: ...
 
     def prepare(self, conditions: Conditions, schedule: Schedule) -> object: ...

@@ -313,6 +313,11 @@ class TorchEngine:
         return self._course.computed
 
     @property
+    def condition_steps(self) -> int:
+        """How many of these steps computed the condition too."""
+        return self._course.with_condition
+
+    @property
     def execution(self) -> str:
         """How steps are run, see `Runner`."""
         return "not prepared" if self._runner is None else self._runner.execution

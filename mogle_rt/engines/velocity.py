@@ -86,6 +86,11 @@ class VelocityLoop(ABC):
         """How many steps were computed since the run was prepared."""
         return self._course.computed
 
+    @property
+    def condition_steps(self) -> int:
+        """How many of these steps computed the condition too."""
+        return self._course.with_condition
+
     def latents(self) -> Tensor:
         """A copy of the latents after the last `advance`: [B, N, 64]."""
         return self._latents.clone()

@@ -114,11 +114,11 @@ class Course:
         sigmas: the noise level of each step.
 
     Attributes:
-        computed: how many steps were computed.
+        computed: how many steps were computed. with_condition: how many of them computed the condition too.
     """
 
     def __init__(self, config: FastConfig | None, sigmas: Sequence[float]) -> None:
-        self.config, self.computed = config, 0
+        self.config, self.computed, self.with_condition = config, 0, 0
         self._sigmas = list(sigmas)
         self.begin(0)
 
@@ -146,4 +146,5 @@ class Course:
     def done(self, k: int) -> None:
         """Note that step k was done in its way."""
         self.computed += self._ways[k].kind is not Kind.REUSED
+        self.with_condition += self._ways[k].kind is Kind.WHOLE
         self._next, self._fresh = k + 1, False

@@ -159,10 +159,12 @@ class WeightFormat(ABC):
         dtype: the dtype of the activations.
         wants: the form that the product gives the rows of its input before it multiplies. None: they are used as they are.
         path: how products are computed, in a word for reports, if a format has several ways; otherwise "".
+        narrows: whether a product can leave out the last columns of the input, and compute any first ones of the output.
     """
 
     name: ClassVar[str]
     streamable: ClassVar[bool] = False
+    narrows: ClassVar[bool] = False
     shape: tuple[int, int]
     dtype: torch.dtype
     wants: RowForm | None = None
@@ -215,8 +217,8 @@ class WeightFormat(ABC):
         Args:
             out: [rows, columns], where the result may be written. A library may instead allocate its own result.
             bias: [columns].
-            columns: which columns of the output to compute; one of the ``parts`` given to `load`.
-            widths: widths of the inputs that stand side by side; their sum is ``shape[1]``.
+            columns: which columns of the output to compute; one of the ``parts`` given to `load`, or any if it `narrows`.
+            widths: widths of the inputs that stand side by side; their sum is ``shape[1]``, or less if it `narrows`.
             gelu: apply GELU (tanh form) if the product can include it without a separate pass.
 
         Returns:

@@ -95,6 +95,24 @@ class Linear:
         """The number of output columns, including extra columns."""
         return self.weight.shape[0]
 
+    def _idle(self, branch: LowRankBranch | None, streams: Streams) -> bool:
+        """Whether a branch's extra columns are left out, because a stream that it acts on is there without rows.
+
+        (If the stream isn't named at all, they are computed and not used.)
+        """
+        without_rows = {name for name, count in streams if not count}
+        if branch is None or not self.weight.narrows or not branch.streams & without_rows:
+            return False
+        return not branch.spans(streams)
+
+    def in_columns_of(self, streams: Streams) -> int:
+        """The number of input columns that a product for these streams needs."""
+        return self.in_columns - (self.before.rank if self.before and self._idle(self.before, streams) else 0)
+
+    def out_columns_of(self, streams: Streams) -> int:
+        """The number of output columns that a product for these streams computes."""
+        return self.out_columns - (self.after.rank if self.after and self._idle(self.after, streams) else 0)
+
     @property
     def nbytes(self) -> int:
         """Bytes held: weight, bias and branches."""
@@ -110,7 +128,9 @@ class Linear:
         Args:
             streams: the streams of all rows of the input.
         """
-        return (None, 0) if self.before is None else (self.before.down, self.before.tail_from(streams))
+        if self.before is None or self._idle(self.before, streams):
+            return None, 0
+        return self.before.down, self.before.tail_from(streams)
 
     def after_it(self, streams: Streams) -> tuple[Tensor | None, int]:
         """B, to use the extra output columns, and the first position that it applies to.
@@ -120,7 +140,9 @@ class Linear:
         Args:
             streams: the streams of all rows of the output.
         """
-        return (None, 0) if self.after is None else (self.after.up, self.after.tail_from(streams))
+        if self.after is None or self._idle(self.after, streams):
+            return None, 0
+        return self.after.up, self.after.tail_from(streams)
 
 
 class _Added:
@@ -154,7 +176,8 @@ class Product:
         layer: its weight and branches are taken as they are now.
         out: [l, B, out_columns or fewer].
         streams: the streams of the l positions.
-        columns: which columns of the layer's output to compute: all of them if a branch uses extra output columns.
+        columns: which columns of the layer's output to compute: all of them if a branch uses extra output columns. (If
+            ``out`` has room for fewer, the extra ones are left out.)
         split: widths of the inputs that stand side by side; by default there is one input.
         gelu_scratch: if given, GELU (tanh form) is applied to the result, with this scratch memory of out's shape.
         stays: the result must be in ``out``. If False, it may be in memory that a library allocated.
@@ -173,6 +196,8 @@ class Product:
     ) -> None:
         assert sum(count for _, count in streams) == len(out), f"{streams} are not {len(out)} positions"
         self._out, self._stays, batch = flat(out), stays, out.shape[1]
+        if columns == slice(None) and out.shape[2] < layer.out_columns:
+            columns = slice(out.shape[2])
         self._added: list[_Added] = []
         for branch in layer.branches:
             if spans := branch.spans(streams):
@@ -186,7 +211,7 @@ class Product:
             self._out,
             layer.bias[columns],
             columns=columns,
-            widths=split or (layer.in_columns,),
+            widths=split or (layer.in_columns_of(streams),),
             gelu=gelu_scratch is not None and not self._added,  # GELU comes after the branches
         )
         self._scratch = None if gelu_scratch is None or gelu_done else flat(gelu_scratch)

@@ -17,6 +17,7 @@ class PlainWeight(WeightFormat):
 
     name = "plain"
     streamable = True
+    narrows = True
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix, self.dtype = matrix, matrix.dtype
@@ -68,7 +69,7 @@ class PlainWeight(WeightFormat):
         self, out: Tensor, bias: Tensor, *, columns: slice, widths: tuple[int, ...], gelu: bool
     ) -> tuple[Multiply, bool]:
         """See `WeightFormat.product`."""
-        return dense_product(self.matrix[columns], out, bias, widths, gelu=gelu)
+        return dense_product(self.matrix[columns, : sum(widths)], out, bias, widths, gelu=gelu)
 
 
 def dense_product(

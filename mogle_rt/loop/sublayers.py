@@ -120,8 +120,8 @@ class DoubleAttention(Sublayer):
         self.ops, self.layout = ops, layout
         T, D, bounds = layout.text, b.x.shape[-1], layout.double_bounds
         text, rest = layout.text_stream, layout.streams_after_text
-        normed = first_columns(b.normed, layout.total, block.qkv.in_columns)
-        y = first_columns(b.y, layout.total, block.out.out_columns)
+        normed = first_columns(b.normed, layout.total, block.qkv.in_columns_of(layout.streams))
+        y = first_columns(b.y, layout.total, block.out.out_columns_of(layout.streams))
         self.norm = NormArguments(b.x, mod[1], mod[0], bounds, normed, *block.qkv.before_it(layout.streams))
         self.addition = AdditionArguments(b.x, y, mod[2], bounds, *block.out.after_it(layout.streams))
         self.normed_text, self.normed_rest = flat(normed[:T, :, :D]), flat(normed[T:])
@@ -173,7 +173,7 @@ class DoubleMlp(Sublayer):
         T, D, bounds = layout.text, b.x.shape[-1], layout.double_bounds
         text, rest = layout.text_stream, layout.streams_after_text
         normed = first_columns(b.normed, layout.total, D)
-        y = first_columns(b.y, layout.total, block.ff_out.out_columns)
+        y = first_columns(b.y, layout.total, block.ff_out.out_columns_of(layout.streams))
         self.norm = NormArguments(b.x, mod[4], mod[3], bounds, normed)
         self.addition = AdditionArguments(b.x, y, mod[5], bounds, *block.ff_out.after_it(layout.streams), b.clips)
         self.normed_text, self.normed_rest = flat(normed[:T]), flat(normed[T:])
@@ -240,8 +240,8 @@ class Single(Sublayer):
     ) -> None:
         self.ops = ops
         bounds, streams = layout.single_bounds, layout.streams
-        normed = first_columns(b.normed, layout.total, block.qkv_mlp.in_columns)
-        y = first_columns(b.y, layout.total, block.out.out_columns)
+        normed = first_columns(b.normed, layout.total, block.qkv_mlp.in_columns_of(streams))
+        y = first_columns(b.y, layout.total, block.out.out_columns_of(streams))
         self.norm = NormArguments(b.x, mod[1], mod[0], bounds, normed, *block.qkv_mlp.before_it(streams))
         self.addition = AdditionArguments(b.x, y, mod[2], bounds, *block.out.after_it(streams), b.clips)
         self.normed = flat(normed)
@@ -279,8 +279,8 @@ class LastSingle(Sublayer):
         self.ops = ops
         D, streams, columns = b.x.shape[-1], layout.streams, block.columns
         image, image_stream = layout.image_rows, layout.image_stream
-        normed = first_columns(b.normed, layout.total, block.qkv_mlp.in_columns)
-        y = first_columns(b.y, layout.image, block.out.out_columns)
+        normed = first_columns(b.normed, layout.total, block.qkv_mlp.in_columns_of(streams))
+        y = first_columns(b.y, layout.image, block.out.out_columns_of(image_stream))
         self.norm = NormArguments(b.x, mod[1], mod[0], layout.single_bounds, normed, *block.qkv_mlp.before_it(streams))
         gate, up = mod[2][:1], block.out.after_it(image_stream)
         self.addition = AdditionArguments(b.image, y, gate, (layout.image,), *up, b.clips)

@@ -66,10 +66,10 @@ class Layout:
 
     @property
     def image_stream(self) -> Streams:
-        """The image stream alone."""
-        return (("image", self.image),)
+        """The image stream alone; where the condition's rows are left out, the condition is named without rows."""
+        return (("image", self.image),) if self.condition else self.streams_after_text
 
     @property
     def streams_after_text(self) -> Streams:
         """The streams that share weights in double blocks: image and condition."""
-        return (*self.image_stream, ("condition", self.condition))
+        return (("image", self.image), ("condition", self.condition))

@@ -50,6 +50,7 @@ def full_size(
     mixture: str | None = None,
     style_rank: int = 0,
     edit: bool = False,
+    fast: FastConfig | None = None,
 ) -> Iterator[tuple[Step, Callable[[], Count]]]:
     """A prepared step of FLUX.1-dev, 512 x 512, bf16, on fake CUDA, and a function that gives the counts since its last
     call."""
@@ -79,6 +80,7 @@ def full_size(
             grid=(32, 32),
             condition_scale=condition_scale,
             kept=kept if edit else None,
+            fast=fast,
         )
         engine.prepare(conditions, Schedule(torch.empty(5), torch.empty(4), torch.empty(4)))
         counter.take()
