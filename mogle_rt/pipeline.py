@@ -155,6 +155,7 @@ class Pipeline(DiffusersHabits, FitsMemory, FastModes, LoraMethods, EditMethods)
             model=self.model_config,
             kernels=o["kernels"],
             prompts=self.bundle.has_text_encoders,
+            fast=self.fast,
         )
         self.memory_plans = MemoryPlans(self.bundle, run, o["max_memory"], streams=o["engine"] == "torch")
         self.engine: Engine = make_engine(
@@ -300,7 +301,7 @@ class Pipeline(DiffusersHabits, FitsMemory, FastModes, LoraMethods, EditMethods)
         report = self.last_run = RunReport(batch_size=batch, steps=num_inference_steps - first)
         self._num_timesteps, self._guidance_scale = report.steps, guidance_scale
 
-        shape = {"height": height, "width": width, "batch": batch, "steps": num_inference_steps}
+        shape = {"height": height, "width": width, "batch": batch, "steps": num_inference_steps, "fast": self.fast}
         tokens = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1]
         self._hold(self.memory_plans.for_call(**shape, text_tokens=tokens, prompts=prompt_embeds is None))
         schedule = make_schedule(self.bundle.config.scheduler, num_inference_steps, grid[0] * grid[1])

@@ -29,10 +29,11 @@ class PipelineOutput(BaseOutput):  # type: ignore[misc]
 class RunReport:
     """A report on the last call.
 
-    ``steps``: of the schedule, from the first that was run; ``computed_steps``: those in which the model was computed,
-    and ``condition_steps``: those of them that computed the condition too. In a fast mode these are fewer. ``execution``: how steps were run, "cuda graph" or "eager: …" with the reason.
-    ``weights``: the formats and sizes of the weights that the steps used, such as "packed 1.2 GB, plain 0.1 GB";
-    formats differ in their rounding. ``seconds``: wall-clock time of each stage (text, mask, prepare, denoise, decode).
+    ``steps``: of the schedule, from the first that was run; ``computed_steps``: those in which the model was computed;
+    ``condition_steps``: those of them that computed the condition too. In a fast mode there are fewer of both.
+    ``execution``: how steps were run, "cuda graph" or "eager: …" with the reason. ``weights``: the formats and sizes of
+    the weights that the steps used, such as "packed 1.2 GB, plain 0.1 GB"; formats differ in their rounding.
+    ``seconds``: wall-clock time of each stage (text, mask, prepare, denoise, decode).
     """
 
     batch_size: int = 0

@@ -16,8 +16,10 @@ import torch
 from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import MLP_RATIO, NUM_EXPERTS, PATCH, ModelConfig
 from mogle_rt.encoders.vae import DECODE_PIXELS, ENCODE_PIXELS, vae_dtype
+from mogle_rt.fast.settings import FastConfig
 from mogle_rt.linear.packed import PackedWeight
 from mogle_rt.loop.buffers import buffer_shapes
+from mogle_rt.loop.reuse import difference_shapes, kept_shapes
 from mogle_rt.loop.schedule import step_capacity
 from mogle_rt.memory.planner import Demand, SublayerBytes
 from mogle_rt.memory.streaming import slot_bytes
@@ -44,6 +46,7 @@ class Run:
         vae: parameters of the VAE. text: parameters of the text encoders, by part. Where they are empty, the source's
             tensors are counted.
         tile: pixels of a side of the VAE's tiles; 0 if images are encoded and decoded whole.
+        fast: what the steps leave out; None computes everything.
     """
 
     device: torch.device
@@ -60,6 +63,7 @@ class Run:
     vae: int = 0
     text: Mapping[str, int] = field(default_factory=dict)
     tile: int = 0
+    fast: FastConfig | None = None
 
 
 def demand(source: TensorSource, run: Run) -> Demand:
@@ -82,7 +86,7 @@ def demand(source: TensorSource, run: Run) -> Demand:
         latent_lora=run.model.latent_lora,
     )
     tokens = run.height // PATCH * (run.width // PATCH)
-    layout = Layout(text=run.text_tokens, image=tokens, condition=tokens)
+    layout = Layout(text=run.text_tokens, image=tokens, condition=tokens, add_cond_attn=run.model.add_cond_attn)
     buffers = buffer_shapes(
         config,
         layout,
@@ -102,7 +106,7 @@ def demand(source: TensorSource, run: Run) -> Demand:
         always=_small_parts(source, plans, item)
         + sum(_held(plan) for name, plan in plans.items() if name not in in_sublayers),
         sublayers=tuple(_sublayer([plans[name] for name in names]) for names in sublayers(config)),
-        run=sum(map(math.prod, buffers.values())) * item + _inputs(source, run, layout),
+        run=sum(map(math.prod, buffers.values())) * item + _inputs(source, run, layout) + _kept(source, run, layout),
         tables=_tables(source, run) * item,
         vae=(run.vae or _parameters(source, "vae")) * vae_item,
         text=sum(text.values()) * item if run.prompts else 0,
@@ -159,6 +163,17 @@ def _inputs(source: TensorSource, run: Run, layout: Layout) -> int:
     values = run.batch * (config.width * (of_a_step + layout.text) + latents * (NUM_EXPERTS + 2)) + _tables(source, run)
     values += 2 * latents * NUM_EXPERTS  # the experts' outputs for black pictures, and the pictures themselves
     return values * item + 4 * layout.total * config.attention_head_dim
+
+
+def _kept(source: TensorSource, run: Run, layout: Layout) -> int:
+    """What steps keep for later ones in a fast mode."""
+    config, fast = source.config.transformer, run.fast or FastConfig()
+    kept = difference_shapes(layout, run.batch, config.in_channels) if fast.extrapolates else []
+    nbytes = 4 * sum(map(math.prod, kept))
+    if fast.keeps_condition:
+        shapes = kept_shapes(config.num_layers, config.num_single_layers, layout, run.batch, config.width)
+        nbytes += sum(map(math.prod, shapes)) * run.dtype.itemsize
+    return nbytes
 
 
 def _step(run: Run, layout: Layout, source: TensorSource, plans: Mapping[str, LayerPlan]) -> int:

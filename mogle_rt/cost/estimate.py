@@ -7,8 +7,9 @@ that makes images, on the branches for GPUs. The reference's cost is a ledger in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from mogle_rt.cost.reference import reference_step
 from mogle_rt.encoders.vae import DECODE_PIXELS, ENCODE_PIXELS, autoencoder, vae_dtype
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.engines.torch_engine import TorchEngine
+from mogle_rt.fast.course import ways_of
 from mogle_rt.loop.schedule import make_schedule
 
 
@@ -32,6 +34,7 @@ class JobCost:
         encode: all pictures of the masks. prepare: what is done once per run. step: one step, with experts and gate,
             transformer and Euler update. decode: latents to pictures.
         steps: the number of steps.
+        course: in a fast mode, what its kinds of steps cost, and how many there are of each, by `mogle_rt.fast.course.Kind`.
         resident: bytes of weights that stay in memory. peak: the most bytes in use at once. Both without the text
             encoders, which take ``text`` bytes more.
     """
@@ -44,11 +47,18 @@ class JobCost:
     resident: int
     peak: int
     text: int
+    course: Mapping[str, tuple[int, Count]] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> list[tuple[int, Count]]:
+        """How many steps there are of each kind, and what one of them costs."""
+        return list(self.course.values()) or [(self.steps, self.step)]
 
     @property
     def flops(self) -> int:
         """The FLOPs of the whole job, from masks and prompt embeddings to pictures."""
-        return self.encode.flops + self.prepare.flops + self.steps * self.step.flops + self.decode.flops
+        steps = sum(count * step.flops for count, step in self.kinds)
+        return self.encode.flops + self.prepare.flops + steps + self.decode.flops
 
     @property
     def peak_with_text(self) -> int:
@@ -114,12 +124,21 @@ def estimate(job: Job) -> Estimate:
             guidance_scale=3.5,
             grid=(job.height // PATCH, job.width // PATCH),
             condition_scale=job.condition_scale,
+            fast=job.fast,
         )
+        schedule = make_schedule(job.config.scheduler, job.steps, job.tokens)
         counter.take()
-        engine.prepare(conditions, make_schedule(job.config.scheduler, job.steps, job.tokens))
+        engine.prepare(conditions, schedule)
         prepared = counter.take()
         engine.advance()
         step = counter.take()
+        course: dict[str, tuple[int, Count]] = {}
+        if job.fast is not None:
+            ways = ways_of(job.fast, schedule.sigmas[:-1].tolist())
+            for kind, times in Counter(way.kind for way in ways).items():
+                with torch.inference_mode():
+                    engine.prepared.advance(kind)
+                course[kind.value] = (times, counter.take())
         decoded = count(decode, batch, max(1, DECODE_PIXELS // pixels))
 
     common: dict[str, Any] = {"steps": job.steps, "text": sum(job.text.values()) * dtype.itemsize}
@@ -130,6 +149,7 @@ def estimate(job: Job) -> Estimate:
         decode=decoded,
         resident=resident,
         peak=max(c.peak for c in (encoded, prepared, step, decoded)),
+        course=course,
         **common,
     )
     ledger = reference_step(job)

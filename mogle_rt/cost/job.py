@@ -16,6 +16,7 @@ from mogle_rt.bundle.source import TensorSource
 from mogle_rt.bundle.storage import WeightStorage, storage_named, stored_shapes
 from mogle_rt.config import FLUX_DEV, NUM_CLASSES, NUM_EXPERTS, PATCH, ModelConfig, MogleConfig, SchedulerConfig
 from mogle_rt.errors import InputError
+from mogle_rt.fast.settings import FastConfig
 
 # black-forest-labs/FLUX.1-dev: vae/config.json and scheduler/scheduler_config.json; parameters of its CLIP and T5.
 FLUX_BUNDLE = BundleConfig(
@@ -48,6 +49,7 @@ class Job:
         model, condition_scale: this engine's switches; the reference is counted at the released setting.
         kernels: this engine's operations, see `mogle_rt.ops.choice.choose`; the job is a GPU's.
         weights: the format that this engine's weights of the blocks are stored in; None: plainly.
+        fast: what this engine's steps leave out; None computes everything.
 
     Raises:
         InputError: a size or count is out of range.
@@ -67,6 +69,7 @@ class Job:
     condition_scale: float = 1.0
     kernels: str | None = None
     weights: str | None = None
+    fast: FastConfig | None = None
 
     def __post_init__(self) -> None:
         if self.weights is not None:

@@ -60,6 +60,7 @@ def run_of(job: Job, device: torch.device, vae_parameters: int) -> Run:
         prompts=bool(job.text),
         vae=vae_parameters,
         text=job.text,
+        fast=job.fast,
     )
 
 

@@ -44,6 +44,11 @@ class Difference:
         return torch.addcmul(self._velocity, self._difference, self.weight, out=self._continued)
 
 
+def difference_shapes(layout: Layout, batch: int, channels: int) -> list[tuple[int, ...]]:
+    """The shapes of the buffers of `Difference`, which are float32."""
+    return [(layout.image, batch, channels)] * 2 + [(1,)]
+
+
 @dataclass(frozen=True)
 class KeptRows:
     """What a block keeps of the condition's rows.

@@ -1,8 +1,9 @@
 """One denoising step, as a fixed sequence of operations over fixed buffers.
 
-Everything that depends on the shapes of a run (views, rows, switches) is worked out once, when a `Step` is made. After that, a step reads and writes the same memory each time, never waits and
-has no branches that depend on data. So it can be captured in a CUDA graph, and one graph serves every step, because the
-step's number is in a buffer too. (On a CPU, where nothing is captured, a library may allocate the result of a product.)
+Everything that depends on the shapes of a run (views, rows, switches) is worked out once, when a `Step` is made. After
+that, a step reads and writes the same memory each time, never waits and has no branches that depend on data. So it can
+be captured in a CUDA graph, and one graph serves every step, because the step's number is in a buffer too. (On a CPU,
+where nothing is captured, a library may allocate the result of a product.)
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from mogle_rt.cost.demand import Run, demand
 from mogle_rt.cost.estimate import estimate
 from mogle_rt.cost.job import FLUX_BUNDLE, FLUX_TEXT, Job, WeightlessBundle
 from mogle_rt.engines.torch_engine import TorchEngine
+from mogle_rt.fast.settings import FastConfig
 from mogle_rt.memory.planner import make_plan
 from mogle_rt.model.loading import plan_layers
 from tests.conftest import needs_triton
@@ -26,15 +27,22 @@ SMALL = replace(FLUX_DEV, num_layers=2, num_single_layers=3)
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("dtype", "size", "batch", "tokens"),
-    [(torch.bfloat16, 512, 1, 512), (torch.bfloat16, 1024, 1, 512), (torch.float32, 256, 3, 77)],
+    ("dtype", "size", "batch", "tokens", "fast"),
+    [
+        (torch.bfloat16, 512, 1, 512, None),
+        (torch.bfloat16, 1024, 1, 512, None),
+        (torch.float32, 256, 3, 77, None),
+        (torch.bfloat16, 1024, 2, 512, FastConfig(steps_mask="fast", refresh_every=4)),
+    ],
     ids=str,
 )
-def test_planned_peaks_are_the_counted_ones(dtype: torch.dtype, size: int, batch: int, tokens: int) -> None:
+def test_planned_peaks_are_the_counted_ones(
+    dtype: torch.dtype, size: int, batch: int, tokens: int, fast: FastConfig | None
+) -> None:
     """At FLUX's width, the memory of the weights and the peak of each stage are planned to within 2 %."""
     config = replace(FLUX_BUNDLE, transformer=SMALL)
     ranks = dict.fromkeys(schema.lora_modules(SMALL), 4)
-    shape: dict[str, Any] = {"height": size, "width": size, "batch": batch, "text_tokens": tokens}
+    shape: dict[str, Any] = {"height": size, "width": size, "batch": batch, "text_tokens": tokens, "fast": fast}
     counted = estimate(Job(config=config, ranks=ranks, dtype=dtype, **shape)).engine
     planned = demand(WeightlessBundle(config, ranks), Run(device=CUDA, dtype=dtype, vae=VAE, text=FLUX_TEXT, **shape))
     weights = planned.always + sum(s.resident for s in planned.sublayers) + planned.vae
@@ -46,6 +54,19 @@ def test_planned_peaks_are_the_counted_ones(dtype: torch.dtype, size: int, batch
         ("decode", held + planned.decode),
     ):
         assert peak == pytest.approx(getattr(counted, stage).peak, rel=0.02), stage
+
+
+def test_what_fast_modes_keep_at_full_size() -> None:
+    """Keys and values of 1024 rows in 57 blocks, 2 bytes each; of velocities, two in float32."""
+    source = WeightlessBundle(FLUX_BUNDLE, dict.fromkeys(schema.lora_modules(FLUX_DEV), 4))
+
+    def of(fast: FastConfig | None) -> int:
+        shape = {"height": 512, "width": 512, "vae": VAE}
+        return demand(source, Run(device=CUDA, dtype=torch.bfloat16, fast=fast, **shape)).run  # type: ignore[arg-type]
+
+    assert of(FastConfig(refresh_every=4)) - of(None) == 57 * 1024 * 2 * 3072 * 2 == 717_225_984
+    assert of(FastConfig(steps_mask="fast")) - of(None) == 2 * 1024 * 64 * 4 + 4
+    assert of(FastConfig(steps_mask="fast", order=0)) == of(None)
 
 
 def test_full_size_takes_no_time_to_plan() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from mogle_rt.cost.counting import Count, counting
 from mogle_rt.cost.job import FLUX_BUNDLE, Job, WeightlessBundle
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.engines.torch_engine import TorchEngine
+from mogle_rt.fast.course import Course, Kind, ways_of
+from mogle_rt.fast.settings import FastConfig
 from mogle_rt.loop.blend import Kept
 from mogle_rt.loop.schedule import Schedule
 from mogle_rt.loop.step import Step
@@ -191,6 +194,63 @@ def test_counts_at_full_size(whole_model: WholeModel) -> None:
     assert whole_model.step.launches <= MOST_LAUNCHES
     assert whole_model.step.moved <= MOST_MOVED
     assert whole_model.mixture.launches == 1  # gate and mix; the experts run once an image
+
+
+FAST = {
+    "refresh": FastConfig(refresh_every=4),
+    "mask": FastConfig(steps_mask="fast"),
+    "both": FastConfig(steps_mask="fast", refresh_every=4),
+}
+
+
+@pytest.fixture
+def no_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake noise levels have no values; the kinds of steps don't depend on them."""
+
+    def of(config: FastConfig | None, schedule: Schedule) -> Course:
+        return Course(config, [float(-k) for k in range(len(schedule))])
+
+    monkeypatch.setattr(Course, "of", of)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+@pytest.mark.parametrize("fast", FAST.values(), ids=FAST)
+@pytest.mark.usefixtures("no_levels")
+def test_fast_modes_wait_for_nothing(kernels: str, fast: FastConfig) -> None:
+    """Every kind of step does the same each time. In a whole step, only what is kept is more than without the mode."""
+    with full_size(kernels=kernels, transformer=FEW_BLOCKS) as (step, taken):
+        step.advance()
+        plain = taken().launches
+    with full_size(kernels=kernels, transformer=FEW_BLOCKS, fast=fast) as (step, taken):
+        for kind in step.sections:
+            first = trace(partial(step.advance, kind))
+            assert trace(partial(step.advance, kind)) == first
+        taken()
+        step.advance()
+        more = 3 * fast.keeps_condition + 2 * fast.extrapolates  # keys and values of three blocks; a difference
+        assert taken().launches == plain + more
+        step.advance(Kind.REUSED)
+        assert taken().launches == 3 + fast.extrapolates  # noise level, (continuation), update, number of the step
+
+
+@pytest.mark.usefixtures("no_levels")
+def test_fast_modes_at_full_size(whole_model: WholeModel) -> None:
+    """The share of the FLOPs that a run of 28 steps takes."""
+    with full_size(fast=FAST["both"]) as (step, taken):
+        counts = {}
+        for kind in step.sections:
+            step.advance(kind)
+            counts[kind] = taken()
+    assert counts[Kind.WHOLE].flops == whole_model.step.flops
+    assert counts[Kind.REUSED].flops == 0
+    assert counts[Kind.KEPT].moved < counts[Kind.WHOLE].moved < 1.04 * whole_model.step.moved
+    shares = {
+        name: sum(counts[way.kind].flops for way in ways_of(config, range(28))) / (28 * whole_model.step.flops)
+        for name, config in FAST.items()
+    }
+    assert shares["refresh"] <= 0.70
+    assert shares["mask"] <= 0.40
+    assert shares["both"] <= 0.30
 
 
 def test_fused_mixture_is_one_launch() -> None:

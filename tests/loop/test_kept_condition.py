@@ -12,7 +12,9 @@ from torch import Tensor
 
 from mogle_rt import ConfigError, FastConfig, Pipeline
 from mogle_rt.bundle.bundle import Bundle
+from mogle_rt.bundle.schema import transformer_tensors
 from mogle_rt.config import ModelConfig
+from mogle_rt.conversion.lora import LowRank
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.engines.torch_engine import TorchEngine
 from mogle_rt.engines.velocity import VelocityLoop
@@ -23,6 +25,7 @@ from mogle_rt.loop.schedule import make_schedule
 from mogle_rt.loop.step import Step
 from mogle_rt.model.transformer import sublayers
 from tests.conftest import needs_triton
+from tests.linear.quantised import quantised_bundle
 from tests.loop.test_graphs import FakeCuda, asked_of, bundle
 from tests.loop.test_reuse import STEPS, drawn, noise, schedule_of
 
@@ -77,13 +80,11 @@ def test_for_the_same_latents_nothing_changes(
     assert (whole - kept).abs().max() < 2e-5 * whole.abs().max()
 
 
-@pytest.mark.parametrize("switches", [{"independent_condition": True}], ids=str)
-def test_what_was_kept_is_used(bundle: Bundle, switches: dict[str, bool]) -> None:
+def test_what_was_kept_is_used(bundle: Bundle) -> None:
     """A condition that sees itself alone depends on its tokens alone: with those of the first step, a whole step gives
     the same velocity."""
-    engine, plain, asked = (engine_of(bundle, switches=switches) for _ in range(2)), None, asked_of(bundle)(1)
-    kept, plain = engine
-    schedule = schedule_of(bundle)
+    kept, plain = (engine_of(bundle, switches={"independent_condition": True}) for _ in range(2))
+    asked, schedule = asked_of(bundle)(1), schedule_of(bundle)
     kept.prepare(replace(asked, fast=EVERY_3), schedule)
     plain.prepare(asked, schedule)
     kept.start(noise(), 0)
@@ -118,6 +119,35 @@ def test_which_steps_compute_the_condition(bundle: Bundle, monkeypatch: pytest.M
         assert "".join(kinds) == expected
         assert engine.computed_steps == STEPS - expected.count(".")
         assert engine.condition_steps == expected.count("W")
+
+
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_styles(bundle: Bundle, kernels: str) -> None:
+    """They act on text and image, in such steps too."""
+    engine, g = engine_of(bundle, kernels), torch.Generator().manual_seed(0)
+    shapes = transformer_tensors(bundle.config.transformer).items()
+    layers = {name.removesuffix(".weight"): shape for name, shape in shapes if len(shape) == 2}
+    engine.styles.load(
+        "style",
+        {n: LowRank(torch.randn(3, i, generator=g), torch.randn(o, 3, generator=g)) for n, (o, i) in layers.items()},
+        0.1,
+    )
+    engine.prepare(replace(asked_of(bundle)(1), fast=EVERY_3), schedule_of(bundle))
+    engine.start(noise(), 1)
+    with torch.inference_mode():
+        whole, kept = velocities(engine.prepared)
+    assert (whole - kept).abs().max() < 2e-5 * whole.abs().max()
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weights_of_fewer_bits(tiny_bundle: Path, tmp_path: Path, weights: str) -> None:
+    engine = engine_of(small := Bundle(quantised_bundle(tiny_bundle, tmp_path / "small.safetensors", weights)))
+    engine.prepare(replace(asked_of(small)(1), fast=EVERY_3), schedule_of(small))
+    engine.start(noise(), 1)
+    with torch.inference_mode():
+        whole, kept = velocities(engine.prepared)
+    assert weights in engine.weight_formats
+    assert (whole - kept).abs().max() < 2e-5 * whole.abs().max()
 
 
 @pytest.mark.quick
@@ -211,7 +241,7 @@ def test_exported_engines_refuse(tiny_bundle: Path, bundle: Bundle) -> None:
 
 
 @pytest.mark.quick
-def test_a_pipeline_with_a_style(tiny_bundle: Path) -> None:
+def test_a_pipeline_tells_how_many_steps(tiny_bundle: Path) -> None:
     pipe = Pipeline(tiny_bundle, device="cpu", dtype="fp32", fast={"refresh_every": 2})
     pipe.set_progress_bar_config(disable=True)
 
