@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mogle_rt import errors
 from mogle_rt.errors import (
     CheckpointError,
+    ClusterError,
     ConfigError,
     DeviceError,
     DownloadError,
@@ -26,7 +27,7 @@ if not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
-    from mogle_rt import masks
+    from mogle_rt import batch, masks
     from mogle_rt.config import ModelConfig
     from mogle_rt.conversion.convert import convert
     from mogle_rt.fast.settings import FastConfig
@@ -42,6 +43,7 @@ _LAZY = {
 
 __all__ = [
     "CheckpointError",
+    "ClusterError",
     "ConfigError",
     "DeviceError",
     "DownloadError",
@@ -54,6 +56,7 @@ __all__ = [
     "OutputError",
     "Pipeline",
     "__version__",
+    "batch",
     "convert",
     "errors",
     "masks",
@@ -63,8 +66,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
-    if name == "masks":
-        return importlib.import_module("mogle_rt.masks")
+    if name in ("batch", "masks"):
+        return importlib.import_module(f"mogle_rt.{name}")
     raise AttributeError(f"module 'mogle_rt' has no attribute {name!r}")
 
 

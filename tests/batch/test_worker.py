@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from mogle_rt.batch import worker as module
-from mogle_rt.batch.pool import blocks
 from mogle_rt.batch.rows import MaskSource, Row
 from mogle_rt.batch.worker import ATTEMPTS, Attempts, Orders, Report, Task, Worker, pack, unpack
 from mogle_rt.bundle.bundle import Bundle
@@ -162,18 +161,3 @@ def test_who_cant_take_part(change: str, orders: Orders, tasks: list[Task], tmp_
     assert message in (report.fatal or "")
     assert not any(task.path.exists() for task in tasks)
     assert not (tmp_path / "elsewhere").exists()
-
-
-def test_blocks() -> None:
-    """All rows once; rows of one shape and the same options together, if images are drawn in batches."""
-
-    def task(number: int, shape: tuple[int, int], options: tuple[tuple[str, Any], ...] = ()) -> Task:
-        return Task(Row(place="", id=str(number), options=options), Path(), shape)
-
-    tasks = [task(i, (i % 2, 5), (("height", 32),) if i == 4 else ()) for i in range(100)]
-    for size in (1, 4):
-        made = list(blocks(tasks, size, 2))
-        assert sorted(int(one.row.id) for block in made for one in block) == list(range(100))
-        assert len(made) >= 2 * 4
-    assert [[int(one.row.id) for one in block] for block in blocks(tasks[:7], 4, 1)] == [[0, 2, 6], [1, 3, 5], [4]]
-    assert [one.row.id for block in blocks(tasks, 1, 2) for one in block] == [one.row.id for one in tasks]

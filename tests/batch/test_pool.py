@@ -1,0 +1,81 @@
+"""How many workers there are, what each gets, and how rows are divided into blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mogle_rt.batch.pool import Asked, Places, blocks, choose_places
+from mogle_rt.batch.rows import Row
+from mogle_rt.batch.worker import Task
+from mogle_rt.bundle.bundle import Bundle
+from mogle_rt.config import ModelConfig
+from mogle_rt.errors import ClusterError
+
+pytestmark = pytest.mark.quick
+
+EIGHT = {"CPU": 64.0, "GPU": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "places"),
+    [
+        (Asked(None, 1, None, None), EIGHT, Places(8, 1, 1, None)),
+        (Asked(None, 1, None, "cuda"), EIGHT, Places(8, 1, 1, "cuda")),
+        (Asked(None, 4, 0.5, None), EIGHT, Places(16, 4, 0.5, None)),
+        (Asked(3, 1, None, None), EIGHT, Places(3, 1, 1, None)),
+        (Asked(3, 1, 0, None), EIGHT, Places(3, 1, 0, "cpu")),  # none of the GPUs that are there
+        (Asked(3, 1, None, "cpu"), EIGHT, Places(3, 1, 0, "cpu")),
+        (Asked(2, 0.5, None, None), {"CPU": 1.0}, Places(2, 0.5, 0, None)),
+        (Asked(None, 1, None, "mps"), {"CPU": 8.0}, Places(1, 1, 0, "mps")),
+    ],
+)
+def test_places(asked: Asked, there: dict[str, float], places: Places) -> None:
+    assert choose_places(Bundle("demo"), {"device": asked.device}, there, asked, 1) == places
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            Asked(65, 1, 0, None),
+            "65 workers with 1 CPUs each need more than the 64 that Ray has; give fewer --num-workers",
+        ),
+        (
+            Asked(9, 1, 1, None),
+            "9 workers with 1 GPUs each need more than the 8 that Ray has; give fewer --num-workers",
+        ),
+    ],
+)
+def test_a_cluster_that_is_too_small(asked: Asked, message: str) -> None:
+    with pytest.raises(ClusterError, match=message):
+        choose_places(Bundle("demo"), {"device": asked.device}, EIGHT, asked, 1)
+
+
+def test_workers_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker for each core, as far as the memory suffices, for a model that gains nothing from more threads."""
+    from mogle_rt.memory import budget
+
+    model: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "model_config": ModelConfig(), "kernels": None}
+    model["engine"] = "torch"
+    for free, workers in ((100 << 30, 6), (4 << 30, 3), (1 << 29, 1)):
+        monkeypatch.setattr(budget, "available_memory", lambda free=free: free)
+        found = choose_places(Bundle("demo"), model, {"CPU": 6.0}, Asked(None, 1, None, "cpu"), 1).workers
+        assert found == workers if workers in (1, 6) else 1 < found < 6
+
+
+def test_blocks() -> None:
+    """All rows once; rows of one shape and the same options together, if images are drawn in batches."""
+
+    def task(number: int, shape: tuple[int, int], options: tuple[tuple[str, Any], ...] = ()) -> Task:
+        return Task(Row(place="", id=str(number), options=options), Path(), shape)
+
+    tasks = [task(i, (i % 2, 5), (("height", 32),) if i == 4 else ()) for i in range(100)]
+    for size in (1, 4):
+        made = list(blocks(tasks, size, 2))
+        assert sorted(int(one.row.id) for block in made for one in block) == list(range(100))
+        assert len(made) >= 2 * 4
+    assert [[int(one.row.id) for one in block] for block in blocks(tasks[:7], 4, 1)] == [[0, 2, 6], [1, 3, 5], [4]]
+    assert [one.row.id for block in blocks(tasks, 1, 2) for one in block] == [one.row.id for one in tasks]
