@@ -1190,7 +1190,7 @@ NO_OUTPUTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "this_folder": (lambda d: Path(), "is a folder; a file name is needed"),
     "the_root": (lambda d: Path("/"), "is a folder; a file name is needed"),
     "below_a_file": (lambda d: d / "file" / "x", "file is a file, not a folder"),
-    "deep_below_a_file": (lambda d: d / "file" / "a" / "x", "Not a directory"),
+    "deep_below_a_file": (lambda d: d / "file" / "a" / "x", "file is a file, not a folder"),
     "name_too_long": (lambda d: d / ("x" * 256), "File name too long"),
     "no_such_world": (lambda d: Path("/proc/nothing/here/x"), "No such file or directory"),
     "a_device": (lambda d: d / "pipe", "is a device or pipe; only ordinary files can be replaced"),

@@ -153,8 +153,9 @@ def _write_through(path: Path, text: str) -> None:
 def _as_output_error(path: Path) -> Iterator[None]:
     try:
         yield
-    except FileExistsError:
-        raise OutputError(f"{path}: can't be written: {path.parent} is a file, not a folder") from None
+    except (FileExistsError, NotADirectoryError):
+        file = next((folder for folder in path.parents if folder.is_file()), path.parent)
+        raise OutputError(f"{path}: can't be written: {file} is a file, not a folder") from None
     except OSError as error:
         if isinstance(error, MogleError):
             raise
