@@ -1,4 +1,4 @@
-"""Measures hair edits on the demo: is there hair where the new mask has it, and does all else stay.
+"""Measures hair edits on the demo: is there hair where the new mask has it, and does everything else stay the same?
 
     python -m benchmarks.edits --report benchmarks/EDITS.json
 
@@ -26,7 +26,7 @@ from mogle_rt.masks import colorize, to_labels
 from mogle_rt.quality.judges.demo import DemoJudge
 
 HAIR, NECK, CLOTH = 13, 17, 18
-PIXELS = 9  # by which hair grows
+PIXELS = 9  # how far hair grows
 SHOWN = 8  # edits in the picture
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ("torch", "triton", "pytest", "numpy", "safetensors")
-# Without these the tests that use them can't be collected; the kernels' own tests and timings do without.
+# Without these, the tests that use them can't be collected. The kernels' own tests and timings don't need them.
 USEFUL = ("diffusers", "transformers", "tokenizers", "PIL", "psutil", "tqdm", "onnx", "onnxruntime", "tensorrt_rtx")
 STAGES = (  # the most important first
     ("kernels against their twins", ("tests/kernels/test_gpu.py", "-k", "equals or nan or replays")),
@@ -32,12 +32,12 @@ STAGES = (  # the most important first
     ("everything else", ("tests", "--ignore=tests/kernels/test_gpu.py", "--ignore=tests/loop/test_graphs.py")),
     ("kernels against separate operations", ("tests/kernels/test_gpu.py", "-k", "not (equals or nan or replays)")),
 )
-TIMINGS_SHARE = 0.25  # of the time, kept for timings
-GRACE = 15  # seconds for pytest to write what it has, once it is interrupted
+TIMINGS_SHARE = 0.25  # the part of the time that is kept for timings
+GRACE = 15  # seconds that pytest gets to write its results after it was interrupted
 
 
 def missing(names: Sequence[str]) -> list[str]:
-    """Those of these modules that this Python doesn't have."""
+    """Those of the named modules that this Python doesn't have."""
     return [name for name in names if importlib.util.find_spec(name) is None]
 
 
@@ -76,7 +76,7 @@ def read_results(stage: Stage, path: Path) -> None:
 
 
 def run_stage(title: str, arguments: Sequence[str], seconds: float) -> Stage:
-    """Run pytest for at most so many seconds; what was done by then counts."""
+    """Run pytest for at most ``seconds``. The tests that have ended by then count."""
     stage, start = Stage(title), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.xml"
@@ -123,7 +123,7 @@ def timings(deadline: float) -> tuple[list[str], str]:
             try:
                 kernel = seconds(calls_beyond_cache(work.name, dtype))
                 twin = seconds(calls_beyond_cache(work.name, dtype, separate_operations))
-            except (RuntimeError, ValueError) as error:  # what doesn't run here is told; the others go on
+            except (RuntimeError, ValueError) as error:  # the row says why this kernel doesn't run; the others still do
                 rows.append(f"| {work.name} | {name} | {str(error).splitlines()[0][:100]} | | | |")
                 continue
             columns = f"{kernel * 1e6:.1f} | {least * 1e6:.1f} | {least / kernel:.0%} | {twin * 1e6:.1f}"

@@ -328,6 +328,24 @@ def test_kept_graphs_are_bounded_in_bytes(bundle: Bundle, fake_cuda: FakeCuda) -
     assert len(engine._runners) == 1
 
 
+def test_old_steps_are_freed_before_a_new_one_is_made(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU only the step in use is kept, and two are never in memory at the same time."""
+    asked = asked_of(bundle)
+    engine = TorchEngine(bundle, CPU, torch.float32, ModelConfig())
+    run(engine, bundle, asked(1))
+    old = weakref.ref(engine.prepared)
+    at_the_making: list[Step | None] = []
+    make = Step.__init__
+
+    def noted(step: Step, *args: Any, **options: Any) -> None:
+        at_the_making.append(old())
+        make(step, *args, **options)
+
+    monkeypatch.setattr(Step, "__init__", noted)
+    run(engine, bundle, asked(1, text=6))
+    assert at_the_making == [None]
+
+
 def held_by(step: Step) -> object:
     """Everything that a step holds, without the weights."""
     return step.inputs, step.modulation, step.time, step.sigma_step, list(vars(step.buffers).values())
