@@ -9,10 +9,21 @@ from typing import Annotated, Any
 
 import typer
 
-from mogle_rt.apps.program import must_exist, say
+from mogle_rt.apps.program import (
+    FACE,
+    MODEL,
+    OUTPUT,
+    Device,
+    Dtype,
+    EnginePath,
+    MaskOrder,
+    MaxMemory,
+    WhichEngine,
+    must_exist,
+    say,
+)
 from mogle_rt.errors import InputError, MaskError, OutputError
 
-FACE, OUTPUT, MODEL = "What is drawn", "Files", "How it is computed"
 DEMO = Path("demo")
 
 
@@ -29,13 +40,7 @@ def edit(
             rich_help_panel=FACE,
         ),
     ] = None,
-    mask_order: Annotated[
-        str,
-        typer.Option(
-            help="What a label map's numbers mean: celebamask, bisenet, farl, or class names separated by commas.",
-            rich_help_panel=FACE,
-        ),
-    ] = "celebamask",
+    mask_order: MaskOrder = "celebamask",
     regions: Annotated[
         str, typer.Option(help="Classes to draw anew even where the masks agree, as hair,hat.", rich_help_panel=FACE)
     ] = "",
@@ -90,24 +95,11 @@ def edit(
             "--checkpoint", "-c", help="A bundle. Default: demo, if it drew the image.", rich_help_panel=MODEL
         ),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:N or mps; default: the best available.", rich_help_panel=MODEL),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="bf16, fp16 or fp32; default: one that is fast on the device.", rich_help_panel=MODEL),
-    ] = None,
-    engine: Annotated[
-        str,
-        typer.Option(help="torch, or for an export: onnxruntime, tensorrt, tensorrt-rtx.", rich_help_panel=MODEL),
-    ] = "torch",
-    engine_path: Annotated[
-        Path | None, typer.Option(help="The export's folder; default: the bundle's folder.", rich_help_panel=MODEL)
-    ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(help="The most memory to use on the device, such as 8GB.", rich_help_panel=MODEL)
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    engine: WhichEngine = "torch",
+    engine_path: EnginePath = None,
+    max_memory: MaxMemory = None,
     fast: Annotated[
         str | None,
         typer.Option(

@@ -9,12 +9,25 @@ from typing import Annotated
 
 import typer
 
-from mogle_rt.apps.program import must_exist, parse_json, say, tell_details
+from mogle_rt.apps.program import (
+    FACE,
+    MODEL,
+    OUTPUT,
+    Device,
+    Dtype,
+    EnginePath,
+    MaskOrder,
+    MaxMemory,
+    WhichEngine,
+    must_exist,
+    parse_json,
+    say,
+    tell_details,
+)
 from mogle_rt.errors import InputError, MaskError
 
 MOST_IMAGES = 1_000_000  # of a mask; all are listed before the first is drawn
 SEEDS = 1_000_000  # random seeds are below this, so that they are short enough to type
-FACE, OUTPUT, MODEL = "What is drawn", "Files", "How it is computed"
 
 
 def generate(
@@ -29,13 +42,7 @@ def generate(
             rich_help_panel=FACE,
         ),
     ] = None,
-    mask_order: Annotated[
-        str,
-        typer.Option(
-            help="What a label map's numbers mean: celebamask, bisenet, farl, or class names separated by commas.",
-            rich_help_panel=FACE,
-        ),
-    ] = "celebamask",
+    mask_order: MaskOrder = "celebamask",
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -125,14 +132,8 @@ def generate(
         typer.Option(help="Also write a contact sheet: masks and images in one .png or .jpg.", rich_help_panel=OUTPUT),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images computed at once.", rich_help_panel=MODEL)] = 1,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:N or mps; default: the best available.", rich_help_panel=MODEL),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="bf16, fp16 or fp32; default: one that is fast on the device.", rich_help_panel=MODEL),
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     kernels: Annotated[
         str | None,
         typer.Option(
@@ -140,22 +141,9 @@ def generate(
             rich_help_panel=MODEL,
         ),
     ] = None,
-    engine: Annotated[
-        str,
-        typer.Option(help="torch, or for an export: onnxruntime, tensorrt, tensorrt-rtx.", rich_help_panel=MODEL),
-    ] = "torch",
-    engine_path: Annotated[
-        Path | None,
-        typer.Option(help="The export's folder; default: the bundle's folder.", rich_help_panel=MODEL),
-    ] = None,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="The most memory to use on the device, such as 8GB; weights that don't fit are streamed. Default: what is "
-            "free.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
+    engine: WhichEngine = "torch",
+    engine_path: EnginePath = None,
+    max_memory: MaxMemory = None,
     fast: Annotated[
         str | None,
         typer.Option(

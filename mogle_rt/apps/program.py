@@ -1,4 +1,4 @@
-"""What all commands share: the console, running a program, and reporting errors in one line."""
+"""What commands share: the console, options, running a program, and reporting errors in one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,6 +17,38 @@ from mogle_rt.errors import ConfigError, MogleError, printable
 
 console = Console(stderr=True, highlight=False, emoji=False)
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+
+FACE, OUTPUT, MODEL = "What is drawn", "Files", "How it is computed"  # the groups of options on a help page
+
+# Options that several commands have.
+MaskOrder = Annotated[
+    str,
+    typer.Option(
+        help="What a label map's numbers mean: celebamask, bisenet, farl, or class names separated by commas.",
+        rich_help_panel=FACE,
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:N or mps; default: the best available.", rich_help_panel=MODEL)
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="bf16, fp16 or fp32; default: one that is fast on the device.", rich_help_panel=MODEL),
+]
+WhichEngine = Annotated[
+    str, typer.Option(help="torch, or for an export: onnxruntime, tensorrt, tensorrt-rtx.", rich_help_panel=MODEL)
+]
+EnginePath = Annotated[
+    Path | None, typer.Option(help="The export's folder; default: the bundle's folder.", rich_help_panel=MODEL)
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="The most memory to use on the device, such as 8GB; weights that don't fit are streamed. Default: what is "
+        "free.",
+        rich_help_panel=MODEL,
+    ),
+]
 
 
 def run_app(program: typer.Typer) -> None:
