@@ -142,7 +142,8 @@ class Int4Storage(WeightStorage):
 
     @classmethod
     def of(cls, shape: tuple[int, int]) -> Int4Storage:
-        """With groups of 64 columns, or as many as divide them, and a rank of 32, or a quarter of the smaller side."""
+        """Groups have 64 columns, or the next smaller power of two that divides the row. The rank is 32, or a quarter of
+        the smaller side if that is less."""
         group = next((size for size in (INT4_GROUP, 32, 16, 8, 4, 2) if shape[1] % size == 0), None)
         if group is None:
             raise ConfigError(f"int4 needs an even number of columns, got a weight of shape {list(shape)}")

@@ -83,7 +83,7 @@ class Work:
                             self._record.release(drawing)
 
     def _take(self, drawing: Drawing) -> bool | None:
-        """Whether this process draws an image. False: another one has it in hand. None: it is there already."""
+        """Whether this process draws an image. False: another process is drawing it. None: it is there already."""
         if self._record is None:
             return True
         claimed = self._record.claim(drawing)

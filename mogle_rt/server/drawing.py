@@ -175,7 +175,7 @@ class Studio:
 
 
 def _refusal_of(error: Exception) -> Refusal:
-    """What a client is told of an error while drawing. The log gets the place, and no message: it may quote a prompt."""
+    """The message that a client gets for an error while drawing. The log gets only its place, as it may quote a prompt."""
     if isinstance(error, InputError):
         return Refusal(422, str(error), code="invalid_value")
     if isinstance(error, InsufficientMemoryError):

@@ -85,7 +85,7 @@ class Job:
         seed: of the first image; each next one has the next.
         count: how many images.
         kind: "png" or "jpeg".
-        watched: whether steps are told. previews: the most previews of each image.
+        watched: whether the client gets an event for each step. previews: the most previews of each image.
         warnings: what the person should know about the result.
     """
 

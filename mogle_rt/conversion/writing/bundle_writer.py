@@ -21,10 +21,10 @@ class BundleWriter:
     """Tensors into an open file, in the order in which they are added.
 
     Args:
-        file: empty.
-        config: of the bundle.
-        names: of all tensors that may be added. storages: all that the header may say of weight formats.
-        bar: is told the bytes that were written.
+        file: an empty file.
+        config: the bundle's configuration.
+        names: the names of all tensors that may be added. storages: all weight formats that the header may name.
+        bar: shows how many bytes have been written.
     """
 
     def __init__(

@@ -90,7 +90,7 @@ def check_size(data: bytes, most: int, what: str) -> None:
             width, height = image.size
     except Image.DecompressionBombError:
         width = height = 2**20
-    except Exception:  # what it is then is told by the reading itself
+    except Exception:  # when the picture is read, the error says what is wrong with it
         return
     if width * height > most:
         raise MaskError(f"{what} can have at most {most:,} pixels on this server, got {width} x {height}")
