@@ -185,7 +185,7 @@ def _settings(request: Request) -> dict[str, Any]:
 def _read_masks(
     request: Request,
 ) -> tuple[dict[Path | None, tuple[int, ...] | None], dict[Path | None, str]]:
-    """The shape and the digest of each mask. All are read before anything is drawn, so that a bad one is an error at once."""
+    """The shape and the digest of each mask. All are read before anything is drawn, so a bad one is an error at once."""
     order, shapes, digests = request.call["mask_order"], {}, {}
     for mask in dict.fromkeys(request.masks):
         shapes[mask] = None if mask is None else to_labels(mask, order=order).shape
