@@ -31,9 +31,19 @@ HAIR_COLOURS: dict[str, Colour] = {
     "white": (226, 224, 220),
     "pink": (225, 110, 165),
     "blue": (60, 95, 190),
+    "purple": (118, 66, 168),
+    "green": (66, 140, 84),
 }
 EYE_COLOURS: dict[str, Colour] = {"blue": (80, 125, 190), "brown": (85, 55, 30), "green": (80, 135, 75)}
-LIP_COLOURS: dict[str, Colour] = {"red": (185, 25, 40), "pink": (232, 105, 150), "purple": (110, 40, 110)}
+LIP_COLOURS: dict[str, Colour] = {
+    "red": (192, 22, 38),
+    "pink": (236, 100, 152),
+    "purple": (118, 40, 130),
+    "orange": (226, 104, 40),
+    "brown": (104, 56, 36),
+    "blue": (52, 74, 178),
+    "black": (34, 24, 30),
+}
 SKINS = ("light", "tan", "dark")
 STYLES = ("bald", "balding", "very short", "short", "curly", "bun", "medium", "long", "long wavy")
 HAIR_WORDS = {
@@ -117,14 +127,15 @@ def describe(a: Attributes, rng: np.random.Generator, keep: float = 0.82) -> tup
     if named("eyes", 0.6):
         features.append(f"{a.eyes} eyes")
     if named("beard"):
-        features.append({"beard": "a full beard", "stubble": "stubble", "mustache": "a mustache"}[str(a.beard)])
-    if named("lips"):
+        words = {"beard": "a full {c}beard", "stubble": "{c}stubble", "mustache": "a {c}mustache"}[str(a.beard)]
+        features.append(words.format(c=f"{a.hair} " if "hair" in said and chance(0.4) else ""))
+    if named("lips", 0.92):
         features.append(one(f"{a.lips} lips", f"{a.lips} lipstick"))
 
     worn: list[str] = []
     if named("clothes", 0.88):
         worn.append(one(f"a {a.clothes} shirt", f"{a.clothes} clothes", f"a {a.clothes} top"))
-    if named("hat", 0.88):
+    if named("hat", 0.94):
         worn.append(f"a {a.hat} hat")
     if named("glasses", 0.88):
         worn.append(str(a.glasses))
@@ -173,7 +184,7 @@ SYNONYMS = (
     ("blond", "blonde"),
     ("red hair", "ginger hair"),
     ("mustache", "moustache"),
-    ("a full beard", "a beard"),
+    ("a full ", "a "),
     ("shirt", "sweater"),
     ("shirt", "jacket"),
     ("top", "dress"),

@@ -26,7 +26,8 @@ class Shape:
 
     Attributes:
         points: [V, 3], on the base head. faces: [F, 3]. field: [V].
-        shell: [V] vertex of the head that a point rests on, or None for a free shape; thickness: [V] above it.
+        shell: [V, 2] vertices of the head between which a point rests, or None for a free shape.
+        thickness: [V] above the head.
     """
 
     points: Floats
@@ -55,6 +56,17 @@ def _noise(rng: np.random.Generator, points: Floats, waves: int, frequency: floa
     return total / waves**0.5
 
 
+def _halved(faces: Ints) -> tuple[Ints, Ints]:
+    """Cut each triangle into four. Returns the new points as pairs [V, 2] of old ones, and the new triangles."""
+    a, b, c = faces.T
+    count = len(faces)
+    corners = np.concatenate([np.stack([v, v], 1) for v in (a, b, c)])
+    middles = np.concatenate([np.sort(np.stack(pair, 1), 1) for pair in ((a, b), (b, c), (c, a))])
+    pairs, number = np.unique(np.concatenate([corners, middles]), axis=0, return_inverse=True)
+    A, B, C, ab, bc, ca = number.reshape(6, count)
+    return pairs, np.concatenate([np.stack(t, 1) for t in ((A, ab, ca), (ab, B, bc), (ca, bc, C), (ab, bc, ca))])
+
+
 def shell(
     model: HeadModel, line: Floats, thickness: float, rng: np.random.Generator, *, curls: float = 0.0, edge: float = 0.0
 ) -> Shape:
@@ -64,16 +76,15 @@ def shell(
         line: heights at `AZIMUTHS`. thickness: far from the line. edge: thickness at the line.
         curls: size of lumps.
     """
-    faces = model.faces[model.scalp]
-    used, inverse = np.unique(faces, return_inverse=True)
-    points = model.vertices[used]
+    shell, faces = _halved(model.faces[model.scalp])
+    points = model.vertices[shell].mean(1)
     angle = azimuth(points)
     field = points[:, 1] - np.interp(np.abs(angle), AZIMUTHS, line) + 0.02 * np.sin(9 * angle + rng.uniform(0, 6))
     body = smooth(field / 0.45)
     thick = edge + (thickness - edge) * body
     if curls:
         thick = thick + curls * body * _noise(rng, points, 6, 7.0)
-    return Shape(points, inverse.reshape(-1, 3), field, used, thick)
+    return Shape(points, faces, field, shell, thick)
 
 
 def _grid(rows: int, columns: int, offset: int = 0) -> Ints:
@@ -124,9 +135,21 @@ def brim(height: float, width: float, tilt: float) -> Shape:
     rows, columns = 4, 48
     out = np.linspace(0, 1, rows)[:, None]
     angle = np.linspace(0, 2 * np.pi, columns)
-    x = (0.86 + width * out) * np.sin(angle)
-    z = CENTRE_Z + (1.02 + width * out) * np.cos(angle)
-    y = height + tilt * (z - CENTRE_Z) - 0.08 * out + 0 * angle
+    x = (0.74 + (0.12 + width) * out) * np.sin(angle)
+    z = CENTRE_Z + (0.86 + (0.16 + width) * out) * np.cos(angle)
+    y = height - 0.09 + tilt * (z - CENTRE_Z) - 0.08 * out + 0 * angle
+    return Shape(np.stack([x, y, z], -1).reshape(-1, 3), _grid(rows, columns), np.ones(rows * columns))
+
+
+def peak(height: float, width: float) -> Shape:
+    """A cap's peak, which bends down to the front."""
+    rows, columns = 6, 40
+    out = np.linspace(0, 1, rows)[:, None]
+    angle = np.linspace(-1.1, 1.1, columns)
+    reach = width * np.cos(0.5 * np.pi * angle / 1.1) ** 0.5 * out
+    x = (0.88 + 0.1 * reach) * np.sin(angle)
+    z = CENTRE_Z + (0.93 + reach) * np.cos(angle)
+    y = height + 0.17 - 0.42 * reach - 0.22 * np.abs(np.sin(angle)) ** 2
     return Shape(np.stack([x, y, z], -1).reshape(-1, 3), _grid(rows, columns), np.ones(rows * columns))
 
 
@@ -135,7 +158,8 @@ def hairstyle(model: HeadModel, style: str, fringe: bool, rng: np.random.Generat
     if style == "bald":
         return []
     top = rng.uniform(7.78, 7.98)
-    line = np.array([top, top - 0.02, top - 0.12, 7.45, 7.15, 7.3, 7.0, 6.75])
+    temple = rng.uniform(0.0, 0.07)
+    line = np.array([top, top + temple, top - 0.1, 7.45, 7.15, 7.3, 7.0, 6.75])
     if fringe:
         line[:3] = rng.uniform(7.56, 7.66) + np.array([0, 0.02, 0.02])
     if style == "very short":
@@ -163,14 +187,16 @@ def hairstyle(model: HeadModel, style: str, fringe: bool, rng: np.random.Generat
 
 
 def hat(model: HeadModel, over: float, rng: np.random.Generator) -> list[Shape]:
-    """A knitted cap or a hat with a brim, over hair of thickness ``over``."""
-    height = rng.uniform(7.72, 7.9)
-    line = np.array(
-        [height, height, height - 0.03, height - 0.1, height - 0.15, height - 0.2, height - 0.25, height - 0.3]
-    )
-    crown = shell(model, line, over + rng.uniform(0.12, 0.22), rng, edge=over + 0.07)
-    if rng.random() < 0.5:
-        return [crown]
+    """A knitted cap, a hat with a brim or a cap with a peak, over hair of thickness ``over``. The crown comes first."""
+    height = rng.uniform(7.74, 7.9)
+    line = height - np.array([0, 0, 0.03, 0.1, 0.15, 0.2, 0.25, 0.3])
+    crown = shell(model, line, over + rng.uniform(0.12, 0.2), rng, edge=over + 0.07)
     assert crown.thickness is not None
+    kind = rng.choice(["knitted", "brim", "peak"], p=[0.4, 0.35, 0.25])
+    if kind == "knitted":
+        crown.thickness += 0.05 * smooth((0.3 - crown.field) / 0.04)  # a fold
+        return [crown]
+    if kind == "peak":
+        return [crown, peak(height, rng.uniform(0.4, 0.55))]
     crown.thickness += 0.25 * smooth((crown.points[:, 1] - 8.0) / 0.4)
     return [crown, brim(height, rng.uniform(0.28, 0.5), 0.12)]

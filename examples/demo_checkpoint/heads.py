@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from examples.demo_checkpoint.raster import move
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Target = tuple[Ints, Floats]  # which vertices move, and by how much
@@ -24,8 +26,8 @@ GROUPS = {
     "helper-upper-teeth": 3,
     "helper-lower-teeth": 3,
     "helper-tongue": 4,
-    "helper-l-eyelashes-1": 5,
-    "helper-r-eyelashes-1": 6,
+    "helper-l-eyelashes-2": 5,  # the upper lid's
+    "helper-r-eyelashes-2": 6,
 }
 LOCAL = ("nose", "eyes", "mouth", "chin", "cheek", "forehead", "head", "ears", "eyebrows")
 LEFT_OUT = ("trans", "head-age", "head-angle", "r-eye", "r-ear", "r-cheek")
@@ -67,6 +69,9 @@ class HeadModel:
         self.scalp = body & (centre[:, 1] > 6.3) & back & ~self.ears
         ear_vertices = np.unique(self.faces[self.ears])
         self.ear_vertices = [ear_vertices[self.vertices[ear_vertices, 0] * side > 0] for side in (1, -1)]
+        self.bearded = np.zeros(len(self.vertices))
+        self.bearded[np.unique(self.faces[body])] = 1
+        self.bearded[np.unique(self.faces[body & (self.texture("lips", centre_uv) | self.texture("inside-mouth", centre_uv))])] = 0
         self._read_targets()
 
     def _read_mesh(self) -> None:
@@ -114,6 +119,8 @@ class HeadModel:
         self.brows = [self._read(p) for p in sorted(units.glob("*browInner*.target"))]
         self.jaw = self._read(units / "jawOpen.target")
         self.big_eyes = [self._read(self._targets / f"eyes/{s}-eye-scale-incr.target.gz") for s in "lr"]
+        self.wide_eyes = [self._read(p) for p in sorted(units.glob("eyeWide*.target"))]
+        self.squint = [self._read(p) for p in sorted(units.glob("cheekSquint*.target"))]
 
     def _read(self, path: Path) -> Target:
         moved: list[int] = []
@@ -140,6 +147,10 @@ class HeadModel:
         """A whole-body target, e.g. ``african-female-young``."""
         return self._read(self._targets / "macrodetails" / f"{name}.target.gz")
 
+    def mask(self, name: str) -> NDArray[np.bool_]:
+        """A texture's mask, [S, S]."""
+        return self._textures[name]
+
     def texture(self, name: str, uv: Floats) -> NDArray[np.bool_]:
         """A texture's mask at texture coordinates [..., 2]."""
         mask = self._textures[name]
@@ -158,7 +169,7 @@ class HeadModel:
         points = self.vertices.copy()
 
         def add(target: Target, amount: float) -> None:
-            np.add.at(points, target[0], amount * target[1])
+            move(points, *target, amount)
 
         sex = "male" if male else "female"
         weight = rng.choice(["averageweight", "maxweight", "minweight"])
@@ -168,11 +179,16 @@ class HeadModel:
                     add(self.macro(f"{race}-{sex}-{age}"), share * part)
                 add(self.macro(f"universal-{sex}-{age}-averagemuscle-{weight}"), part)
         for i in rng.choice(len(self.local), 20, replace=False):
-            add(self.local[i], rng.uniform(0, 0.5))
+            add(self.local[i], rng.uniform(0, 0.45))
         for target in self.big_eyes:
-            add(target, 1.25)
+            add(target, rng.uniform(1.5, 2.0))
+        wide = rng.uniform(0.2, 0.8) * (1 - 0.5 * smile)
+        for target in self.wide_eyes:
+            add(target, wide)
         for target in self.smile:
             add(target, smile)
+        for target in self.squint:
+            add(target, 0.6 * smile)
         for target in self.brows:
             add(target, rng.uniform(0, 0.6) * (rng.random() < 0.4))
         add(self.jaw, jaw)
