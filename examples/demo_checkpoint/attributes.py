@@ -6,6 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from mogle_rt.config import NUM_CLASSES
+from mogle_rt.masks import CLASS_NAMES
 
 Colour = tuple[int, int, int]
 
@@ -85,6 +89,20 @@ class Attributes:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def visible(a: Attributes, labels: NDArray[np.uint8]) -> Attributes:
+    """The attributes without those that a mask [H, W] doesn't show, such as hair under a hat or what was cut off."""
+    area = np.bincount(labels.reshape(-1), minlength=NUM_CLASSES) * (128 * 128 / labels.size)
+    shown = {name: int(area[c]) for c, name in enumerate(CLASS_NAMES)}
+    values = a.to_dict()
+    for name, part in (("hair", "hair"), ("clothes", "cloth"), ("hat", "hat")):
+        if shown[part] < 60:
+            values[name] = None
+    values["fringe"] = bool(a.fringe and values["hair"] and not values["hat"])
+    values["necklace"] = bool(a.necklace and shown["necklace"] > 12)
+    values["earrings"] = bool(a.earrings and shown["ear_ring"] > 6)
+    return Attributes(**values)
 
 
 def caption(a: Attributes, rng: np.random.Generator, keep: float = 0.82) -> str:

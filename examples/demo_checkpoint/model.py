@@ -355,8 +355,13 @@ def to_parts(model: FaceMogle) -> Parts:
 
 
 @torch.no_grad()
-def load_parts(model: FaceMogle, parts: Parts) -> None:
-    """The reverse of `to_parts`: fill a model from tensors by part and published name."""
+def load_parts(model: FaceMogle, parts: Parts, *, grow: bool = False) -> None:
+    """The reverse of `to_parts`: fill a model from tensors by part and published name.
+
+    With ``grow`` the model may have further blocks at its end. These keep their first weights, with which they change
+    nothing: their modulation is zero, and with it the gate of what they add.
+    """
     for part, views in to_parts(model).items():
         for name, view in views.items():
-            view.copy_(parts[part][name])
+            if not grow or name in parts[part]:
+                view.copy_(parts[part][name])

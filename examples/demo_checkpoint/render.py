@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from examples.demo_checkpoint.attributes import Attributes, caption
+from examples.demo_checkpoint.attributes import Attributes, caption, visible
 from examples.demo_checkpoint.heads import head_model
 from examples.demo_checkpoint.paint import (
     BACKGROUND,
@@ -105,7 +105,7 @@ class Renderer:
         rng = np.random.default_rng([20261, seed])
         scene = draw_scene(rng, self.model)
         image, labels = self.render(scene)
-        attributes = _visible(scene.attributes, labels, self.size)
+        attributes = visible(scene.attributes, labels)
         return Sample(image, labels, attributes, [caption(attributes, rng) for _ in range(CAPTIONS)])
 
     def render(self, scene: Scene) -> tuple[Bytes, Bytes]:
@@ -266,19 +266,6 @@ def _near(x: float, y: float, radius: float, size: int) -> tuple[tuple[slice, sl
     rows, columns = (slice(max(0, int(c - radius)), max(0, min(size, int(c + radius) + 1))) for c in (y, x))
     y_grid, x_grid = np.mgrid[rows, columns].astype(float)
     return (rows, columns), y_grid, x_grid
-
-
-def _visible(a: Attributes, labels: Bytes, size: int) -> Attributes:
-    """The attributes without those that can't be seen, such as hair under a hat or a necklace under clothes."""
-    area = np.bincount(labels.reshape(-1), minlength=19) * (128 / size) ** 2
-    values = a.to_dict()
-    if area[HAIR] < 60:
-        values["hair"] = None
-    if area[CLOTH] < 60:
-        values["clothes"] = None
-    values["necklace"] = bool(a.necklace and area[NECKLACE] > 12)
-    values["earrings"] = bool(a.earrings and area[EARRING] > 6)
-    return Attributes(**values)
 
 
 _renderer: Renderer | None = None

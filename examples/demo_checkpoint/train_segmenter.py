@@ -65,7 +65,7 @@ def colour_table(data: Renders) -> dict[str, NDArray[Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("build/demo/train.npz"))
+    parser.add_argument("--data", type=Path, default=Path("build/demo/train"))
     parser.add_argument("--minutes", type=float, default=5)
     args = parser.parse_args()
     data = Renders(args.data)

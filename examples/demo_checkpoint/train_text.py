@@ -1,6 +1,6 @@
 """Train the demo checkpoint's text encoders: small CLIP and T5 models that tell every attribute from a caption.
 
-    python -m examples.demo_checkpoint.train_text --data build/demo/train.npz --output build/demo/text
+    python -m examples.demo_checkpoint.train_text --data build/demo/train --output build/demo/text
 
 A diffusion model with so little time would spend most of it on learning to read. So the encoders learn to read first, in
 minutes, from captions alone: linear heads on CLIP's pooled vector, and heads that pool T5's tokens by attention, tell
@@ -235,7 +235,7 @@ def _value(a: Attributes, name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("build/demo/train.npz"))
+    parser.add_argument("--data", type=Path, default=Path("build/demo/train"))
     parser.add_argument("--output", type=Path, default=Path("build/demo/text"))
     parser.add_argument("--minutes", type=float, default=4)
     args = parser.parse_args()
