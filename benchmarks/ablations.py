@@ -62,12 +62,12 @@ def retrained(folder: Path, cases: Cases) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--retrained", type=Path, default=Path("build/demo"))
-    parser.add_argument("--renders", type=Path, default=Path("build/demo/held_out.npz"))
+    parser.add_argument("--renders", type=Path, default=Path("build/demo/held_out"))
     parser.add_argument("--report", type=Path, default=Path("build/demo/QUALITY.json"))
     parser.add_argument("--count", type=int, default=50)
     args = parser.parse_args()
     report = json.loads(args.report.read_text())
-    report |= retrained(args.retrained, load_cases(args.renders).first(args.count))
+    report |= retrained(args.retrained, load_cases(args.renders, count=args.count))
     args.report.write_text(json.dumps(report, indent=1) + "\n")
 
 

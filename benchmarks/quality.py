@@ -1,6 +1,6 @@
 """Measures how good the faces of a bundle are on held-out renders, and compares them with ablations of the model.
 
-    python -m benchmarks.quality --renders build/demo/held_out.npz --bundle demo --report benchmarks/QUALITY.json
+    python -m benchmarks.quality --renders build/demo/held_out --bundle demo --report benchmarks/QUALITY.json
 
 The renders are made by `examples.demo_checkpoint.render`. `benchmarks.quality_measures` has the measures.
 """
@@ -91,16 +91,17 @@ def measure(bundle: str, cases: Cases, sizes: argparse.Namespace) -> tuple[dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--renders", type=Path, default=Path("build/demo/held_out.npz"))
+    parser.add_argument("--renders", type=Path, default=Path("build/demo/held_out"))
     parser.add_argument("--bundle", default="demo")
     parser.add_argument("--report", type=Path, default=Path("benchmarks/QUALITY.json"))
+    parser.add_argument("--size", type=int, nargs=2, default=(128, 128), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--count", type=int, default=200, help="number of cases for the main figures")
     parser.add_argument(
         "--some", type=int, default=100, help="number of cases for other step counts, and for mask or prompt only"
     )
     parser.add_argument("--few", type=int, default=50, help="number of cases for edits and ablations")
     args = parser.parse_args()
-    report, rows = measure(args.bundle, load_cases(args.renders), args)
+    report, rows = measure(args.bundle, load_cases(args.renders, tuple(args.size), args.count), args)
     args.report.write_text(json.dumps(report, indent=1) + "\n")
     picture(rows).save(args.report.with_suffix(".png"))
 

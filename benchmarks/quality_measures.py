@@ -6,7 +6,6 @@ judged (`examples.demo_checkpoint.train_segmenter`).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ RIDGE = 1e-6  # of Fréchet distances: without it, those of 50 images are of cov
 
 @dataclass
 class Cases:
-    """Held-out renders: images [n, S, S, 3], labels [n, S, S], a prompt for each, and the colours that it names."""
+    """Held-out renders: images [n, H, W, 3], labels [n, H, W], a prompt for each, and the colours that it names."""
 
     images: Bytes
     labels: Bytes
@@ -46,15 +45,22 @@ class Cases:
         return len(self.prompts)
 
 
-def load_cases(path: Path, seed: int = 0) -> Cases:
-    """Load renders, with prompts that name nearly all attributes."""
-    from examples.demo_checkpoint.attributes import Attributes, describe
+def load_cases(path: Path, size: tuple[int, int] = (128, 128), count: int | None = None, seed: int = 0) -> Cases:
+    """Load renders, with prompts that name nearly all attributes.
+
+    Args:
+        size: height and width. Portraits are the middle of the render. count: of renders, at most.
+    """
+    from examples.demo_checkpoint.attributes import Attributes, describe, visible
+    from examples.demo_checkpoint.renders import Renders, middle, resize
 
     rng = np.random.default_rng(seed)
-    with np.load(path) as data:
-        people = [Attributes(**a) for a in json.loads(str(data["attributes"]))]
-        told = [describe(a, rng, keep=0.9) for a in people]
-        return Cases(data["images"], data["labels"], [t for t, _ in told], [n for _, n in told])
+    data = Renders(path, count)
+    parts = [resize(*middle(data.images[i : i + 1], data.labels[i : i + 1], size), *size) for i in range(len(data))]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    people = [visible(Attributes(**a), mask) for a, mask in zip(data.attributes, labels, strict=True)]
+    told = [describe(a, rng, keep=0.9) for a in people]
+    return Cases(images, labels, [t for t, _ in told], [n for _, n in told])
 
 
 def grow(region: NDArray[np.bool_], pixels: int) -> NDArray[np.bool_]:
@@ -109,7 +115,7 @@ def draw(
     seed: int = 0,
     labels: Bytes | None = None,
 ) -> tuple[Bytes, float]:
-    """Draw all cases, case i with the seed ``seed + i``: images uint8 [n, S, S, 3], and the seconds that one image takes."""
+    """Draw all cases, case i with the seed ``seed + i``: images uint8 [n, H, W, 3], and the seconds that one image takes."""
     masks = cases.labels if labels is None else labels
     images, start = [], time.perf_counter()
     for i in range(0, len(cases), batch):
@@ -118,6 +124,8 @@ def draw(
             list(masks[some.start : some.stop]) if mask else None,
             [cases.prompts[k] for k in some] if prompt else None,
             num_inference_steps=steps,
+            height=masks.shape[1],
+            width=masks.shape[2],
             num_images_per_prompt=1 if mask or prompt else len(some),
             generator=[torch.Generator().manual_seed(seed + k) for k in some],
             output_type="np",

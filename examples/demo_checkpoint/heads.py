@@ -50,6 +50,7 @@ class HeadModel:
         faces: [F, 3]. group: [F], a number of `GROUPS`. uv: [F, 3, 2] texture coordinates.
         nose_way: [V], how far the targets of the nose move a vertex, which tells the nose from the cheeks.
         scalp: [F], True where hair may grow, which is not on the ears.
+        bearded: [V], 1 on the skin, where a beard has thickness; 0 on lips and elsewhere.
     """
 
     def __init__(self) -> None:
@@ -71,7 +72,8 @@ class HeadModel:
         self.ear_vertices = [ear_vertices[self.vertices[ear_vertices, 0] * side > 0] for side in (1, -1)]
         self.bearded = np.zeros(len(self.vertices))
         self.bearded[np.unique(self.faces[body])] = 1
-        self.bearded[np.unique(self.faces[body & (self.texture("lips", centre_uv) | self.texture("inside-mouth", centre_uv))])] = 0
+        mouth = self.texture("lips", centre_uv) | self.texture("inside-mouth", centre_uv)
+        self.bearded[np.unique(self.faces[body & mouth])] = 0
         self._read_targets()
 
     def _read_mesh(self) -> None:

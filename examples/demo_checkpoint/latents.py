@@ -66,7 +66,7 @@ def cut(
     S, (height, width) = labels.shape[1], size
     share = rng.uniform(0.78, 1.0) if rng.random() < CUT else 1.0
     share = max(share, max(size) / S)
-    h, w = (int(round(S * share * side / max(size))) for side in size)
+    h, w = (round(S * share * side / max(size)) for side in size)
     y = int(rng.integers(0, S - h + 1))
     x = int(np.clip(rng.normal((S - w) / 2, 0.1 * (S - w) + 1e-6), 0, S - w))
     area = (slice(None), slice(y, y + h), slice(x, x + w))
@@ -85,8 +85,8 @@ def encode(data: Renders, encoder: Encoder, chosen: range, size: tuple[int, int]
 
     Returns:
         ``faces`` [n, N, 64]; ``rows`` [R, N, 64], the distinct condition pictures, beginning with black and white;
-        ``index`` and ``rough`` [n, 20], the rows that are the pictures of each exact and each rough mask (the same where there
-        is no rough one); ``cells`` [n, 4 N], see `cell_classes`; ``people``, the attributes that each picture shows, as JSON.
+        ``index`` and ``rough`` [n, 20], the rows that are the pictures of each exact and each rough mask (the same where
+        there is no rough one); ``cells`` [n, 4 N], see `cell_classes`; ``people``, what each picture shows, as JSON.
     """
     flat = torch.ones(1, 3, *size)
     rows = [encoder(-flat), encoder(flat)]

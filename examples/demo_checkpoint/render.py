@@ -153,7 +153,11 @@ class Renderer:
         scale, S = self.inner / scene.zoom, self.inner
         near = (CAMERA / (CAMERA - turned[:, 2])) * scale
         screen = np.stack(
-            [S * scene.centre[0] + turned[:, 0] * near, S * scene.centre[1] - turned[:, 1] * near, turned[:, 2] * scale],
+            [
+                S * scene.centre[0] + turned[:, 0] * near,
+                S * scene.centre[1] - turned[:, 1] * near,
+                turned[:, 2] * scale,
+            ],
             1,
         )
         one, two = (screen[all_faces[:, k], :2] - screen[all_faces[:, 0], :2] for k in (1, 2))

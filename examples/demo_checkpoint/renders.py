@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mogle_rt.config import NUM_CLASSES
-from mogle_rt.masks import PALETTE
+from mogle_rt.masks import CLASS_NAMES, PALETTE
 
 Bytes = NDArray[np.uint8]
 
-SKIN, HAIR, BACKGROUND, CLOTH = 1, 13, 0, 18
-LARGE = (BACKGROUND, SKIN, HAIR, CLOTH)  # classes that give way to smaller ones where a mask is made smaller
+LARGE = tuple(
+    CLASS_NAMES.index(name) for name in ("background", "skin", "hair", "cloth")
+)  # classes that give way to smaller ones where a mask is made smaller
 
 
 class Writer:
@@ -74,6 +75,14 @@ class Renders:
 
     def __len__(self) -> int:
         return len(self.attributes)
+
+
+def middle(images: Bytes, labels: Bytes, size: tuple[int, int]) -> tuple[Bytes, Bytes]:
+    """The largest part of a size's shape around the middle: images [n, S, S, 3], labels [n, S, S]."""
+    S = labels.shape[1]
+    h, w = (S * side // max(size) for side in size)
+    y, x = (S - h) // 2, (S - w) // 2
+    return images[:, y : y + h, x : x + w], labels[:, y : y + h, x : x + w]
 
 
 def resize(images: Bytes, labels: Bytes, height: int, width: int) -> tuple[Bytes, Bytes]:

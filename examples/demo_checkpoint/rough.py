@@ -72,7 +72,7 @@ def _blur(planes: Tensor, deviation: float) -> Tensor:
 
 
 def lose_parts(labels: Bytes, rng: np.random.Generator) -> Bytes:
-    """Leave out some small parts, which become what lies around them: skin in the face, elsewhere the nearest of the rest."""
+    """Leave out some small parts, which become skin in the face, and elsewhere the nearest of what is left."""
     present = [c for c in LOSABLE if (labels == c).any()]
     if not present:
         return labels

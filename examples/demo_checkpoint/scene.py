@@ -128,7 +128,9 @@ def draw_scene(rng: np.random.Generator, model: HeadModel) -> Scene:
     lips_name, lips = None, skin * 0.62 + np.array([188, 78, 82]) * 0.38
     if rng.random() < (0.04 if male else 0.6):
         lips_name, lips = _pick(rng, LIP_COLOURS, 0.06)
-    beard = str(rng.choice(["beard", "stubble", "mustache"], p=[0.5, 0.25, 0.25])) if male and rng.random() < 0.5 else None
+    beard = (
+        str(rng.choice(["beard", "stubble", "mustache"], p=[0.5, 0.25, 0.25])) if male and rng.random() < 0.5 else None
+    )
     glasses = str(rng.choice(["round glasses", "square glasses", "sunglasses"])) if rng.random() < 0.26 else None
 
     parting = float(rng.uniform(-0.4, 0.4))

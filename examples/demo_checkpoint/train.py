@@ -186,7 +186,9 @@ def train(team: Team, args: argparse.Namespace) -> None:
 class Watch:
     """What process 0 does besides training: it averages the weights, prints losses and writes bundles."""
 
-    def __init__(self, model: FaceMogle, reader: Reader, args: argparse.Namespace, state: dict[str, Any] | None) -> None:
+    def __init__(
+        self, model: FaceMogle, reader: Reader, args: argparse.Namespace, state: dict[str, Any] | None
+    ) -> None:
         self.reader, self.args = reader, args
         self.average = Average(model, 0.998)
         if state is not None:
@@ -216,8 +218,12 @@ def main() -> None:
     )
     parser.add_argument("--until", type=float, help="Unix time at which to end, in the place of --minutes")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--constant", type=float, default=0.4, help="the part of training before its rate falls; 1: never")
-    parser.add_argument("--singles", type=int, default=CONFIG.num_single_layers, help="single blocks; new ones begin idle")
+    parser.add_argument(
+        "--constant", type=float, default=0.4, help="the part of training before its rate falls; 1: never"
+    )
+    parser.add_argument(
+        "--singles", type=int, default=CONFIG.num_single_layers, help="single blocks; new ones begin idle"
+    )
     parser.add_argument("--from-bundle", type=Path)
     parser.add_argument("--scalar-gate", action="store_true", help="one weight an image and expert, not one a token")
     parser.add_argument("--bundle", type=Path, default=Path("build/demo/demo.safetensors"))
