@@ -63,7 +63,7 @@ def test_smaller_masks_keep_thin_parts(masks: list[np.ndarray]) -> None:
     assert (small[0] == 11).any(0).all()
     same = resize(np.zeros((1, 128, 128, 3), np.uint8), masks[0][None], 128, 128)[1]
     assert np.array_equal(same[0], masks[0])
-    assert middle(np.zeros((1, 64, 64, 3)), np.zeros((1, 64, 64)), (192, 128))[1].shape == (1, 64, 42)
+    assert middle(np.zeros((1, 64, 64, 3), np.uint8), labels, (192, 128))[1].shape == (1, 64, 42)
 
 
 def test_what_is_cut_off_is_not_told() -> None:
