@@ -19,7 +19,7 @@ from mogle_rt.encoders.vae import DECODE_PIXELS, ENCODE_PIXELS, vae_dtype
 from mogle_rt.fast.settings import FastConfig
 from mogle_rt.linear.packed import PackedWeight
 from mogle_rt.loop.buffers import buffer_shapes
-from mogle_rt.loop.reuse import difference_shapes, kept_shapes
+from mogle_rt.loop.reuse import difference_shapes, followed_shapes, kept_shapes
 from mogle_rt.loop.schedule import step_capacity
 from mogle_rt.memory.planner import Demand, SublayerBytes
 from mogle_rt.memory.streaming import slot_bytes
@@ -169,6 +169,7 @@ def _kept(source: TensorSource, run: Run, layout: Layout) -> int:
     """What steps keep for later ones in a fast mode."""
     config, fast = source.config.transformer, run.fast or FastConfig()
     kept = difference_shapes(layout, run.batch, config.in_channels) if fast.extrapolates else []
+    kept += followed_shapes(layout, run.batch, config.in_channels) if fast.adapts else []
     nbytes = 4 * sum(map(math.prod, kept))
     if fast.keeps_condition:
         shapes = kept_shapes(config.num_layers, config.num_single_layers, layout, run.batch, config.width)

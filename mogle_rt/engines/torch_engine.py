@@ -11,6 +11,7 @@ from torch import Tensor
 from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import ModelConfig
 from mogle_rt.engines.contract import Conditions
+from mogle_rt.fast.adaptive import course_of
 from mogle_rt.fast.course import Course
 from mogle_rt.fast.settings import FastConfig
 from mogle_rt.linear.formats import choose_format
@@ -164,7 +165,7 @@ class TorchEngine:
             add_cond_attn=self.model.add_cond_attn,
         )
         fast = c.fast or FastConfig()
-        holds = {"extrapolates": fast.extrapolates, "keeps_condition": fast.keeps_condition}
+        holds = {"extrapolates": fast.extrapolates, "keeps_condition": fast.keeps_condition, "adapts": fast.adapts}
         others = (self.styles.shape, c.kept is None, *holds.values())
         shapes = {kind: (batch, capacity, layout, kind, *others) for kind in (Bank, Fused)}
         self._runner = None  # if its shapes are not kept, this frees its buffers before new ones are made
@@ -178,7 +179,7 @@ class TorchEngine:
             lambda: Step(self.styles.beside(self.transformer), self.mogle, inputs, layout, self.ops, **holds),
         )
         self.styles.fill(self._runner.step.transformer)
-        self._position, self._course = Position(len(schedule)), Course.of(c.fast, schedule)
+        self._position, self._course = Position(len(schedule)), course_of(c.fast, schedule, batch)
 
     def _inputs(
         self, c: Conditions, schedule: Schedule, capacity: int, shapes: Mapping[type[Bank | Fused], Hashable]
@@ -305,7 +306,7 @@ class TorchEngine:
             self._course.begin(k)  # what is kept may be half written
             raise
         self._position.go_to(k + 1)
-        self._course.done(k)
+        self._course.done(k, runner.step.changes() if any(way.fresh) else ())
 
     @property
     def computed_steps(self) -> int:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from mogle_rt.engines.contract import Conditions
+from mogle_rt.fast.adaptive import course_of
 from mogle_rt.fast.course import Course, Kind, Way
 from mogle_rt.loop.blend import Blend
 from mogle_rt.loop.denoise import euler
+from mogle_rt.loop.reuse import Followed
 from mogle_rt.loop.schedule import Position, Schedule
 
 
@@ -25,6 +27,7 @@ class VelocityLoop(ABC):
     _blend: Blend | None = None  # only for edits
     _course = Course(None, [])
     _velocities: list[Tensor]  # of the last two computed steps, [B, N, 64]
+    _followed: Followed | None = None  # only in adaptive courses
 
     def follow(self, schedule: Schedule, device: torch.device, conditions: Conditions | None = None) -> None:
         """Set the schedule of the next run, what it keeps of an image, and what it leaves out.
@@ -37,7 +40,8 @@ class VelocityLoop(ABC):
             fast.check_exported()
         self._sigmas = schedule.sigmas.to(device)
         self._position = Position(len(schedule))
-        self._course, self._velocities = Course.of(fast, schedule), []
+        batch = 1 if conditions is None else conditions.masks.batch
+        self._course, self._velocities, self._followed = course_of(fast, schedule, batch), [], None
         self._blend = None if kept is None else Blend(kept.to(device, kept.original.dtype))
 
     @abstractmethod
@@ -63,13 +67,14 @@ class VelocityLoop(ABC):
         """
         position = self._prepared_position()
         k = position.next_step()
-        velocity = self._velocity(k, self._course.way(k))
+        way = self._course.way(k)
+        velocity = self._chosen(k, way) if way.fresh else self._velocity(k, way)
         self._latents = euler(self._latents, velocity, self._sigmas[k], self._sigmas[k + 1])
         if self._blend is not None:
             self._blend.select(torch.tensor([k], device=self._latents.device))
             self._blend(self._latents)
         position.go_to(k + 1)
-        self._course.done(k)
+        self._course.done(k, self._followed.changes() if self._followed is not None and any(way.fresh) else ())
 
     def _velocity(self, k: int, way: Way) -> Tensor:
         """The velocity of step k, computed or from earlier steps: [B, N, 64]."""
@@ -80,6 +85,14 @@ class VelocityLoop(ABC):
         if self._course.config is not None:
             self._velocities = [*self._velocities[-1:], velocity]
         return velocity
+
+    def _chosen(self, k: int, way: Way) -> Tensor:
+        """The velocity of step k, where each image takes its own: [B, N, 64]."""
+        followed = self._followed = self._followed or Followed(self._latents, batch_dim=0)
+        followed.choose(way)
+        if way.kind is Kind.WHOLE:
+            followed.take(self.step(self._latents, k))
+        return followed.velocity()
 
     @property
     def computed_steps(self) -> int:

@@ -9,12 +9,8 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
 
 from mogle_rt.fast.settings import FastConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Kind(enum.Enum):
@@ -33,10 +29,14 @@ class Way:
         kind: what it computes.
         weight: of a reused step: the velocity is v + weight · (v - u), with v the last one that was computed, and u the
             one before.
+        fresh: in an adaptive course, for each image whether it takes the velocity that is computed; otherwise empty.
+        weights: likewise, its weight.
     """
 
     kind: Kind
     weight: float = 0.0
+    fresh: tuple[bool, ...] = ()
+    weights: tuple[float, ...] = ()
 
 
 WHOLE, KEPT = Way(Kind.WHOLE), Way(Kind.KEPT)
@@ -97,15 +97,6 @@ def ways_of(config: FastConfig | None, sigmas: Sequence[float], first: int = 0) 
     return ways
 
 
-class Levels(Protocol):
-    """A run's noise levels, see `mogle_rt.loop.schedule.Schedule`. One more follows the last step."""
-
-    @property
-    def sigmas(self) -> Tensor: ...
-
-    def __len__(self) -> int: ...
-
-
 class Course:
     """The course of a run, which begins anew wherever its latents are changed: what was kept then belongs to others.
 
@@ -122,12 +113,6 @@ class Course:
         self._sigmas = list(sigmas)
         self.begin(0)
 
-    @classmethod
-    def of(cls, config: FastConfig | None, schedule: Levels) -> Course:
-        """The course of a run with this schedule, whose values are read only where they matter."""
-        matter = config is not None and config.extrapolates
-        return cls(config, schedule.sigmas[:-1].tolist() if matter else [0.0] * len(schedule))
-
     def begin(self, k: int) -> None:
         """Begin at step k, without anything from earlier steps."""
         self._ways, self._next = ways_of(self.config, self._sigmas, k), k
@@ -143,8 +128,11 @@ class Course:
             self.begin(k)
         return self._ways[k]
 
-    def done(self, k: int) -> None:
-        """Note that step k was done in its way."""
-        self.computed += self._ways[k].kind is not Kind.REUSED
-        self.with_condition += self._ways[k].kind is Kind.WHOLE
+    def done(self, k: int, changes: Sequence[float] = ()) -> None:
+        """Note that step k was done in its way. changes: only for adaptive courses."""
+        self._count(k, self._ways[k].kind)
+
+    def _count(self, k: int, kind: Kind) -> None:
+        self.computed += kind is not Kind.REUSED
+        self.with_condition += kind is Kind.WHOLE
         self._next, self._fresh = k + 1, False

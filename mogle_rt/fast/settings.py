@@ -10,10 +10,10 @@ from typing import Any
 
 from mogle_rt.config import Options
 from mogle_rt.errors import ConfigError
-from mogle_rt.values import Range, quoted, read_json, whole
+from mogle_rt.values import Range, quoted, read_json, real, whole
 
 MOST_STEPS_IN_MASK = 10_000
-ORDERS, INTERVALS = Range(0, 1), Range(1, MOST_STEPS_IN_MASK)
+ORDERS, INTERVALS, CHANGES = Range(0, 1), Range(1, MOST_STEPS_IN_MASK), Range(0, 100)
 
 
 def _mask(computed: Sequence[int], reused: Sequence[int]) -> str:
@@ -46,6 +46,9 @@ class FastConfig(Options):
         refresh_every: k: of the computed steps, the first and every k-th after it compute the condition's rows too. The
             others compute text and image alone, and attend to the keys and values that the condition had last. 1: all
             compute everything. More than 1 needs engine torch.
+        max_change: instead of a mask: a step is left out while the velocity of an image is expected to differ from the
+            last computed one by at most this much, relatively, see `mogle_rt.fast.adaptive`. None: it is not looked at.
+        max_skips: with max_change, the most steps that are left out in a row.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -54,12 +57,20 @@ class FastConfig(Options):
     steps_mask: str | None = None
     order: int = 1
     refresh_every: int = 1
+    max_change: float | None = None
+    max_skips: int = 4
 
     def __post_init__(self) -> None:
         if self.steps_mask is not None:
             object.__setattr__(self, "steps_mask", _checked_mask(self.steps_mask))
         whole(self.order, "FastConfig: order", ORDERS)
         whole(self.refresh_every, "FastConfig: refresh_every", INTERVALS)
+        whole(self.max_skips, "FastConfig: max_skips", INTERVALS)
+        if self.max_change is not None:
+            object.__setattr__(self, "max_change", real(self.max_change, "FastConfig: max_change", CHANGES))
+            if self.steps_mask is not None or self.refresh_every > 1:
+                other = "steps_mask" if self.steps_mask is not None else "refresh_every"
+                raise ConfigError(f"FastConfig: max_change and {other} exclude each other; leave one of them out")
 
     @property
     def mask(self) -> tuple[bool, ...] | None:
@@ -73,6 +84,11 @@ class FastConfig(Options):
         return self.mask is not None and self.order == 1
 
     @property
+    def adapts(self) -> bool:
+        """Whether the velocities decide which steps are computed."""
+        return self.max_change is not None
+
+    @property
     def keeps_condition(self) -> bool:
         """Whether some steps leave out the condition's rows."""
         return self.refresh_every > 1
@@ -80,7 +96,7 @@ class FastConfig(Options):
     @property
     def exact(self) -> bool:
         """Whether nothing is left out."""
-        return self.mask is None and not self.keeps_condition
+        return self.mask is None and not self.keeps_condition and not self.adapts
 
     def check_exported(self) -> None:
         """Check that an exported engine, which computes whole steps alone, can run it.

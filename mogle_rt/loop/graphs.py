@@ -120,8 +120,7 @@ class Runner:
         """Run one step in this way."""
         kind = way.kind
         with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
-            if way.kind is Kind.REUSED and self.step.difference is not None:
-                self.step.difference.weight.fill_(way.weight)
+            self.step.prepare(way)
             if self.execution == GRAPH and kind not in self._graphs:
                 self._capture(kind)
             if kind not in self._graphs:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mogle_rt.fast.course import Way
 from mogle_rt.loop.buffers import Buffers
 from mogle_rt.model.layout import Layout
 from mogle_rt.model.modulation import StepModulation
@@ -42,6 +43,57 @@ class Difference:
     def continued(self) -> Tensor:
         """The velocity that is expected, float32."""
         return torch.addcmul(self._velocity, self._difference, self.weight, out=self._continued)
+
+
+class Followed:
+    """For each image the velocity that it took last, and what that has changed; all float32, at fixed addresses.
+
+    Args:
+        like: a velocity. batch_dim: its dimension of images.
+
+    Attributes:
+        buffers: what it writes to.
+    """
+
+    def __init__(self, like: Tensor, batch_dim: int) -> None:
+        shape = [size if dim == batch_dim else 1 for dim, size in enumerate(like.shape)]
+        self._others = [dim for dim in range(like.dim()) if dim != batch_dim]
+        self._last, self._difference, self._velocity = (torch.zeros_like(like, dtype=torch.float32) for _ in range(3))
+        self._weight = self._last.new_zeros(shape)
+        self._fresh = torch.zeros(shape, dtype=torch.bool, device=like.device)
+        self._change = self._last.new_zeros(shape)
+        self.buffers = [self._last, self._difference, self._velocity, self._weight, self._fresh, self._change]
+
+    def choose(self, way: Way) -> None:
+        """Set what each image does in the next step."""
+        self._fresh.view(-1).copy_(torch.tensor(way.fresh))
+        self._weight.view(-1).copy_(torch.tensor(way.weights))
+
+    def take(self, velocity: Tensor) -> None:
+        """Let the images that want a computed velocity take theirs."""
+        change = torch.sub(velocity, self._last, out=self._velocity)
+        size = torch.linalg.vector_norm(velocity, dim=self._others, keepdim=True, dtype=torch.float32)
+        torch.div(torch.linalg.vector_norm(change, dim=self._others, keepdim=True), size, out=self._change)
+        self._difference.copy_(torch.where(self._fresh, change, self._difference))
+        self._last.copy_(torch.where(self._fresh, velocity.float(), self._last))
+
+    def velocity(self) -> Tensor:
+        """Of each image the computed velocity, or the expected one."""
+        return torch.addcmul(self._last, self._difference, self._weight, out=self._velocity)
+
+    def changes(self) -> list[float]:
+        """How much the last computed velocity of each image differs from the one before, relatively. The host waits."""
+        return self._change.view(-1).tolist()
+
+    def forget(self) -> None:
+        """Forget earlier velocities, which were of other latents."""
+        self._last.zero_()
+        self._difference.zero_()
+
+
+def followed_shapes(layout: Layout, batch: int, channels: int) -> list[tuple[int, ...]]:
+    """The shapes of the large buffers of `Followed`, which are float32."""
+    return [(layout.image, batch, channels)] * 3
 
 
 def difference_shapes(layout: Layout, batch: int, channels: int) -> list[tuple[int, ...]]:

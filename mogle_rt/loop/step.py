@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from mogle_rt.fast.course import Kind
+from mogle_rt.fast.course import Kind, Way
 from mogle_rt.loop.blend import Blend
 from mogle_rt.loop.buffers import Buffers, StepInputs, shape_and_place, tensors_of
 from mogle_rt.loop.chain import Chain
-from mogle_rt.loop.reuse import Difference, KeptCondition
+from mogle_rt.loop.reuse import Difference, Followed, KeptCondition
 from mogle_rt.model.layout import Layout
 from mogle_rt.model.mixture import MixtureOfExperts
 from mogle_rt.model.transformer import Transformer
@@ -54,6 +55,7 @@ class Step:
         ops: see `mogle_rt.ops.choice`.
         extrapolates: whether steps that aren't computed need the difference of the last two velocities.
         keeps_condition: whether steps are asked for that leave out the condition's rows.
+        adapts: whether each image takes the computed velocity or its own expected one, as the host chooses.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Step:
         *,
         extrapolates: bool = False,
         keeps_condition: bool = False,
+        adapts: bool = False,
     ) -> None:
         self.transformer, self.mogle, self.inputs, self.ops = transformer, mogle, inputs, ops
         self.buffers = b = Buffers(transformer, layout, inputs.text.shape[1], inputs.log_scale)
@@ -74,6 +77,7 @@ class Step:
         self.sigma_step = inputs.sigma_steps[:1].clone()
         self.blend = None if inputs.kept is None else Blend(inputs.kept)
         self.difference = Difference(b.velocity) if extrapolates else None
+        self.followed = Followed(b.velocity, batch_dim=1) if adapts else None
         self.kept = KeptCondition(transformer, b, layout, self.modulation) if keeps_condition else None
         rows = None if self.kept is None else self.kept.rows
         parts = (b, inputs.rope, layout, ops, rows)
@@ -125,13 +129,26 @@ class Step:
         blend = [] if self.blend is None else self.blend.buffers
         difference = [] if self.difference is None else self.difference.buffers
         kept = [] if self.kept is None else self.kept.buffers
-        return tensors_of((self.inputs, self.modulation, self.time, self.sigma_step, blend, difference, kept))
+        followed = [] if self.followed is None else self.followed.buffers
+        return tensors_of((self.inputs, self.modulation, self.time, self.sigma_step, blend, difference, kept, followed))
 
     @property
     def carried(self) -> list[Tensor]:
         """What a step leaves for the next one."""
         b = self.buffers
-        return [b.latents, b.index, b.velocity, *([] if self.difference is None else self.difference.buffers)]
+        others = [part.buffers for part in (self.difference, self.followed) if part is not None]
+        return [b.latents, b.index, b.velocity, *chain.from_iterable(others)]
+
+    def prepare(self, way: Way) -> None:
+        """Set what the next step, which is done in this way, reads besides its index."""
+        if self.followed is not None:
+            self.followed.choose(way)
+        elif self.difference is not None and way.kind is Kind.REUSED:
+            self.difference.weight.fill_(way.weight)
+
+    def changes(self) -> list[float]:
+        """See `Followed.changes`."""
+        return [] if self.followed is None else self.followed.changes()
 
     @property
     def nbytes(self) -> int:
@@ -142,6 +159,8 @@ class Step:
         """Forget the velocities of earlier steps, whose latents were others."""
         if self.difference is not None:
             self.buffers.velocity.zero_()
+        if self.followed is not None:
+            self.followed.forget()
 
     def seek(self, k: int) -> None:
         """Go to step k."""
@@ -188,19 +207,19 @@ class Step:
 
     def _transform(self, section: Section) -> None:
         """The part of the transformer that belongs to a section."""
-        chain = self.chains[section.kind]
+        part = self.chains[section.kind]
         if section.first:
             self.x_text.copy_(self.inputs.text)
-            chain.begin()
-        chain.run(section.links)
+            part.begin()
+        part.run(section.links)
         if section.last:
-            chain.end()
+            part.end()
 
     def run(self, section: Section) -> None:
         """Compute a section of the step. Its streamed weights must be in memory, see `weights_of`."""
         if section.kind is Kind.REUSED:
             self._select_levels()
-            self._update(self.buffers.velocity if self.difference is None else self.difference.continued())
+            self._update(self._known())
             return
         if section.first:
             self.select()
@@ -212,7 +231,15 @@ class Step:
         if section.last:
             if self.difference is not None:
                 self.difference.after()
-            self._update(self.buffers.velocity)
+            if self.followed is not None:
+                self.followed.take(self.buffers.velocity)
+            self._update(self.buffers.velocity if self.followed is None else self.followed.velocity())
+
+    def _known(self) -> Tensor:
+        """The velocity of a step that isn't computed."""
+        if self.followed is not None:
+            return self.followed.velocity()
+        return self.buffers.velocity if self.difference is None else self.difference.continued()
 
     def _update(self, velocity: Tensor) -> None:
         """Update the latents, x + (σ' - σ) v, and increase the index."""

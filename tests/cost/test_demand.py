@@ -67,6 +67,7 @@ def test_what_fast_modes_keep_at_full_size() -> None:
     assert of(FastConfig(refresh_every=4)) - of(None) == 57 * 1024 * 2 * 3072 * 2 == 717_225_984
     assert of(FastConfig(steps_mask="fast")) - of(None) == 2 * 1024 * 64 * 4 + 4
     assert of(FastConfig(steps_mask="fast", order=0)) == of(None)
+    assert of(FastConfig(max_change=0.1)) - of(None) == 3 * 1024 * 64 * 4
 
 
 def test_full_size_takes_no_time_to_plan() -> None:

@@ -66,6 +66,11 @@ def test_masks_of_every_form(given: Any) -> None:
         ({"order": 2}, "order must be from 0 to 1, got 2"),
         ({"order": True}, "order must be a whole number, got True"),
         ({"mask": "10"}, "unknown option 'mask'"),
+        ({"refresh_every": 0}, "refresh_every must be from 1 to 10000, got 0"),
+        ({"max_change": -0.1}, "max_change must be from 0 to 100, got -0.1"),
+        ({"max_change": 0.1, "steps_mask": "10"}, "max_change and steps_mask exclude each other"),
+        ({"max_change": 0.1, "refresh_every": 2}, "max_change and refresh_every exclude each other"),
+        ({"max_change": 0.1, "max_skips": 0}, "max_skips must be from 1 to 10000, got 0"),
     ],
 )
 def test_wrong_settings_are_refused(given: dict[str, Any], message: str) -> None:
@@ -80,6 +85,8 @@ def test_wrong_settings_are_refused(given: dict[str, Any], message: str) -> None
         ("fast", NAMED["fast"]),
         ("steps_mask=1100", FastConfig(steps_mask="1100")),
         (" steps_mask = fast , order = 0 ", FastConfig(steps_mask="fast", order=0)),
+        ("max_change=0.1,max_skips=3", FastConfig(max_change=0.1, max_skips=3)),
+        ("refresh_every=4", FastConfig(refresh_every=4)),
         ('{"steps_mask": [1, 0]}', FastConfig(steps_mask="10")),
     ],
 )

@@ -207,10 +207,10 @@ FAST = {
 def no_levels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake noise levels have no values; the kinds of steps don't depend on them."""
 
-    def of(config: FastConfig | None, schedule: Schedule) -> Course:
+    def of(config: FastConfig | None, schedule: Schedule, batch: int) -> Course:
         return Course(config, [float(-k) for k in range(len(schedule))])
 
-    monkeypatch.setattr(Course, "of", of)
+    monkeypatch.setattr("mogle_rt.engines.torch_engine.course_of", of)
 
 
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
@@ -231,6 +231,16 @@ def test_fast_modes_wait_for_nothing(kernels: str, fast: FastConfig) -> None:
         assert taken().launches == plain + more
         step.advance(Kind.REUSED)
         assert taken().launches == 3 + fast.extrapolates  # noise level, (continuation), update, number of the step
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch"])
+@pytest.mark.usefixtures("no_levels")
+def test_adaptive_steps_wait_for_nothing(kernels: str) -> None:
+    """Within a step; between two, the host reads how much the velocities have changed."""
+    with full_size(kernels=kernels, transformer=FEW_BLOCKS, fast=FastConfig(max_change=0.1)) as (step, _):
+        for kind in step.sections:
+            first = trace(partial(step.advance, kind))
+            assert trace(partial(step.advance, kind)) == first
 
 
 @pytest.mark.usefixtures("no_levels")
