@@ -312,7 +312,7 @@ def seed_of(path: Path) -> int:
         return int(image.text["seed"])  # type: ignore[attr-defined]
 
 
-def test_without_a_seed_one_is_drawn_and_told(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_without_a_seed_one_is_drawn_and_printed(tiny_bundle: Path, tmp_path: Path) -> None:
     output = tmp_path / "face.png"
     result = run("generate", tiny_bundle, "-o", output, *QUICK)
     told = re.search(r"\(seed (\d+)\)", result.err)
@@ -486,7 +486,7 @@ def test_settings_too_long_for_a_jpeg(tmp_path: Path) -> None:
     assert (tmp_path / "more.png").exists()
 
 
-def test_a_prompt_that_no_jpeg_holds_is_told_before_anything_is_drawn(
+def test_a_prompt_that_no_jpeg_holds_is_refused_before_anything_is_drawn(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mogle_rt.pipeline, "Pipeline", lambda *_, **__: pytest.fail("it is loaded"))
@@ -513,9 +513,7 @@ def test_a_prompt_that_no_jpeg_holds_is_told_before_anything_is_drawn(
     ],
     ids=" ".join,
 )
-def test_wrong_usage_is_told_with_code_2(
-    args: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_usage_ends_with_code_2(args: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = run(*args)
     assert result.code == 2

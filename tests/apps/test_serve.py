@@ -36,7 +36,7 @@ def test_wrong_options_are_told_before_anything_heavy_is_loaded(tmp_path: Path) 
         assert probe(*commands) == ["[] 1"] * len(commands)
 
 
-def test_strangers_get_in_with_a_key_alone() -> None:
+def test_other_machines_need_a_key() -> None:
     result = run("serve", "demo", "--host", "0.0.0.0", "--port", 0)
     assert result.code == 1
     assert "--api-key-file" in result.err

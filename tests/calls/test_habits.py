@@ -246,7 +246,7 @@ def test_arguments_of_other_pipelines_of_flux(name: str, pipe: Pipeline) -> None
     run(pipe, **{name: None})
 
 
-def test_arguments_of_nobody(pipe: Pipeline) -> None:
+def test_unknown_arguments(pipe: Pipeline) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'promt'"):
         run(pipe, promt="a")
 
@@ -300,7 +300,7 @@ def test_a_seed_is_a_generator_for_each_image(pipe: Pipeline) -> None:
         ({"seed": True}, "seed must be a whole number from 0"),
     ],
 )
-def test_seeds_that_are_none(options: dict[str, Any], message: str, pipe: Pipeline) -> None:
+def test_wrong_seeds(options: dict[str, Any], message: str, pipe: Pipeline) -> None:
     with pytest.raises(InputError, match=message):
         run(pipe, **options)
 

@@ -502,7 +502,7 @@ def test_missing_onnxruntime(exported: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="onnxruntime has its GPU here")
-def test_silent_fall_back_is_told(exported: Path) -> None:
+def test_silent_fall_back_is_an_error(exported: Path) -> None:
     """Without a GPU, onnxruntime-gpu takes the CPU and doesn't say so, and plain onnxruntime has no CUDA provider."""
     graphs = graphs_of(exported)
     with pytest.raises(DeviceError, match=r"fell back from CUDAExecutionProvider to CPU|has no CUDAExecutionProvider"):
@@ -578,14 +578,14 @@ def test_cuda_as_it_is_asked_for(exported: Path, monkeypatch: pytest.MonkeyPatch
     assert runtime.severity == 2
 
 
-def test_fall_back_is_told_before_the_graph_is_read(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fall_back_is_an_error_before_the_graph_is_read(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = FakeRuntime(["CPUExecutionProvider"])
     with pytest.raises(DeviceError, match="fell back from CUDAExecutionProvider to CPUExecutionProvider on cuda:1: "):
         open_on_cuda(runtime, exported, monkeypatch)
     assert len(runtime.asked) == 1
 
 
-def test_heavy_nodes_on_the_cpu_are_told(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heavy_nodes_on_the_cpu_are_an_error(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = FakeRuntime(CUDA, on_cpu=("Shape", "Attention", "Gelu"))
     with pytest.raises(
         DeviceError, match=r"lacks block/Attention \(Attention\), block/Gelu \(Gelu\), which would run on the CPU"

@@ -58,7 +58,7 @@ def test_prompts_of_mm_celeba_hq(texts: str, tmp_path: Path) -> None:
         ('{"0.jpg": 3}', "'0' must be a text or a list"),
     ],
 )
-def test_captions_that_are_none(content: str, message: str, tmp_path: Path) -> None:
+def test_bad_captions(content: str, message: str, tmp_path: Path) -> None:
     (mask,) = mm_celeba_hq(tmp_path, 1, "none")
     (tmp_path / "text.json").write_text(content)
     with pytest.raises(InputError, match=message):

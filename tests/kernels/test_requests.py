@@ -151,7 +151,7 @@ def test_the_table_has_both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         assert word in table
 
 
-def test_failing_to_count_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_to_count_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error is that of the real process, which is given an unknown dtype. (The command line refuses it earlier.)"""
     with pytest.raises(RuntimeError, match="counting what programs request failed with exit code 2"):
         command._with_requested([], command._requested(["gate_mix"], ["int3"]))

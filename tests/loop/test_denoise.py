@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mogle_rt.engines.velocity import VelocityLoop
+from mogle_rt.loop.blend import Kept
 from mogle_rt.loop.denoise import denoise, euler
 from mogle_rt.loop.progress import Progress
 from mogle_rt.loop.schedule import Position, Schedule, step_capacity, with_further_rows
@@ -189,3 +190,10 @@ def test_the_update_is_rounded_once(dtype: torch.dtype) -> None:
     error = (euler(latents, velocity, sigma, sigma_next).double() - exact).abs()
     half_a_step = torch.finfo(dtype).eps / 2
     assert bool((error <= 1.01 * half_a_step * exact.abs() + 1e-5).all())
+
+
+def test_the_noise_levels_of_an_edit_are_not_rounded() -> None:
+    """In bfloat16 the image that an edit keeps gets the same noise levels as the schedule's."""
+    one, sigmas = torch.ones(1, 2, 3), torch.tensor([0.6789, 0.6543, 0.0])
+    kept = Kept(original=one, difference=one, amount=one, sigmas=sigmas)
+    assert torch.equal(kept.to(CPU, torch.bfloat16).sigmas, sigmas)

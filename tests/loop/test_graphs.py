@@ -443,7 +443,7 @@ def test_graphs_share_memory(bundle: Bundle, fake_cuda: FakeCuda) -> None:
 
 
 @pytest.mark.quick
-def test_failed_capture_is_told(
+def test_failed_capture_is_reported(
     bundle: Bundle, fake_cuda: FakeCuda, expected: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Steps go on eagerly where they were, the reason is reported, and the next capture uses another pool."""

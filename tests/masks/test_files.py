@@ -105,13 +105,13 @@ def test_numbers_in_a_jpeg_are_refused() -> None:
         masks.to_labels(encoded(Image.fromarray(np.minimum(draw_face(64), 4)), "JPEG", quality=100))
 
 
-def test_blue_green_red_is_said() -> None:
+def test_the_order_of_opencv_is_recognised() -> None:
     with pytest.raises(MaskError, match=r"OpenCV's order \(blue, green, red\); give picture\[\.\.\., ::-1\]"):
         masks.to_labels(COLOURS[draw_face(128)][..., ::-1])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_black_and_white_plane_is_said(channels: int) -> None:
+def test_a_single_plane_is_recognised(channels: int) -> None:
     plane = (draw_face(64) == 1).astype(np.uint8) * np.uint8(255)
     with pytest.raises(MaskError, match="black-and-white plane of one class"):
         masks.to_labels(plane if channels == 1 else np.dstack([plane] * 3))

@@ -85,14 +85,14 @@ def test_bisenet_s_own_colours(background: tuple[int, int, int]) -> None:
 
 @pytest.mark.quick
 @pytest.mark.parametrize("order", PARSERS)
-def test_another_order_is_told_of(order: str) -> None:
+def test_another_order_gives_a_warning(order: str) -> None:
     for labels in FACES:
         with pytest.warns(UserWarning, match=f"in the order '{order}' .* are: pass order='{order}'") as caught:
             masks.to_labels(renumbered(labels, order))
         assert len(caught) == 1
 
 
-def test_a_mask_in_its_own_order_is_not_told_of() -> None:
+def test_a_mask_in_its_own_order_gives_no_warning() -> None:
     rng = np.random.default_rng(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -107,7 +107,7 @@ def test_a_mask_in_its_own_order_is_not_told_of() -> None:
                 masks.to_labels(renumbered(labels, order), order=order)
 
 
-def test_a_few_parts_could_lie_so_by_chance() -> None:
+def test_a_few_parts_give_no_warning() -> None:
     """Bands of five classes, one above the other, give no warning: they say too little about the order."""
     rng = np.random.default_rng(0)
     with warnings.catch_warnings():

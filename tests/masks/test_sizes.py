@@ -42,7 +42,7 @@ def test_masks_of_several_shapes_take_the_square() -> None:
     assert default_size([empty(512, 384), empty(512, 512)], 512) == (512, 512)
 
 
-def test_distortion_is_told_of() -> None:
+def test_distortion_gives_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_of_distortion([empty(512, 384)], 592, 448)

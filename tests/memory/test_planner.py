@@ -128,7 +128,7 @@ def test_a_plan_serves_the_next_job_if_it_fits() -> None:
     assert without.text == NONE
 
 
-def test_a_plan_is_told_in_a_few_lines() -> None:
+def test_a_plan_is_described_in_a_few_lines() -> None:
     plan = make_plan(DEMAND, device="cpu", room=700 * MB, set_aside=800 * MB)
     lines = str(plan).splitlines()
     assert lines[0].startswith("plan: 1.5 GB of 1.5 GB memory at the peak (0.8 GB set aside)")

@@ -52,7 +52,7 @@ def test_they_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.set_num_threads(before)
 
 
-def test_slow_bfloat16_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_slow_bfloat16_gives_one_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     devices._warn_of_slow_bfloat16.cache_clear()
     monkeypatch.setattr(devices, "_multiplies_bfloat16", lambda: True)
     with caplog.at_level(logging.WARNING):

@@ -115,7 +115,7 @@ def test_outer_settings_change_nothing(name: str, tiny_bundle: Path, expected: d
 @pytest.mark.parametrize(
     "options", [{"condition_scale": 2.0}, {"mask_posterior": "sample"}, {"position_scale": 2.0}], ids=str
 )
-def test_options_neither(
+def test_outer_settings_change_nothing_with_options(
     name: str, options: dict[str, Any], tiny_bundle: Path, drawn_with: Callable[[dict[str, Any]], Tensor]
 ) -> None:
     expected = drawn_with(options)
