@@ -32,8 +32,8 @@ def write_sparse_bundle(
 
     Args:
         transformer: FLUX's configuration, with fewer blocks if wanted.
-        real_blocks: prefixes of stored tensors that get random numbers, as "transformer_blocks.0.". The embedders and
-            the last layer always do.
+        real_blocks: prefixes of stored tensors that get random numbers, as "transformer_blocks.0.". All that is outside
+            of the blocks gets them, too. Without any prefix, the whole bundle is zeros.
         dtype: of the stored tensors.
     """
     config = replace(FLUX_BUNDLE, transformer=transformer)
@@ -48,7 +48,7 @@ def write_sparse_bundle(
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "config": json.dumps({k: v if k == "vae" else asdict(v) for k, v in vars(config).items() if v is not None}),
-        "sha256": "",
+        "sha256": "0" * 64,
     }
     named = {f"{part}.{name}": shape for part, those in shapes.items() for name, shape in those.items()}
     position = start = header_room(list(named), metadata)
@@ -56,8 +56,9 @@ def write_sparse_bundle(
     for name, shape in named.items():
         end = position + math.prod(shape) * dtype.itemsize
         tensors[name], position = TensorInfo(dtype, shape, position, end), end
-    always = ("transformer.x_embedder.", "transformer.proj_out.", "transformer.context_embedder.", "mogle.", "vae.")
-    real = (*always, *(f"transformer.{prefix}" for prefix in real_blocks))
+    outside = ("transformer.x_embedder.", "transformer.proj_out.", "transformer.context_embedder.", "mogle.", "vae.")
+    real = tuple(f"transformer.{prefix}" for prefix in real_blocks)
+    real += outside if real else ()
     generator = torch.Generator().manual_seed(0)
     with path.open("wb") as file:
         write_header(file, tensors, metadata, start)

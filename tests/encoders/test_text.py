@@ -77,9 +77,10 @@ def test_cutting_gives_a_warning(encoders: TextEncoders, caplog: pytest.LogCaptu
         encoders.encode(["a hat"], 64)
         assert not caplog.records
         encoders.encode(PROMPTS[2:], 16)
-    tokenizers = {"CLIP reads 77": encoders.tokenizer, "T5 reads 16": encoders.tokenizer_2}
-    assert len(caplog.records) == 2
-    for record, (begin, tokenize) in zip(caplog.records, tokenizers.items(), strict=True):
-        count = len(tokenize(PROMPTS[2])["input_ids"])
-        assert record.getMessage().startswith(f"{begin} tokens; the prompt ")
-        assert record.getMessage().endswith(f" has {count} and is cut")
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 2
+    for warning, (begin, tokenizer) in zip(
+        warnings, {"CLIP reads 77": encoders.tokenizer, "T5 reads 16": encoders.tokenizer_2}.items(), strict=True
+    ):
+        assert warning.startswith(f"{begin} tokens; the prompt 'he has a grey beard, ")
+        assert warning.endswith(f" has {len(tokenizer(PROMPTS[2], verbose=False).input_ids)} and is cut")

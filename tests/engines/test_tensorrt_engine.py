@@ -30,8 +30,8 @@ from mogle_rt.export.tensorrt import (
 from mogle_rt.export.weights import COPY_NAME, Weights
 from tests.checkpoints import TINY, write_checkpoint
 from tests.conftest import make_once
-from tests.export.test_export import write_sparse_bundle
 from tests.export.test_misuse import run
+from tests.sparse_bundles import write_sparse_bundle
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 

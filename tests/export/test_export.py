@@ -19,12 +19,8 @@ import torch
 from torch import Tensor
 
 from mogle_rt import CheckpointError, InputError, OutputError, Pipeline
-from mogle_rt.bundle import schema
 from mogle_rt.bundle.bundle import Bundle
-from mogle_rt.bundle.container import TensorInfo, header_room, write_header
 from mogle_rt.config import NUM_CLASSES, ModelConfig, MogleConfig
-from mogle_rt.cost.job import FLUX_BUNDLE
-from mogle_rt.encoders.vae import autoencoder, tensor_shapes
 from mogle_rt.engines.exported import ExportedGraphs, Session, StepPreparation
 from mogle_rt.engines.manifest import BundleSpec, Manifest
 from mogle_rt.engines.onnx_engine import OnnxEngine
@@ -41,6 +37,7 @@ from mogle_rt.loop.schedule import Schedule, make_schedule
 from mogle_rt.masks import condition_picture
 from tests.checkpoints import TINY, Files, write_checkpoint
 from tests.conftest import CASES, GoldenCase, assert_close
+from tests.sparse_bundles import write_sparse_bundle
 
 CPU = torch.device("cpu")
 VELOCITY, LATENTS = 1e-5, 1e-4  # relative RMS
@@ -503,53 +500,27 @@ def test_unknown_vae(tiny_bundle: Path) -> None:
 # FLUX.1-dev's own size
 
 FULL_SIZE = """
-import json, sys, time
-from pathlib import Path
+import json, psutil, sys, time
 import onnx, torch
 from mogle_rt.start.quick_imports import import_models
 import_models()  # as the command line does
 import mogle_rt.pipeline, mogle_rt.export.exporter, mogle_rt.export.verify
+from benchmarks.peak import peak
 
-def memory(kind):  # ru_maxrss would count what the parent process had before this program replaced it
-    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(kind))
-    return 1024 * int(line.split()[1])
-
-before, start = memory("VmRSS"), time.perf_counter()
+before, start = psutil.Process().memory_info().rss, time.perf_counter()
 folder = mogle_rt.export.exporter.export(sys.argv[1])
-done = {"seconds": time.perf_counter() - start, "bytes": memory("VmHWM") - before}
+done = {"seconds": time.perf_counter() - start, "bytes": peak() - before}
 onnx.checker.check_model(str(folder / "step.onnx"), full_check=True)  # at small sizes all graphs are checked
 print(json.dumps(done))
 """
-
-
-def write_sparse_bundle(path: Path) -> Path:
-    """A bundle of FLUX.1-dev's size, all zeros: a header, then a hole."""
-    config, dtype = FLUX_BUNDLE, torch.bfloat16
-    ranks = dict.fromkeys(schema.lora_modules(config.transformer), 4)
-    shapes = {
-        "transformer": schema.transformer_tensors(config.transformer),
-        "lora": schema.lora_tensors(config.transformer, ranks),
-        "mogle": schema.mogle_tensors(config.mogle),
-        "vae": tensor_shapes(autoencoder(config.vae)),
-    }
-    named = {f"{part}.{name}": shape for part, tensors in shapes.items() for name, shape in tensors.items()}
-    metadata = {"format": "mogle_rt", "format_version": "1", "sha256": "0" * 64, "config": json.dumps(config.to_dict())}
-    start = position = header_room(list(named), metadata)
-    tensors: dict[str, TensorInfo] = {}
-    for name, shape in named.items():
-        tensors[name] = TensorInfo(dtype, shape, position, position + math.prod(shape) * dtype.itemsize)
-        position = tensors[name].end
-    with path.open("wb") as file:
-        write_header(file, tensors, metadata, start)
-        file.truncate(position)
-    return path
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads its memory from /proc")
 def test_full_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_sparse_bundle(tmp_path / "flux_dev.safetensors")
     command = [sys.executable, "-c", FULL_SIZE, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root)
     used = json.loads(done.stdout)
     written = sum(p.stat().st_size for p in tmp_path.iterdir() if p != path)
     with capsys.disabled():
