@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mogle_rt import Pipeline
+from mogle_rt.edits.regions import changed_region, pixel_weights
 from mogle_rt.masks import CLASS_NAMES, PALETTE, to_labels
 from tests.server.live import MASKS, Live, live, pixels
 
@@ -133,8 +134,97 @@ def test_paint_draw_undo(page: Any, served: Live) -> None:
     assert picture.info["seed"] == "7"
     assert picture.info["prompt"] == prompt
     pipe = Pipeline("demo", device="cpu", dtype="fp32")
-    own = pipe(painted, prompt, seed=7, num_inference_steps=12, height=128, width=128).images[0]
+    own = pipe(painted, prompt, seed=7, num_inference_steps=12).images[0]
     assert np.array_equal(np.asarray(picture.convert("RGB")), np.asarray(own))
+
+
+def pixels_of(page: Any, number: int) -> NDArray[np.uint8]:
+    """The pixels of an image of the session; 0 is the newest."""
+    read = """async i => { await i.decode(); const c = document.createElement("canvas");
+        c.width = i.naturalWidth; c.height = i.naturalHeight; c.getContext("2d").drawImage(i, 0, 0); return c.toDataURL(); }"""
+    return pixels(page.locator(".past img").nth(number).evaluate(read).partition(",")[2])
+
+
+def test_edit(page: Any, served: Live) -> None:
+    """Hair is painted onto the image's mask: it is drawn there, and every pixel farther away than the margin stays."""
+    before = example(page, "short")
+    page.fill("#seed", "7")
+    page.select_option("#seed-mode", "fixed")
+    draw(page, 4)
+    page.click("#edit")
+    expect(page.locator("#edit-note")).to_contain_text("Paint on the mask")
+    page.click("#draw")
+    expect(page.locator("#draw-error")).to_contain_text("Nothing would change")
+    page.click(".class >> text=hair")
+    drag(page, (0.15, 0.25), (0.15, 0.6))
+    after = canvas(page)
+    expect(page.locator("#edit-note")).to_contain_text(f"{(after != before).sum():,} painted pixels")
+    page.click("#edit-more summary")
+    page.fill("#margin", "9")
+    page.click("#kept >> text=nose")
+    prompt = page.locator("#prompt").input_value()
+    draw(page, 4)
+    old, new = pixels_of(page, 1), pixels_of(page, 0)
+    region = changed_region(before, after, [])
+    outside = pixel_weights(region, 9, 4)[0].numpy() == 0
+    assert outside.mean() > 0.5
+    assert np.array_equal(old[outside], new[outside])
+    assert (old != new).any(-1)[region].mean() > 0.5
+    pipe = Pipeline("demo", device="cpu", dtype="fp32")
+    own = pipe.edit(old, before, after, prompt, keep="nose", margin=9, seed=7, num_inference_steps=4).images[0]
+    assert np.array_equal(new, np.asarray(own))
+
+    expect(page.locator("#divider")).to_be_visible()
+    assert page.locator("#before").get_attribute("src") == page.locator(".past img").nth(1).get_attribute("src")
+    expect(page.locator(".past").nth(0)).to_contain_text("edit")
+    page.click("#edit-stop")
+    page.click(".start >> text=blank")
+    page.click("#restore")
+    expect(page.locator("#edit-panel")).to_be_visible()
+    assert page.locator("#margin").input_value() == "9"
+    assert np.array_equal(canvas(page), after)
+
+
+def test_an_image_is_opened_and_edited(page: Any, tmp_path: Path) -> None:
+    """An image from this page brings its mask and settings. One from elsewhere asks for its mask first."""
+    mask = example(page, "bun")
+    page.fill("#seed", "3")
+    page.select_option("#seed-mode", "fixed")
+    draw(page, 3)
+    with page.expect_download() as download:
+        page.click("#download")
+    download.value.save_as(tmp_path / "face.png")
+    page.reload()
+    expect(page.locator("html[data-ready=true]")).to_be_attached(timeout=SLOW)
+    page.set_input_files("#image-file", tmp_path / "face.png")
+    expect(page.locator("#edit-panel")).to_be_visible(timeout=SLOW)
+    assert np.array_equal(canvas(page), mask)
+    assert [page.locator(f"#{name}").input_value() for name in ("seed", "steps")] == ["3", "3"]
+    page.click("#anew >> text=hair")
+    page.fill("#prompt", "a woman with red hair")
+    draw(page, 3)
+    old, hair = pixels_of(page, 1), pixels_of(page, 0)
+    pipe = Pipeline("demo", device="cpu", dtype="fp32")
+    options: dict[str, Any] = {"seed": 3, "num_inference_steps": 3}
+    own = pipe.inpaint(tmp_path / "face.png", mask, "a woman with red hair", ["hair"], **options).images[0]
+    assert np.array_equal(hair, np.asarray(own))
+
+    Image.fromarray(old).save(tmp_path / "plain.png")
+    page.set_input_files("#image-file", tmp_path / "plain.png")
+    expect(page.locator("#edit-note")).to_contain_text("It holds no mask", timeout=SLOW)
+    page.click("#draw")
+    expect(page.locator("#draw-error")).to_contain_text("holds no mask")
+    page.click("#edit-own")
+    expect(page.locator("#edit-note")).to_contain_text("Paint on the mask")
+    page.click("#anew >> text=everything")
+    assert page.locator("#strength").input_value() == "0.6"
+    draw(page, 3)
+    prompt = page.locator("#prompt").input_value()
+    own = pipe.image_to_image(old, mask, prompt, **options).images[0]
+    assert np.array_equal(pixels_of(page, 0), np.asarray(own))
+
+    page.set_input_files("#image-file", {"name": "x.png", "mimeType": "image/png", "buffer": b"no picture"})
+    expect(page.locator("#image-error")).to_contain_text("can't be read as an image", timeout=SLOW)
 
 
 def test_history_and_settings(page: Any) -> None:
@@ -209,7 +299,7 @@ def test_tools(page: Any) -> None:
     mask = canvas(page)
     left, right = (np.argwhere(mask == CLASS_NAMES.index(name)) for name in ("l_eye", "r_eye"))
     assert len(left) == len(right) > 20
-    assert sorted(map(tuple, left)) == sorted((y, 127 - x) for y, x in right)
+    assert sorted(map(tuple, left)) == sorted((y, mask.shape[1] - 1 - x) for y, x in right)
     page.click("#mirror")
     page.locator("#stage").focus()
     page.keyboard.press("f")
@@ -237,7 +327,7 @@ def test_stopping(page: Any, served: Live) -> None:
     """Stopping an image frees its place, and the page can draw again."""
     page.fill("#prompt", "x")
     page.fill("#steps", "100")
-    page.select_option("#size", "256x256")
+    page.select_option("#size", index=page.locator("#size option").count() - 1)
     page.click("#draw")
     expect(page.locator("#status")).to_contain_text("step", timeout=SLOW)
     page.click("#cancel")

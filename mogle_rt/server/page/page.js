@@ -14,7 +14,8 @@ let width = 128, height = 128, labels = new Uint8Array(width * height);
 let tool = "brush", current = 13, mirrored = false, brush = 8;
 let undone = [], done = [];
 let view = { x: 0, y: 0, scale: 1 }, cursor = null;
-let running = null, past = [], shown = null;
+let running = null, past = [], shown = null;       // what is being drawn; images, newest first; the one in the frame
+let editing = null;                                // the image that is edited, one of `past`
 
 /* The mask ------------------------------------------------------------------------------------------------------- */
 
@@ -25,6 +26,7 @@ function paintCanvas() {
   const pixels = new Uint32Array(picture.data.buffer);
   for (let i = 0; i < labels.length; i++) pixels[i] = colours[labels[i]];
   context.putImageData(picture, 0, 0);
+  if (editing) tellEdit();
 }
 
 function remember() {
@@ -347,8 +349,7 @@ async function openFiles(files) {
   $("mask-error").textContent = ""; $("mask-note").textContent = "reading the mask …";
   try {
     const read = await (await ask("/v1/masks", { method: "POST", body: form })).json();
-    const bytes = Uint8Array.from(atob(read.labels), (c) => c.charCodeAt(0));
-    setMask(bytes, read.width, read.height, read.warnings.join(" "));
+    setMask(bytesOf(read.labels), read.width, read.height, read.warnings.map(sentence).join(" "));
   } catch (error) { $("mask-note").textContent = ""; $("mask-error").textContent = error.message; }
 }
 $("open").addEventListener("click", () => $("file").click());
@@ -358,6 +359,10 @@ stage.addEventListener("dragleave", () => stage.classList.remove("dropping"));
 stage.addEventListener("drop", (event) => { event.preventDefault(); stage.classList.remove("dropping"); openFiles([...event.dataTransfer.files]); });
 
 /* The server ----------------------------------------------------------------------------------------------------- */
+
+const sentence = (message) => message[0].toUpperCase() + message.slice(1) + (message.endsWith(".") ? "" : ".");
+const bytesOf = (b64) => Uint8Array.from(atob(b64), (c) => c.charCodeAt(0));
+const blobOf = (b64, kind) => new Blob([bytesOf(b64)], { type: kind });
 
 async function ask(path, options = {}) {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
@@ -371,7 +376,7 @@ async function ask(path, options = {}) {
   if (answer.status === 401) { $("key-form").hidden = false; $("key").focus(); }
   let message = `the server answered ${answer.status}`;
   try { message = (await answer.json()).error.message; } catch { /* not the server's own answer */ }
-  throw new Error(message[0].toUpperCase() + message.slice(1) + ".");
+  throw new Error(sentence(message));
 }
 
 async function* eventsOf(answer) {
@@ -390,8 +395,6 @@ async function* eventsOf(answer) {
   }
 }
 
-const blobOf = (b64, kind) => new Blob([Uint8Array.from(atob(b64), (c) => c.charCodeAt(0))], { type: kind });
-
 function nextSeed() {
   const mode = $("seed-mode").value, seed = $("seed");
   if (mode === "random") seed.value = Math.floor(Math.random() * 1e6);
@@ -399,25 +402,30 @@ function nextSeed() {
 
 async function draw() {
   if (running || !model) return;
-  $("draw-error").textContent = ""; $("result-warning").textContent = "";
-  for (const field of ["seed", "steps", "condition", "guidance"]) {
+  $("draw-error").textContent = ""; $("result-warning").textContent = ""; $("image-error").textContent = "";
+  for (const field of ["seed", "steps", "condition", "guidance", ...(editing ? ["margin"] : [])]) {
     if (!$(field).checkValidity()) { $("draw-error").textContent = `${$(field).labels[0].textContent}: ${$(field).validationMessage}`; $(field).focus(); return; }
   }
+  const missing = editing && missingOfEdit();
+  if (missing) { $("draw-error").textContent = missing; return; }
   nextSeed();
   const settings = { prompt: $("prompt").value.trim(), seed: Number($("seed").value), steps: Number($("steps").value),
     guidance: Number($("guidance").value), condition: Number($("condition").value), size: $("size").value };
-  const mask = { width, height, labels: labels.slice() }, control = new AbortController();
-  running = { control, job: null };
+  const mask = { width, height, labels: labels.slice() }, edit = editing && editOptions(), control = new AbortController();
+  running = { control, settings, mask, edit };
   busy(true, "asking the server …");
   try {
     const form = new FormData();
-    const fields = { prompt: settings.prompt, seed: settings.seed, num_inference_steps: settings.steps, size: settings.size,
+    const fields = { prompt: settings.prompt, seed: settings.seed, num_inference_steps: settings.steps,
       condition_scale: settings.condition, stream: "true", partial_images: 8 };
     if (model.guidance) fields.guidance_scale = settings.guidance;
+    if (!edit) fields.size = settings.size;
     for (const [name, value] of Object.entries(fields)) form.append(name, value);
-    form.append("semantic_mask", await pngOf(mask.labels, mask.width, mask.height, true), "mask.png");
-    const answer = await ask("/v1/images/generations", { method: "POST", body: form, signal: control.signal });
-    for await (const event of eventsOf(answer)) follow(event, settings, mask);
+    if (edit) await addEdit(form, edit, mask);
+    else form.append("semantic_mask", await filePng(mask), "mask.png");
+    const path = edit ? "/v1/images/edits" : "/v1/images/generations";
+    const answer = await ask(path, { method: "POST", body: form, signal: control.signal });
+    for await (const event of eventsOf(answer)) follow(event);
     if (running && !running.drawn) throw new Error("The server ended before the image was drawn.");
     if ($("seed-mode").value === "next") $("seed").value = settings.seed + 1;
   } catch (error) {
@@ -427,21 +435,24 @@ async function draw() {
   } finally { running = null; busy(false); }
 }
 
-function follow(event, settings, mask) {
-  running.job = event.job;
-  if (event.type === "image_generation.queued")
+const filePng = (mask) => pngOf(mask.labels, mask.width, mask.height, true);
+
+function follow(event) {
+  const kind = event.type.split(".").pop();   // the same for images and for edits
+  if (kind === "queued")
     $("status").textContent = event.ahead ? `waiting: ${event.ahead} ${event.ahead === 1 ? "image is" : "images are"} ahead` : "starting …";
-  else if (event.type === "image_generation.progress") {
+  else if (kind === "progress") {
     $("progress").value = event.step / event.steps;
     $("status").textContent = event.step < event.steps ? `step ${event.step} of ${event.steps}` : "decoding …";
-  } else if (event.type === "image_generation.partial_image") showPreview(blobOf(event.b64_json, "image/jpeg"));
-  else if (event.type === "image_generation.completed") {
+  } else if (kind === "partial_image") showPreview(blobOf(event.b64_json, "image/jpeg"));
+  else if (kind === "completed") {
     running.drawn = true;
-    const seconds = (performance.now() - running.started) / 1000;
+    const seconds = (performance.now() - running.started) / 1000, file = blobOf(event.b64_json, "image/png");
+    const { settings, mask, edit } = running;
     $("status").textContent = `drawn in ${seconds.toFixed(1)} s`;
-    keep({ url: URL.createObjectURL(blobOf(event.b64_json, "image/png")), settings: { ...settings, seed: event.seed }, mask,
-      size: event.size, warnings: event.warnings });
-  } else if (event.type === "error") throw new Error(event.error.message[0].toUpperCase() + event.error.message.slice(1) + ".");
+    keep({ file, settings: { ...settings, seed: event.seed }, mask, edit, size: event.size, warnings: event.warnings });
+    if (edit) comparing(true);
+  } else if (kind === "error") throw new Error(sentence(event.error.message));
 }
 
 function busy(now, text) {
@@ -465,9 +476,11 @@ function showPreview(blob) {
   $("tag").textContent = "preview"; $("tag").hidden = false;
 }
 
+/* An image: its file, what it was drawn with, its mask, and for an edit what was edited and how. */
 function keep(image) {
+  image.url = URL.createObjectURL(image.file);
   past.unshift(image);
-  for (const old of past.splice(MOST_PAST)) URL.revokeObjectURL(old.url);
+  for (const old of past.splice(MOST_PAST)) if (old !== editing && !past.some((one) => one.edit?.source === old)) URL.revokeObjectURL(old.url);
   showPast(image);
 }
 
@@ -475,12 +488,14 @@ function showPast(image) {
   $("tag").hidden = true;
   comparing(false);
   shown = image;
-  $("picture").classList.toggle("empty", !image); $("result").hidden = !image; $("result-bar").hidden = !image;
+  $("picture").classList.toggle("empty", !image); $("result").hidden = !image;
+  for (const button of $("result-bar").querySelectorAll(".of-image")) button.hidden = !image;
   if (!image) return;
   $("result").src = image.url; $("result").className = ""; $("result").alt = image.settings.prompt || "a face drawn from the mask alone";
-  $("result-note").textContent = `${image.size.replace("x", " × ")}, seed ${image.settings.seed}, ${image.settings.steps} steps`;
-  $("result-warning").textContent = image.warnings.join(" ");
-  $("download").href = image.url; $("download").download = `face_${image.settings.seed}.png`;
+  const { settings } = image, how = `seed ${settings.seed}, ${settings.steps} steps`;
+  $("result-note").textContent = `${image.size.replace("x", " × ")}, ${image.opened ? `opened: ${image.opened}` : how}`;
+  $("result-warning").textContent = image.warnings.map(sentence).join(" ");
+  $("download").href = image.url; $("download").download = image.opened || `face_${settings.seed}${image.edit ? "_edited" : ""}.png`;
   $("compare").hidden = !beforeOf(image);
   $("history-panel").hidden = false;
   $("history").replaceChildren(...past.map((one) => {
@@ -488,12 +503,16 @@ function showPast(image) {
     button.type = "button"; button.className = "past"; thumb.src = one.url; thumb.alt = `seed ${one.settings.seed}`;
     button.title = `${one.settings.prompt || "no prompt"}\nseed ${one.settings.seed}, ${one.settings.steps} steps, ${one.size}`;
     if (one === image) button.setAttribute("aria-current", "true");
-    button.append(thumb); button.addEventListener("click", () => showPast(one));
+    button.append(thumb);
+    const sort = one.opened ? "opened" : one.edit ? "edit" : "";
+    if (sort) button.append(Object.assign(document.createElement("span"), { textContent: sort }));
+    button.addEventListener("click", () => { showPast(one); if (one.edit) comparing(true); });
     return button;
   }));
 }
 
-const beforeOf = (image) => past.slice(past.indexOf(image) + 1).find((one) => one.size === image.size);
+/* What an image is compared with: what it is an edit of, or the image before it. */
+const beforeOf = (image) => image.edit?.source ?? past.slice(past.indexOf(image) + 1).find((one) => one.size === image.size);
 
 function comparing(on) {
   const other = on && shown ? beforeOf(shown) : null;
@@ -514,11 +533,135 @@ function slide() {
 $("slider").addEventListener("input", slide);
 $("compare").addEventListener("click", () => comparing($("compare").getAttribute("aria-pressed") !== "true"));
 $("restore").addEventListener("click", () => {
-  const { settings, mask } = shown;
-  setMask(mask.labels.slice(), mask.width, mask.height);
+  const { edit, mask } = shown;
+  if (edit) beginEdit(edit.source, edit); else endEdit();
+  if (mask) setMask(mask.labels.slice(), mask.width, mask.height);
+  putSettings(shown.settings);
+});
+
+function putSettings(settings) {
   $("prompt").value = settings.prompt; $("seed").value = settings.seed; $("seed-mode").value = "fixed"; $("steps").value = settings.steps;
   $("guidance").value = settings.guidance; $("condition").value = settings.condition; $("size").value = settings.size;
-});
+}
+
+/* Edits ---------------------------------------------------------------------------------------------------------- */
+
+const ALL = "all";                                 // of the image is drawn anew, beside the names of classes
+
+function beginEdit(image, options = { strength: 1, anew: [], kept: [], margin: "" }) {
+  editing = image;
+  $("edit-panel").hidden = false; $("edit-image").src = image.url; $("draw").textContent = "Draw the edit"; $("size").disabled = true;
+  $("strength").value = options.strength; $("margin").value = options.margin; $("draw-error").textContent = "";
+  $("edit-more").open = Boolean(options.kept.length || options.margin);
+  tellStrength();
+  const there = image.mask ? new Set(image.mask.labels) : new Set(classes.keys());
+  const named = classes.map((one, number) => [one.name, one.shown, number]).filter(([, , number]) => there.has(number));
+  chips("anew", [[ALL, "everything"], ...named], options.anew);
+  chips("kept", named, options.kept);
+  if (image.mask) setMask(image.mask.labels.slice(), image.mask.width, image.mask.height, "What you paint now is drawn anew in the image.");
+  else tellEdit();
+  $("paint-panel").scrollIntoView({ block: "nearest" });     // on a phone the mask is far from the image
+}
+
+function endEdit() {
+  editing = null;
+  $("edit-panel").hidden = true; $("mask-note").textContent = ""; $("draw").textContent = "Draw"; $("size").disabled = false; $("draw-error").textContent = "";
+}
+
+function chips(id, names, chosen) {
+  $(id).replaceChildren(...names.map(([name, text]) => {
+    const chip = document.createElement("button");
+    chip.type = "button"; chip.dataset.name = name; chip.textContent = text; chip.setAttribute("aria-pressed", chosen.includes(name));
+    chip.addEventListener("click", () => {
+      const on = chip.getAttribute("aria-pressed") !== "true";
+      chip.setAttribute("aria-pressed", on);
+      if (id === "anew" && on) for (const other of $(id).children)   // everything is more than any class
+        if ((name === ALL) !== (other.dataset.name === ALL)) other.setAttribute("aria-pressed", false);
+      if (name === ALL) { $("strength").value = on ? 0.6 : 1; tellStrength(); }
+      tellEdit();
+    });
+    return chip;
+  }));
+}
+
+const chosen = (id) => [...$(id).children].filter((chip) => chip.getAttribute("aria-pressed") === "true").map((chip) => chip.dataset.name);
+
+function editOptions() {
+  return { source: editing, strength: Number($("strength").value), anew: chosen("anew"), kept: chosen("kept"), margin: $("margin").value };
+}
+
+/* The number of pixels that differ from the image's own mask, or null where the two have no pixels in common. */
+function painted() {
+  const mask = editing.mask;
+  if (!mask || mask.width !== width || mask.height !== height) return null;
+  let count = 0;
+  for (let i = 0; i < labels.length; i++) if (labels[i] !== mask.labels[i]) count++;
+  return count;
+}
+
+function tellEdit() {
+  const names = chosen("anew"), count = painted(), shownNames = names.map((name) => classes.find((one) => one.name === name)?.shown);
+  const changed = count === null ? "what differs from the old mask" : count ? `${count.toLocaleString("en")} painted ${count === 1 ? "pixel" : "pixels"}` : "";
+  $("edit-own").hidden = Boolean(editing.mask);
+  if (names.includes(ALL)) $("edit-note").textContent = "All of the image is drawn anew, starting from what it is.";
+  else if (!editing.mask) $("edit-note").textContent = "It holds no mask. Open or paint the mask that belongs to it, and press the button below.";
+  else {
+    const parts = [changed, ...shownNames].filter(Boolean);
+    $("edit-note").textContent = parts.length ? `Drawn anew: ${parts.join(", ")}. The rest stays.` : "Paint on the mask, or choose what is drawn anew.";
+  }
+}
+
+/* What has to be done before an edit can be drawn, or null. */
+function missingOfEdit() {
+  const names = chosen("anew");
+  if (names.includes(ALL)) return null;
+  if (!editing.mask) return "The image holds no mask: open or paint the one that belongs to it, and say so above.";
+  return painted() === 0 && !names.length ? "Nothing would change: paint on the mask, or choose what is drawn anew." : null;
+}
+
+async function addEdit(form, edit, mask) {
+  const all = edit.anew.includes(ALL);
+  form.append("image", edit.source.file, "image");
+  form.append("strength", edit.strength);
+  form.append("semantic_mask_before", await filePng(all ? mask : edit.source.mask), "before.png");
+  if (all) return;
+  form.append("semantic_mask", await filePng(mask), "after.png");
+  form.append("regions", edit.anew.join(",")); form.append("keep", edit.kept.join(","));
+  if (edit.margin !== "") form.append("margin", edit.margin);
+}
+
+/* Open an image with what it was drawn with, as far as it says so, and edit it. */
+async function openImage(file) {
+  if (!file) return;
+  $("image-error").textContent = "";
+  try {
+    const form = new FormData();
+    form.append("image", file, file.name);
+    const told = await (await ask("/v1/images/settings", { method: "POST", body: form })).json();
+    const picture = await createImageBitmap(file);
+    const or = (value, id) => value ?? Number($(id).value);
+    const settings = { prompt: told.prompt ?? "", seed: or(told.seed, "seed"), steps: or(told.num_inference_steps, "steps"),
+      guidance: or(told.guidance_scale, "guidance"), condition: or(told.condition_scale, "condition"), size: "auto" };
+    const mask = told.mask && { width: told.mask.width, height: told.mask.height, labels: bytesOf(told.mask.labels) };
+    const warnings = told.own_model ? [] : ["this image was drawn by another model"];
+    keep({ file, settings, mask, edit: null, size: `${picture.width}x${picture.height}`, warnings, opened: file.name });
+    beginEdit(shown);
+    if (told.mask) putSettings(settings);
+  } catch (error) {
+    $("image-error").textContent = error instanceof DOMException ? "This image can't be read." : error.message;
+  }
+}
+
+function tellStrength() { $("strength-out").value = `${Math.round($("strength").value * 100)} %`; }
+$("strength").addEventListener("input", tellStrength);
+$("edit").addEventListener("click", () => { beginEdit(shown); putSettings(shown.settings); });
+$("edit-stop").addEventListener("click", endEdit);
+$("edit-own").addEventListener("click", () => { editing.mask = { width, height, labels: labels.slice() }; beginEdit(editing, editOptions()); });
+$("open-image").addEventListener("click", () => $("image-file").click());
+$("image-file").addEventListener("change", async (event) => { await openImage(event.target.files[0]); event.target.value = ""; });
+$("picture").addEventListener("dragover", (event) => { event.preventDefault(); $("picture").classList.add("dropping"); });
+$("picture").addEventListener("dragleave", () => $("picture").classList.remove("dropping"));
+$("picture").addEventListener("drop", (event) => { event.preventDefault(); $("picture").classList.remove("dropping"); openImage(event.dataTransfer.files[0]); });
 
 /* The start ------------------------------------------------------------------------------------------------------ */
 
@@ -601,4 +744,5 @@ async function begin() {
   document.documentElement.dataset.ready = "true";
   return true;
 }
+showPast(null);
 begin();
