@@ -30,14 +30,17 @@ import numpy as np
 from PIL import Image
 
 from mogle_rt import Pipeline
+from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.bundle.shipped import examples
-from mogle_rt.masks import to_labels
+from mogle_rt.masks import to_image, to_labels
 from mogle_rt.memory.threads import suitable_threads
 from mogle_rt.server.drawing import tokens_of
 
-GENERATIONS = "/v1/images/generations"
+GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+HAIR = 13
 MASKS = {one.name: one.mask.read_bytes() for one in examples()}
 NAMES = sorted(MASKS)
+SQUARE = "{0}x{0}".format(Bundle("demo").default_size)
 BROKEN: list[dict[str, Any]] = [
     {"seed": "x"},
     {"size": "65x64"},
@@ -86,6 +89,45 @@ def own(pipe: Pipeline, i: int, body: dict[str, Any]) -> np.ndarray[Any, Any]:
         return np.asarray(pipe(labels, prompt, steps, height=height, width=width, seed=i).images[0])
 
 
+class Edits:
+    """One face to edit for each mask, and edits of them: hair is added at the top left.
+
+    Args:
+        pipe: draws the faces, and the edits that answers are compared with.
+    """
+
+    def __init__(self, pipe: Pipeline) -> None:
+        self.pipe = pipe
+        self.faces = [own(pipe, i, body_of(i, 2)) for i in range(len(NAMES))]
+        self.masks = [to_labels(MASKS[name], height=64, width=64) for name in NAMES]
+
+    def after(self, i: int) -> np.ndarray[Any, Any]:
+        edited = self.masks[i % len(NAMES)].copy()
+        edited[8:24, 8 : 16 + i % 8] = HAIR
+        return edited
+
+    def body(self, i: int, steps: int) -> dict[str, Any]:
+        """The request number i, whose image and masks are in base64."""
+        files = {
+            "image": Image.fromarray(self.faces[i % len(NAMES)]),
+            "semantic_mask_before": to_image(self.masks[i % len(NAMES)]),
+            "semantic_mask": to_image(self.after(i)),
+        }
+        sent: dict[str, Any] = {}
+        for name, picture in files.items():
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            sent[name] = base64.b64encode(buffer.getvalue()).decode()
+        return sent | {"prompt": f"face {i % 5}", "seed": i, "num_inference_steps": steps + i % 2, "strength": 0.9}
+
+    def own(self, i: int, steps: int) -> np.ndarray[Any, Any]:
+        face, before, prompt = self.faces[i % len(NAMES)], self.masks[i % len(NAMES)], f"face {i % 5}"
+        rows, width = tokens_of(self.pipe, 64, 64), self.pipe.bundle.config.transformer.width
+        with suitable_threads(rows, width, self.pipe.device):
+            made = self.pipe.edit(face, before, self.after(i), prompt, 0.9, seed=i, num_inference_steps=steps + i % 2)
+        return np.asarray(made.images[0])
+
+
 def pixels(answer: httpx.Response) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))).convert("RGB"))
 
@@ -98,7 +140,8 @@ def resident(client: httpx.Client) -> float:
 
 
 def mixed(url: str, pipe: Pipeline, count: int, steps: int, clients: int = 16) -> None:
-    """Requests of which one in twenty is broken and one in twenty is given up by its client."""
+    """Requests, one in five of them an edit, of which one in twenty is broken and one in twenty is given up."""
+    edits = Edits(pipe)
 
     def ask(i: int) -> tuple[int, str, httpx.Response | None]:
         body = body_of(i, steps)
@@ -112,6 +155,8 @@ def mixed(url: str, pipe: Pipeline, count: int, steps: int, clients: int = 16) -
                     for _, _ in zip(range(4), answer.iter_lines(), strict=False):
                         pass
                 return i, "cancelled", None
+            if i % 5 == 4:
+                return i, "edit", client.post(EDITS, json=edits.body(i, steps))
             return i, "good", client.post(GENERATIONS, json=body)
 
     with httpx.Client(base_url=url, timeout=60, trust_env=False) as client:
@@ -131,6 +176,10 @@ def mixed(url: str, pipe: Pipeline, count: int, steps: int, clients: int = 16) -
             assert answer is not None
             assert answer.status_code == 200, answer.text
             assert np.array_equal(pixels(answer), own(pipe, i, body_of(i, steps))), f"request {i} is another image"
+        if kind == "edit":
+            assert answer is not None
+            assert answer.status_code == 200, answer.text
+            assert np.array_equal(pixels(answer), edits.own(i, steps)), f"edit {i} is another image"
     assert waiting == 0
     print(f"mixed: {dict(kinds)}: all good answers are the pipeline's own; memory {before:.0f} MB, then {after:.0f} MB")
 
@@ -164,6 +213,10 @@ def fuzz(url: str, count: int, seed: int = 0) -> None:
         "stream",
         "x",
         "model",
+        "image",
+        "mask",
+        "strength",
+        "regions",
     ]
     junk: list[Any] = [
         None, True, -1, 0, 1e308, 2**70, "", "x" * 5000, "\ud800", "../../etc/passwd", "file:///etc/x", "1x1", "16x99999",
@@ -195,7 +248,9 @@ def fuzz(url: str, count: int, seed: int = 0) -> None:
                 for _ in range(chance.randrange(1, 30)):
                     picture[chance.randrange(len(picture))] = chance.randrange(256)
                 data = {"num_inference_steps": "0"}  # so that a mask that is still whole isn't drawn
-                answer = client.post(GENERATIONS, files={"semantic_mask": ("../x", bytes(picture))}, data=data)
+                path = chance.choice([GENERATIONS, EDITS])
+                name = "semantic_mask" if path == GENERATIONS else chance.choice(["image", "mask", "semantic_mask"])
+                answer = client.post(path, files={name: ("../x", bytes(picture))}, data=data)
             elif i % 5 == 3:
                 name = chance.choice(["Host", "Origin", "Authorization", "Content-Length", "Transfer-Encoding", "A b"])
                 value = chance.choice(["x", "9" * 30, "-1", "chunked", "x" * 70_000, "\x01"])
@@ -203,7 +258,8 @@ def fuzz(url: str, count: int, seed: int = 0) -> None:
                 continue
             else:
                 text = json.dumps(body | {"num_inference_steps": chance.choice([0, "x", 10**6])})
-                answer = client.post(GENERATIONS, content=text, headers={"Content-Type": "application/json"})
+                path = chance.choice([GENERATIONS, EDITS])
+                answer = client.post(path, content=text, headers={"Content-Type": "application/json"})
             counted[answer.status_code] += 1
             assert 400 <= answer.status_code < 500, (i, answer.status_code, answer.text)
         assert client.get("/health").status_code == 200
@@ -216,12 +272,12 @@ def speed(url: str, pipe: Pipeline, rounds: int, steps: int) -> None:
     def ask(i: int) -> float:
         start = time.perf_counter()
         with httpx.Client(base_url=url, timeout=300, trust_env=False) as client:
-            assert client.post(GENERATIONS, json=body_of(2 * i, steps, "128x128")).status_code == 200
+            assert client.post(GENERATIONS, json=body_of(2 * i, steps, SQUARE)).status_code == 200
         return time.perf_counter() - start
 
     def call(i: int) -> float:
         start = time.perf_counter()
-        own(pipe, 2 * i, body_of(2 * i, steps, "128x128"))
+        own(pipe, 2 * i, body_of(2 * i, steps, SQUARE))
         return time.perf_counter() - start
 
     for i in range(4):  # each pipeline has seen masks and prompts
@@ -255,7 +311,7 @@ def stop(steps: int) -> None:
     def ask(i: int) -> str:
         try:
             with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
-                return str(client.post(GENERATIONS, json=body_of(i, steps, "128x128")).status_code)
+                return str(client.post(GENERATIONS, json=body_of(i, steps, SQUARE)).status_code)
         except httpx.ConnectError:
             return "refused"
 

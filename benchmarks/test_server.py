@@ -9,10 +9,10 @@ import httpx
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.server_load import GENERATIONS, body_of, own, serving
+from benchmarks.server_load import GENERATIONS, SQUARE, body_of, own, serving
 from mogle_rt import Pipeline
 
-STEPS, SIZE, ROUNDS = 28, "128x128", 5
+STEPS, ROUNDS = 28, 5
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def url() -> Iterator[str]:
 
 def ask(url: str, i: int) -> None:
     with httpx.Client(base_url=url, timeout=300, trust_env=False) as client:
-        assert client.post(GENERATIONS, json=body_of(i, STEPS, SIZE)).status_code == 200
+        assert client.post(GENERATIONS, json=body_of(i, STEPS, SQUARE)).status_code == 200
 
 
 def test_served_image(url: str, benchmark: BenchmarkFixture) -> None:
@@ -33,7 +33,7 @@ def test_served_image(url: str, benchmark: BenchmarkFixture) -> None:
 def test_called_image(benchmark: BenchmarkFixture) -> None:
     pipe = Pipeline("demo")
     pipe.set_progress_bar_config(disable=True)
-    benchmark.pedantic(own, args=(pipe, 0, body_of(0, STEPS, SIZE)), rounds=ROUNDS, warmup_rounds=1)  # type: ignore[no-untyped-call]
+    benchmark.pedantic(own, args=(pipe, 0, body_of(0, STEPS, SQUARE)), rounds=ROUNDS, warmup_rounds=1)  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("clients", [1, 8])

@@ -29,7 +29,12 @@ def serve(
     max_batch: Annotated[
         int | None, typer.Option(help="Images drawn at once by a pipeline; default: 8 on a GPU, 1 on a CPU.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Pipelines that draw side by side, each with weights of its own.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Pipelines that draw side by side, each with weights of its own; default: what suits the device."
+        ),
+    ] = None,
     max_pixels: Annotated[int, typer.Option(help="The most pixels of an image.")] = 1024 * 1024,
     max_steps: Annotated[int, typer.Option(help="The most denoising steps of an image.")] = 100,
     max_upload: Annotated[int, typer.Option(help="The most bytes of a request.")] = 16 << 20,
@@ -90,6 +95,7 @@ def serve(
         said(fast)
     memory = None if max_memory is None else parse_bytes(max_memory)
     if memory is not None:
+        workers = workers or 1
         memory //= workers
     options: dict[str, Any] = {
         "device": device,

@@ -25,23 +25,27 @@ def worthwhile_threads(rows: int, width: int, most: int) -> int:
     return max(1, min(most, rows * width * width * MLP_RATIO // WORTH_A_THREAD))
 
 
+def threads_are_chosen() -> bool:
+    """Whether the user has chosen the number of threads, by the environment or by `torch.set_num_threads`."""
+    by_environment = "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ
+    return by_environment or torch.get_num_threads() != _AT_START
+
+
 @contextmanager
 def suitable_threads(rows: int, width: int, device: torch.device) -> Iterator[None]:
     """Use a suitable number of threads for the model, and restore the previous number afterwards.
 
-    Nothing is changed on a GPU, where the environment variables OMP_NUM_THREADS or MKL_NUM_THREADS are set, or where
-    `torch.set_num_threads` was called since this module was imported, because then the user has chosen.
+    Nothing is changed on a GPU, where the user has chosen the number of threads.
 
     Args:
         rows: tokens of image, condition and text of all images of a batch.
         width: the width of the transformer.
         device: where the model is.
     """
-    before = torch.get_num_threads()
-    chosen = "OMP_NUM_THREADS" in os.environ or "MKL_NUM_THREADS" in os.environ or before != _AT_START
-    if device.type != "cpu" or chosen:
+    if device.type != "cpu" or threads_are_chosen():
         yield
         return
+    before = torch.get_num_threads()
     torch.set_num_threads(worthwhile_threads(rows, width, before))
     try:
         yield

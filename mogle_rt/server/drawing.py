@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from mogle_rt.config import PATCH
 from mogle_rt.edits.start import StartImage
 from mogle_rt.errors import InputError, InsufficientMemoryError, MogleError
 from mogle_rt.jobs.image_files import MASK, encode_image, settings_of
-from mogle_rt.memory.threads import suitable_threads
+from mogle_rt.memory.threads import suitable_threads, threads_are_chosen, worthwhile_threads
 from mogle_rt.pipeline import Pipeline
 from mogle_rt.server.jobs import Draw, Drawn, Failed, Job, Waiting
 from mogle_rt.server.metrics import Metrics
@@ -26,23 +26,65 @@ from mogle_rt.server.refusals import Refusal, shutting_down
 
 logger = logging.getLogger("mogle_rt.server")
 
+MOST_SIDE_BY_SIDE = 8
+SMALL = 256 << 20  # bytes of a bundle that may be held several times
+
 
 def tokens_of(pipe: Pipeline, height: int, width: int) -> int:
     """The rows of a step's products for one image: image, condition and text."""
     return 2 * (height // PATCH) * (width // PATCH) + pipe.bundle.default_text_tokens
 
 
-def pipelines(open_pipeline: Callable[[], Pipeline], count: int = 1) -> list[Pipeline]:
+def pipelines(open_pipeline: Callable[[], Pipeline], count: int | None = None) -> list[Pipeline]:
     """Open the pipelines that draw side by side.
+
+    By default there are several only on a CPU, where one image of a small model is drawn by fewer threads than there are
+    cores, so that the other cores are free for other images. On a GPU images are drawn in batches.
 
     Args:
         open_pipeline: makes one.
-        count: how many.
+        count: how many; None chooses.
     """
-    every = [open_pipeline() for _ in range(count)]
+    first = open_pipeline()
+    if count is None:
+        side, most = first.bundle.default_size, torch.get_num_threads()
+        small = first.bundle.path.stat().st_size <= SMALL
+        several = first.device.type == "cpu" and small and not threads_are_chosen()
+        threads = worthwhile_threads(tokens_of(first, side, side), first.bundle.config.transformer.width, most)
+        count = min(MOST_SIDE_BY_SIDE, most // threads) if several else 1
+    every = [first, *(open_pipeline() for _ in range(count - 1))]
     for pipe in every:
         pipe.set_progress_bar_config(disable=True)
     return every
+
+
+class Cores:
+    """Lends processor cores to the pipelines, so that all together use no more threads than there are cores.
+
+    The number of threads of an image follows from its shape alone: it changes the rounding, and an image must not depend
+    on what else is drawn at that time.
+
+    Args:
+        count: how many there are.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = self._free = count
+        self._turn, self._changed = threading.Lock(), threading.Condition()
+
+    @contextmanager
+    def lent(self, count: int) -> Iterator[None]:
+        """Wait for so many cores, or for all of them if there are fewer, and give them back afterwards."""
+        count = min(count, self.count)
+        with self._turn, self._changed:  # whoever waits for many is not overtaken by those who need few
+            self._changed.wait_for(lambda: self._free >= count)
+            self._free -= count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += count
+                self._changed.notify_all()
 
 
 class Studio:
@@ -61,9 +103,10 @@ class Studio:
         self.waiting = Waiting(places)
         self.metrics = Metrics(lambda: len(self.waiting))
         self._stop_now = threading.Event()
-        self._cores = torch.get_num_threads()
+        self._most_threads = torch.get_num_threads()
+        self._cores = Cores(self._most_threads * (len(pipes) if threads_are_chosen() else 1))
         self._threads = [
-            threading.Thread(target=self._work, args=(pipe, len(pipes)), name=f"drawing {i}", daemon=True)
+            threading.Thread(target=self._work, args=(pipe,), name=f"drawing {i}", daemon=True)
             for i, pipe in enumerate(pipes)
         ]
 
@@ -100,9 +143,8 @@ class Studio:
         job.cancel()
         self.waiting.forget(job)
 
-    def _work(self, pipe: Pipeline, threads: int) -> None:
-        if threads > 1 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, self._cores // threads))  # of this thread's products
+    def _work(self, pipe: Pipeline) -> None:
+        torch.set_num_threads(self._most_threads)  # otherwise it would be what another thread has set for itself
         while batch := self.waiting.take(self.max_batch):
             self.metrics.drawing.inc(len(batch))
             try:
@@ -164,14 +206,16 @@ class Studio:
 
         rows = len(batch) * tokens_of(pipe, shape.height, shape.width)
         with suitable_threads(rows, pipe.bundle.config.transformer.width, pipe.device):
-            return pipe(
-                [draw.job.labels for draw in batch],
-                [draw.job.prompt for draw in batch],
-                seed=[draw.seed for draw in batch],
-                callback_on_step_end=on_step,
-                start=StartImage.joined(starts) if starts else None,
-                **shape.options,
-            ).images
+            threads = torch.get_num_threads() if pipe.device.type == "cpu" else 0
+            with self._cores.lent(threads):
+                return pipe(
+                    [draw.job.labels for draw in batch],
+                    [draw.job.prompt for draw in batch],
+                    seed=[draw.seed for draw in batch],
+                    callback_on_step_end=on_step,
+                    start=StartImage.joined(starts) if starts else None,
+                    **shape.options,
+                ).images
 
 
 def _refusal_of(error: Exception) -> Refusal:

@@ -140,8 +140,8 @@ def test_paint_draw_undo(page: Any, served: Live) -> None:
 
 def pixels_of(page: Any, number: int) -> NDArray[np.uint8]:
     """The pixels of an image of the session; 0 is the newest."""
-    read = """async i => { await i.decode(); const c = document.createElement("canvas");
-        c.width = i.naturalWidth; c.height = i.naturalHeight; c.getContext("2d").drawImage(i, 0, 0); return c.toDataURL(); }"""
+    read = """async i => { await i.decode(); const c = document.createElement("canvas"); c.width = i.naturalWidth;
+        c.height = i.naturalHeight; c.getContext("2d").drawImage(i, 0, 0); return c.toDataURL(); }"""
     return pixels(page.locator(".past img").nth(number).evaluate(read).partition(",")[2])
 
 

@@ -20,7 +20,9 @@ from PIL import Image
 
 from mogle_rt import Pipeline
 from mogle_rt.masks import colorize, to_labels
+from mogle_rt.masks.sizes import default_size
 from mogle_rt.server.asked.requests import Limits
+from mogle_rt.server.drawing import Cores, pipelines
 from mogle_rt.server.jobs import Job, Queued, Shape, Waiting
 from mogle_rt.server.refusals import Refusal
 from tests.server.live import (
@@ -97,15 +99,18 @@ def test_an_uploaded_mask_is_the_same(served: Live, pipe: Pipeline) -> None:
 
 
 def test_the_masks_shape_gives_the_size(served: Live) -> None:
-    tall = io.BytesIO()
-    np.save(tall, np.tile(to_labels(MASKS["hat"]), (2, 1)))
+    tall, side = io.BytesIO(), served.studio.pipe.bundle.default_size
+    labels = np.tile(to_labels(MASKS["hat"]), (2, 1))
+    np.save(tall, labels)
     answer = served.client.post(
         GENERATIONS, json={"semantic_mask": encoded(tall.getvalue()), "num_inference_steps": 1, "size": "auto"}
     )
-    assert answer.json()["size"] == "96x176"
+    height, width = default_size([labels], side)
+    assert height > width
+    assert answer.json()["size"] == f"{width}x{height}"
     warnings = served.draw(semantic_mask=encoded(tall.getvalue())).json()["warnings"]
     assert "stretched" in warnings[0]
-    assert "made for images of 128 x 128" in warnings[1]
+    assert f"made for images of {side} x {side}" in warnings[1]
 
 
 def test_an_image_holds_its_settings(served: Live) -> None:
@@ -279,7 +284,7 @@ def test_a_stream_tells_steps_and_previews_and_changes_nothing(served: Live, pip
 
 def test_a_preview_looks_like_the_image(served: Live) -> None:
     """A preview half way is nearer to the final image than an image of another seed and prompt is."""
-    asked = {"semantic_mask": encoded(MASKS["hat"]), "num_inference_steps": 8, "size": "128x128", "stream": True}
+    asked = {"semantic_mask": encoded(MASKS["hat"]), "num_inference_steps": 8, "stream": True}
     made = []
     for prompt, seed in (("a woman with a yellow hat", 1), ("an old man on a black background", 2)):
         body = asked | {"prompt": prompt, "seed": seed, "partial_images": 1}
@@ -400,6 +405,47 @@ def test_one_bad_image_does_not_spoil_a_batch(
     blank = np.zeros((64, 64), np.uint8)
     own = np.asarray(pipe(blank, "a woman", seed=4, height=64, width=64, num_inference_steps=2).images[0])
     assert np.array_equal(pixels(answers[0].json()["data"][0]["b64_json"]), own)
+
+
+@pytest.mark.quick
+def test_cores_are_lent_in_turn_and_never_twice() -> None:
+    """At most as many cores as there are are in use; whoever needs all of them gets them, though others keep asking."""
+    cores, lock, used, most, widest = Cores(3), threading.Lock(), 0, 0, 0
+
+    def draw(count: int) -> None:
+        nonlocal used, most, widest
+        for _ in range(20):
+            with cores.lent(count):
+                with lock:
+                    used += min(count, 3)
+                    most, widest = max(most, used), widest + (count > 3)
+                time.sleep(0.0005)
+                with lock:
+                    used -= min(count, 3)
+
+    with ThreadPoolExecutor(5) as threads:
+        for one in [threads.submit(draw, count) for count in (1, 1, 2, 8, 0)]:
+            one.result(60)
+    assert (most, widest, used) == (3, 20, 0)
+
+
+@pytest.mark.quick
+def test_a_small_model_is_opened_for_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image of it takes one core. Where the number of threads is chosen, or pipelines are, that counts."""
+    monkeypatch.setattr("mogle_rt.server.drawing.threads_are_chosen", lambda: False)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    monkeypatch.setattr("mogle_rt.server.drawing.worthwhile_threads", lambda rows, width, most: 1)
+
+    def opened() -> Pipeline:
+        return Pipeline("demo", device="cpu", dtype="fp32")
+
+    assert len(pipelines(opened)) == 3
+    assert len(pipelines(opened, 1)) == 1
+    monkeypatch.setattr("mogle_rt.server.drawing.worthwhile_threads", lambda rows, width, most: 2)
+    assert len(pipelines(opened)) == 1
+    monkeypatch.setattr("mogle_rt.server.drawing.threads_are_chosen", lambda: True)
+    monkeypatch.setattr("mogle_rt.server.drawing.worthwhile_threads", lambda rows, width, most: 1)
+    assert len(pipelines(opened)) == 1
 
 
 @pytest.mark.quick
