@@ -238,11 +238,13 @@ class FaceMogle(nn.Module):
         self.x_embedder = LoraLinear(config.in_channels, D)
         self.context_embedder = nn.Linear(config.joint_attention_dim, D)
         self.timestep_embedder, self.text_embedder = Mlp(SINUSOID_DIM, D), Mlp(config.pooled_projection_dim, D)
+        self.guidance_embedder = Mlp(SINUSOID_DIM, D) if config.guidance_embeds else None
         self.blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_layers))
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_layers))
         self.norm_out, self.proj_out = nn.Linear(D, 2 * D), nn.Linear(D, config.in_channels)
         for name, parameter in self.named_parameters():
-            if any(word in name for word in ("modulation.weight", "modulation.bias", "norm_out", "proj_out")):
+            zero = ("modulation.weight", "modulation.bias", "norm_out", "proj_out", "guidance_embedder.linear_2")
+            if any(word in name for word in zero):
                 nn.init.zeros_(parameter)
 
     def rope(self, text: int, grid: tuple[int, int]) -> Tensor:
@@ -258,16 +260,21 @@ class FaceMogle(nn.Module):
         sequence: Tensor,
         pooled: Tensor,
         rope: Tensor,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Velocity [B, N, 64].
 
         Args:
             latents: [B, N, 64], noisy. sigma: [B], 0 to 1. masks: [B, 20, N, 64], packed latents of the 20 pictures.
-            sequence: [B, T, J]. pooled: [B, P]. rope: see `rope`.
+            sequence: [B, T, J]. pooled: [B, P]. rope: see `rope`. guidance: [B], for a model that embeds it.
         """
         n = latents.shape[1]
         condition = self.mogle(masks, latents, 1000 * sigma)
         words = self.text_embedder(pooled)
+        if self.guidance_embedder is not None:
+            if guidance is None:
+                raise ValueError("this model embeds guidance, and got none")
+            words = words + self.guidance_embedder(sinusoid(1000 * guidance, SINUSOID_DIM))
         temb = F.silu(self.timestep_embedder(sinusoid(1000 * sigma, SINUSOID_DIM)) + words)
         temb0 = F.silu(self.timestep_embedder(sinusoid(0 * sigma, SINUSOID_DIM)) + words)
         x = self.x_embedder(torch.cat([latents, condition], 1), n)
@@ -291,7 +298,10 @@ def _layers(model: FaceMogle) -> list[tuple[nn.Module, tuple[str, ...]]]:
         (getattr(model, name), (name,)) for name in ("x_embedder", "context_embedder", "proj_out")
     ]
     found.append((model.norm_out, ("norm_out.linear",)))
-    for embedder in ("timestep_embedder", "text_embedder"):
+    embedders = ["timestep_embedder", "text_embedder"]
+    if model.guidance_embedder is not None:
+        embedders.append("guidance_embedder")
+    for embedder in embedders:
         for i in (1, 2):
             layer = model.get_submodule(f"{embedder}.linear_{i}")
             found.append((layer, (f"{prefix}.{embedder}.linear_{i}",)))
@@ -358,8 +368,9 @@ def to_parts(model: FaceMogle) -> Parts:
 def load_parts(model: FaceMogle, parts: Parts, *, grow: bool = False) -> None:
     """The reverse of `to_parts`: fill a model from tensors by part and published name.
 
-    With ``grow`` the model may have further blocks at its end. These keep their first weights, with which they change
-    nothing: their modulation is zero, and with it the gate of what they add.
+    With ``grow`` the model may have further blocks at its end, and may embed guidance. These parts keep their first weights,
+    with which they change nothing: a block's modulation is zero, and with it the gate of what it adds, and so is the
+    embedding of guidance.
     """
     for part, views in to_parts(model).items():
         for name, view in views.items():

@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 
 from examples.demo_checkpoint.attributes import Attributes
+from examples.demo_checkpoint.latents import BLACK, WHITE
 from mogle_rt.config import NUM_CLASSES, VAE_SCALE
 
 Size = tuple[int, int]
 FEWEST_CELLS = 3  # that a region must have for its average to count
+
+
+def no_mask() -> Tensor:
+    """The rows [20] of condition pictures of a mask that is all background."""
+    rows = torch.full((1 + NUM_CLASSES,), BLACK)
+    rows[1] = WHITE
+    return rows
 
 
 @dataclass
@@ -25,6 +33,7 @@ class Batch:
     Attributes:
         faces: [B, N, 64]. masks: [B, 20, N, 64]. people: B, what each shows. grid: rows and columns of tokens.
         regions: [B, 19, 4 N], weights that average over each region's latent cells; 0 for regions of too few cells.
+        nothing: [20, N, 64], the mask of a picture that is all background, which stands for no mask.
     """
 
     faces: Tensor
@@ -32,6 +41,7 @@ class Batch:
     regions: Tensor
     people: list[Attributes]
     grid: tuple[int, int]
+    nothing: Tensor
 
 
 def region_averages(cells: Tensor) -> Tensor:
@@ -102,4 +112,5 @@ class Shards:
             regions=region_averages(torch.stack([f["cells"][i] for f, i in chosen])),
             people=[f["people"][i] for f, i in chosen],
             grid=(height // (2 * VAE_SCALE), width // (2 * VAE_SCALE)),
+            nothing=chosen[0][0]["rows"][no_mask()].float(),
         )

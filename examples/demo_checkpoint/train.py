@@ -5,13 +5,15 @@
 It reads from build/demo/ the latents (made by `latents`, which may still add to them), the text encoders (by
 `train_text`) and the VAE (by `train_vae`). A batch holds pictures of one size, and the sizes take turns at random. After an
 interruption training goes on from its last saved state. ``--from-bundle`` starts from the weights of a bundle alone,
-without the optimiser's state. ``--scalar-gate`` trains the paper's ablation, for `benchmarks.ablations`.
+without the optimiser's state. With ``--guide`` too, a model that embeds guidance is made from this bundle, as the last of
+all trainings. ``--scalar-gate`` trains the paper's ablation, for `benchmarks.ablations`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from examples.demo_checkpoint.export import export, read_weights
-from examples.demo_checkpoint.latents import BLACK, LARGE, MIDDLE, SLIM, SQUARE, TALL, WHITE
+from examples.demo_checkpoint.latents import BLACK, LARGE, MIDDLE, SLIM, SQUARE, TALL
 from examples.demo_checkpoint.model import CONFIG, FaceMogle, load_parts
 from examples.demo_checkpoint.muon import Muon
-from examples.demo_checkpoint.shards import Batch, Shards
+from examples.demo_checkpoint.shards import Batch, Shards, no_mask
 from examples.demo_checkpoint.train_text import TOKENS, Reader, captions
 from examples.demo_checkpoint.training import PRODUCTS, Average, Clock, Team, in_team, learning_rate, save_state
 from mogle_rt.config import VAE_SCALE
@@ -34,6 +36,7 @@ SIZE_SHARES = {SQUARE: 0.5, MIDDLE: 0.27, SLIM: 0.08, TALL: 0.07, LARGE: 0.08}
 SHIFT = 0.4675  # the mean of the logit-normal noise levels, which is FLUX's shift at 64 tokens
 HIGH = 0.25  # the share of noise levels drawn evenly from 0.8 to 1, where colours are decided
 REGION_WEIGHT = 0.5  # the weight of the error of region averages, see `flow_loss`
+GUIDANCE = (1.0, 7.0)  # least and most, which `GuidedLoss` trains for
 NO_MASK = 0.2  # the share without mask, for which faces are hardest to draw
 DROPPED = 0.1  # the share without text, and the share with some regions only
 ROUGH = 0.5  # the share of masks that are rough, of those that have a rough version
@@ -57,9 +60,7 @@ def drop_masks(index: Tensor, generator: torch.Generator) -> Tensor:
     regions = chance(B, 1, below=DROPPED) & chance(B, index.shape[1], below=0.3)
     regions[:, 0] = False
     index = torch.where(regions, BLACK, index)
-    nothing = torch.full_like(index[0], BLACK)
-    nothing[1] = WHITE
-    return torch.where(chance(B, 1, below=NO_MASK), nothing, index)
+    return torch.where(chance(B, 1, below=NO_MASK), no_mask(), index)
 
 
 class Prompts:
@@ -96,13 +97,53 @@ def flow_loss(
     noise = torch.randn(x.shape, generator=generator)
     noisy = torch.lerp(x, noise, sigma[:, None, None])
     with torch.autocast("cpu", PRODUCTS, enabled=PRODUCTS.itemsize < 4):
-        velocity = model(noisy, sigma, batch.masks, *text, rope)
-    error = velocity.float() - (noise - x)
+        velocity = model(noisy, sigma, batch.masks, *text, rope, torch.ones(len(x)))
+    return errors(velocity.float() - (noise - x), batch)
+
+
+def errors(error: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The mean square of a velocity's error [B, N, 64], and that of its averages over the mask's regions."""
     height, width = (2 * VAE_SCALE * side for side in batch.grid)
     cells = unpack_latents(error, height, width).flatten(2)  # [B, 16, 4 N]
     averages = batch.regions @ cells.mT  # [B, 19, 16]
     present = (batch.regions.sum(-1) > 0).sum()
     return error.square().mean(), averages.square().sum() / (present * averages.shape[-1])
+
+
+Loss = Callable[[nn.Module, Batch, tuple[Tensor, Tensor], Tensor, torch.Generator], tuple[Tensor, Tensor]]
+
+
+class GuidedLoss:
+    """In the place of `flow_loss`: a student that embeds guidance learns what its teacher would draw with guidance.
+
+    For a guidance w the student's velocity shall be v0 + w (v - v0), where v is the teacher's velocity, and v0 its
+    velocity without the prompt; where there is no prompt, without the mask (Ho & Salimans 2022, Meng et al. 2023). So one
+    step costs as much with guidance as without it, as in FLUX.1-dev.
+
+    Args:
+        teacher: does not change. nothing: the embeddings of the empty prompt.
+    """
+
+    def __init__(self, teacher: FaceMogle, nothing: list[Tensor]) -> None:
+        self.teacher, self.nothing = teacher.eval().requires_grad_(False), nothing
+
+    def __call__(
+        self, model: nn.Module, batch: Batch, text: tuple[Tensor, Tensor], rope: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        x, B = batch.faces, len(batch.faces)
+        sigma = noise_levels(B, generator)
+        noisy = torch.lerp(x, torch.randn(x.shape, generator=generator), sigma[:, None, None])
+        guidance = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(B, generator=generator)
+        sequence, pooled = text
+        silent = (pooled == self.nothing[1]).all(1)
+        masks = torch.where(silent[:, None, None, None], batch.nothing, batch.masks)
+        without = (self.nothing[0].expand_as(sequence), self.nothing[1].expand_as(pooled))
+        with torch.autocast("cpu", PRODUCTS, enabled=PRODUCTS.itemsize < 4):
+            with torch.no_grad():
+                told = self.teacher(noisy, sigma, batch.masks, sequence, pooled, rope).float()
+                untold = self.teacher(noisy, sigma, masks, *without, rope).float()
+            velocity = model(noisy, sigma, batch.masks, sequence, pooled, rope, guidance)
+        return errors(velocity.float() - torch.lerp(untold, told, guidance[:, None, None]), batch)
 
 
 @torch.no_grad()
@@ -130,9 +171,15 @@ def train(team: Team, args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     reader = Reader(args.folder / "text")
     data = Shards(args.folder / "latents")
-    model = FaceMogle(dataclasses.replace(CONFIG, num_single_layers=args.singles), scalar_gate=args.scalar_gate)
+    config = dataclasses.replace(CONFIG, num_single_layers=args.singles, guidance_embeds=args.guide)
+    model = FaceMogle(config, scalar_gate=args.scalar_gate)
     if args.from_bundle:
         load_parts(model, read_weights(args.from_bundle), grow=True)
+    loss_of: Loss = flow_loss
+    if args.guide:
+        teacher = FaceMogle(dataclasses.replace(config, guidance_embeds=False), scalar_gate=args.scalar_gate)
+        load_parts(teacher, read_weights(args.from_bundle))
+        loss_of = GuidedLoss(teacher, Prompts(reader, [0]).nothing)
     parameters = list(model.parameters())
     by_adam = [p for n, p in model.named_parameters() if "proj_out" in n or "norm_qk" in n]
     optimizer = Muon(team.share(parameters), lr=args.lr, weight_decay=0.02, adam=by_adam)
@@ -162,7 +209,7 @@ def train(team: Team, args: argparse.Namespace) -> None:
         if batch.grid not in ropes:
             ropes[batch.grid] = model.rope(TOKENS, batch.grid)
         text = prompts(batch, generator, drop=True)
-        loss, region_loss = flow_loss(model, batch, text, ropes[batch.grid], generator)
+        loss, region_loss = loss_of(model, batch, text, ropes[batch.grid], generator)
         model.zero_grad()
         (loss + REGION_WEIGHT * region_loss).backward()
         team.average_gradients(parameters)
@@ -225,10 +272,13 @@ def main() -> None:
         "--singles", type=int, default=CONFIG.num_single_layers, help="single blocks; new ones begin idle"
     )
     parser.add_argument("--from-bundle", type=Path)
+    parser.add_argument("--guide", action="store_true", help="distil guidance: the bundle is the teacher")
     parser.add_argument("--scalar-gate", action="store_true", help="one weight an image and expert, not one a token")
     parser.add_argument("--bundle", type=Path, default=Path("build/demo/demo.safetensors"))
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
+    if args.guide and not args.from_bundle:
+        parser.error("--guide needs --from-bundle, the teacher")
     in_team(args.processes, train, args)
 
 

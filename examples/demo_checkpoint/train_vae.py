@@ -105,9 +105,14 @@ def train(team: Team, args: argparse.Namespace) -> None:
     data, output = Renders(args.data), args.output
     torch.manual_seed(0)
     vae = make_vae()
+    scale = None
     if args.start:
-        vae.load_state_dict(AutoencoderKL.from_pretrained(args.start).float().state_dict())
-    parameters = list(vae.parameters())
+        start = AutoencoderKL.from_pretrained(args.start).float()
+        vae.load_state_dict(start.state_dict())
+        if args.decoder_only:
+            scale = start.config.shift_factor, start.config.scaling_factor
+    parameters = list(vae.decoder.parameters() if args.decoder_only else vae.parameters())
+    vae.encoder.requires_grad_(not args.decoder_only)
     optimizer = Muon(team.share(parameters), lr=args.lr)
     clock, step, done = Clock(args.minutes * 60), 0, 0.0
     state_path = output.with_suffix(f".state{team.rank}")
@@ -145,15 +150,20 @@ def train(team: Team, args: argparse.Namespace) -> None:
             state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(state_path, state | {"elapsed": clock.elapsed, "step": step})
     if team.rank == 0:
-        finish(vae.eval(), Renders(args.held_out, 40), output)
+        finish(vae.eval(), Renders(args.held_out, 40), output, scale)
 
 
 @torch.no_grad()
-def finish(vae: Any, data: Renders, output: Path) -> None:
-    """Round to fp16 (the stored form), set scale and shift from the statistics of the latents, measure, and save."""
+def finish(vae: Any, data: Renders, output: Path, scale: tuple[float, float] | None) -> None:
+    """Round to fp16 (the stored form), set shift and scale, measure, and save.
+
+    Args:
+        scale: shift and scale of the latents; None sets them by the latents' mean and deviation.
+    """
     vae = vae.half().float().to(memory_format=torch.contiguous_format)
     z = torch.cat([vae.encode(x).latent_dist.mean for x in pictures(data.images).split(4)])
-    vae.register_to_config(shift_factor=float(z.mean()), scaling_factor=float(1 / z.std()))
+    shift, factor = scale or (float(z.mean()), float(1 / z.std()))
+    vae.register_to_config(shift_factor=shift, scaling_factor=factor)
     print(f"latents: mean {float(z.mean()):.3f}, std {float(z.std()):.3f}, by channel {z.std((0, 2, 3)).tolist()}")
 
     def quality(x: Tensor) -> float:
@@ -173,10 +183,13 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, default=Path("build/demo/held_out"))
     parser.add_argument("--start", type=Path, help="a folder with the VAE to start from, see `export.unpack`")
     parser.add_argument("--output", type=Path, default=Path("build/demo/vae"))
+    parser.add_argument("--decoder-only", action="store_true", help="keep the encoder, and with it all latents")
     parser.add_argument("--minutes", type=float, default=18)
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
+    if args.decoder_only and not args.start:
+        parser.error("--decoder-only needs --start")
     in_team(args.processes, train, args)
 
 

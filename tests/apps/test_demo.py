@@ -19,7 +19,8 @@ from examples.demo_checkpoint.export import export, read_weights, unpack
 from examples.demo_checkpoint.latents import BLACK, WHITE
 from examples.demo_checkpoint.model import CONFIG, FaceMogle, load_parts, to_parts
 from examples.demo_checkpoint.muon import Muon, orthogonalise
-from examples.demo_checkpoint.train import DROPPED, NO_MASK, SHIFT, drop_masks, noise_levels
+from examples.demo_checkpoint.shards import Batch
+from examples.demo_checkpoint.train import DROPPED, NO_MASK, SHIFT, GuidedLoss, drop_masks, noise_levels
 from examples.demo_checkpoint.training import Average, Clock, learning_rate, save_state
 from mogle_rt import Pipeline
 from mogle_rt.apps.cli import app
@@ -182,6 +183,65 @@ def test_a_grown_model_draws_the_same() -> None:
     )
     inputs = (x, torch.tensor([0.9, 0.3]), masks, sequence, pooled, small.rope(4, (4, 4)))
     assert_close(large(*inputs), small(*inputs), rms=1e-6)
+
+
+def test_embedded_guidance_is_the_runtimes(tmp_path: Path) -> None:
+    """A model that embeds guidance begins as its teacher, whatever the guidance, and computes what the runtime computes."""
+    parts = read_weights("demo")
+    teacher, model = FaceMogle(), FaceMogle(dataclasses.replace(CONFIG, guidance_embeds=True))
+    load_parts(teacher, parts)
+    load_parts(model, parts, grow=True)
+    g = torch.Generator().manual_seed(0)
+    shapes = ((16, 64), (20, 16, 64), (48, 128), (128,))
+    x, masks, sequence, pooled = (torch.randn(2, *shape, generator=g) for shape in shapes)
+    sigma, rope = torch.tensor([0.9, 0.9]), model.rope(48, (4, 4))
+    inputs = (x, sigma, masks, sequence, pooled, rope)
+    assert_close(model(*inputs, torch.tensor([1.0, 7.0])), teacher(*inputs), rms=1e-6)
+    with pytest.raises(ValueError, match="embeds guidance"):
+        model(*inputs)
+    assert model.guidance_embedder is not None
+    model.guidance_embedder.linear_2.weight.normal_(0, 0.1, generator=g)
+    for p in model.parameters():
+        p.copy_(p.half())  # a bundle's precision
+    unpack("demo", tmp_path)
+    bundle = Bundle(export(model, tmp_path / "vae", tmp_path / "text", tmp_path / "guided.safetensors"))
+    schedule = make_schedule(bundle.config.scheduler, 2, 16)
+    engine = TorchEngine(bundle, torch.device("cpu"), torch.float32, ModelConfig())
+    drawn = []
+    for scale in (1.0, 6.0):
+        engine.prepare(
+            Conditions.from_mask_latents(
+                masks, prompt_embeds=sequence, pooled_prompt_embeds=pooled, guidance_scale=scale, grid=(4, 4)
+            ),
+            schedule,
+        )
+        inputs = (x, schedule.sigmas[1].expand(2), masks, sequence, pooled, rope)
+        drawn.append(engine.step(x, 1))
+        assert_close(model(*inputs, torch.full((2,), scale)), drawn[-1], rms=1e-5)
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-2
+
+
+def test_guidance_is_distilled_from_velocities_with_and_without_prompt() -> None:
+    parts, g = read_weights("demo"), torch.Generator().manual_seed(0)
+    teacher, student = FaceMogle(), FaceMogle(dataclasses.replace(CONFIG, guidance_embeds=True))
+    load_parts(teacher, parts)
+    load_parts(student, parts, grow=True)
+    nothing = [torch.randn(4, 128, generator=g), torch.randn(128, generator=g)]
+    blank = torch.randn(20, 16, 64, generator=g)
+    faces, masks = torch.randn(1, 16, 64, generator=g), torch.randn(1, 20, 16, 64, generator=g)
+    batch = Batch(faces, masks, torch.zeros(1, 19, 64), [], (4, 4), blank)
+    rope = teacher.rope(4, (4, 4))
+    silent = (nothing[0][None], nothing[1][None])
+    told = (torch.randn(1, 4, 128, generator=g), torch.randn(1, 128, generator=g))
+    loss_of = GuidedLoss(teacher, nothing)
+
+    def loss(batch: Batch, text: tuple[torch.Tensor, torch.Tensor]) -> float:
+        return float(loss_of(student, batch, text, rope, torch.Generator().manual_seed(1))[0])
+
+    # The student is the teacher yet, so its error is (w - 1) (v - v0): none where nothing is left to drop.
+    assert loss(dataclasses.replace(batch, masks=blank[None]), silent) < 1e-4
+    assert loss(batch, silent) > 1e-3
+    assert loss(batch, told) > 1e-3
 
 
 def test_parts_are_views() -> None:
