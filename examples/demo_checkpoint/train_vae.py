@@ -150,7 +150,7 @@ def train(team: Team, args: argparse.Namespace) -> None:
             state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
             save_state(state_path, state | {"elapsed": clock.elapsed, "step": step})
     if team.rank == 0:
-        finish(vae.eval(), Renders(args.held_out, 40), output, scale)
+        finish(vae.eval(), Renders(args.held_out, args.measured), output, scale)
 
 
 @torch.no_grad()
@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("build/demo/train"))
     parser.add_argument("--held-out", type=Path, default=Path("build/demo/held_out"))
     parser.add_argument("--start", type=Path, help="a folder with the VAE to start from, see `export.unpack`")
+    parser.add_argument("--measured", type=int, default=40, help="held-out renders that are measured at the end")
     parser.add_argument("--output", type=Path, default=Path("build/demo/vae"))
     parser.add_argument("--decoder-only", action="store_true", help="keep the encoder, and with it all latents")
     parser.add_argument("--minutes", type=float, default=18)
