@@ -226,6 +226,10 @@ class JobRecord:
         """How long an image took to draw; None if it isn't known."""
         return self._images.get(self._name(path), {}).get("seconds")
 
+    def drawn_seeds(self) -> dict[str, int]:
+        """The seed of each image that the record tells of, by the image's name within the folder."""
+        return {name: fact["seed"] for name, fact in self._images.items()}
+
     def __enter__(self) -> Self:
         return self
 

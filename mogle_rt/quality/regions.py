@@ -37,6 +37,11 @@ class Overlap:
         table = np.stack(tables)
         return cls(table.diagonal(axis1=1, axis2=2).copy(), table.sum(1), table.sum(2))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Overlap]) -> Overlap:
+        """Those of several sets of images as one."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("shared", "found", "wanted")))
+
     def iou_of_classes(self, weights: NDArray[np.int64] | None = None) -> Floats:
         """Intersection over union of each class, over all images together: [19], NaN where no mask has the class.
 

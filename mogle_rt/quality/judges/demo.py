@@ -87,7 +87,7 @@ class DemoJudge:
     """
 
     def __init__(self) -> None:
-        self.name = f"{NAME}, a U-Net trained on renders"
+        self.name = NAME
         self._network = load_segmenter()
 
     def labels(self, pictures: Sequence[Picture]) -> list[Labels]:

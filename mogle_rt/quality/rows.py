@@ -1,0 +1,288 @@
+"""The images that are judged: what each was drawn from, and which mask, caption and real image belong to it.
+
+What is known of an image comes from the table of `mogle-rt batch`, from the settings within the image, from the record of
+jobs beside it, or from its name, in this order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from mogle_rt.errors import InputError
+from mogle_rt.installed import install_command
+from mogle_rt.jobs.captions import prompts_of
+from mogle_rt.jobs.plan import find_masks
+from mogle_rt.jobs.record import JobRecord
+from mogle_rt.jobs.settings_read import read_settings
+from mogle_rt.masks.classes import Labels
+from mogle_rt.masks.files import FORMATS
+from mogle_rt.masks.labels import to_labels
+from mogle_rt.masks.orders import Order
+from mogle_rt.values import quoted
+
+TABLE = "results.parquet"
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+COLUMNS = ("image", "mask", "prompt", "seed", "seconds", "error")
+_SEED = re.compile(r"(.+)_(\d+)")  # generate's names: the mask's name, then the seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """An image and what belongs to it; None where it isn't known or isn't there.
+
+    Attributes:
+        name: the file's, within its folder. image: its path.
+        keys: the names by which its mask, caption and real image are looked for, the likeliest first.
+        prompt: what it was drawn for; "" for no prompt.
+        seed: it was drawn from. seconds: that drawing it took.
+        bundle: the hash of the bundle that drew it.
+        mask: the file of its mask. inside: whether the mask is within the image.
+        real: the real image of the same name.
+    """
+
+    name: str
+    image: Path
+    keys: tuple[str, ...]
+    prompt: str | None = None
+    seed: int | None = None
+    seconds: float | None = None
+    bundle: str | None = None
+    mask: Path | None = None
+    inside: bool = False
+    real: Path | None = None
+
+    @property
+    def group(self) -> str:
+        """What images of the same mask, or else of the same prompt, share."""
+        return self.mask.stem if self.mask is not None else self.keys[-1]
+
+    def labels(self, order: Order) -> Labels | None:
+        """The mask, uint8 [H, W] of 19 classes; None without one.
+
+        Raises:
+            InputError: it can't be read.
+        """
+        if self.mask is not None:
+            return to_labels(self.mask, order=order)
+        return read_settings(self.image).labels if self.inside else None
+
+
+def find_rows(folder: Path, say: Callable[[str], object]) -> list[Row]:
+    """The images in a folder and in the folders within it, or those that a table of `mogle-rt batch` names, by name.
+
+    Args:
+        folder: written by `mogle-rt generate`, by `mogle-rt batch`, or by anyone.
+        say: called with a line on what the folder lacks.
+
+    Raises:
+        InputError: there is no such folder, it holds no images, an image is missing or can't be read, or two images are
+            of the same mask, prompt and seed.
+    """
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: no such folder" if not folder.exists() else f"{folder}: must be a folder of images"
+        )
+    table = folder / TABLE
+    rows = sorted(_of_table(table, say) if table.is_file() else _of_files(folder), key=lambda row: row.name)
+    if not rows:
+        raise InputError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    seen: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        same = [(row.image.with_suffix(""),)]
+        if row.seed is not None:
+            same.append((row.group, row.prompt, row.seed))
+        for what in same:
+            other = seen.setdefault(what, row)
+            if other is not row:
+                raise InputError(
+                    f"{other.name} and {row.name}: two images of one mask, prompt and seed; keep one of them in {folder}"
+                )
+    return rows
+
+
+def with_masks(rows: Sequence[Row], folder: Path | None, say: Callable[[str], object]) -> list[Row]:
+    """The rows with their masks, from files of the same name; None leaves those that are within the images.
+
+    Raises:
+        InputError: there is no such folder, two masks have one name, or no mask belongs to an image.
+    """
+    if folder is None:
+        return list(rows)
+    files = _by_stem(_masks_in(folder), "masks")
+    return _matched(rows, files, folder, "mask", say)
+
+
+def with_real(rows: Sequence[Row], folder: Path, say: Callable[[str], object]) -> list[Row]:
+    """The rows with the real images of the same name, as far as there are any.
+
+    Raises:
+        InputError: two real images have one name.
+    """
+    files = _by_stem(images_in(folder), "real images")
+    found = [replace(row, real=_first(row, files)) for row in rows]
+    count = sum(row.real is not None for row in found)
+    if 0 < count < len(found):
+        say(f"{count:,} of {len(found):,} images have a real image of their name in {folder}")
+    return found
+
+
+def with_captions(rows: Sequence[Row], folder: Path | None, number: int, say: Callable[[str], object]) -> list[Row]:
+    """The rows with the captions of a folder as their prompts; None leaves the prompts that they were drawn for.
+
+    Args:
+        folder: holds a text file for each mask, as docs/guide.md describes for `--mask`.
+        number: which caption to take, from 1, where a mask has several.
+
+    Raises:
+        InputError: there is no such folder, or no caption belongs to an image.
+    """
+    if folder is None:
+        return list(rows)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of captions")
+    texts = [
+        next(
+            (t for key in row.keys for t in prompts_of(None, [folder / f"{key}.png"], number, lambda _: None) if t),
+            None,
+        )
+        for row in rows
+    ]
+    _count(rows, [text is not None for text in texts], folder, "caption", say)
+    return [replace(row, prompt=text) for row, text in zip(rows, texts, strict=True)]
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images in a folder and in the folders within it, sorted by name.
+
+    Raises:
+        InputError: there is no such folder, or it holds no images.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of images")
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not found:
+        raise InputError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return found
+
+
+def _masks_in(folder: Path) -> Iterator[Path]:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of masks")
+    return find_masks([folder])
+
+
+def _of_files(folder: Path) -> Iterator[Row]:
+    seeds = JobRecord(folder).drawn_seeds()
+    for path in images_in(folder):
+        name = path.relative_to(folder).as_posix()
+        if seeds and name not in seeds:  # a contact sheet, or another picture that no job drew
+            continue
+        yield _row(folder, name, None, None, seeds.get(name), None)
+
+
+def _of_table(table: Path, say: Callable[[str], object]) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise InputError(f"{table}: reading it needs pyarrow; install it with {install_command('evaluate')}") from None
+    try:
+        content = parquet.read_table(table)
+    except (ArrowException, OSError) as error:
+        raise InputError(f"{table}: can't be read as Parquet: {' '.join(str(error).split())}") from None
+    missing = [name for name in COLUMNS if name not in content.column_names]
+    if missing:
+        raise InputError(f"{table}: has no column {missing[0]}; mogle-rt batch writes {', '.join(COLUMNS)}")
+    lines = content.select(COLUMNS).to_pylist()
+    failed = [line["error"] for line in lines if line["image"] is None]
+    if failed:
+        say(f"{len(failed):,} of {len(lines):,} rows have no image; the first one's error is {quoted(failed[0])}")
+    for line in lines:
+        if line["image"] is not None:
+            if not isinstance(line["image"], str) or not (table.parent / line["image"]).is_file():
+                raise InputError(f"{table}: names the image {quoted(line['image'])}, which isn't there")
+            yield _row(table.parent, line["image"], line["mask"], line["prompt"], line["seed"], line["seconds"])
+
+
+def _row(folder: Path, name: str, mask: str | None, prompt: str | None, seed: int | None, seconds: float | None) -> Row:
+    image = folder / name
+    told = read_settings(image)
+    by_name = _SEED.fullmatch(image.stem)
+    keys = [Path(mask).stem if mask else None, Path(told.mask).stem if told.mask else None, image.stem]
+    if told.mask is None and mask is None and told.seed is not None and told.mask_png is None:
+        keys.append(f"prompt: {told.prompt}")  # drawn without a mask
+    elif by_name:
+        keys.append(by_name[1])
+    return Row(
+        name=name,
+        image=image,
+        keys=tuple(dict.fromkeys(key for key in keys if key)),
+        prompt=told.prompt if prompt is None else prompt,
+        seed=told.seed if seed is None else seed,
+        seconds=seconds,
+        bundle=told.bundle_sha256,
+        inside=told.mask_png is not None,
+    )
+
+
+def _by_stem(paths: Iterator[Path] | Sequence[Path], what: str) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for path in paths:
+        other = files.setdefault(path.stem, path)
+        if other != path:
+            raise InputError(f"{other} and {path}: two {what} have one name; keep one of them")
+    return files
+
+
+def _first(row: Row, files: Mapping[str, Path]) -> Path | None:
+    return next((files[key] for key in row.keys if key in files), None)
+
+
+def _matched(
+    rows: Sequence[Row], files: Mapping[str, Path], folder: Path, what: str, say: Callable[[str], object]
+) -> list[Row]:
+    found = [replace(row, mask=_first(row, files), inside=False) for row in rows]
+    _count(rows, [row.mask is not None for row in found], folder, what, say)
+    return found
+
+
+def _count(rows: Sequence[Row], there: Sequence[bool], folder: Path, what: str, say: Callable[[str], object]) -> None:
+    """Say how many images have no mask or caption.
+
+    Raises:
+        InputError: none has one.
+    """
+    if not any(there):
+        names = " or ".join(key for key in rows[0].keys if not key.startswith("prompt: "))
+        raise InputError(f"{folder}: holds no {what} of any image; that of {rows[0].name} must be named {names}")
+    if not all(there):
+        first = rows[list(there).index(False)].name
+        say(f"{there.count(False):,} of {len(rows):,} images have no {what} in {folder}, such as {first}")
+
+
+def size_of(rows: Sequence[Row]) -> tuple[int, int]:
+    """The width and height that all images have.
+
+    Raises:
+        InputError: they differ.
+    """
+    sizes: dict[tuple[int, int], list[str]] = {}
+    for row in rows:
+        with Image.open(row.image, formats=FORMATS) as image:  # `find_rows` has read its header already
+            sizes.setdefault(image.size, []).append(row.name)
+    if len(sizes) > 1:
+        common, rare = (f(sizes, key=lambda size: len(sizes[size])) for f in (max, min))
+        raise InputError(
+            f"images differ in size: {len(sizes[common]):,} have {common[0]} x {common[1]} pixels, {sizes[rare][0]} has "
+            f"{rare[0]} x {rare[1]}; evaluate them apart"
+        )
+    return next(iter(sizes))
