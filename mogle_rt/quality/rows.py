@@ -93,7 +93,7 @@ def find_rows(folder: Path, say: Callable[[str], object]) -> list[Row]:
         raise InputError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     seen: dict[tuple[object, ...], Row] = {}
     for row in rows:
-        same = [(row.image.with_suffix(""),)]
+        same: list[tuple[object, ...]] = [(row.image.with_suffix(""),)]
         if row.seed is not None:
             same.append((row.group, row.prompt, row.seed))
         for what in same:

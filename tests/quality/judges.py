@@ -52,8 +52,8 @@ def inception_weights(seed: int = 0) -> dict[str, Tensor]:
         if block == "6a":
             chains = [[("branch3x3", three)], double]
         elif block == "7a":
-            sides = (one, wide, tall, three)
-            chains = [[("branch3x3_1", one), ("branch3x3_2", three)], named("branch7x7x3", sides)]
+            deep = named("branch7x7x3", (one, wide, tall, three))
+            chains = [[("branch3x3_1", one), ("branch3x3_2", three)], deep]
         elif block[0] == "5":
             chains += [[("branch5x5_1", one), ("branch5x5_2", (5, 5))], double]
         elif block[0] == "6":

@@ -64,13 +64,11 @@ def data(tmp_path: Path) -> Path:
 
 
 def measured(data: Path, **options: Any) -> Report:
-    return evaluate(
-        data / "out",
-        **{
-            "against": data / "real", "masks": data / "masks", "captions": data / "captions", "judges": DEMO,
-            "device": "cpu", "bootstrap": 20,
-        } | options,
-    )  # fmt: skip
+    given: dict[str, Any] = {
+        "against": data / "real", "masks": data / "masks", "captions": data / "captions", "judges": DEMO,
+        "device": "cpu", "bootstrap": 20,
+    }  # fmt: skip
+    return evaluate(data / "out", **(given | options))
 
 
 @pytest.mark.quick
@@ -166,8 +164,8 @@ def write_table(folder: Path, **columns: list[Any]) -> None:
         "id": names, "image": names, "mask": [f"{name[0]}.png" for name in names], "prompt": ["a man"] * len(names),
         "seed": list(range(len(names))), "settings": ["{}"] * len(names), "hash": [""] * len(names),
         "seconds": [0.5] * len(names), "error": [None] * len(names),
-    } | columns  # fmt: skip
-    parquet.write_table(pyarrow.table({n: v for n, v in table.items() if v}), folder / TABLE)
+    }  # fmt: skip
+    parquet.write_table(pyarrow.table({n: v for n, v in (table | columns).items() if v}), folder / TABLE)
 
 
 def test_the_table_of_batch_tells_what_images_are_of(data: Path) -> None:

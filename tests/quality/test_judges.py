@@ -91,7 +91,7 @@ def test_clip_score_is_torchmetrics(clip_folder: Path) -> None:
     scores = 100 * (judge.features(pictures()) * texts).sum(1)
     model: Any = judge._model
     # torchmetrics expects the tensors that transformers 4 returned here.
-    old = SimpleNamespace(
+    old: Any = SimpleNamespace(
         config=model.config,
         to=lambda _: old,
         get_image_features=lambda x: model.get_image_features(x).pooler_output,

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mogle_rt.engines.onnxruntime_import import import_onnxruntime
 from mogle_rt.errors import CheckpointError
 from mogle_rt.installed import install_command
 from mogle_rt.masks.files import one_line
@@ -69,7 +70,7 @@ class FaceModel:
 
     def __init__(self, path: Path, option: str) -> None:
         try:
-            import onnxruntime
+            onnxruntime = import_onnxruntime()
         except ImportError:
             raise CheckpointError(
                 f"{option} {path}: needs onnxruntime; install it with {install_command('export')}"
