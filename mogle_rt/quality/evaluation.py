@@ -118,5 +118,5 @@ def check_numbers(metrics: Sequence[str] | None, batch_size: int, bootstrap: int
         raise InputError(f"no metric was given; metrics are {', '.join(METRICS)}")
     if batch_size < 1 or caption < 1:
         raise InputError(f"the batch size and the caption's number must be 1 or more, got {batch_size} and {caption}")
-    if not (bootstrap == 0 or 2 <= bootstrap <= 1_000_000):
-        raise InputError(f"bootstrap must be 0, for no intervals, or from 2 to 1,000,000, got {bootstrap}")
+    if not (bootstrap == 0 or 2 <= bootstrap <= 10_000):
+        raise InputError(f"bootstrap must be 0, for no intervals, or from 2 to 10,000, got {bootstrap}")

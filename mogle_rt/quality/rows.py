@@ -6,8 +6,9 @@ jobs beside it, or from its name, in this order.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Row:
     Attributes:
         name: the file's, within its folder. image: its path.
         keys: the names by which its mask, caption and real image are looked for, the likeliest first.
+        source: what images of the same mask, or of the same prompt where there is no mask, have in common.
         prompt: what it was drawn for; "" for no prompt.
         seed: it was drawn from. seconds: that drawing it took.
         bundle: the hash of the bundle that drew it.
@@ -48,6 +50,7 @@ class Row:
     name: str
     image: Path
     keys: tuple[str, ...]
+    source: str
     prompt: str | None = None
     seed: int | None = None
     seconds: float | None = None
@@ -58,8 +61,8 @@ class Row:
 
     @property
     def group(self) -> str:
-        """What images of the same mask, or else of the same prompt, share."""
-        return self.mask.stem if self.mask is not None else self.keys[-1]
+        """What images of the same mask, or else of the same prompt, share: these are not independent of each other."""
+        return self.mask.stem if self.mask is not None else self.source
 
     def labels(self, order: Order) -> Labels | None:
         """The mask, uint8 [H, W] of 19 classes; None without one.
@@ -88,13 +91,14 @@ def find_rows(folder: Path, say: Callable[[str], object]) -> list[Row]:
             f"{folder}: no such folder" if not folder.exists() else f"{folder}: must be a folder of images"
         )
     table = folder / TABLE
-    rows = sorted(_of_table(table, say) if table.is_file() else _of_files(folder), key=lambda row: row.name)
+    by_table = table.is_file()
+    rows = sorted(_of_table(table, say) if by_table else _of_files(folder, say), key=lambda row: row.name)
     if not rows:
         raise InputError(f"{folder}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     seen: dict[tuple[object, ...], Row] = {}
     for row in rows:
         same: list[tuple[object, ...]] = [(row.image.with_suffix(""),)]
-        if row.seed is not None:
+        if row.seed is not None and not by_table:  # the rows of a table may differ in other options
             same.append((row.group, row.prompt, row.seed))
         for what in same:
             other = seen.setdefault(what, row)
@@ -109,11 +113,11 @@ def with_masks(rows: Sequence[Row], folder: Path | None, say: Callable[[str], ob
     """The rows with their masks, from files of the same name; None leaves those that are within the images.
 
     Raises:
-        InputError: there is no such folder, two masks have one name, or no mask belongs to an image.
+        InputError: there is no such folder, two masks have the name of an image, or no mask belongs to an image.
     """
     if folder is None:
         return list(rows)
-    files = _by_stem(_masks_in(folder), "masks")
+    files = _by_stem(_masks_in(folder))
     return _matched(rows, files, folder, "mask", say)
 
 
@@ -121,9 +125,9 @@ def with_real(rows: Sequence[Row], folder: Path, say: Callable[[str], object]) -
     """The rows with the real images of the same name, as far as there are any.
 
     Raises:
-        InputError: two real images have one name.
+        InputError: there is no such folder, or two real images have the name of an image.
     """
-    files = _by_stem(images_in(folder), "real images")
+    files = _by_stem(images_in(folder))
     found = [replace(row, real=_first(row, files)) for row in rows]
     count = sum(row.real is not None for row in found)
     if 0 < count < len(found):
@@ -181,12 +185,15 @@ def _masks_in(folder: Path) -> Iterator[Path]:
     return find_masks([folder])
 
 
-def _of_files(folder: Path) -> Iterator[Row]:
+def _of_files(folder: Path, say: Callable[[str], object]) -> Iterator[Row]:
     seeds = JobRecord(folder).drawn_seeds()
-    for path in images_in(folder):
-        name = path.relative_to(folder).as_posix()
-        if seeds and name not in seeds:  # a contact sheet, or another picture that no job drew
-            continue
+    names = [path.relative_to(folder).as_posix() for path in images_in(folder)]
+    if drawn := [name for name in names if name in seeds]:  # others are contact sheets, and what no job drew
+        if len(drawn) < len(names):
+            other = next(name for name in names if name not in seeds)
+            say(f"{len(names) - len(drawn):,} pictures in {folder} are left out, as no job drew them: {other}")
+        names = drawn
+    for name in names:
         yield _row(folder, name, None, None, seeds.get(name), None)
 
 
@@ -217,15 +224,21 @@ def _row(folder: Path, name: str, mask: str | None, prompt: str | None, seed: in
     image = folder / name
     told = read_settings(image)
     by_name = _SEED.fullmatch(image.stem)
-    keys = [Path(mask).stem if mask else None, Path(told.mask).stem if told.mask else None, image.stem]
-    if told.mask is None and mask is None and told.seed is not None and told.mask_png is None:
-        keys.append(f"prompt: {told.prompt}")  # drawn without a mask
-    elif by_name:
-        keys.append(by_name[1])
+    of_mask = mask or told.mask
+    keys = [Path(of_mask).stem if of_mask else None, image.stem, by_name[1] if by_name else None]
+    if of_mask:
+        source = Path(of_mask).stem
+    elif told.mask_png is not None:
+        source = hashlib.sha256(told.mask_png.encode()).hexdigest()
+    elif told.seed is not None:  # its settings are there and name no mask
+        source = f"prompt: {told.prompt}"
+    else:
+        source = by_name[1] if by_name else image.stem
     return Row(
         name=name,
         image=image,
         keys=tuple(dict.fromkeys(key for key in keys if key)),
+        source=source,
         prompt=told.prompt if prompt is None else prompt,
         seed=told.seed if seed is None else seed,
         seconds=seconds,
@@ -234,21 +247,29 @@ def _row(folder: Path, name: str, mask: str | None, prompt: str | None, seed: in
     )
 
 
-def _by_stem(paths: Iterator[Path] | Sequence[Path], what: str) -> dict[str, Path]:
-    files: dict[str, Path] = {}
+def _by_stem(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    files: dict[str, list[Path]] = {}
     for path in paths:
-        other = files.setdefault(path.stem, path)
-        if other != path:
-            raise InputError(f"{other} and {path}: two {what} have one name; keep one of them")
+        files.setdefault(path.stem, []).append(path)
     return files
 
 
-def _first(row: Row, files: Mapping[str, Path]) -> Path | None:
-    return next((files[key] for key in row.keys if key in files), None)
+def _first(row: Row, files: Mapping[str, list[Path]]) -> Path | None:
+    """The file of an image.
+
+    Raises:
+        InputError: two files have its name.
+    """
+    found = next((files[key] for key in row.keys if key in files), [])
+    if len(found) > 1:
+        raise InputError(
+            f"{found[0]} and {found[1]}: two files of the name that belongs to {row.name}; keep one of them"
+        )
+    return found[0] if found else None
 
 
 def _matched(
-    rows: Sequence[Row], files: Mapping[str, Path], folder: Path, what: str, say: Callable[[str], object]
+    rows: Sequence[Row], files: Mapping[str, list[Path]], folder: Path, what: str, say: Callable[[str], object]
 ) -> list[Row]:
     found = [replace(row, mask=_first(row, files), inside=False) for row in rows]
     _count(rows, [row.mask is not None for row in found], folder, what, say)
@@ -262,7 +283,7 @@ def _count(rows: Sequence[Row], there: Sequence[bool], folder: Path, what: str, 
         InputError: none has one.
     """
     if not any(there):
-        names = " or ".join(key for key in rows[0].keys if not key.startswith("prompt: "))
+        names = " or ".join(rows[0].keys)
         raise InputError(f"{folder}: holds no {what} of any image; that of {rows[0].name} must be named {names}")
     if not all(there):
         first = rows[list(there).index(False)].name

@@ -140,6 +140,7 @@ def test_a_folder_of_generate_tells_masks_and_prompts_itself(tmp_path: Path) -> 
     assert drawn.exit_code == 0, drawn.output
     report = evaluate(out, device="cpu", bootstrap=0)
     assert [row.seed for row in report.rows] == [5, 6, 7, 8]  # and the sheet isn't an image of the job
+    assert report.notes == [f"1 pictures in {out} are left out, as no job drew them: sheet.png"]
     assert all(row.prompt for row in report.rows)
     assert report.figures["miou"].judge == "demo"
     assert report.figures["miou"].figure.low is None
@@ -206,6 +207,17 @@ def test_results_are_json_and_a_page_of_its_own(data: Path, judges: Judges) -> N
     assert order[0] == pytest.approx(np.nanmax(report.values["miou"]), abs=1e-3)
 
 
+def test_rows_of_a_table_may_differ_in_other_options_alone(data: Path) -> None:
+    write_table(data / "out", seed=[7] * 8)
+    assert {row.seed for row in find_rows(data / "out", lambda _: None)} == {7}
+
+
+def test_real_images_may_have_one_name_where_no_image_has_it(data: Path) -> None:
+    for folder in ("x", "y"):
+        write_images(data / "real" / folder, ["1.png"], 5)
+    assert measured(data, metrics=["kid"]).figures["kid"].figure.count == 8
+
+
 def run(*arguments: object) -> tuple[int, str, str]:
     done = CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
     return done.exit_code, done.stdout, str(done.exception) if done.exception else ""
@@ -265,7 +277,11 @@ def bad_calls(data: Path) -> list[tuple[dict[str, Any], type[MogleError], str]]:
             InputError,
             r"holds no mask of any image; that of a_1\.png must be named a_1 or a",
         ),
-        ({"masks": data / "twins"}, InputError, r"a\.npy and \S+a\.png: two masks have one name"),
+        (
+            {"masks": data / "twins"},
+            InputError,
+            r"a\.npy and \S+a\.png: two files of the name that belongs to a_1\.png",
+        ),
         ({"captions": data / "absent"}, InputError, "no such folder of captions"),
         (
             {"captions": data / "empty"},

@@ -50,7 +50,7 @@ class Clip:
     def texts(self, prompts: Sequence[str]) -> tuple[Tensor, int]:
         """Embeddings of length 1, [n, F]; and how many prompts were cut, because they have too many tokens."""
         tokenizer = self._processor.tokenizer
-        cut = sum(len(ids) > self.most_tokens for ids in tokenizer(list(prompts))["input_ids"])
+        cut = sum(len(ids) > self.most_tokens for ids in tokenizer(list(prompts), verbose=False)["input_ids"])
         tokens = tokenizer(
             list(prompts), return_tensors="pt", padding=True, truncation=True, max_length=self.most_tokens
         ).to(self._device)
