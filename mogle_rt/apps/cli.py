@@ -10,9 +10,9 @@ from mogle_rt import __version__
 from mogle_rt.apps.bundle_commands import convert, examples, info, quantize
 from mogle_rt.apps.cost_command import cost
 from mogle_rt.apps.data_sets.batch_command import batch
+from mogle_rt.apps.data_sets.evaluate_command import evaluate
 from mogle_rt.apps.edit_command import edit
 from mogle_rt.apps.embed_command import embed
-from mogle_rt.apps.evaluate_command import evaluate
 from mogle_rt.apps.generate_command import generate
 from mogle_rt.apps.program import HELP_OPTIONS, run_app
 from mogle_rt.apps.serve_command import serve

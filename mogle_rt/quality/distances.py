@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mogle_rt.errors import InputError
 from mogle_rt.installed import install_command
+from mogle_rt.quality import UnmeasurableError
 from mogle_rt.quality.bootstrap import Counts, Figure, figure
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID, as published
@@ -44,7 +44,7 @@ def fid(x: Tensor, y: Tensor, counts: tuple[Counts, Counts]) -> Figure:
         counts: the resamples of both, see `bootstrap.draws`: [B, n] and [B, m].
 
     Raises:
-        InputError: a set has fewer than two images, or torchmetrics isn't installed.
+        UnmeasurableError: a set has fewer than two images, or torchmetrics isn't installed.
     """
     _check("fid", x, y)
     metric = _torchmetrics("fid")(_Features(x.shape[1])).set_dtype(torch.float64)
@@ -86,7 +86,7 @@ def kid(x: Tensor, y: Tensor, counts: tuple[Counts, Counts], seed: int = 0) -> F
         x, y, counts: see `fid`. seed: of the subsets.
 
     Raises:
-        InputError: a set has fewer than two images, or torchmetrics isn't installed.
+        UnmeasurableError: a set has fewer than two images, or torchmetrics isn't installed.
     """
     _check("kid", x, y)
     size = min(len(x), len(y), SUBSET_SIZE)
@@ -108,7 +108,7 @@ def cmmd(x: Tensor, y: Tensor, counts: tuple[Counts, Counts]) -> Figure:
         x, y, counts: see `fid`.
 
     Raises:
-        InputError: a set has fewer than two images.
+        UnmeasurableError: a set has fewer than two images.
     """
     _check("cmmd", x, y)
     once = (np.ones((1, len(x)), np.int64), np.ones((1, len(y)), np.int64))
@@ -165,7 +165,7 @@ def _resampled(x: Tensor, y: Tensor, a: Counts, b: Counts) -> tuple[Tensor, Tens
 def _check(name: str, x: Tensor, y: Tensor) -> None:
     for what, z in (("images", x), ("images to compare with", y)):
         if len(z) < 2:
-            raise InputError(f"{name} needs at least two {what}, got {len(z)}; a useful figure takes thousands")
+            raise UnmeasurableError(f"{name} needs at least two {what}, got {len(z)}; a useful figure takes thousands")
 
 
 def _torchmetrics(name: str) -> Any:
@@ -174,7 +174,7 @@ def _torchmetrics(name: str) -> Any:
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.kid import KernelInceptionDistance
     except ImportError:
-        raise InputError(
+        raise UnmeasurableError(
             f"{name} needs the package torchmetrics; install it with {install_command('evaluate')}"
         ) from None
     return {"fid": FrechetInceptionDistance, "kid": KernelInceptionDistance}[name]

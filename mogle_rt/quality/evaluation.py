@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from mogle_rt.bundle.bundle import Bundle
-from mogle_rt.errors import InputError, MogleError
-from mogle_rt.masks.orders import Order
+from mogle_rt.errors import CheckpointError, InputError
+from mogle_rt.masks.orders import Order, order_table
 from mogle_rt.memory.devices import choose_device
+from mogle_rt.quality import UnmeasurableError
 from mogle_rt.quality.judges.choice import Bench, Judges
 from mogle_rt.quality.metrics import Evaluation
 from mogle_rt.quality.report import METRICS, Report
@@ -62,6 +63,7 @@ def evaluate(
     """
     asked = None if metrics is None else tuple(metrics)
     check_numbers(asked, batch_size, bootstrap, caption)
+    order_table(mask_order)
     folder, notes = Path(images), list[str]()
 
     def note(line: str) -> None:
@@ -94,7 +96,7 @@ def evaluate(
     for name in METRICS if asked is None else asked:
         try:
             work.measure(name)
-        except MogleError as error:
+        except (UnmeasurableError, CheckpointError) as error:
             if asked is not None:
                 raise
             report.skipped[name] = str(error)

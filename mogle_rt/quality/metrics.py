@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mogle_rt.errors import InputError, MogleError
+from mogle_rt.errors import MogleError
 from mogle_rt.masks.classes import CLASS_NAMES, Labels
 from mogle_rt.masks.labels import resize
 from mogle_rt.masks.orders import Order
+from mogle_rt.quality import UnmeasurableError
 from mogle_rt.quality.bootstrap import Counts, draws, figure, of_mean
 from mogle_rt.quality.distances import cmmd, fid, kid
 from mogle_rt.quality.drift import rms_difference
@@ -54,10 +55,12 @@ class Evaluation:
         """Measure one metric.
 
         Raises:
-            MogleError: what it needs isn't there.
+            UnmeasurableError: what it needs isn't there.
+            CheckpointError: its judge can't be opened.
+            InputError: an image or a mask can't be read.
         """
         if name in AGAINST and not self._real:
-            raise InputError(f"{name} needs real images; give a folder of them with --against")
+            raise UnmeasurableError(f"{name} needs real images; give a folder of them with --against")
         getattr(self, f"_measure_{name}")()
 
     def _measure_fid(self) -> None:
@@ -100,7 +103,7 @@ class Evaluation:
 
     def _measure_mask(self) -> None:
         if not any(row.mask is not None or row.inside for row in self._rows):
-            raise InputError("mask needs masks: none is within the images; give a folder of them with --masks")
+            raise UnmeasurableError("mask needs masks: none is within the images; give a folder of them with --masks")
         found = self._regions()
         places, overlap = found["masked"], Overlap.joined(found["overlaps"])
         iou = overlap.iou_of_classes()
@@ -119,12 +122,12 @@ class Evaluation:
 
     def _measure_colours(self) -> None:
         if self._bench.parser is not self._bench.demo:
-            raise InputError("colours is for images of the demo alone; --parser demo says that they are such")
+            raise UnmeasurableError("colours is for images of the demo alone; --parser demo says that they are such")
         self._with_prompts("colours")
         verdicts = self._regions()["colours"]
         hits = {a: [one[a] for one in verdicts if a in one] for a in REGIONS}
         if not any(hits.values()):
-            raise InputError("colours: no prompt names a colour of the demo's, as in: a woman with red hair")
+            raise UnmeasurableError("colours: no prompt names a colour of the demo's, as in: a woman with red hair")
         self._report.colours = {a: (sum(h), len(h)) for a, h in hits.items() if h}
         shares = np.array([np.mean(list(one.values())) if one else np.nan for one in verdicts])
         self._put_values("colours", shares, self._bench.demo)
@@ -133,7 +136,7 @@ class Evaluation:
         chosen = [i for i, row in enumerate(self._rows) if row.real is not None]
         if not chosen:
             names = " or ".join(self._rows[0].keys)
-            raise InputError(
+            raise UnmeasurableError(
                 f"identity needs real images of the images' names; that of {self._rows[0].name} must be named {names}"
             )
         judge, cosines = self._bench.face, self._nothing()
@@ -153,7 +156,7 @@ class Evaluation:
             groups.setdefault(group, []).append(i)
         several = {group: places for group, places in groups.items() if len(places) > 1}
         if not several:
-            raise InputError(
+            raise UnmeasurableError(
                 "diversity needs several images of one mask, or of one prompt; generate draws them with -n"
             )
         try:
@@ -218,7 +221,9 @@ class Evaluation:
     def _with_prompts(self, name: str) -> list[int]:
         chosen = [i for i, row in enumerate(self._rows) if row.prompt]
         if not chosen:
-            raise InputError(f"{name} needs prompts: none is within the images; give a folder of them with --captions")
+            raise UnmeasurableError(
+                f"{name} needs prompts: none is within the images; give a folder of them with --captions"
+            )
         return chosen
 
     def _counts(self) -> tuple[Counts, Counts]:

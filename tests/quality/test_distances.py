@@ -40,6 +40,9 @@ def features(n: int, m: int, F: int = 12) -> tuple[Tensor, Tensor]:
     )
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Metric `Kernel Inception Distance`")
+
+
 def once(*sizes: int) -> tuple[np.ndarray, np.ndarray]:
     n, m = sizes
     return np.ones((1, n), np.int64), np.ones((1, m), np.int64)

@@ -58,7 +58,8 @@ def test_inception_sees_the_same_in_every_form_of_its_file(tmp_path: Path) -> No
     assert seen.shape == (3, 12)
     assert (seen.std(0) > 0).sum() > 6  # pictures differ; a few of the features are zero for these weights
     assert [m.shape[:2] for m in judge.maps(pictures(1))] == [(1, 8), (1, 8), (1, 12)]
-    assert torch.equal(judge.maps(pictures(1, 299))[-1].mean((2, 3)), seen[:1])
+    last = judge.maps(pictures(1, 299))[-1].mean((2, 3))
+    torch.testing.assert_close(last, seen[:1])  # of one picture and of three: other sums, so rounding
     save_file(inception_weights(), tmp_path / "w.safetensors")
     assert torch.equal(Inception(tmp_path / "w.safetensors", CPU).features(pictures(side=299)), seen)
 

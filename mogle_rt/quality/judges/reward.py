@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from mogle_rt.errors import CheckpointError, InputError
+from mogle_rt.errors import CheckpointError
 from mogle_rt.masks.files import one_line
+from mogle_rt.quality import UnmeasurableError
 from mogle_rt.quality.pictures import Picture
 
 MODEL, CONFIG = "ImageReward.pt", "med_config.json"
@@ -29,14 +30,14 @@ class Reward:
         device: to compute on.
 
     Raises:
-        InputError: the package isn't installed. CheckpointError: the files are not there, or it can't open them.
+        UnmeasurableError: the package isn't installed. CheckpointError: the files are not there, or it can't open them.
     """
 
     def __init__(self, folder: str | None, device: torch.device) -> None:
         try:
             import ImageReward
         except Exception as error:  # it imports parts of transformers that newer ones lack
-            raise InputError(
+            raise UnmeasurableError(
                 f"reward needs the package image-reward, which can't be imported ({one_line(error)}); install it with pip "
                 "install image-reward, beside a transformers that it works with"
             ) from None
