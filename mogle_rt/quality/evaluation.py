@@ -84,6 +84,8 @@ def evaluate(
         note(f"the images were drawn by {len(bundles - {None})} bundles")
     chosen = judges or Judges()
     bench = Bench(chosen, choose_device(device), of_demo=bundles == {Bundle("demo").content_hash})
+    if asked is None:
+        bench.open_given()
     settings = {
         "against": None if against is None else str(against),
         "masks": None if masks is None else str(masks),

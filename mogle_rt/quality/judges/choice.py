@@ -91,6 +91,12 @@ class Bench:
     def reward(self) -> Reward:
         return self._once("reward", lambda: Reward(self._judges.reward, self._device))
 
+    def open_given(self) -> None:
+        """Open the judges whose place was given, so that a mistake in it is not taken for a metric that lacks its judge."""
+        for name in ("features", "clip", "parser", "face", "reward"):
+            if getattr(self._judges, name) is not None:
+                getattr(self, name)
+
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
         """What was made the first time; or the error again, without another attempt at the hub."""
         if name not in self._opened:
