@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mogle_rt.errors import MogleError
+from mogle_rt.errors import CheckpointError
 from mogle_rt.masks.classes import CLASS_NAMES, Labels
 from mogle_rt.masks.labels import resize
 from mogle_rt.masks.orders import Order
@@ -161,7 +161,9 @@ class Evaluation:
             )
         try:
             judge: FeatureJudge = self._bench.features
-        except MogleError:
+        except CheckpointError:
+            if self._report.settings["features"] is not None:
+                raise
             judge = self._bench.clip
         seen, pixels = [], []
         for places in tqdm(several.values(), "diversity", disable=not self._progress, leave=False):

@@ -316,11 +316,10 @@ def bad_calls(data: Path) -> list[tuple[dict[str, Any], type[MogleError], str]]:
         ({"bootstrap": 1}, InputError, "bootstrap must be 0"),
         ({"mask_order": "mine"}, InputError, "order must be celebamask"),
         ({"device": "tpu"}, MogleError, "device must be cpu"),
-        (
-            {**bare, "judges": Judges(parser=str(data / "absent"))},
-            InputError,
-            "nothing could be measured; fid: fid needs",
-        ),
+        ({"judges": Judges(parser=str(data / "absent"))}, CheckpointError, "no such folder; give a folder of a model"),
+        ({"judges": Judges(features=str(data / "no.pth"))}, CheckpointError, r"no\.pth: no such file"),
+        ({"judges": Judges(features="o/n"), "metrics": ["diversity"]}, CheckpointError, "--features o/n: is not in"),
+        ({**bare, "judges": Judges()}, InputError, "nothing could be measured; fid: fid needs"),
     ]
 
 
