@@ -35,7 +35,8 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
-# Ray's processes on this machine listen to this machine only. Ray reads it when it is imported.
+# Ray's processes on this machine listen to this machine only. Ray reads it when it is imported: it comes too late in a
+# program that has done so already.
 LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
