@@ -171,10 +171,10 @@ def run(
                     told: set[str] = set()
                     done = 0
                     for report in draw_blocks(ray, orders, plan.tasks, places):
-                        summary.start_up = summary.start_up or report.begun - start
                         _tell_warnings(report, told, say)
                         if report.fatal is not None:
                             raise OutputError(report.fatal)
+                        summary.start_up = summary.start_up or report.begun - start
                         plan.errors |= report.errors
                         summary.drawn += report.rows - len(report.errors)
                         done += report.rows

@@ -86,7 +86,7 @@ class Report:
         errors: by the ids of rows that have no image.
         warnings: what was warned of.
         fatal: why the whole job must end.
-        begun: when the block was begun, in seconds since 1970.
+        begun: when its first image was begun, with the bundle open, in seconds since 1970.
     """
 
     rows: int = 0
@@ -127,11 +127,12 @@ class Worker:
         import pyarrow
 
         tasks: list[Task] = pickle.loads(block["tasks"][0].as_py())
-        report = Report(rows=len(tasks), begun=time.time())
+        report = Report(rows=len(tasks))
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("default")
             try:
                 self._open()
+                report.begun = time.time()
                 self._draw_all(tasks, report)
             except MogleError as error:
                 report.fatal = str(error)
