@@ -133,7 +133,7 @@ def cost(
         for label, key in (("  ms a step to compute", "compute_ms"), ("  ms a step to move", "memory_ms")):
             least = [way[key] for way in limits.values()]
             table.add_row(label, *(f"{ms:,.1f}" for ms in least), f"{least[1] / least[0]:.2f}")
-        for label, key in (("  fits", "fits"), ("  fits with text encoders", "fits_with_text")):
+        for label, key in (("  fits without streaming", "fits"), ("  and with text encoders", "fits_with_text")):
             table.add_row(label, *("yes" if way[key] else "no" for way in limits.values()))
     out.print(table)
     if card and plan is None:

@@ -402,7 +402,7 @@ def test_command_on_a_bundle(tiny_bundle: Path) -> None:
     status, out, err = run(tiny_bundle, "--height", 64, "--width", 48, "--gpu", "L4")
     assert (status, err) == (0, "")
     assert "dtype float32" in out
-    for line in ("text_encoder_2", "kernel launches", "GB written", "at the peak", "fits with text encoders"):
+    for line in ("text_encoder_2", "kernel launches", "GB written", "at the peak", "fits without streaming"):
         assert line in out
 
 
