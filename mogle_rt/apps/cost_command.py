@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mogle_rt.cost.gpus import Gpu
     from mogle_rt.cost.job import Job
 
+STEP_NAMES = {"whole": "whole steps", "kept": "steps of text and image", "reused": "steps left out"}
+
 
 def cost(
     checkpoint: Annotated[Path | None, typer.Argument(help="A bundle, of which only the shapes are read.")] = None,
@@ -35,6 +37,9 @@ def cost(
     weights: Annotated[
         str | None, typer.Option(help="int8, fp8 or int4: the blocks' weights in fewer bits; default: the bundle's.")
     ] = None,
+    fast: Annotated[
+        str | None, typer.Option(help="What mogle_rt leaves out, such as steps_mask=fast,refresh_every=4, or a name.")
+    ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="A card, e.g. 'RTX 4090': print its shortest times and what fits on it.")
     ] = None,
@@ -47,7 +52,10 @@ def cost(
     from mogle_rt.bundle.shipped import bundle_path
     from mogle_rt.config import dtype_name, parse_bytes
     from mogle_rt.cost.gpus import find_gpu
+    from mogle_rt.fast.choice import chosen, said
 
+    if fast is not None:
+        said(fast)
     if (checkpoint is None) != flux_dev:
         raise InputError("give a bundle or --flux-dev, one of them")
     card = None if gpu is None else find_gpu(gpu)
@@ -75,15 +83,21 @@ def cost(
     options |= {"text_tokens": text_tokens, "classes": classes}
     asked = options | {"kernels": kernels, "weights": weights, "dtype": None if dtype is None else parse_dtype(dtype)}
     given = {name: value for name, value in asked.items() if value is not None}
-    job = Job(**given) if checkpoint is None else Job.of(Bundle(checkpoint), **given)
+    if checkpoint is None:
+        job = Job(fast=None if fast is None else said(fast), **given)
+    else:
+        bundle = Bundle(checkpoint)
+        job = Job.of(bundle, fast=chosen(fast, bundle), **given)
     with without_compiler(torch):
         result = estimate(job)
     ways = {"mogle_rt": result.engine, "reference": result.reference}
-    plan, refused, predicted = None, "", 0.0
+    plan, refused, predicted, seconds = None, "", 0.0, 0.0
     if card:
         try:
             plan = plan_on(job, card, allowed, result.parameters["vae"])
-            predicted = predicted_step_ms(card, result.engine.step, plan, job.dtype.itemsize, job.weights)
+            computed = [(n, step) for n, step in result.engine.kinds if step.flops]
+            times = [(n, predicted_step_ms(card, step, plan, job.dtype.itemsize, job.weights)) for n, step in computed]
+            predicted, seconds = times[0][1], sum(n * ms for n, ms in times) / 1000
         except InsufficientMemoryError as error:
             refused = str(error)
     limits = {name: _limits(card, way, job) for name, way in ways.items()} if card else {}
@@ -93,15 +107,16 @@ def cost(
         "dtype": str(job.dtype).removeprefix("torch."),
         "image_tokens": job.tokens,
     }
+    if job.fast is not None:
+        settings["fast"] = str(job.fast)
     parts = {part: {"parameters": n, "bytes": result.nbytes[part]} for part, n in result.parameters.items()}
     if as_json:
         report: dict[str, Any] = {"job": settings | {"pictures": job.pictures}, "parts": parts}
         report["cost"] = {name: way.to_dict() for name, way in ways.items()}
         report["gpu"] = vars(card) | {"limits": limits} if card else None
         if card:
-            seconds = predicted * job.steps / 1000
-            times = {"predicted_step_ms": predicted, "predicted_seconds_of_all_steps": seconds}
-            report["plan"] = {"refused": refused} if plan is None else vars(plan) | {"peak": plan.peak} | times
+            said_times = {"predicted_step_ms": predicted, "predicted_seconds_of_all_steps": seconds}
+            report["plan"] = {"refused": refused} if plan is None else vars(plan) | {"peak": plan.peak} | said_times
         typer.echo(json.dumps(report, indent=2))
         return
 
@@ -120,6 +135,10 @@ def cost(
         ("  GB written", a.step.written, b.step.written, 1e9, ",.1f"),
         ("the run: TFLOP", a.flops, b.flops, 1e12, ",.1f"),
         (f"  encoding {job.pictures} or 20 pictures", a.encode.flops, b.encode.flops, 1e12, ",.1f"),
+        *(
+            (f"  {n} {STEP_NAMES[kind]}", n * step.flops, n * b.step.flops, 1e12, ",.1f")
+            for kind, (n, step) in a.course.items()
+        ),
         ("  preparing", a.prepare.flops, b.prepare.flops, 1e12, ",.1f"),
         ("  decoding", a.decode.flops, b.decode.flops, 1e12, ",.1f"),
         ("memory: GiB of weights", a.resident, b.resident, 2**30, ",.1f"),
@@ -140,7 +159,7 @@ def cost(
         out.print(f"\nno plan fits {card.name}: {refused}", markup=False)
     elif plan:
         out.print(f"\n{plan}", markup=False)
-        total = f"{job.steps} steps {predicted * job.steps / 1000:,.1f} s"
+        total = f"{job.steps} steps {seconds:,.1f} s"
         out.print(f"predicted, not measured: {predicted:,.0f} ms a step, {total}", markup=False)
 
 

@@ -69,7 +69,8 @@ class JobCost:
         """The cost as a dictionary that can be written as JSON."""
         stages = {name: dataclasses.asdict(getattr(self, name)) for name in ("encode", "prepare", "step", "decode")}
         names = ("flops", "resident", "peak", "peak_with_text")
-        return stages | {name: getattr(self, name) for name in names}
+        course = {kind: {"steps": n} | dataclasses.asdict(step) for kind, (n, step) in self.course.items()}
+        return stages | {name: getattr(self, name) for name in names} | ({"course": course} if course else {})
 
 
 @dataclass(frozen=True, kw_only=True)

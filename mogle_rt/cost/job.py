@@ -74,6 +74,10 @@ class Job:
     def __post_init__(self) -> None:
         if self.weights is not None:
             storage_named(self.weights)
+        if self.fast is not None and self.fast.adapts:
+            raise InputError(
+                "with max_change the velocities decide which steps are computed: give a steps_mask to count"
+            )
         for name, unit, most in (
             ("height", PATCH, 8192),
             ("width", PATCH, 8192),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,22 @@ def test_a_file_of_another_bundle_is_one_line(tiny_bundle: Path, tmp_path: Path)
     assert result.code == 1
     assert result.err.startswith(f"error: {path}: was measured for another bundle than own.safetensors; run")
     assert not (tmp_path / "out.png").exists()
+
+
+def test_cost_counts_what_is_left(tiny_bundle: Path) -> None:
+    """And without weights; a run whose steps aren't known beforehand can't be counted."""
+    whole, fast = (
+        json.loads(run("cost", tiny_bundle, "--json", "--steps", 8, *options).out)["cost"]["mogle_rt"]
+        for options in ((), ("--fast", "steps_mask=11101001,refresh_every=2"))
+    )
+    assert {kind: of["steps"] for kind, of in fast["course"].items()} == {"whole": 3, "kept": 2, "reused": 3}
+    steps = sum(of["steps"] * of["flops"] for of in fast["course"].values())
+    assert 3 < steps / whole["step"]["flops"] < 5
+    assert fast["flops"] - whole["flops"] == steps - 8 * whole["step"]["flops"]
+    assert "course" not in whole
+    shown = run("cost", tiny_bundle, "--steps", 8, "--fast", "steps_mask=11101001,refresh_every=2").out
+    for line in ("3 whole steps", "2 steps of text and image", "3 steps left out"):
+        assert line in shown
+    assert run("cost", tiny_bundle, "--fast", "max_change=0.1").err == (
+        "error: with max_change the velocities decide which steps are computed: give a steps_mask to count\n"
+    )
