@@ -24,7 +24,7 @@ from mogle_rt.arguments import (
 )
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.calls.callbacks import StepCallback, denoise_for
-from mogle_rt.calls.decoding import Decoder
+from mogle_rt.calls.decoding import Decoder, Decodes
 from mogle_rt.calls.habits import DiffusersHabits
 from mogle_rt.calls.memory import FitsMemory, MemoryPlans, tells_of_memory
 from mogle_rt.calls.other_options import check_other_options
@@ -55,7 +55,7 @@ from mogle_rt.torch_api.settings import settled
 CACHE_BYTES = 256 << 20
 
 
-class Pipeline(DiffusersHabits, FitsMemory, FastModes, LoraMethods, EditMethods):
+class Pipeline(DiffusersHabits, FitsMemory, Decodes, FastModes, LoraMethods, EditMethods):
     """Runs Face-MoGLE from a bundle.
 
     Threads may share a pipeline; their calls then wait for each other. Processes can't share one: a pipeline that is
@@ -275,7 +275,7 @@ class Pipeline(DiffusersHabits, FitsMemory, FastModes, LoraMethods, EditMethods)
             mask_posterior=mask_posterior,
         )
         # Convert numbers of other types, such as NumPy's, to Python's: the result mustn't depend on the type.
-        height, width, num_inference_steps = int(height), int(width), int(num_inference_steps)
+        height, width, num_inference_steps = int(height), int(width), self.steps_of(int(num_inference_steps))
         num_images_per_prompt, max_sequence_length = int(num_images_per_prompt), int(max_sequence_length)
         guidance_scale, condition_scale = float(guidance_scale), float(condition_scale)
         rows, columns = map(float, position_delta)

@@ -8,6 +8,7 @@ import typer
 
 from mogle_rt import __version__
 from mogle_rt.apps.bundle_commands import convert, examples, info, quantize
+from mogle_rt.apps.calibrate_command import calibrate
 from mogle_rt.apps.cost_command import cost
 from mogle_rt.apps.data_sets.batch_command import batch
 from mogle_rt.apps.data_sets.evaluate_command import evaluate
@@ -36,6 +37,7 @@ for _name, _command in (
     ("edit", edit),
     ("embed", embed),
     ("evaluate", evaluate),
+    ("calibrate", calibrate),
     ("serve", serve),
     ("export", export),
     ("examples", examples),

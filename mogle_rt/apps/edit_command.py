@@ -187,12 +187,12 @@ def edit(
     save_image(result, target, written if metadata else None)
     typer.echo(target)
     if sheet is not None:
-        from mogle_rt.jobs.sheet import write_row
+        from mogle_rt.jobs.sheet import write_grid
 
         width, height = result.size
         old, new = (Image.fromarray(colorize(resize(labels, height, width))) for labels in (before, after))
         original = Image.fromarray((pixels[0].permute(1, 2, 0) * 255).round().byte().numpy())
-        write_row(sheet, [(old, "mask before"), (original, "before"), (new, "mask after"), (result, "after")])
+        write_grid(sheet, [[(old, "mask before"), (original, "before"), (new, "mask after"), (result, "after")]])
         typer.echo(sheet)
     report(1, 0, drawn_seed, time.perf_counter() - start, {"load": loaded} | pipe.last_run.seconds)
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
+from mogle_rt.arguments import check_tensor
+from mogle_rt.calls.memory import tells_of_memory
 from mogle_rt.calls.results import OutputType
-from mogle_rt.config import VAE_SCALE
+from mogle_rt.calls.turns import TakesTurns, one_at_a_time
+from mogle_rt.config import PATCH, VAE_SCALE
 from mogle_rt.encoders.group_norm import arranged
 from mogle_rt.encoders.vae import DECODE_PIXELS, unpack_latents
-from mogle_rt.errors import NumericalError
+from mogle_rt.errors import InputError, NumericalError
 
 
 class Decoder:
@@ -63,3 +67,35 @@ class Decoder:
         if output_type == "pt":
             return finished.to(image.device)
         return self.image_processor.postprocess(finished, output_type, do_denormalize=[False] * len(finished))
+
+
+class Decodes(TakesTurns):
+    """The method of a pipeline that turns latents into images. `Pipeline` sets the attributes."""
+
+    decoder: Decoder
+    vae: Any
+    device: torch.device
+    _vae_in_memory: Callable[[], AbstractContextManager[None]]
+
+    @one_at_a_time
+    @tells_of_memory
+    @torch.no_grad()
+    def decode(self, latents: Tensor, height: int, width: int, output_type: OutputType = "pil") -> Any:
+        """Decode what a call with ``output_type="latent"`` returned, to the images that it would have returned otherwise.
+
+        Args:
+            latents: packed, [B, N, 64], N = height / 16 * width / 16.
+            height, width: of the images, in pixels, multiples of 16.
+            output_type: "pil", "np" or "pt", see `PipelineOutput`.
+
+        Raises:
+            InputError: the latents have another shape.
+            NumericalError: they or the images hold NaN or infinity.
+        """
+        if height % PATCH or width % PATCH:
+            raise InputError(f"height and width must be multiples of {PATCH}, got {height} and {width}")
+        check_tensor(
+            "latents", latents, (len(latents), height // PATCH * (width // PATCH), 4 * self.vae.config.latent_channels)
+        )
+        with self._vae_in_memory():
+            return self.decoder(latents.to(self.device), height, width, output_type)

@@ -41,19 +41,22 @@ def stored_path(bundle: Path) -> Path:
     return bundle.with_suffix(".fast.json")
 
 
-def write_stored(bundle: Bundle, settings: Mapping[str, FastConfig], measured: Any = None) -> Path:
-    """Store settings beside a bundle, and return the file's path.
+def write_stored(
+    bundle: Bundle, settings: Mapping[str, FastConfig], measured: Any = None, path: Path | None = None
+) -> Path:
+    """Store the settings that were measured for a bundle, and return the file's path.
 
     Args:
         settings: by name; each of `NAMED` may be there.
         measured: anything that JSON can hold.
+        path: of the file; None means beside the bundle, where `read_stored` finds it.
 
     Raises:
         OutputError: the file can't be written.
     """
     import json
 
-    path = stored_path(bundle.path)
+    path = stored_path(bundle.path) if path is None else path
     stored = {
         "kind": KIND,
         "bundle": bundle.content_hash,
@@ -150,3 +153,7 @@ class FastModes:
             config.check_exported()
         self._fast = config
         self._options = self._options | {"fast": asked}
+
+    def steps_of(self, asked: int) -> int:
+        """How many steps the next call has that is asked for with ``asked``."""
+        return asked if self._fast is None else self._fast.steps_of(asked)

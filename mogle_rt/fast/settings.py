@@ -49,6 +49,8 @@ class FastConfig(Options):
         max_change: instead of a mask: a step is left out while the velocity of an image is expected to differ from the
             last computed one by at most this much, relatively, see `mogle_rt.fast.adaptive`. None: it is not looked at.
         max_skips: with max_change, the most steps that are left out in a row.
+        most_steps: a run that is asked for with more steps has this many: an exact run of a shorter schedule, as far as
+            nothing else is left out. None: a run has the steps that it is asked for with.
 
     Raises:
         ConfigError: a value is not allowed.
@@ -59,6 +61,7 @@ class FastConfig(Options):
     refresh_every: int = 1
     max_change: float | None = None
     max_skips: int = 4
+    most_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps_mask is not None:
@@ -71,6 +74,8 @@ class FastConfig(Options):
             if self.steps_mask is not None or self.refresh_every > 1:
                 other = "steps_mask" if self.steps_mask is not None else "refresh_every"
                 raise ConfigError(f"FastConfig: max_change and {other} exclude each other; leave one of them out")
+        if self.most_steps is not None:
+            whole(self.most_steps, "FastConfig: most_steps", INTERVALS)
 
     @property
     def mask(self) -> tuple[bool, ...] | None:
@@ -82,6 +87,10 @@ class FastConfig(Options):
     def extrapolates(self) -> bool:
         """Whether steps need the difference of the last two velocities."""
         return self.mask is not None and self.order == 1
+
+    def steps_of(self, asked: int) -> int:
+        """How many steps a run has that is asked for with ``asked``."""
+        return asked if self.most_steps is None else min(asked, self.most_steps)
 
     @property
     def adapts(self) -> bool:
@@ -96,7 +105,8 @@ class FastConfig(Options):
     @property
     def exact(self) -> bool:
         """Whether nothing is left out."""
-        return self.mask is None and not self.keeps_condition and not self.adapts
+        nothing = self.mask is None and not self.keeps_condition and not self.adapts
+        return nothing and self.most_steps is None
 
     def check_exported(self) -> None:
         """Check that an exported engine, which computes whole steps alone, can run it.

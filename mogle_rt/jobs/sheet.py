@@ -83,8 +83,10 @@ def _fitting(
     return f"…{shown}"
 
 
-def write_row(path: Path, pictures: Sequence[tuple[Image.Image, str]]) -> None:
-    """Write pictures side by side at their own sizes, each with a line of text below it.
+def write_grid(path: Path, rows: Sequence[Sequence[tuple[Image.Image, str]]]) -> None:
+    """Write rows of pictures of about one size, each with a line of text below it.
+
+    Pictures keep their sizes, unless the sheet would be too large.
 
     Args:
         path: .png or .jpg; replaced if it is there.
@@ -92,13 +94,22 @@ def write_row(path: Path, pictures: Sequence[tuple[Image.Image, str]]) -> None:
     Raises:
         OutputError: the file can't be written.
     """
-    width = sum(picture.width + GAP for picture, _ in pictures) + GAP
-    height = max(picture.height for picture, _ in pictures)
-    sheet = Image.new("RGB", (width, height + CAPTION + 2 * GAP), "white")
+    cells = [cell for row in rows for cell in row]
+    width, height = (max((picture.size[i] for picture, _ in cells), default=1) for i in (0, 1))
+    columns = max(map(len, rows), default=1)
+    scale = min(
+        1.0, LARGEST_SHEET / (columns * (width + GAP) + GAP), LARGEST_SHEET / (len(rows) * (height + CAPTION + GAP))
+    )
+    width, height = max(SMALLEST_TILE, int(width * scale)), max(1, int(height * scale))
+    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, len(rows) * (height + CAPTION + GAP) + GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(CAPTION - 3)
-    x = GAP
-    for picture, text in pictures:
-        sheet.paste(picture, (x, GAP))
-        pen.text((x, GAP + height), _fitting(text, pen, font, picture.width), fill="black", font=font)
-        x += picture.width + GAP
+    for i, row in enumerate(rows):
+        y = GAP + i * (height + CAPTION + GAP)
+        for j, (picture, text) in enumerate(row):
+            x = GAP + j * (width + GAP)
+            if scale < 1:
+                size = [max(1, int(pixels * scale)) for pixels in picture.size]
+                picture = picture.resize(size, Image.Resampling.LANCZOS)
+            sheet.paste(picture, (x, y))
+            pen.text((x, y + height), _fitting(text, pen, font, width), fill="black", font=font)
     save_image(sheet, path)

@@ -60,6 +60,11 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
     return torch.bfloat16 if cpu_has_amx() else torch.float32
 
 
+def device_name(device: torch.device) -> str:
+    """What a device is called: a GPU by its model, any other by its kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for bfloat16 products. Only x86 processors tell; others are assumed to."""
     return platform.machine().lower() not in ("x86_64", "amd64") or cpu_multiplies_bfloat16()

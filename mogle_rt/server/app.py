@@ -209,6 +209,7 @@ def build_app(studio: Studio, model: str, *, keys: list[bytes] | None = None, li
         if prompt and not bundle.has_text_encoders:
             raise Refusal(422, "this model has no text encoders, so it takes no prompt", param="prompt")
         has_guidance = bundle.config.transformer.guidance_embeds
+        shape = shape._replace(num_inference_steps=studio.pipe.steps_of(shape.num_inference_steps))
         return Job(
             prompt=prompt,
             labels=labels,

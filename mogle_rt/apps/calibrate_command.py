@@ -1,0 +1,317 @@
+"""The command ``calibrate``: measure what fast modes cost on one's own weights and device, and choose among them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table as Shown
+
+from mogle_rt.apps.program import must_exist, parse_json, say
+from mogle_rt.errors import CheckpointError, InputError, MaskError, OutputError
+
+if TYPE_CHECKING:
+    from mogle_rt.bundle.bundle import Bundle
+    from mogle_rt.quality.judges.contract import Parser
+
+CASES, RESULT, MODEL = "What is drawn", "What is chosen, and files", "How it is computed"
+SEEDS = 2**62
+
+
+def calibrate(
+    checkpoint: Annotated[Path, typer.Argument(help="A bundle, or demo for the one in the package.")],
+    masks: Annotated[
+        list[Path],
+        typer.Option(
+            "--masks",
+            "-m",
+            help="Masks: a folder, files or patterns; each with its prompt in a text beside it, as generate finds it.",
+            rich_help_panel=CASES,
+        ),
+    ],
+    limit: Annotated[
+        int, typer.Option(help="At most this many masks, evenly spread over all of them.", rich_help_panel=CASES)
+    ] = 16,
+    mask_order: Annotated[
+        str,
+        typer.Option(
+            help="What a label map's numbers mean: celebamask, bisenet, farl, or class names separated by commas.",
+            rich_help_panel=CASES,
+        ),
+    ] = "celebamask",
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Also draw each prompt without its mask.", rich_help_panel=CASES)
+    ] = False,
+    condition_scale: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Strength of the mask; given several times, each mask is drawn with each. Default: 1.",
+            rich_help_panel=CASES,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Another one gives all cases other noise.", rich_help_panel=CASES)] = 0,
+    steps: Annotated[int, typer.Option(help="Denoising steps of the exact images.", rich_help_panel=CASES)] = 28,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.", rich_help_panel=CASES)] = 3.5,
+    height: Annotated[
+        int | None,
+        typer.Option(help="Pixels, a multiple of 16; default: from the mask's aspect ratio.", rich_help_panel=CASES),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(help="Pixels, a multiple of 16; default: from the mask's aspect ratio.", rich_help_panel=CASES),
+    ] = None,
+    way: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Settings to try instead of the usual ones, such as steps_mask=fast,order=1; can be given several times.",
+            rich_help_panel=RESULT,
+        ),
+    ] = None,
+    max_drift: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How far the images of a mode may be from exact ones, such as balanced:psnr=35,worst=30. Names: psnr and "
+            "worst (dB, at least), ssim (at least), latents (relative, at most), mask (loss of IoU, at most).",
+            rich_help_panel=RESULT,
+        ),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="Who finds the mask's classes in images: demo (knows the demo's renders alone) or none. Default: demo for "
+            "the demo, else none.",
+            rich_help_panel=RESULT,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="A folder for everything. Default: CKPT.calibration beside CKPT.safetensors, and the settings beside it, "
+            "where --fast finds them.",
+            rich_help_panel=RESULT,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:N or mps; default: the best available.", rich_help_panel=MODEL),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bf16, fp16 or fp32; default: one that is fast on the device.", rich_help_panel=MODEL),
+    ] = None,
+    kernels: Annotated[
+        str | None,
+        typer.Option(help="Operations that compute a step: triton or torch.", rich_help_panel=MODEL),
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="The most memory to use on the device, such as 8GB.", rich_help_panel=MODEL)
+    ] = None,
+    model_config: Annotated[
+        str | None, typer.Option(help="The reference's switches as JSON.", rich_help_panel=MODEL)
+    ] = None,
+) -> None:
+    """Measure what fast modes cost on your weights and device, and choose what --fast balanced and --fast fast mean."""
+    # First check everything that needs no large library, so that a mistake is reported at once.
+    from mogle_rt.arguments import check_names, check_options
+    from mogle_rt.bundle.shipped import bundle_path
+    from mogle_rt.config import PATCH, ModelConfig, dtype_name, parse_bytes
+    from mogle_rt.fast.settings import FastConfig
+    from mogle_rt.jobs.captions import prompts_of
+    from mogle_rt.jobs.plan import find_masks
+    from mogle_rt.quality.calibration.choosing import parse_bounds
+
+    if limit < 1:
+        raise InputError(f"--limit must be 1 or more, got {limit}")
+    if not 0 <= seed <= SEEDS:
+        raise InputError(f"--seed must be from 0 to {SEEDS}, got {seed}")
+    if judge not in (None, "demo", "none"):
+        raise InputError(f"--judge must be demo or none, got {judge!r}")
+    bounds = parse_bounds(max_drift or [])
+    own_ways = [FastConfig.parse(text) for text in way or []]
+    scales = condition_scale or [1.0]
+    for scale in scales:
+        check_options(
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=PATCH if height is None else height,
+            width=PATCH if width is None else width,
+            condition_scale=scale,
+        )
+    check_names(device=device, kernels=kernels)
+    switches, memory = ModelConfig.of(parse_json(model_config)), None if max_memory is None else parse_bytes(max_memory)
+    asked_dtype = None if dtype is None else dtype_name(dtype)
+    found = list(find_masks(masks))
+    for path in found:
+        must_exist(path, MaskError)
+    must_exist(bundle_path(checkpoint), CheckpointError)
+
+    from mogle_rt.apps.drawing import load_pipeline
+    from mogle_rt.bundle.bundle import Bundle
+    from mogle_rt.masks.labels import to_labels
+    from mogle_rt.quality.calibration.cases import cases_of, spread
+
+    bundle = Bundle(checkpoint)
+    folder, stored = _places(bundle, output)
+    order: Any = mask_order.split(",") if "," in mask_order else mask_order
+    chosen_masks = spread(found, limit)
+    if len(chosen_masks) < len(found):
+        say(f"{len(chosen_masks)} of {len(found):,} masks are drawn; --limit N draws more")
+    for mask in chosen_masks:
+        to_labels(mask, order=order)  # so that a bad one is told before anything is drawn
+    prompts = _prompts(bundle, prompts_of(None, list(chosen_masks), 1, say))
+    cases = cases_of(chosen_masks, prompts, seed=seed, scales=scales, text_only=text_only)
+
+    from importlib.util import find_spec
+
+    from mogle_rt.start.quick_imports import import_models
+
+    import_models()
+    from tqdm import tqdm
+
+    from mogle_rt.fast.choice import write_stored
+    from mogle_rt.installed import install_command
+    from mogle_rt.memory.devices import choose_device, choose_dtype, device_name
+    from mogle_rt.quality.calibration.drawing import Calibration, work_left
+    from mogle_rt.quality.calibration.results import Results
+    from mogle_rt.quality.calibration.table import Table, figures_of, write_sheet
+    from mogle_rt.quality.calibration.ways import candidates, with_competitors
+
+    measured_on = choose_device(device)
+    with_ssim = find_spec("torchmetrics") is not None
+    if not with_ssim:
+        if any(one.ssim is not None for one in bounds.values()):
+            raise InputError(
+                f"--max-drift: ssim needs the package torchmetrics; install it: {install_command('evaluate')}"
+            )
+        say(f"SSIM is left out: it needs the package torchmetrics; install it: {install_command('evaluate')}")
+    the_judge = _judge(judge, bundle)
+    settings = {
+        "bundle": bundle.content_hash,
+        "device": device_name(measured_on),
+        "dtype": str(choose_dtype(asked_dtype, measured_on)).removeprefix("torch."),
+        "steps": steps,
+        "guidance": guidance,
+        "size": [height, width],
+        "mask_order": order,
+        "model_config": switches.to_dict(),
+        "kernels": kernels,
+        "max_memory": memory,
+        "judge": None if the_judge is None else the_judge.name,
+        "ssim": with_ssim,
+    }
+    results = Results(folder, settings)
+    ways = with_competitors(own_ways or candidates(steps), steps)
+    if not ways:
+        raise InputError(f"with {steps} steps there is nothing to leave out; give more with --steps")
+    if left := work_left(results, cases, ways, steps):
+        say(f"{len(cases)} cases, {len(ways)} ways and exact: {left:,} steps to compute")
+        pipe = load_pipeline(
+            checkpoint,
+            device=device,
+            dtype=asked_dtype,
+            model_config=switches,
+            kernels=kernels,
+            max_memory=memory,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        call = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
+        work = Calibration(pipe, results, call, order, the_judge, with_ssim=with_ssim)
+        try:
+            with tqdm(total=left, unit="step", desc="steps", disable=None) as bar:
+                work.run(cases, ways, bar)
+        except (KeyboardInterrupt, SystemExit):
+            say("stopped; the same command goes on")
+            raise
+    else:
+        say("nothing to draw: all images are there already")
+
+    about = {"model": checkpoint.name, "device": settings["device"], "dtype": settings["dtype"], "steps": steps}
+    table = Table(figures_of(results, cases, ways), bounds, steps, about | {"cases": len(cases)})
+    _show(table.rows(), table.sentences())
+    sheet = folder / "sheet.png"
+    write_sheet(sheet, results, cases, ways, order)
+    for path, text in (
+        (folder / "table.md", table.markdown()),
+        (folder / "table.json", json.dumps(table.to_dict(), indent=2) + "\n"),
+    ):
+        _write(path, text)
+        typer.echo(path)
+    typer.echo(sheet)
+    typer.echo(write_stored(bundle, table.settings, table.to_dict(), stored))
+    if output is not None:
+        say(f"--fast looks for {stored.name} beside {bundle.path.name}; put it there, or give the settings themselves")
+
+
+def _places(bundle: Bundle, output: Path | None) -> tuple[Path, Path]:
+    """The folder of the results, and the file of the settings. Both can be written.
+
+    Raises:
+        OutputError: they can't.
+    """
+    from mogle_rt.bundle.shipped import BUNDLE
+    from mogle_rt.fast.choice import stored_path
+    from mogle_rt.jobs.naming import check_writable
+
+    if output is None:
+        if bundle.path == BUNDLE:
+            raise OutputError(
+                "demo lies inside the package, which stays as it is; give a folder for the results with -o"
+            )
+        folder, stored = bundle.path.with_suffix(".calibration"), stored_path(bundle.path)
+    else:
+        folder, stored = output, output / stored_path(bundle.path).name
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file; give another folder for the results with -o")
+    for path in (folder / "sheet.png", stored):
+        try:
+            check_writable(path)
+        except OutputError as error:
+            raise OutputError(f"{error}; give another folder for the results with -o") from None
+    return folder, stored
+
+
+def _prompts(bundle: Bundle, prompts: Sequence[str]) -> list[str]:
+    """The prompts that the bundle can take."""
+    if bundle.has_text_encoders:
+        return list(prompts)
+    if not bundle.names("empty_prompt"):
+        raise InputError(
+            f"{bundle.path}: holds no text encoders, which calibrate needs for prompts; convert it with them"
+        )
+    if any(prompts):
+        say("the bundle holds no text encoders: all cases are drawn from their masks alone")
+    return [""] * len(prompts)
+
+
+def _judge(asked: str | None, bundle: Bundle) -> Parser | None:
+    from mogle_rt.bundle.shipped import BUNDLE
+    from mogle_rt.quality.judges.demo import DemoJudge
+
+    return DemoJudge() if asked == "demo" or (asked is None and bundle.path == BUNDLE) else None
+
+
+def _show(rows: Sequence[Sequence[str]], sentences: Sequence[str]) -> None:
+    from mogle_rt.quality.calibration.table import HEADINGS
+
+    shown = Shown(box=None, pad_edge=False)
+    for i, heading in enumerate(HEADINGS):
+        shown.add_column(heading, justify="left" if i in (0, 9, 10) else "right", no_wrap=i == 0)
+    for row in rows:
+        shown.add_row(*row)
+    out = Console(soft_wrap=True, highlight=False, emoji=False, markup=False)
+    out.print(shown)
+    for line in sentences:
+        out.print(line, markup=False)
+
+
+def _write(path: Path, text: str) -> None:
+    from mogle_rt.bundle.files import atomic_write
+
+    with atomic_write(path) as file:
+        file.write(text.encode())
