@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mogle_rt import CheckpointError, InputError, Pipeline
+from mogle_rt import CheckpointError, FastConfig, InputError, Pipeline
 from mogle_rt.calls.results import OutputType
 from mogle_rt.encoders.conditioning import Conditioner
 from mogle_rt.encoders.mask_planes import MaskPlanes
@@ -449,6 +449,32 @@ def test_the_run_is_reported(pipe: Pipeline) -> None:
     assert (report.batch_size, report.steps) == (2, 3)
     assert set(report.seconds) == {"text", "mask", "prepare", "denoise", "decode"}
     assert all(s > 0 for s in report.seconds.values())
+
+
+def test_latents_are_decoded_to_the_images_of_a_call(pipe: Pipeline) -> None:
+    call: dict[str, Any] = {"seed": 2, "height": 32, "width": 48}
+    latents = run(pipe, draw(1), ["a", "b"], output_type="latent", **call)
+    assert torch.equal(pipe.decode(latents, 32, 48, "pt"), run(pipe, draw(1), ["a", "b"], **call))
+    assert [image.size for image in pipe.decode(latents, 32, 48)] == [(48, 32)] * 2
+    with pytest.raises(InputError, match=r"latents must have shape \[2, 6, 64\], got"):
+        pipe.decode(run(pipe, draw(1), ["a", "b"], output_type="latent"), 32, 48)
+    with pytest.raises(InputError, match="height and width must be multiples of 16, got 32 and 50"):
+        pipe.decode(latents, 32, 50)
+
+
+@pytest.mark.quick
+def test_most_steps_are_an_exact_run_of_a_shorter_schedule(pipe: Pipeline) -> None:
+    exact = run(pipe, draw(1), "a", seed=1, num_inference_steps=2)
+    other = run(pipe, draw(1), "a", seed=1, num_inference_steps=5)
+    pipe.fast = FastConfig(most_steps=2)
+    try:
+        assert torch.equal(run(pipe, draw(1), "a", seed=1, num_inference_steps=5), exact)
+        assert (pipe.last_run.steps, pipe.last_run.computed_steps) == (2, 2)
+        run(pipe, draw(1), "a", seed=1, num_inference_steps=1)
+        assert pipe.last_run.steps == 1  # not more than are asked for
+    finally:
+        pipe.fast = None
+    assert not torch.equal(other, exact)
 
 
 def test_without_text_encoders(tiny_files: Files, tmp_path: Path) -> None:

@@ -11,15 +11,16 @@ import typer
 from rich.console import Console
 from rich.table import Table as Shown
 
-from mogle_rt.apps.program import must_exist, parse_json, say
+from mogle_rt.apps.program import FACE, MODEL, Device, Dtype, MaskOrder, MaxMemory, must_exist, parse_json, say
 from mogle_rt.errors import CheckpointError, InputError, MaskError, OutputError
 
 if TYPE_CHECKING:
     from mogle_rt.bundle.bundle import Bundle
     from mogle_rt.quality.judges.contract import Parser
 
-CASES, RESULT, MODEL = "What is drawn", "What is chosen, and files", "How it is computed"
+RESULT = "What is chosen, and files"
 SEEDS = 2**62
+WIDTH = 132  # characters of the table, which a narrower terminal wraps
 
 
 def calibrate(
@@ -30,39 +31,33 @@ def calibrate(
             "--masks",
             "-m",
             help="Masks: a folder, files or patterns; each with its prompt in a text beside it, as generate finds it.",
-            rich_help_panel=CASES,
+            rich_help_panel=FACE,
         ),
     ],
     limit: Annotated[
-        int, typer.Option(help="At most this many masks, evenly spread over all of them.", rich_help_panel=CASES)
+        int, typer.Option(help="At most this many masks, evenly spread over all of them.", rich_help_panel=FACE)
     ] = 16,
-    mask_order: Annotated[
-        str,
-        typer.Option(
-            help="What a label map's numbers mean: celebamask, bisenet, farl, or class names separated by commas.",
-            rich_help_panel=CASES,
-        ),
-    ] = "celebamask",
+    mask_order: MaskOrder = "celebamask",
     text_only: Annotated[
-        bool, typer.Option("--text-only", help="Also draw each prompt without its mask.", rich_help_panel=CASES)
+        bool, typer.Option("--text-only", help="Also draw each prompt without its mask.", rich_help_panel=FACE)
     ] = False,
     condition_scale: Annotated[
         list[float] | None,
         typer.Option(
             help="Strength of the mask; given several times, each mask is drawn with each. Default: 1.",
-            rich_help_panel=CASES,
+            rich_help_panel=FACE,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Another one gives all cases other noise.", rich_help_panel=CASES)] = 0,
-    steps: Annotated[int, typer.Option(help="Denoising steps of the exact images.", rich_help_panel=CASES)] = 28,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.", rich_help_panel=CASES)] = 3.5,
+    seed: Annotated[int, typer.Option(help="Another one gives all cases other noise.", rich_help_panel=FACE)] = 0,
+    steps: Annotated[int, typer.Option(help="Denoising steps of the exact images.", rich_help_panel=FACE)] = 28,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.", rich_help_panel=FACE)] = 3.5,
     height: Annotated[
         int | None,
-        typer.Option(help="Pixels, a multiple of 16; default: from the mask's aspect ratio.", rich_help_panel=CASES),
+        typer.Option(help="Pixels, a multiple of 16; default: from the mask's aspect ratio.", rich_help_panel=FACE),
     ] = None,
     width: Annotated[
         int | None,
-        typer.Option(help="Pixels, a multiple of 16; default: from the mask's aspect ratio.", rich_help_panel=CASES),
+        typer.Option(help="Pixels, a multiple of 16; default: from the mask's aspect ratio.", rich_help_panel=FACE),
     ] = None,
     way: Annotated[
         list[str] | None,
@@ -97,21 +92,13 @@ def calibrate(
             rich_help_panel=RESULT,
         ),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:N or mps; default: the best available.", rich_help_panel=MODEL),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="bf16, fp16 or fp32; default: one that is fast on the device.", rich_help_panel=MODEL),
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     kernels: Annotated[
         str | None,
         typer.Option(help="Operations that compute a step: triton or torch.", rich_help_panel=MODEL),
     ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option(help="The most memory to use on the device, such as 8GB.", rich_help_panel=MODEL)
-    ] = None,
+    max_memory: MaxMemory = None,
     model_config: Annotated[
         str | None, typer.Option(help="The reference's switches as JSON.", rich_help_panel=MODEL)
     ] = None,
@@ -301,11 +288,11 @@ def _show(rows: Sequence[Sequence[str]], sentences: Sequence[str]) -> None:
 
     shown = Shown(box=None, pad_edge=False)
     for i, heading in enumerate(HEADINGS):
-        shown.add_column(heading, justify="left" if i in (0, 9, 10) else "right", no_wrap=i == 0)
+        shown.add_column(heading, justify="right" if 0 < i < len(HEADINGS) - 2 else "left", no_wrap=True)
     for row in rows:
         shown.add_row(*row)
     out = Console(soft_wrap=True, highlight=False, emoji=False, markup=False)
-    out.print(shown)
+    out.print(shown, width=max(out.width, WIDTH))
     for line in sentences:
         out.print(line, markup=False)
 

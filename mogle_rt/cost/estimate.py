@@ -127,7 +127,8 @@ def estimate(job: Job) -> Estimate:
             condition_scale=job.condition_scale,
             fast=job.fast,
         )
-        schedule = make_schedule(job.config.scheduler, job.steps, job.tokens)
+        steps = job.steps if job.fast is None else job.fast.steps_of(job.steps)
+        schedule = make_schedule(job.config.scheduler, steps, job.tokens)
         counter.take()
         engine.prepare(conditions, schedule)
         prepared = counter.take()

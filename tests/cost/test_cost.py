@@ -31,6 +31,7 @@ from mogle_rt.cost.gpus import GPUS, RESERVED_GIB, find_gpu
 from mogle_rt.cost.job import FLUX_BUNDLE, FLUX_TEXT, Job, WeightlessBundle
 from mogle_rt.cost.reference import reference_step
 from mogle_rt.errors import ConfigError, InputError
+from mogle_rt.fast.settings import FastConfig
 from mogle_rt.ops.attention import AttentionPlan, Visibility, joint_attention
 from tests.checkpoints import TINY
 from tests.conftest import needs_triton
@@ -462,3 +463,9 @@ def test_command_errors_are_one_line(args: list[str], message: str) -> None:
     assert (status, out) == (1, "")
     assert err.startswith(message)
     assert err.count("\n") == 1
+
+
+def test_fewer_steps_cost_what_a_shorter_schedule_costs() -> None:
+    demo = Bundle("demo")
+    fewer = estimate(Job.of(demo, steps=8, fast=FastConfig(most_steps=2))).engine
+    assert fewer.flops == estimate(Job.of(demo, steps=2)).engine.flops < estimate(Job.of(demo, steps=8)).engine.flops

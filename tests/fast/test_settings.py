@@ -65,6 +65,8 @@ def test_masks_of_every_form(given: Any) -> None:
         ({"steps_mask": "1" * 10_001}, "at most 10000 of them"),
         ({"order": 2}, "order must be from 0 to 1, got 2"),
         ({"order": True}, "order must be a whole number, got True"),
+        ({"most_steps": 0}, "most_steps must be from 1 to 10000, got 0"),
+        ({"most_steps": 2.5}, "most_steps must be a whole number, got 2.5"),
         ({"mask": "10"}, "unknown option 'mask'"),
         ({"refresh_every": 0}, "refresh_every must be from 1 to 10000, got 0"),
         ({"max_change": -0.1}, "max_change must be from 0 to 100, got -0.1"),
@@ -119,6 +121,22 @@ def test_names_mean_what_is_stored_beside_the_bundle(bundle: Bundle) -> None:
     assert chosen("balanced", bundle) == own
     assert chosen("fast", bundle) == NAMED["fast"]
     assert mogle_rt.Pipeline(bundle.path, fast="balanced").fast == own
+
+
+def test_most_steps() -> None:
+    config = FastConfig.parse("most_steps=15")
+    assert str(config) == "most_steps=15"
+    assert not config.exact
+    assert [config.steps_of(asked) for asked in (1, 15, 28)] == [1, 15, 15]
+    assert FastConfig(steps_mask="fast").steps_of(28) == 28
+
+
+def test_the_settings_can_be_stored_elsewhere(bundle: Bundle, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere" / "own.fast.json"
+    assert write_stored(bundle, {"fast": FastConfig(most_steps=3)}, path=elsewhere) == elsewhere
+    assert read_stored(bundle) == {}
+    shutil.copy(elsewhere, bundle.path.parent)
+    assert read_stored(bundle) == {"fast": FastConfig(most_steps=3)}
 
 
 def test_nothing_left_out_is_none(bundle: Bundle) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mogle_rt import masks
 from mogle_rt.jobs.plan import Drawing
-from mogle_rt.jobs.sheet import CAPTION, GAP, LARGEST_SHEET, LARGEST_TILE, write_sheet
+from mogle_rt.jobs.sheet import CAPTION, GAP, LARGEST_SHEET, LARGEST_TILE, write_grid, write_sheet
 
 
 def test_masks_and_their_images_side_by_side(tmp_path: Path) -> None:
@@ -38,3 +38,22 @@ def test_every_image_has_its_place(count: int, tmp_path: Path) -> None:
         assert sheet.width <= LARGEST_SHEET
         red = np.asarray(sheet)[:, :, 0].astype(int) - np.asarray(sheet)[:, :, 1] > 200
         assert red.sum() == pytest.approx(count * LARGEST_TILE**2, rel=0.02)
+
+
+def test_rows_of_pictures(tmp_path: Path) -> None:
+    red, lime = (Image.new("RGB", (64, 32), colour) for colour in ("red", "lime"))
+    write_grid(tmp_path / "grid.png", [[(red, "a"), (lime, "b")], [(lime, "c")]])
+    with Image.open(tmp_path / "grid.png") as sheet:
+        assert sheet.size == (2 * (64 + GAP) + GAP, 2 * (32 + CAPTION + GAP) + GAP)
+        at = [(GAP + 32, GAP + 16), (2 * GAP + 96, GAP + 16), (GAP + 32, 2 * GAP + CAPTION + 48)]
+        assert [sheet.getpixel(place) for place in at] == [(255, 0, 0), (0, 255, 0), (0, 255, 0)]
+        below = np.asarray(sheet.convert("L"))[GAP + 32 : GAP + 32 + CAPTION]
+        assert below[:, GAP : GAP + 64].min() < 100  # a name below each
+        assert below[:, 2 * GAP + 64 :].min() < 100
+
+
+def test_a_sheet_of_large_pictures_is_shrunk(tmp_path: Path) -> None:
+    large = Image.new("RGB", (1024, 1024), "red")
+    write_grid(tmp_path / "grid.jpg", [[(large, "")] * 16] * 2)
+    with Image.open(tmp_path / "grid.jpg") as sheet:
+        assert LARGEST_SHEET * 0.9 < sheet.width <= LARGEST_SHEET

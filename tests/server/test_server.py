@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mogle_rt import Pipeline
+from mogle_rt import FastConfig, Pipeline
 from mogle_rt.masks import colorize, to_labels
 from mogle_rt.masks.sizes import default_size
 from mogle_rt.server.asked.requests import Limits
@@ -279,6 +279,21 @@ def test_a_stream_tells_steps_and_previews_and_changes_nothing(served: Live, pip
     assert 1 <= len(previews) <= 2
     assert pixels(previews[0]["b64_json"]).shape == (64, 64, 3)
     own = own_pixels(pipe, "bun", "a woman", 1, num_inference_steps=6)
+    assert np.array_equal(pixels(told[-1]["b64_json"]), own)
+
+
+def test_fewer_steps_are_told_as_they_are_run(served: Live, pipe: Pipeline) -> None:
+    """Where the server's fast mode is a shorter schedule: progress counts its steps, and previews know its noise levels."""
+    asked = SMALL | {"prompt": "a woman", "semantic_mask": encoded(MASKS["bun"]), "seed": 1, "num_inference_steps": 20}
+    served.studio.pipe.fast = FastConfig(most_steps=3)
+    try:
+        with served.client.stream("POST", GENERATIONS, json=asked | {"stream": True, "partial_images": 1}) as answer:
+            told = list(events(answer))
+    finally:
+        served.studio.pipe.fast = None
+    steps = [(event["step"], event["steps"]) for event in told if event["type"].endswith("progress")]
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    own = own_pixels(pipe, "bun", "a woman", 1, num_inference_steps=3)
     assert np.array_equal(pixels(told[-1]["b64_json"]), own)
 
 

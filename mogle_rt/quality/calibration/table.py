@@ -21,15 +21,14 @@ from mogle_rt.quality.calibration.ways import EXACT, competitor, label
 MOST_ROWS = 12  # of the sheet
 HEADINGS = (
     "way",
-    "computed",
+    "steps",
     "seconds",
-    "PSNR, dB",
+    "PSNR",
     "worst",
     "SSIM",
-    "latents' error",
+    "latents",
     "mask",
-    "fewer steps, dB",
-    "better",
+    "fewer steps",
     "taken for",
 )
 
@@ -91,7 +90,7 @@ class Table:
 
     def _row(self, one: Figures) -> tuple[str, ...]:
         other = self.competitor(one)
-        better = "" if other is None else "fewer steps" if other.psnr >= one.psnr else "this way"
+        beaten = other is not None and other.psnr >= one.psnr
         return (
             label(one.way),
             f"{one.computed}",
@@ -101,8 +100,7 @@ class Table:
             "" if one.ssim is None else f"{one.ssim:.4f}",
             "" if one.way.exact else f"{one.latents:.4f}",
             "" if one.mask is None else f"{one.mask:.3f}",
-            "" if other is None else f"{other.psnr:.1f}",
-            better,
+            "" if other is None else f"{label(other.way)}: {other.psnr:.1f}{', better' * beaten}",
             ", ".join(name for name, figures in self.chosen.items() if figures is one),
         )
 
@@ -130,7 +128,7 @@ class Table:
 
     def markdown(self) -> str:
         """The table as Markdown, with the sentences below it."""
-        cells = [HEADINGS, ("---", *["--:"] * 8, "---", "---"), *self.rows()]
+        cells = [HEADINGS, ("---", *["--:"] * 7, "---", "---"), *self.rows()]
         lines = ["| " + " | ".join(row) + " |" for row in cells]
         about = ", ".join(f"{name} {value}" for name, value in self.about.items())
         return "\n".join([f"{about}\n", *lines, "", *(f"- {line}" for line in self.sentences())]) + "\n"

@@ -9,6 +9,9 @@ from mogle_rt.fast.course import Kind, Way, ways_of
 from mogle_rt.fast.settings import POLICIES, FastConfig
 
 EXACT = FastConfig()
+REFRESH = (2, 4)  # of the condition
+WITH_REFRESH = ("medium", "fast")  # masks that are tried together with the rarer refresh
+KEPT_COST = 0.6  # of a step without the condition, in whole steps: about what it is at FLUX's size
 LONGEST_NAME = 60  # characters of a way's name in a file's name
 
 
@@ -33,12 +36,20 @@ def candidates(steps: int) -> list[FastConfig]:
         for order in (1, 0):
             config = FastConfig(steps_mask=name, order=order)
             tried.setdefault(course_of(config, steps), config)
+    refreshed = [FastConfig(refresh_every=every) for every in REFRESH]
+    refreshed += [FastConfig(steps_mask=name, refresh_every=max(REFRESH)) for name in WITH_REFRESH]
+    for config in refreshed:
+        tried.setdefault(course_of(config, steps), config)
     return [config for config in tried.values() if config != EXACT]
 
 
 def competitor(config: FastConfig, steps: int) -> FastConfig | None:
-    """Fewer steps at the price of a way: as many as it computes. None where that is not fewer, or it is the way itself."""
-    count = computed(config, steps)
+    """Fewer steps at the price of a way: as many as it computes, where a step without the condition counts `KEPT_COST`.
+
+    None where that is not fewer, or it is the way itself.
+    """
+    kinds = [way.kind for way in course_of(config, steps)]
+    count = round(kinds.count(Kind.WHOLE) + KEPT_COST * kinds.count(Kind.KEPT))
     fewer = FastConfig(most_steps=count) if 1 <= count < steps else None
     return None if fewer == config else fewer
 
