@@ -42,7 +42,8 @@ def calibrate(bundle: Path, masks: Path, *others: object) -> Result:
 
 def test_killed_gone_on_with_stored_and_found(bundle: Path, masks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = bundle.with_suffix(".calibration")
-    add, done = drawing.Calibration._add, []
+    add = drawing.Calibration._add
+    done: list[object] = []
 
     def interrupted(self: drawing.Calibration, *given: Any) -> None:
         if len(done) == 5:  # four images of the first mask, and the exact one of the second

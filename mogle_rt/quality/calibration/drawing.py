@@ -137,6 +137,7 @@ class Calibration:
                 output_type="latent",
                 **call,
             ).images
+            assert isinstance(latents, Tensor)
             begun = time.perf_counter()
             (picture,) = pipe.decode(latents, height, width)
             decoding = time.perf_counter() - begun
