@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,8 @@ from mogle_rt.apps.program import FACE, MODEL, Device, Dtype, MaskOrder, MaxMemo
 from mogle_rt.errors import CheckpointError, InputError, MaskError, OutputError
 
 if TYPE_CHECKING:
+    import torch
+
     from mogle_rt.bundle.bundle import Bundle
     from mogle_rt.quality.judges.contract import Parser
 
@@ -74,11 +77,11 @@ def calibrate(
             rich_help_panel=RESULT,
         ),
     ] = None,
-    judge: Annotated[
+    parser: Annotated[
         str | None,
         typer.Option(
-            help="Who finds the mask's classes in images: demo (knows the demo's renders alone) or none. Default: demo for "
-            "the demo, else none.",
+            help="Who finds the mask's classes in images: a face parser as of evaluate (a folder or hub id), demo, or none. "
+            "Default: demo for the demo, else none.",
             rich_help_panel=RESULT,
         ),
     ] = None,
@@ -117,8 +120,6 @@ def calibrate(
         raise InputError(f"--limit must be 1 or more, got {limit}")
     if not 0 <= seed <= SEEDS:
         raise InputError(f"--seed must be from 0 to {SEEDS}, got {seed}")
-    if judge not in (None, "demo", "none"):
-        raise InputError(f"--judge must be demo or none, got {judge!r}")
     bounds = parse_bounds(max_drift or [])
     own_ways = [FastConfig.parse(text) for text in way or []]
     scales = condition_scale or [1.0]
@@ -166,7 +167,7 @@ def calibrate(
     from mogle_rt.memory.devices import choose_device, choose_dtype, device_name
     from mogle_rt.quality.calibration.drawing import Calibration, work_left
     from mogle_rt.quality.calibration.results import Results
-    from mogle_rt.quality.calibration.table import Table, figures_of, write_sheet
+    from mogle_rt.quality.calibration.table import Table, competitors_left, figures_of, write_sheet
     from mogle_rt.quality.calibration.ways import candidates, with_competitors
 
     measured_on = choose_device(device)
@@ -177,7 +178,7 @@ def calibrate(
                 f"--max-drift: ssim needs the package torchmetrics; install it: {install_command('evaluate')}"
             )
         say(f"SSIM is left out: it needs the package torchmetrics; install it: {install_command('evaluate')}")
-    the_judge = _judge(judge, bundle)
+    judge = _judge(parser, bundle, measured_on)
     settings = {
         "bundle": bundle.content_hash,
         "device": device_name(measured_on),
@@ -189,40 +190,44 @@ def calibrate(
         "model_config": switches.to_dict(),
         "kernels": kernels,
         "max_memory": memory,
-        "judge": None if the_judge is None else the_judge.name,
+        "parser": None if judge is None else judge.name,
         "ssim": with_ssim,
     }
     results = Results(folder, settings)
     ways = with_competitors(own_ways or candidates(steps), steps)
     if not ways:
         raise InputError(f"with {steps} steps there is nothing to leave out; give more with --steps")
-    if left := work_left(results, cases, ways, steps):
-        say(f"{len(cases)} cases, {len(ways)} ways and exact: {left:,} steps to compute")
-        pipe = load_pipeline(
-            checkpoint,
-            device=device,
-            dtype=asked_dtype,
-            model_config=switches,
-            kernels=kernels,
-            max_memory=memory,
-        )
-        pipe.set_progress_bar_config(disable=True)
-        call = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
-        work = Calibration(pipe, results, call, order, the_judge, with_ssim=with_ssim)
-        try:
-            with tqdm(total=left, unit="step", desc="steps", disable=None) as bar:
+    call = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
+    begun = False
+    # Where the velocities decide how much is computed, the price of a way is known when it was drawn.
+    for told in ("", ", now with fewer steps beside all of them"):
+        left = work_left(results, cases, ways, steps)
+        if left:
+            say(f"{len(cases)} cases, {len(ways)} ways and exact{told}: {left:,} steps to compute")
+            if not begun:
+                pipe = load_pipeline(
+                    checkpoint,
+                    device=device,
+                    dtype=asked_dtype,
+                    model_config=switches,
+                    kernels=kernels,
+                    max_memory=memory,
+                )
+                pipe.set_progress_bar_config(disable=True)
+                work = Calibration(pipe, results, call, order, judge, with_ssim=with_ssim)
+                begun = True
+            with _told_how_to_go_on(), tqdm(total=left, unit="step", desc="steps", disable=None) as bar:
                 work.run(cases, ways, bar)
-        except (KeyboardInterrupt, SystemExit):
-            say("stopped; the same command goes on")
-            raise
-    else:
+        figures = figures_of(results, cases, ways)
+        ways += competitors_left(figures, steps)
+    if not begun:
         say("nothing to draw: all images are there already")
 
     about = {"model": checkpoint.name, "device": settings["device"], "dtype": settings["dtype"], "steps": steps}
-    table = Table(figures_of(results, cases, ways), bounds, steps, about | {"cases": len(cases)})
+    table = Table(figures, bounds, steps, about | {"cases": len(cases)})
     _show(table.rows(), table.sentences())
     sheet = folder / "sheet.png"
-    write_sheet(sheet, results, cases, ways, order)
+    write_sheet(sheet, results, cases, [one.way for one in figures[1:]], order)
     for path, text in (
         (folder / "table.md", table.markdown()),
         (folder / "table.json", json.dumps(table.to_dict(), indent=2) + "\n"),
@@ -263,6 +268,16 @@ def _places(bundle: Bundle, output: Path | None) -> tuple[Path, Path]:
     return folder, stored
 
 
+@contextmanager
+def _told_how_to_go_on() -> Iterator[None]:
+    """Where drawing is stopped, a line says how it goes on."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        say("stopped; the same command goes on")
+        raise
+
+
 def _prompts(bundle: Bundle, prompts: Sequence[str]) -> list[str]:
     """The prompts that the bundle can take."""
     if bundle.has_text_encoders:
@@ -276,11 +291,18 @@ def _prompts(bundle: Bundle, prompts: Sequence[str]) -> list[str]:
     return [""] * len(prompts)
 
 
-def _judge(asked: str | None, bundle: Bundle) -> Parser | None:
+def _judge(asked: str | None, bundle: Bundle, device: torch.device) -> Parser | None:
     from mogle_rt.bundle.shipped import BUNDLE
-    from mogle_rt.quality.judges.demo import DemoJudge
+    from mogle_rt.quality.judges import demo
+    from mogle_rt.quality.judges.parser import SegmentationModel
 
-    return DemoJudge() if asked == "demo" or (asked is None and bundle.path == BUNDLE) else None
+    if asked is None:
+        asked = demo.NAME if bundle.path == BUNDLE else "none"
+        if asked == "none":
+            say("mask consistency is left out; --parser measures it")
+    if asked == "none":
+        return None
+    return demo.DemoJudge() if asked == demo.NAME else SegmentationModel(asked, device)
 
 
 def _show(rows: Sequence[Sequence[str]], sentences: Sequence[str]) -> None:

@@ -16,7 +16,8 @@ from mogle_rt.quality.calibration import drawing
 from mogle_rt.quality.calibration.results import NAME
 from tests.apps.test_cli import QUICK, Result, draw_mask, one_thread, pixels, run
 
-WAYS = ("--way", "steps_mask=101,order=0", "--way", "refresh_every=3")
+NAMES = ("steps_mask=1001,order=0", "steps_mask=1001,refresh_every=2", "max_change=100.0")
+WAYS = [word for name in NAMES for word in ("--way", name)]
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def drawn_in(folder: Path) -> dict[Path, bytes]:
 
 def calibrate(bundle: Path, masks: Path, *others: object) -> Result:
     with one_thread():
-        return run("calibrate", bundle, "--masks", masks, *QUICK, "--steps", 3, *WAYS, *others)
+        return run("calibrate", bundle, "--masks", masks, *QUICK, "--steps", 4, *WAYS, *others)
 
 
 def test_killed_gone_on_with_stored_and_found(bundle: Path, masks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +47,7 @@ def test_killed_gone_on_with_stored_and_found(bundle: Path, masks: Path, monkeyp
     done: list[object] = []
 
     def interrupted(self: drawing.Calibration, *given: Any) -> None:
-        if len(done) == 5:  # four images of the first mask, and the exact one of the second
+        if len(done) == 5:  # five images of the first mask
             raise KeyboardInterrupt
         done.append(given)
         add(self, *given)
@@ -64,16 +65,18 @@ def test_killed_gone_on_with_stored_and_found(bundle: Path, masks: Path, monkeyp
     monkeypatch.setattr(drawing.Calibration, "_add", add)
     result = calibrate(bundle, masks, "--max-drift", "balanced:psnr=0,worst=0")
     assert result.code == 0, result.err
-    assert "2 cases, 3 ways and exact: 7 steps to compute" in result.err  # those of the second mask: 2, 2 and 3
+    assert "2 cases, 4 ways and exact: 12 steps to compute" in result.err  # all of the second mask
+    more = "2 cases, 5 ways and exact, now with fewer steps beside all of them: 6 steps to compute"
+    assert more in result.err  # as many as max_change turned out to compute
     paths = [folder / "table.md", folder / "table.json", folder / "sheet.png", stored_path(bundle)]
     assert result.out.splitlines()[-4:] == [str(path) for path in paths]
     drawn = drawn_in(folder)
-    assert len(drawn) == 8
+    assert len(drawn) == 12
     assert first.items() < drawn.items()
 
     table = json.loads((folder / "table.json").read_text())
-    assert [way["name"] for way in table["ways"]] == ["exact", "2 steps", "steps_mask=101,order=0", "refresh_every=3"]
-    assert [way["computed"] for way in table["ways"]] == [3, 2, 2, 3]
+    assert [way["name"] for way in table["ways"]] == ["exact", "3 steps", NAMES[2], "2 steps", *NAMES[:2]]
+    assert [way["computed"] for way in table["ways"]] == [4, 3, 3, 2, 2, 2]
     assert table["ways"][0]["psnr"] == 120
     assert all(way["psnr"] < 100 and way["latents"] > 0 for way in table["ways"][1:])
     assert table["about"]["cases"] == 2
@@ -134,7 +137,6 @@ def test_other_settings_are_not_mixed(bundle: Path, masks: Path, tmp_path: Path)
     [
         (("--limit", 0), "--limit must be 1 or more, got 0"),
         (("--seed", -1), "--seed must be from 0 to 4611686018427387904, got -1"),
-        (("--judge", "me"), "--judge must be demo or none, got 'me'"),
         (("--max-drift", "psnr=3"), "--max-drift must be balanced or fast with bounds, such as "
          "'balanced:psnr=35,worst=30', got 'psnr=3'"),
         (("--way", "quick"), "fast must be settings such as 'steps_mask=fast,order=1', got 'quick'"),

@@ -60,7 +60,7 @@ class Figures:
 
     Attributes:
         way: what is left out; nothing of the exact images.
-        computed: steps in which the model was computed.
+        computed: steps in which the model was computed, on average. price: what they cost, in whole steps.
         seconds: of an image, the median over the cases: preparing, steps and decoding. Encoding masks and prompts is the
             same in every way, and not in it.
         psnr, worst: peak signal-to-noise ratio to the exact images, the mean and the least, in dB; 120 where they are equal.
@@ -72,7 +72,8 @@ class Figures:
     """
 
     way: FastConfig
-    computed: int
+    computed: float
+    price: float
     seconds: float
     psnr: float
     worst: float

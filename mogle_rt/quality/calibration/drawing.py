@@ -48,6 +48,7 @@ class _Image:
     picture: Image.Image
     seconds: float
     computed: int
+    condition: int
 
 
 class Calibration:
@@ -109,6 +110,7 @@ class Calibration:
             way=str(way),
             seconds=image.seconds,
             computed=image.computed,
+            condition=image.condition,
             psnr=float(psnr(picture[None], exact[None])[0]),
             ssim=float(ssim(picture[None], exact[None])[0]) if self._with_ssim else None,
             latents=latents_error(image.latents, torch.from_numpy(exact_latents)),
@@ -143,7 +145,7 @@ class Calibration:
             decoding = time.perf_counter() - begun
         report = pipe.last_run
         seconds = report.seconds["prepare"] + report.seconds["denoise"] + decoding
-        return _Image(latents.float().cpu(), picture, seconds, report.computed_steps)
+        return _Image(latents.float().cpu(), picture, seconds, report.computed_steps, report.condition_steps)
 
     def _consistency(self, picture: Picture, labels: Labels | None) -> float | None:
         if self._judge is None or labels is None:

@@ -38,7 +38,7 @@ class Drawn:
 
     Attributes:
         case: its key. way: what was left out, as a text; "" of the exact image.
-        seconds: that it took, without encoding. computed: steps.
+        seconds: that it took, without encoding. computed: steps. condition: those of them that computed it too.
         psnr, ssim, latents: beside the exact image. mask: its mask consistency.
     """
 
@@ -46,6 +46,7 @@ class Drawn:
     way: str
     seconds: Annotated[float, Range(0, 1e9)]
     computed: Annotated[int, Range(0, 10_000)]
+    condition: Annotated[int, Range(0, 10_000)]
     psnr: Annotated[float, Range(-100, 121)]
     ssim: Annotated[float, Range(-1.01, 1.01)] | None
     latents: Annotated[float, Range(0, 1e9)]

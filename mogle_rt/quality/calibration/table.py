@@ -16,7 +16,7 @@ from mogle_rt.masks.labels import colorize, resize, to_labels
 from mogle_rt.quality.calibration.cases import Case
 from mogle_rt.quality.calibration.choosing import Bounds, Figures, choose, within
 from mogle_rt.quality.calibration.results import Drawn, Results
-from mogle_rt.quality.calibration.ways import EXACT, competitor, label
+from mogle_rt.quality.calibration.ways import EXACT, fewer_steps, label, price
 
 MOST_ROWS = 12  # of the sheet
 HEADINGS = (
@@ -34,9 +34,19 @@ HEADINGS = (
 
 
 def figures_of(results: Results, cases: Sequence[Case], ways: Sequence[FastConfig]) -> list[Figures]:
-    """What was measured of the exact images and of each way, over all cases. Every image must be there."""
+    """What was measured of the exact images and of each way, over all cases. Every image must be there.
+
+    What costs most stands first, and fewer steps before the ways that cost as much.
+    """
     exact = [results.of(case, EXACT) for case in cases]
-    return [_figures(way, [results.of(case, way) for case in cases], exact) for way in (EXACT, *ways)]
+    first, *others = [_figures(way, [results.of(case, way) for case in cases], exact) for way in (EXACT, *ways)]
+    return [first, *sorted(others, key=lambda one: (-max(1, round(one.price)), not one.fewer_steps))]
+
+
+def competitors_left(figures: Sequence[Figures], steps: int) -> list[FastConfig]:
+    """Fewer steps at the price that ways turned out to have, as far as they were not drawn."""
+    found = dict.fromkeys(fewer_steps(one.way, one.price, steps) for one in figures)
+    return [way for way in found if way is not None and way not in {one.way for one in figures}]
 
 
 def _figures(way: FastConfig, drawn: Sequence[Drawn], exact: Sequence[Drawn]) -> Figures:
@@ -47,7 +57,8 @@ def _figures(way: FastConfig, drawn: Sequence[Drawn], exact: Sequence[Drawn]) ->
     mask, before = mean([one.mask for one in drawn]), mean([one.mask for one in exact])
     return Figures(
         way=way,
-        computed=drawn[0].computed,
+        computed=statistics.fmean(one.computed for one in drawn),
+        price=statistics.fmean(price(one.computed, one.condition) for one in drawn),
         seconds=statistics.median(one.seconds for one in drawn),
         psnr=statistics.fmean(one.psnr for one in drawn),
         worst=min(one.psnr for one in drawn),
@@ -81,7 +92,7 @@ class Table:
 
     def competitor(self, figures: Figures) -> Figures | None:
         """Fewer steps at the price of a way, if they were drawn."""
-        other = competitor(figures.way, self.steps)
+        other = fewer_steps(figures.way, figures.price, self.steps)
         return None if other is None else self._by_way.get(other)
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -93,7 +104,7 @@ class Table:
         beaten = other is not None and other.psnr >= one.psnr
         return (
             label(one.way),
-            f"{one.computed}",
+            f"{one.computed:.1f}".removesuffix(".0"),
             f"{one.seconds:.2f}",
             "" if one.way.exact else f"{one.psnr:.1f}",
             "" if one.way.exact else f"{one.worst:.1f}",

@@ -11,6 +11,7 @@ from mogle_rt.fast.settings import POLICIES, FastConfig
 EXACT = FastConfig()
 REFRESH = (2, 4)  # of the condition
 WITH_REFRESH = ("medium", "fast")  # masks that are tried together with the rarer refresh
+CHANGES = (0.05, 0.1, 0.2)  # of the velocity, up to which steps are left out
 KEPT_COST = 0.6  # of a step without the condition, in whole steps: about what it is at FLUX's size
 LONGEST_NAME = 60  # characters of a way's name in a file's name
 
@@ -22,8 +23,14 @@ def course_of(config: FastConfig, steps: int) -> tuple[Way, ...]:
 
 
 def computed(config: FastConfig, steps: int) -> int:
-    """In how many steps the model is computed."""
-    return sum(way.kind is not Kind.REUSED for way in course_of(config, steps))
+    """In how many steps the model is computed; where the velocities decide, a guess: half of them."""
+    course = course_of(config, steps)
+    return -(-len(course) // 2) if config.adapts else sum(way.kind is not Kind.REUSED for way in course)
+
+
+def price(computed: float, with_condition: float) -> float:
+    """What the computed steps cost, in whole steps; ``with_condition`` of them computed the condition too."""
+    return with_condition + KEPT_COST * (computed - with_condition)
 
 
 def candidates(steps: int) -> list[FastConfig]:
@@ -40,17 +47,23 @@ def candidates(steps: int) -> list[FastConfig]:
     refreshed += [FastConfig(steps_mask=name, refresh_every=max(REFRESH)) for name in WITH_REFRESH]
     for config in refreshed:
         tried.setdefault(course_of(config, steps), config)
-    return [config for config in tried.values() if config != EXACT]
+    adaptive = [FastConfig(max_change=change) for change in CHANGES] if steps > 3 else []  # it computes three at least
+    return [config for config in tried.values() if config != EXACT] + adaptive
 
 
 def competitor(config: FastConfig, steps: int) -> FastConfig | None:
-    """Fewer steps at the price of a way: as many as it computes, where a step without the condition counts `KEPT_COST`.
-
-    None where that is not fewer, or it is the way itself.
-    """
+    """Fewer steps at the price of a way, as far as it is known beforehand: the velocities don't decide."""
+    if config.adapts:
+        return None
     kinds = [way.kind for way in course_of(config, steps)]
-    count = round(kinds.count(Kind.WHOLE) + KEPT_COST * kinds.count(Kind.KEPT))
-    fewer = FastConfig(most_steps=count) if 1 <= count < steps else None
+    whole = kinds.count(Kind.WHOLE)
+    return fewer_steps(config, price(whole + kinds.count(Kind.KEPT), whole), steps)
+
+
+def fewer_steps(config: FastConfig, price: float, steps: int) -> FastConfig | None:
+    """The shorter schedule that costs what a way costs. None where that is not shorter, or it is the way itself."""
+    count = max(1, round(price))
+    fewer = FastConfig(most_steps=count) if count < steps else None
     return None if fewer == config else fewer
 
 

@@ -27,7 +27,15 @@ pytestmark = pytest.mark.quick
 
 
 def figures(way: FastConfig, seconds: float, psnr: float = 40.0, **others: Any) -> Figures:
-    measured = {"worst": psnr, "ssim": 0.99, "latents": 0.01, "mask": 0.8, "mask_loss": 0.0, "computed": 5} | others
+    measured = {
+        "worst": psnr,
+        "ssim": 0.99,
+        "latents": 0.01,
+        "mask": 0.8,
+        "mask_loss": 0.0,
+        "computed": 5,
+        "price": 5,
+    } | others
     return Figures(way=way, seconds=seconds, psnr=psnr, **measured)
 
 
@@ -115,17 +123,17 @@ def test_fewer_steps_are_chosen_where_they_are_better(fewer: float, mask: float,
 
 @pytest.mark.parametrize(("fewer", "mask", "says"), [(41, 40, "better"), (40, 41, ""), (40, 40, "better")])
 def test_the_table_says_where_fewer_steps_are_better(fewer: float, mask: float, says: str) -> None:
-    rival = figures(FastConfig(most_steps=6), 5.1, fewer)
-    way = figures(FastConfig(steps_mask="11111" + "0" * 5), 5.0, mask)
+    rival = figures(FastConfig(most_steps=6), 5.1, fewer, price=6)
+    way = figures(FastConfig(max_change=0.1), 5.0, mask, computed=6.2, price=6.2)
     table = Table([NOTHING_LEFT_OUT, rival, way], {"fast": Bounds(psnr=35)}, 10, {"model": "m"})
-    (row,) = (row for row in table.rows() if row[0].startswith("steps_mask"))
+    (row,) = (row for row in table.rows() if row[0].startswith("max_change"))
     assert row[-2] == f"6 steps: {fewer:.1f}" + (f", {says}" if says else "")
     assert table.settings == {"fast": rival.way if fewer > mask else way.way}
     sentences = " ".join(table.sentences())
     assert ("an exact run of a shorter schedule" in sentences) == (fewer > mask)
     assert f"better than {int(fewer >= mask)} of 1 ways" in sentences
     taken = [row[0] for row in table.rows() if row[-1] == "fast"]
-    assert taken == ["6 steps" if fewer > mask else "steps_mask=1111100000"]
+    assert taken == ["6 steps" if fewer > mask else "max_change=0.1"]
     assert table.markdown().count("\n| ") == 5
 
 

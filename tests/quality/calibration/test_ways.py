@@ -13,8 +13,10 @@ from mogle_rt.quality.calibration.ways import (
     competitor,
     computed,
     course_of,
+    fewer_steps,
     file_stem,
     label,
+    price,
     with_competitors,
 )
 from tests.apps.test_cli import draw_mask
@@ -26,10 +28,12 @@ pytestmark = pytest.mark.quick
 def test_every_way_has_fewer_steps_beside_it(steps: int) -> None:
     """At an equal number of computed steps; and no two ways do the same."""
     ways = with_competitors(candidates(steps), steps)
-    assert len({course_of(way, steps) for way in ways}) == len(ways) == len(set(ways))
+    known = [way for way in ways if not way.adapts]
+    assert len({course_of(way, steps) for way in known}) == len(known)
+    assert len(set(ways)) == len(ways)
     assert len({file_stem(way) for way in ways}) == len(ways)
     assert not any(way.exact for way in ways)
-    for way in ways:
+    for way in known:
         if way.most_steps is None and not way.keeps_condition and computed(way, steps) < steps:
             rival = competitor(way, steps)
             assert rival in ways
@@ -40,7 +44,7 @@ def test_every_way_has_fewer_steps_beside_it(steps: int) -> None:
 def test_the_usual_ways() -> None:
     """Each mask of 28 steps in both orders, refreshing the condition, and both together."""
     ways = candidates(28)
-    assert {computed(way, 28) for way in ways if not way.keeps_condition} == {18, 15, 11, 8}
+    assert {computed(way, 28) for way in ways if not (way.keeps_condition or way.adapts)} == {18, 15, 11, 8}
     assert {way.order for way in ways} == {0, 1}
     assert {(way.steps_mask, way.refresh_every) for way in ways if way.keeps_condition} == {
         (None, 2),
@@ -50,6 +54,11 @@ def test_the_usual_ways() -> None:
     }
     assert competitor(FastConfig(refresh_every=4), 28) == FastConfig(most_steps=20)  # 7 whole steps and 21 of 0.6
     assert competitor(FastConfig(most_steps=7), 28) is None
+    assert {way.max_change for way in ways if way.adapts} == {0.05, 0.1, 0.2}
+    assert competitor(FastConfig(max_change=0.1), 28) is None  # its price isn't known beforehand
+    assert fewer_steps(FastConfig(max_change=0.1), 9.6, 28) == FastConfig(most_steps=10)
+    assert fewer_steps(FastConfig(max_change=0.1), 28.0, 28) is None
+    assert price(9, 3) == pytest.approx(3 + 6 * 0.6)
 
 
 def test_names() -> None:
