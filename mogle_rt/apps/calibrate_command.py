@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table as Shown
 
-from mogle_rt.apps.program import FACE, MODEL, Device, Dtype, MaskOrder, MaxMemory, must_exist, parse_json, say
+from mogle_rt.apps.program import FACE, MODEL, Device, Dtype, MaskOrder, MaxMemory, console, must_exist, parse_json, say
 from mogle_rt.errors import CheckpointError, InputError, MaskError, OutputError
 
 if TYPE_CHECKING:
@@ -172,12 +172,8 @@ def calibrate(
 
     measured_on = choose_device(device)
     with_ssim = find_spec("torchmetrics") is not None
-    if not with_ssim:
-        if any(one.ssim is not None for one in bounds.values()):
-            raise InputError(
-                f"--max-drift: ssim needs the package torchmetrics; install it: {install_command('evaluate')}"
-            )
-        say(f"SSIM is left out: it needs the package torchmetrics; install it: {install_command('evaluate')}")
+    if not with_ssim and any(one.ssim is not None for one in bounds.values()):
+        raise InputError(f"--max-drift: ssim needs the package torchmetrics; install it: {install_command('evaluate')}")
     judge = _judge(parser, bundle, measured_on)
     settings = {
         "bundle": bundle.content_hash,
@@ -205,6 +201,12 @@ def calibrate(
         if left:
             say(f"{len(cases)} cases, {len(ways)} ways and exact{told}: {left:,} steps to compute")
             if not begun:
+                if not with_ssim:
+                    say(
+                        f"SSIM is left out: it needs the package torchmetrics; install it: {install_command('evaluate')}"
+                    )
+                if judge is None and parser is None:
+                    say("mask consistency is left out; --parser measures it")
                 pipe = load_pipeline(
                     checkpoint,
                     device=device,
@@ -298,8 +300,6 @@ def _judge(asked: str | None, bundle: Bundle, device: torch.device) -> Parser | 
 
     if asked is None:
         asked = demo.NAME if bundle.path == BUNDLE else "none"
-        if asked == "none":
-            say("mask consistency is left out; --parser measures it")
     if asked == "none":
         return None
     return demo.DemoJudge() if asked == demo.NAME else SegmentationModel(asked, device)
@@ -313,8 +313,8 @@ def _show(rows: Sequence[Sequence[str]], sentences: Sequence[str]) -> None:
         shown.add_column(heading, justify="right" if 0 < i < len(HEADINGS) - 2 else "left", no_wrap=True)
     for row in rows:
         shown.add_row(*row)
-    out = Console(soft_wrap=True, highlight=False, emoji=False, markup=False)
-    out.print(shown, width=max(out.width, WIDTH))
+    out = Console(soft_wrap=True, highlight=False, emoji=False, markup=False, width=max(console.width, WIDTH))
+    out.print(shown)
     for line in sentences:
         out.print(line, markup=False)
 

@@ -97,9 +97,8 @@ def write_grid(path: Path, rows: Sequence[Sequence[tuple[Image.Image, str]]]) ->
     cells = [cell for row in rows for cell in row]
     width, height = (max((picture.size[i] for picture, _ in cells), default=1) for i in (0, 1))
     columns = max(map(len, rows), default=1)
-    scale = min(
-        1.0, LARGEST_SHEET / (columns * (width + GAP) + GAP), LARGEST_SHEET / (len(rows) * (height + CAPTION + GAP))
-    )
+    room = (LARGEST_SHEET - GAP) // columns - GAP, (LARGEST_SHEET - GAP) // max(1, len(rows)) - CAPTION - GAP
+    scale = min(1.0, room[0] / width, room[1] / height)
     width, height = max(SMALLEST_TILE, int(width * scale)), max(1, int(height * scale))
     sheet = Image.new("RGB", (columns * (width + GAP) + GAP, len(rows) * (height + CAPTION + GAP) + GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(CAPTION - 3)

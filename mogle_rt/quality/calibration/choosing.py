@@ -61,8 +61,9 @@ class Figures:
     Attributes:
         way: what is left out; nothing of the exact images.
         computed: steps in which the model was computed, on average. price: what they cost, in whole steps.
-        seconds: of an image, the median over the cases: preparing, steps and decoding. Encoding masks and prompts is the
-            same in every way, and not in it.
+        seconds: of an image: preparing, steps and decoding. Encoding masks and prompts is the same in every way, and not
+            in it. It is the median of the exact images' times, times the median of the ratios to those that were drawn at
+            about the same time, which a machine's busy times change least.
         psnr, worst: peak signal-to-noise ratio to the exact images, the mean and the least, in dB; 120 where they are equal.
         ssim: structural similarity, the mean; None where it wasn't measured.
         latents: distance of the latents from the exact ones, relative to their length, the mean.

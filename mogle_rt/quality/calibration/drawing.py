@@ -36,8 +36,13 @@ class Bar(Protocol):
 
 
 def work_left(results: Results, cases: Sequence[Case], ways: Sequence[FastConfig], steps: int) -> int:
-    """How many steps are to be computed until every image is there."""
-    return sum(computed(way, steps) for case in cases for way in (EXACT, *ways) if not results.has(case, way))
+    """How many steps are to be computed until every image is there, with an exact one beside those of each case."""
+    left = 0
+    for case in cases:
+        todo = [way for way in ways if not results.has(case, way)]
+        if todo or not results.has(case, EXACT):
+            left += sum(computed(way, steps) for way in (EXACT, *todo))
+    return left
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,8 @@ class Calibration:
     def run(self, cases: Sequence[Case], ways: Sequence[FastConfig], bar: Bar) -> None:
         """Draw what is not there yet, case by case, so that a busy time of the machine meets all ways alike.
 
+        An exact image that is there is drawn again, to know what it takes at this time.
+
         Args:
             bar: gets the number of steps that each image took.
         """
@@ -92,13 +99,16 @@ class Calibration:
             if not self._warm:  # the first call loads and prepares what later ones find ready
                 self._draw(case, labels, EXACT, num_inference_steps=1)
                 self._warm = True
+            exact = self._draw(case, labels, EXACT)
+            bar.update(exact.computed)
             if new:
-                self._add(case, labels, EXACT, bar)
+                self._add(case, labels, EXACT, exact, exact.seconds)
             for way in todo:
-                self._add(case, labels, way, bar)
+                image = self._draw(case, labels, way)
+                bar.update(image.computed)
+                self._add(case, labels, way, image, exact.seconds)
 
-    def _add(self, case: Case, labels: Labels | None, way: FastConfig, bar: Bar) -> None:
-        image = self._draw(case, labels, way)
+    def _add(self, case: Case, labels: Labels | None, way: FastConfig, image: _Image, beside: float) -> None:
         picture = np.asarray(image.picture)
         if way.exact:
             self._results.keep_latents(case, image.latents.numpy())
@@ -109,6 +119,7 @@ class Calibration:
             case=case.key,
             way=str(way),
             seconds=image.seconds,
+            beside=beside,
             computed=image.computed,
             condition=image.condition,
             psnr=float(psnr(picture[None], exact[None])[0]),
@@ -117,7 +128,6 @@ class Calibration:
             mask=self._consistency(picture, labels),
         )
         self._results.add(case, way, image.picture, drawn)
-        bar.update(image.computed)
 
     def _draw(self, case: Case, labels: Labels | None, way: FastConfig, **changed: Any) -> _Image:
         pipe, side = self._pipe, self._pipe.bundle.default_size

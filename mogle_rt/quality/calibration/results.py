@@ -38,13 +38,15 @@ class Drawn:
 
     Attributes:
         case: its key. way: what was left out, as a text; "" of the exact image.
-        seconds: that it took, without encoding. computed: steps. condition: those of them that computed it too.
+        seconds: that it took, without encoding. beside: those that the exact image took at about the same time.
+        computed: steps. condition: those of them that computed the condition too.
         psnr, ssim, latents: beside the exact image. mask: its mask consistency.
     """
 
     case: str
     way: str
     seconds: Annotated[float, Range(0, 1e9)]
+    beside: Annotated[float, Range(1e-9, 1e9)]
     computed: Annotated[int, Range(0, 10_000)]
     condition: Annotated[int, Range(0, 10_000)]
     psnr: Annotated[float, Range(-100, 121)]

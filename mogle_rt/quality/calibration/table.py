@@ -59,7 +59,8 @@ def _figures(way: FastConfig, drawn: Sequence[Drawn], exact: Sequence[Drawn]) ->
         way=way,
         computed=statistics.fmean(one.computed for one in drawn),
         price=statistics.fmean(price(one.computed, one.condition) for one in drawn),
-        seconds=statistics.median(one.seconds for one in drawn),
+        seconds=statistics.median(one.seconds / one.beside for one in drawn)
+        * statistics.median(e.seconds for e in exact),
         psnr=statistics.fmean(one.psnr for one in drawn),
         worst=min(one.psnr for one in drawn),
         ssim=mean([one.ssim for one in drawn]),
@@ -173,7 +174,10 @@ def write_sheet(path: Path, results: Results, cases: Sequence[Case], ways: Seque
         row: list[tuple[Image.Image, str]] = []
         for way in (EXACT, *ways):
             with Image.open(results.image_path(case, way)) as image:
-                text = "exact" if way.exact else f"{label(way)}: {results.of(case, way).psnr:.1f} dB"
+                name = (
+                    label(way).removeprefix("steps_mask=").replace("refresh_every=", "refresh ")
+                )  # it has little room
+                text = "exact" if way.exact else f"{name}: {results.of(case, way).psnr:.1f} dB"
                 row.append((image.convert("RGB"), text))
         width, height = row[0][0].size
         mask = Image.new("RGB", (width, height), "white")
