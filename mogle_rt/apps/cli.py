@@ -8,9 +8,9 @@ import typer
 
 from mogle_rt import __version__
 from mogle_rt.apps.bundle_commands import convert, examples, info, quantize
-from mogle_rt.apps.calibrate_command import calibrate
 from mogle_rt.apps.cost_command import cost
 from mogle_rt.apps.data_sets.batch_command import batch
+from mogle_rt.apps.data_sets.calibrate_command import calibrate
 from mogle_rt.apps.data_sets.evaluate_command import evaluate
 from mogle_rt.apps.edit_command import edit
 from mogle_rt.apps.embed_command import embed
