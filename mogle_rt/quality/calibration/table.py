@@ -126,16 +126,14 @@ class Table:
                 lines.append(f"{name} ({bound}): nothing is left out, as no faster way stays within the bounds")
                 continue
             faster = exact.seconds / one.seconds if one.seconds else math.inf
-            what = f"{label(one.way)}, an exact run of a shorter schedule," if one.fewer_steps else label(one.way)
+            what = f"{label(one.way)}, an exact run of a shorter schedule" if one.fewer_steps else label(one.way)
             lines.append(
-                f"{name} ({bound}): {what} {faster:.2f} times as fast, {one.psnr:.1f} dB, worst {one.worst:.1f}"
+                f"{name} ({bound}): {what}: {faster:.2f} times as fast, {one.psnr:.1f} dB, worst {one.worst:.1f}"
             )
         rivals = [(one, other) for one in self.figures if (other := self.competitor(one)) is not None]
         lost = sum(other.psnr >= one.psnr for one, other in rivals)
         if rivals:
-            lines.append(
-                f"fewer steps are as good or better than {lost} of {len(rivals)} ways that compute as many steps"
-            )
+            lines.append(f"fewer steps are as good or better than {lost} of {len(rivals)} ways at the same price")
         return lines
 
     def markdown(self) -> str:
