@@ -82,7 +82,7 @@ def _on_cpus(bundle: Bundle, model: Mapping[str, Any], cpus: int, batch_size: in
     """How many pipelines can work beside each other on this machine."""
     from mogle_rt.calls.memory import MemoryPlans
     from mogle_rt.cost.demand import Run
-    from mogle_rt.memory.budget import PROCESS_BYTES
+    from mogle_rt.memory.budget import PROCESS_BYTES, available_memory
     from mogle_rt.memory.devices import choose_device, choose_dtype
     from mogle_rt.memory.threads import worthwhile_threads
 
@@ -104,7 +104,8 @@ def _on_cpus(bundle: Bundle, model: Mapping[str, Any], cpus: int, batch_size: in
     plan = MemoryPlans(bundle, run, None, streams=model["engine"] == "torch").plan
     rows = batch_size * (2 * (side // PATCH) ** 2 + tokens)
     threads = worthwhile_threads(rows, bundle.config.transformer.width, cpus)
-    return max(1, min(cpus // threads, int((plan.room + plan.set_aside) // (plan.peak + PROCESS_BYTES))))
+    # This process goes on beside the workers, so what it holds is no room for them.
+    return max(1, min(cpus // threads, int(available_memory() // (plan.peak + PROCESS_BYTES))))
 
 
 def blocks(tasks: Sequence[Task], batch_size: int, workers: int) -> Iterator[list[Task]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,11 +56,15 @@ def test_a_cluster_that_is_too_small(asked: Asked, message: str) -> None:
 
 
 def test_workers_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker for each core, as far as the memory suffices, for a model that gains nothing from more threads."""
+    """A worker for each core, as far as the free memory suffices, for a model that gains nothing from more threads.
+
+    What this process holds itself, here 8 GB, is not free.
+    """
     from mogle_rt.memory import budget
 
     model: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "model_config": ModelConfig(), "kernels": None}
     model["engine"] = "torch"
+    monkeypatch.setattr("psutil.Process.memory_info", lambda _: SimpleNamespace(rss=8 << 30))
     for free, workers in ((100 << 30, 6), (4 << 30, 3), (1 << 29, 1)):
         monkeypatch.setattr(budget, "available_memory", lambda free=free: free)
         found = choose_places(Bundle("demo"), model, {"CPU": 6.0}, Asked(None, 1, None, "cpu"), 1).workers
