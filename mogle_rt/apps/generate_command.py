@@ -13,11 +13,18 @@ from mogle_rt.apps.program import (
     FACE,
     MODEL,
     OUTPUT,
+    ConditionScale,
     Device,
     Dtype,
     EnginePath,
+    Guidance,
+    Kernels,
     MaskOrder,
     MaxMemory,
+    Metadata,
+    Pixels,
+    Steps,
+    Switches,
     WhichEngine,
     must_exist,
     parse_json,
@@ -75,19 +82,11 @@ def generate(
             help="Seed of the first image; each next image has the next seed. Default: random.", rich_help_panel=FACE
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=FACE)] = 28,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.", rich_help_panel=FACE)] = 3.5,
-    condition_scale: Annotated[
-        float, typer.Option(help="Strength of the mask; 1 is as trained, 0 is none.", rich_help_panel=FACE)
-    ] = 1.0,
-    height: Annotated[
-        int | None,
-        typer.Option(help="Pixels, a multiple of 16; default: from the mask's aspect ratio.", rich_help_panel=FACE),
-    ] = None,
-    width: Annotated[
-        int | None,
-        typer.Option(help="Pixels, a multiple of 16; default: from the mask's aspect ratio.", rich_help_panel=FACE),
-    ] = None,
+    steps: Steps = 28,
+    guidance: Guidance = 3.5,
+    condition_scale: ConditionScale = 1.0,
+    height: Pixels = None,
+    width: Pixels = None,
     output: Annotated[
         Path,
         typer.Option(
@@ -101,12 +100,7 @@ def generate(
         str | None,
         typer.Option("--format", help="png or jpg, if --output has no suffix; default: png.", rich_help_panel=OUTPUT),
     ] = None,
-    metadata: Annotated[
-        bool,
-        typer.Option(
-            help="Write prompt, seed, settings and the mask's file name into the images.", rich_help_panel=OUTPUT
-        ),
-    ] = True,
+    metadata: Metadata = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace existing images.", rich_help_panel=OUTPUT)
     ] = False,
@@ -134,13 +128,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="Images computed at once.", rich_help_panel=MODEL)] = 1,
     device: Device = None,
     dtype: Dtype = None,
-    kernels: Annotated[
-        str | None,
-        typer.Option(
-            help="Operations that compute a step: triton or torch; default: what suits the device.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
+    kernels: Kernels = None,
     engine: WhichEngine = "torch",
     engine_path: EnginePath = None,
     max_memory: MaxMemory = None,
@@ -155,9 +143,7 @@ def generate(
         bool,
         typer.Option("--verbose", "-v", help="Say what is held in memory and how steps run.", rich_help_panel=MODEL),
     ] = False,
-    model_config: Annotated[
-        str | None, typer.Option(help="The reference's switches as JSON.", rich_help_panel=MODEL)
-    ] = None,
+    model_config: Switches = None,
 ) -> None:
     """Draw faces from masks and prompts."""
     start = time.perf_counter()

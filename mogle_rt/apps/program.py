@@ -28,6 +28,26 @@ MaskOrder = Annotated[
         rich_help_panel=FACE,
     ),
 ]
+Steps = Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=FACE)]
+Guidance = Annotated[float, typer.Option(help="Guidance scale.", rich_help_panel=FACE)]
+ConditionScale = Annotated[
+    float, typer.Option(help="Strength of the mask; 1 is as trained, 0 is none.", rich_help_panel=FACE)
+]
+Pixels = Annotated[
+    int | None,
+    typer.Option(help="Pixels, a multiple of 16; default: from the mask's aspect ratio.", rich_help_panel=FACE),
+]
+Metadata = Annotated[
+    bool,
+    typer.Option(help="Write prompt, seed, settings and the mask's file name into the images.", rich_help_panel=OUTPUT),
+]
+Kernels = Annotated[
+    str | None,
+    typer.Option(
+        help="Operations that compute a step: triton or torch; default: what suits the device.", rich_help_panel=MODEL
+    ),
+]
+Switches = Annotated[str | None, typer.Option(help="The reference's switches as JSON.", rich_help_panel=MODEL)]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:N or mps; default: the best available.", rich_help_panel=MODEL)
 ]

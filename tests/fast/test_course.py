@@ -111,6 +111,10 @@ def test_a_course_begins_anew_out_of_turn() -> None:
     assert course.way(1).kind is Kind.WHOLE  # back, where nothing is known any more
     course.done(1)
     assert course.computed == 3
+    course = Course(FastConfig(steps_mask="100001"), SIGMAS)
+    course.way(0)
+    course.done(0)
+    assert course.way(2).kind is Kind.WHOLE  # ahead: what step 1 would have kept isn't there
 
 
 def test_a_course_without_settings_never_goes_on() -> None:

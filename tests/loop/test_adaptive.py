@@ -11,28 +11,19 @@ from torch import Tensor
 
 from mogle_rt import FastConfig
 from mogle_rt.bundle.bundle import Bundle
-from mogle_rt.config import ModelConfig
 from mogle_rt.engines.contract import Conditions
-from mogle_rt.engines.torch_engine import TorchEngine
-from mogle_rt.engines.velocity import VelocityLoop
 from mogle_rt.fast.adaptive import AdaptiveCourse, Image, needs
 from mogle_rt.fast.course import Kind
 from mogle_rt.loop.denoise import denoise, euler
 from mogle_rt.loop.graphs import GRAPH
-from mogle_rt.loop.schedule import Schedule
 from tests.loop.test_graphs import FakeCuda, asked_of, bundle
-from tests.loop.test_reuse import STEPS, drawn, noise, schedule_of
+from tests.loop.test_reuse import STEPS, Exported, drawn, engine_of, noise, schedule_of
 
 __all__ = ["bundle"]  # a fixture
 
-CPU = torch.device("cpu")
 ADAPTIVE = FastConfig(max_change=0.5, max_skips=2)
 ORDERS = pytest.mark.parametrize("fast", [ADAPTIVE, replace(ADAPTIVE, order=0)], ids=str)
 SIGMAS = [1.0, 0.9, 0.8, 0.6, 0.4, 0.2]
-
-
-def engine_of(bundle: Bundle) -> TorchEngine:
-    return TorchEngine(bundle, CPU, torch.float32, ModelConfig())
 
 
 def asked(bundle: Bundle, fast: FastConfig | None, batch: int = 1, seed: int = 1) -> Conditions:
@@ -173,18 +164,7 @@ def test_graphs(bundle: Bundle, fast: FastConfig, monkeypatch: pytest.MonkeyPatc
 
 @ORDERS
 def test_exported_engines_do_the_same(bundle: Bundle, fast: FastConfig) -> None:
-    class Exported(VelocityLoop):
-        def __init__(self) -> None:
-            self.inner = engine_of(bundle)
-
-        def prepare(self, conditions: Conditions, schedule: Schedule) -> None:
-            self.inner.prepare(replace(conditions, fast=None), schedule)
-            self.follow(schedule, CPU, conditions)
-
-        def step(self, latents: Tensor, k: int) -> Tensor:
-            return self.inner.step(latents, k)
-
-    engine, call, schedule = Exported(), asked(bundle, fast, batch=2), schedule_of(bundle)
+    engine, call, schedule = Exported(bundle), asked(bundle, fast, batch=2), schedule_of(bundle)
     torch_engine = engine_of(bundle)
     expected = drawn(torch_engine, bundle, call)
     made: Any = None

@@ -199,22 +199,24 @@ def test_graphs_of_both_kinds(bundle: Bundle, fast: FastConfig, monkeypatch: pyt
         assert len(cuda.captures) == 2
 
 
+class Exported(VelocityLoop):
+    """An engine that computes velocities alone, as exported ones do."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.inner = engine_of(bundle)
+
+    def prepare(self, conditions: Conditions, schedule: Schedule) -> None:
+        self.inner.prepare(replace(conditions, fast=None), schedule)
+        self.follow(schedule, CPU, conditions)
+
+    def step(self, latents: Tensor, k: int) -> Tensor:
+        return self.inner.step(latents, k)
+
+
 @WAYS
 def test_exported_engines_do_the_same(bundle: Bundle, fast: FastConfig) -> None:
     """Those that compute velocities alone."""
-
-    class Exported(VelocityLoop):
-        def __init__(self) -> None:
-            self.inner = engine_of(bundle)
-
-        def prepare(self, conditions: Conditions, schedule: Schedule) -> None:
-            self.inner.prepare(replace(conditions, fast=None), schedule)
-            self.follow(schedule, CPU, conditions)
-
-        def step(self, latents: Tensor, k: int) -> Tensor:
-            return self.inner.step(latents, k)
-
-    engine, asked, schedule = Exported(), replace(asked_of(bundle)(1), fast=fast), schedule_of(bundle)
+    engine, asked, schedule = Exported(bundle), replace(asked_of(bundle)(1), fast=fast), schedule_of(bundle)
     expected = drawn(engine_of(bundle), bundle, asked)
     for on_step in (None, lambda k, latents: latents):
         engine.prepare(asked, schedule)

@@ -10,10 +10,28 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mogle_rt.apps.program import console, parse_json, say
+from mogle_rt.apps.program import (
+    FACE,
+    MODEL,
+    OUTPUT,
+    ConditionScale,
+    Dtype,
+    EnginePath,
+    Guidance,
+    Kernels,
+    MaskOrder,
+    Metadata,
+    Pixels,
+    Steps,
+    Switches,
+    WhichEngine,
+    console,
+    parse_json,
+    say,
+)
 from mogle_rt.errors import InputError
 
-FACE, OUTPUT, WORKERS, MODEL = "What is drawn", "Files", "Workers", "How it is computed"
+WORKERS = "Workers"
 
 
 def batch(
@@ -34,19 +52,8 @@ def batch(
     suffix: Annotated[
         str | None, typer.Option("--format", help="png or jpg; default: png.", rich_help_panel=OUTPUT)
     ] = None,
-    metadata: Annotated[
-        bool,
-        typer.Option(
-            help="Write prompt, seed, settings and the mask's file name into the images.", rich_help_panel=OUTPUT
-        ),
-    ] = True,
-    mask_order: Annotated[
-        str,
-        typer.Option(
-            help="What a label map's numbers mean: celebamask, bisenet, farl, or class names separated by commas.",
-            rich_help_panel=FACE,
-        ),
-    ] = "celebamask",
+    metadata: Metadata = True,
+    mask_order: MaskOrder = "celebamask",
     caption: Annotated[
         int,
         typer.Option(
@@ -60,19 +67,11 @@ def batch(
             help="Another number gives all rows without a seed of their own another one.", rich_help_panel=FACE
         ),
     ] = 0,
-    steps: Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=FACE)] = 28,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.", rich_help_panel=FACE)] = 3.5,
-    condition_scale: Annotated[
-        float, typer.Option(help="Strength of the mask; 1 is as trained, 0 is none.", rich_help_panel=FACE)
-    ] = 1.0,
-    height: Annotated[
-        int | None,
-        typer.Option(help="Pixels, a multiple of 16; default: from the mask's aspect ratio.", rich_help_panel=FACE),
-    ] = None,
-    width: Annotated[
-        int | None,
-        typer.Option(help="Pixels, a multiple of 16; default: from the mask's aspect ratio.", rich_help_panel=FACE),
-    ] = None,
+    steps: Steps = 28,
+    guidance: Guidance = 3.5,
+    condition_scale: ConditionScale = 1.0,
+    height: Pixels = None,
+    width: Pixels = None,
     num_workers: Annotated[
         int | None,
         typer.Option(
@@ -101,25 +100,10 @@ def batch(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or mps; default: the best available.", rich_help_panel=MODEL)
     ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="bf16, fp16 or fp32; default: one that is fast on the device.", rich_help_panel=MODEL),
-    ] = None,
-    kernels: Annotated[
-        str | None,
-        typer.Option(
-            help="Operations that compute a step: triton or torch; default: what suits the device.",
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    engine: Annotated[
-        str,
-        typer.Option(help="torch, or for an export: onnxruntime, tensorrt, tensorrt-rtx.", rich_help_panel=MODEL),
-    ] = "torch",
-    engine_path: Annotated[
-        Path | None,
-        typer.Option(help="The export's folder; default: the bundle's folder.", rich_help_panel=MODEL),
-    ] = None,
+    dtype: Dtype = None,
+    kernels: Kernels = None,
+    engine: WhichEngine = "torch",
+    engine_path: EnginePath = None,
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -127,9 +111,7 @@ def batch(
             rich_help_panel=MODEL,
         ),
     ] = None,
-    model_config: Annotated[
-        str | None, typer.Option(help="The reference's switches as JSON.", rich_help_panel=MODEL)
-    ] = None,
+    model_config: Switches = None,
 ) -> None:
     """Draw an image for each row of a data set, on one machine or a Ray cluster. The same command goes on after a stop."""
     from mogle_rt.batch import run

@@ -12,7 +12,21 @@ import typer
 from rich.console import Console
 from rich.table import Table as Shown
 
-from mogle_rt.apps.program import FACE, MODEL, Device, Dtype, MaskOrder, MaxMemory, console, must_exist, parse_json, say
+from mogle_rt.apps.program import (
+    FACE,
+    Device,
+    Dtype,
+    Guidance,
+    Kernels,
+    MaskOrder,
+    MaxMemory,
+    Pixels,
+    Switches,
+    console,
+    must_exist,
+    parse_json,
+    say,
+)
 from mogle_rt.errors import CheckpointError, InputError, MaskError, OutputError
 
 if TYPE_CHECKING:
@@ -53,15 +67,9 @@ def calibrate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Another one gives all cases other noise.", rich_help_panel=FACE)] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps of the exact images.", rich_help_panel=FACE)] = 28,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.", rich_help_panel=FACE)] = 3.5,
-    height: Annotated[
-        int | None,
-        typer.Option(help="Pixels, a multiple of 16; default: from the mask's aspect ratio.", rich_help_panel=FACE),
-    ] = None,
-    width: Annotated[
-        int | None,
-        typer.Option(help="Pixels, a multiple of 16; default: from the mask's aspect ratio.", rich_help_panel=FACE),
-    ] = None,
+    guidance: Guidance = 3.5,
+    height: Pixels = None,
+    width: Pixels = None,
     way: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,14 +105,9 @@ def calibrate(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
-    kernels: Annotated[
-        str | None,
-        typer.Option(help="Operations that compute a step: triton or torch.", rich_help_panel=MODEL),
-    ] = None,
+    kernels: Kernels = None,
     max_memory: MaxMemory = None,
-    model_config: Annotated[
-        str | None, typer.Option(help="The reference's switches as JSON.", rich_help_panel=MODEL)
-    ] = None,
+    model_config: Switches = None,
 ) -> None:
     """Measure what fast modes cost on your weights and device, and choose what --fast balanced and --fast fast mean."""
     # First check everything that needs no large library, so that a mistake is reported at once.
