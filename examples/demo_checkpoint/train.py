@@ -31,7 +31,7 @@ from examples.demo_checkpoint.training import PRODUCTS, Average, Clock, Team, in
 from mogle_rt.config import VAE_SCALE
 from mogle_rt.encoders.vae import unpack_latents
 
-BATCH_TOKENS = 1024  # image tokens in a step: 16 pictures of 128 x 128
+TOKENS_OF_SMALLEST = 64  # image tokens of a picture of 128 x 128; a step has as many tokens whatever its size
 SIZE_SHARES = {SQUARE: 0.5, MIDDLE: 0.27, SLIM: 0.08, TALL: 0.07, LARGE: 0.08}
 SHIFT = 0.4675  # the mean of the logit-normal noise levels, which is FLUX's shift at 64 tokens
 HIGH = 0.25  # the share of noise levels drawn evenly from 0.8 to 1, where colours are decided
@@ -205,7 +205,9 @@ def train(team: Team, args: argparse.Namespace) -> None:
             data.refresh()
         size = pick_size(step, data.sizes())
         tokens = size[0] * size[1] // (2 * VAE_SCALE) ** 2
-        batch = data.draw(size, max(1, round(BATCH_TOKENS / tokens / team.size)), ROUGH, drop_masks, generator)
+        batch = data.draw(
+            size, max(1, round(args.batch * TOKENS_OF_SMALLEST / tokens / team.size)), ROUGH, drop_masks, generator
+        )
         if batch.grid not in ropes:
             ropes[batch.grid] = model.rope(TOKENS, batch.grid)
         text = prompts(batch, generator, drop=True)
