@@ -144,7 +144,8 @@ class DoubleBlock(nn.Module):
         context_qk, context_v = self.context_qkv(modulate(text, context[1], context[0])).split([2 * D, D], -1)
         qk = torch.cat([self.context_norm_qk(heads(context_qk, 2, H)), self.norm_qk(heads(qk, 2, H))], 1)
         v = heads(torch.cat([context_v, v], 1), 1, H)[:, :, 0]
-        told, seen = attend(*rotate(qk, rope).unbind(2), v).split([text.shape[1], 2 * n], 1)
+        q, k = rotate(qk, rope).unbind(2)
+        told, seen = attend(q, k, v).split([text.shape[1], 2 * n], 1)
         x = torch.addcmul(grouped(x), grouped(self.out(seen, n)), mod[2])
         text = torch.addcmul(text, self.context_out(told), context[2])
         y = self.ff_out(F.gelu(self.ff_in(modulate(x, mod[4], mod[3]).flatten(1, 2)), approximate="tanh"), n)
@@ -167,8 +168,8 @@ class SingleBlock(nn.Module):
         h, gate = self._normed(x, n, temb, temb0)
         D, rest = self.width, x.shape[1] - n
         qk, v, mlp = self.qkv_mlp(h, rest).split([2 * D, D, 4 * D], -1)
-        qk = rotate(self.norm_qk(heads(qk, 2, self.count)), rope)
-        attention = attend(*qk.unbind(2), heads(v, 1, self.count)[:, :, 0])
+        q, k = rotate(self.norm_qk(heads(qk, 2, self.count)), rope).unbind(2)
+        attention = attend(q, k, heads(v, 1, self.count)[:, :, 0])
         y = self.out(torch.cat([attention, F.gelu(mlp, approximate="tanh")], -1), rest)
         return torch.addcmul(x, y, gate)
 
