@@ -277,6 +277,7 @@ def main() -> None:
     parser.add_argument("--guide", action="store_true", help="distil guidance: the bundle is the teacher")
     parser.add_argument("--scalar-gate", action="store_true", help="one weight an image and expert, not one a token")
     parser.add_argument("--bundle", type=Path, default=Path("build/demo/demo.safetensors"))
+    parser.add_argument("--batch", type=int, default=16, help="pictures of 128 pixels in a step; fewer of larger sizes")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     if args.guide and not args.from_bundle:
