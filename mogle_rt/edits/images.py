@@ -10,12 +10,12 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from mogle_rt.config import PATCH
 from mogle_rt.errors import InputError
-from mogle_rt.masks.files import FORMATS, MAX_PIXELS, one_line
+from mogle_rt.masks.files import FORMATS, MAX_PIXELS, decodable
 
 ImageLike: TypeAlias = "str | bytes | os.PathLike[str] | Image.Image | NDArray[Any] | Tensor"
 
@@ -90,36 +90,19 @@ def _from_values(values: Tensor, what: str) -> Tensor:
 
 
 def _from_file(source: str | BinaryIO, name: str) -> Tensor:
-    try:
-        with Image.open(source, formats=FORMATS) as image:
-            return _from_picture(image, name)
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{name}: no such file") from None
-    except IsADirectoryError:
-        raise InputError(f"{name}: is a folder, not an image") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{name}: not an image that can be read ({', '.join(FORMATS)})") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(f"{name}: too large: an image can have at most {MAX_PIXELS:,} pixels") from None
-    except Exception as error:  # decoders can raise nearly any error when a file is damaged
-        raise InputError(f"{name}: can't be read: {one_line(error)}") from None
+    with decodable(name, "an image", InputError), Image.open(source, formats=FORMATS) as image:
+        return _from_picture(image, name)
 
 
 def _from_picture(image: Image.Image, what: str) -> Tensor:
     check_size(image.width, image.height, what)
-    try:
+    with decodable(what, "an image", InputError):
         upright = ImageOps.exif_transpose(image)
         if upright.has_transparency_data:
             alpha = upright.convert("RGBA").getchannel("A").getextrema()[0]
             if alpha != 255:
                 raise InputError(f"{what}: has transparent pixels; an edit needs an image that is opaque everywhere")
         colours = upright.convert("RGB")
-    except InputError:
-        raise
-    except Exception as error:  # see `_from_file`
-        raise InputError(f"{what}: can't be read: {one_line(error)}") from None
     if image.mode in NUMBERS:
         raise InputError(f"{what}: must be a picture of 8 bits a channel, got one of mode {image.mode}")
     return _from_values(torch.from_numpy(np.array(colours)).permute(2, 0, 1), what)

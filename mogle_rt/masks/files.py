@@ -7,6 +7,8 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mogle_rt.errors import MaskError, printable
+from mogle_rt.errors import InputError, MaskError, printable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """The formats that are read. Pillow reads many more, some of them by starting other programs."""
@@ -42,6 +44,32 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(text))
 
 
+@contextmanager
+def decodable(what: str, kind: str, refusal: type[InputError]) -> Iterator[None]:
+    """Within it, whatever goes wrong with a picture's file is told in one line.
+
+    Args:
+        what: the picture's name in errors.
+        kind: what the picture is meant to be, with its article, such as "a mask".
+        refusal: the error to raise.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise refusal(f"{what}: no such file") from None
+    except IsADirectoryError:
+        raise refusal(f"{what}: is a folder, not {kind}") from None
+    except UnidentifiedImageError:
+        formats = ", ".join(FORMATS) + (", or .npy" if refusal is MaskError else "")
+        raise refusal(f"{what}: not {kind} that can be read ({formats})") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise refusal(f"{what}: too large: {kind} can have at most {MAX_PIXELS:,} pixels") from None
+    except Exception as error:  # decoders can raise nearly any error when a file is damaged
+        raise refusal(f"{what}: can't be read: {one_line(error)}") from None
+
+
 def open_picture(source: Path | BinaryIO, what: str | None = None) -> Image.Image:
     """Open and decode a picture.
 
@@ -53,21 +81,8 @@ def open_picture(source: Path | BinaryIO, what: str | None = None) -> Image.Imag
         MaskError: there is no such file, it has another format, is too large, or can't be decoded.
     """
     path = str(source) if what is None else what
-    try:
-        with Image.open(source, formats=FORMATS) as image:
-            return decoded(image, path)
-    except MaskError:
-        raise
-    except FileNotFoundError:
-        raise MaskError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise MaskError(f"{path}: is a folder, not a mask") from None
-    except UnidentifiedImageError:
-        raise MaskError(f"{path}: not a picture that can be read ({', '.join(FORMATS)}, or .npy)") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise MaskError(f"{path}: too large: a mask can have at most {MAX_PIXELS:,} pixels") from None
-    except Exception as error:  # decoders can raise nearly any error when a file is damaged
-        raise MaskError(f"{path}: can't be read: {one_line(error)}") from None
+    with decodable(path, "a mask", MaskError), Image.open(source, formats=FORMATS) as image:
+        return decoded(image, path)
 
 
 def decoded(image: Image.Image, what: str) -> Image.Image:
@@ -77,12 +92,10 @@ def decoded(image: Image.Image, what: str) -> Image.Image:
         MaskError: the image has no pixels or too many, or they can't be decoded.
     """
     check_pixels((image.height, image.width), what)
-    try:
+    with decodable(what, "a mask", MaskError):
         image.load()
         if image.getexif().get(ORIENTATION, 1) != 1:
             return ImageOps.exif_transpose(image)
-    except Exception as error:  # see above
-        raise MaskError(f"{what}: can't be read: {one_line(error)}") from None
     return image
 
 

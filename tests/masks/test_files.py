@@ -171,7 +171,7 @@ def test_other_formats_are_not_opened(kind: str, tmp_path: Path, monkeypatch: py
         path.write_bytes(b"\x00\x00\x00\x20ftypavif\x00\x00\x00\x00avifmif1miaf" + bytes(100))
     else:
         Image.new("L", (16, 16)).save(path, kind)
-    with pytest.raises(MaskError, match=r"mask\.png: not a picture that can be read"):
+    with pytest.raises(MaskError, match=r"mask\.png: not a mask that can be read"):
         masks.to_labels(path)
 
 

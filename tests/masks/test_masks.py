@@ -566,8 +566,8 @@ def bad_file(kind: str, folder: Path) -> Path:
 BAD_FILES = {
     "absent": "no such file",
     "folder": "is a folder, not a mask",
-    "empty": "not a picture that can be read",
-    "text": "not a picture that can be read",
+    "empty": "not a mask that can be read",
+    "text": "not a mask that can be read",
     "truncated": "can't be read",
     "damaged": "can't be read",
 }
