@@ -130,6 +130,7 @@ class Worker:
         report = Report(rows=len(tasks))
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("default")
+            warnings.simplefilter("ignore", DeprecationWarning)  # these are for the authors of libraries
             try:
                 self._open()
                 report.begun = time.time()

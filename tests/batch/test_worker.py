@@ -87,6 +87,17 @@ def test_warnings_come_with_the_report(orders: Orders, tasks: list[Task]) -> Non
     assert line.startswith("the mask is 48 x 32 pixels, width by height, and is stretched to 96 x 32; ")
 
 
+def test_what_a_library_tells_its_authors_is_not_for_users(
+    orders: Orders, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deprecated(*arguments: Any, **options: Any) -> Any:
+        warnings.warn("deprecated in 0.9", DeprecationWarning, stacklevel=1)
+        return draw_images(*arguments, **options)
+
+    monkeypatch.setattr(module, "draw_images", deprecated)
+    assert draw(orders, tasks[:1]).warnings == []
+
+
 def test_one_bad_image_costs_only_itself(orders: Orders, tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(pipe: Any, batch: Any, *rest: Any, **options: Any) -> Any:
         for drawing in batch:
