@@ -8,6 +8,7 @@ Compiling takes most of a minute on a core, so nothing is compiled twice that is
 - In fp32, registers or shared memory may not suffice. So kernels are compiled for the generation with the least shared
   memory, and those with the largest tiles also for Hopper, where they have other instructions.
 - Values are clipped in fp16 only, so one kernel is compiled in fp16.
+- Kernels for weights of few bits are compiled for the GPUs on which they have instructions of their own.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ VARIANTS = (
     "residual_norm_modulate-plain",
     *("joint_attention-joint", "joint_attention-separate", "joint_attention-independent"),
 )
+FEW_BITS = (
+    *(("quantize_rows-int8", target) for target in ("sm_90", "gfx942")),
+    *(("scaled_linear-int8", target) for target in ("sm_80", "sm_90", "sm_100", "gfx942")),
+    ("scaled_linear-int8-gelu", "sm_90"),
+    ("quantize_rows-fp8", "sm_89"),
+    *(("scaled_linear-fp8", target) for target in ("sm_89", "sm_90", "sm_100")),
+    *(("int4_linear", target) for target in ("sm_89", "sm_90", "sm_120", "gfx942")),
+)
 
 
 def jobs() -> list[tuple[str, str, str]]:
@@ -43,6 +52,7 @@ def jobs() -> list[tuple[str, str, str]]:
         *((name, "fp32", "sm_80") for name in WHOLE),
         *((name, "fp32", "sm_90") for name in LARGE_TILES),
         ("residual_norm_modulate-clipped", "fp16", "sm_90"),
+        *((name, "bf16", target) for name, target in FEW_BITS),
     ]
 
 

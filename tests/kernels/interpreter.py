@@ -2,12 +2,13 @@
 
 Triton 3.6 and 3.7 compute on the raw bits of bfloat16 values. After `correct_bfloat16` they compute in fp32 and round,
 as GPUs do. Triton 3.6 also turns a one-element array into an index in a way that numpy 2.4 refuses, which
-`correct_indices` mends.
+`correct_indices` mends. `hasten` leaves out work that the interpreter repeats for every call within a kernel.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,7 @@ def correct_bfloat16() -> None:
         return self.to_tensor(rounded(TensorHandle(wide, tl.float32)).data, x.dtype)
 
     correct_indices()
+    hasten()
     builder.cast_impl = cast_impl
     builder.create_fp_to_fp = create_fp_to_fp
     ReduceOps.sum = reduce_sum
@@ -104,6 +106,35 @@ def correct_indices() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patched
+
+
+def hasten() -> None:
+    """Find the language's functions once, and flip a tensor with numpy. The results are the same, in half of the time.
+
+    For every call within a kernel the interpreter goes through all names of the language, to find those that it replaces.
+    And it knows no reduction by exclusive or, of which `tl.flip` consists, so it would run that element by element.
+    """
+    places = (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)
+    found = {
+        place: [name for name, member in inspect.getmembers(place) if tl.core.is_builtin(member)] for place in places
+    }
+    reduce = ReduceOps.apply_impl
+
+    def patch_builtin(place: Any, builder: Any, scope: Any) -> None:
+        for name in found[place]:
+            member = getattr(place, name)
+            if tl.core.is_builtin(member):  # those that are replaced already are not
+                interpreter._patch_attr(place, name, member, builder, scope)
+
+    def apply_impl(self: Any, inputs: Any) -> Any:
+        if self.combine_fn is not tl.standard._xor_combine or self.axis is None:
+            return reduce(self, inputs)
+        (x,) = inputs
+        combined = np.bitwise_xor.reduce(x.handle.data, axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(combined, x.dtype)
+
+    interpreter._patch_builtin = patch_builtin
+    ReduceOps.apply_impl = apply_impl
 
 
 @dataclass

@@ -22,7 +22,7 @@ from mogle_rt.kernels.__main__ import costs, main
 from mogle_rt.kernels.chips import SHARED_LIMITS, TARGETS, compiled_for
 from mogle_rt.kernels.workloads import DTYPES, workloads
 from tests.conftest import make_once
-from tests.kernels.compiled import GENERATIONS, OF_ONE_GENERATION, SAME_CODE
+from tests.kernels.compiled import FEW_BITS, GENERATIONS, OF_ONE_GENERATION, SAME_CODE
 
 # The kernels without a matrix product, and those whose tiles are large enough for the newer instructions: wgmma and
 # tcgen05 need 64 rows. The other kernels have tiles of 16 rows: with few tokens, larger ones would leave most
@@ -35,6 +35,13 @@ OWN_INSTRUCTION = {"sm_90": "wgmma", "sm_100": "tcgen05"}
 # Its threads read a branch of 16 columns an element each, and write the branch's results as tensor cores hold them.
 # qk_norm_rope's 128 threads read a weight each of a head's norms (of q and of k).
 MOST_NARROW = {"stream_rows": 3, "qk_norm_rope": 2}
+# The tensor cores that products of weights of few bits use. On Blackwell, Triton multiplies int8 with the instructions of
+# older GPUs.
+CORES = {
+    "scaled_linear-int8": {"sm_80": "mma s8", "sm_90": "wgmma s8", "sm_100": "mma s8"},
+    "scaled_linear-fp8": {"sm_89": "mma e4m3", "sm_90": "wgmma e4m3", "sm_100": "tcgen05 e4m3"},
+    "int4_linear": {"sm_89": "mma", "sm_90": "wgmma", "sm_120": "mma"},
+}
 
 Compiled = list[dict[str, Any]]
 ROOT = Path(__file__).parents[2]
@@ -50,11 +57,17 @@ def sources_hash() -> str:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Compiled:
-    """The table. All tests share one, also those that run side by side in other processes."""
-    table = make_once(ROOT / "build" / "compiled" / f"{sources_hash()}.json", compile_all)
-    found: Compiled = json.loads(table.read_text())
+def table() -> Compiled:
+    """All tests share one, also those that run side by side in other processes."""
+    path = make_once(ROOT / "build" / "compiled" / f"{sources_hash()}.json", compile_all)
+    found: Compiled = json.loads(path.read_text())
     return found
+
+
+@pytest.fixture(scope="module")
+def compiled(table: Compiled) -> Compiled:
+    """The part of the table that is about plain weights."""
+    return [r for r in table if r["workload"] not in dict(FEW_BITS)]
 
 
 def compile_all(table: Path) -> None:
@@ -122,6 +135,25 @@ def test_memory_is_moved_sixteen_bytes_at_a_time(compiled: Compiled) -> None:
         if not (r["kernel"] == "gate_mix" and r["workload"].startswith("gate_mix_mean")):  # this one writes few sums
             assert r["wide_stores"] >= 1, label(r)
         assert r["narrow_accesses"] <= MOST_NARROW.get(r["kernel"], 0), label(r)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_weights_of_few_bits(table: Compiled) -> None:
+    """Products use the right tensor cores, no registers spill, shared memory suffices, and rows move 16 bytes at a time."""
+    rows = [r for r in table if r["workload"] in dict(FEW_BITS)]
+    assert len(rows) == len(FEW_BITS)
+    for r in rows:
+        assert r["spills"] == 0, label(r)
+        assert r["shared"] <= SHARED_LIMITS[r["target"]], label(r)
+        if r["target"].startswith("gfx"):
+            continue
+        assert r["wide_loads"] >= 1, label(r)
+        assert r["wide_stores"] >= 1, label(r)
+        # int4 loads one scale of two bytes for each of a tile's columns that a thread holds.
+        assert r["narrow_accesses"] <= (8 if r["workload"] == "int4_linear" else 0), label(r)
+        cores = CORES.get(r["workload"].removesuffix("-gelu"))
+        assert r["tensor_cores"] == ("" if cores is None else cores[r["target"]]), label(r)
 
 
 def test_capabilities_are_those_of_the_targets() -> None:

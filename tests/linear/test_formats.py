@@ -77,14 +77,16 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, Toy.name, Toy)
 
 
-def golden_run(case: GoldenCase, bundle: Bundle, kernels: str, weights: str | None) -> tuple[TorchEngine, Tensor]:
-    """An engine, and the latents after the case's loop."""
+def golden_run(
+    case: GoldenCase, bundle: Bundle, kernels: str, weights: str | None, steps: int | None = None
+) -> tuple[TorchEngine, Tensor]:
+    """An engine, and the latents after the case's loop, or after its first steps."""
     height, width = case.size
     schedule = make_schedule(bundle.config.scheduler, case.settings["steps"], height * width // 256)
     engine = TorchEngine(bundle, CPU, torch.float32, case.model, kernels=kernels, weights=weights)
     engine.prepare(case.conditions, schedule)
     engine.start(case.tensors["noise"])
-    for _ in range(len(schedule)):
+    for _ in range(len(schedule) if steps is None else steps):
         engine.advance()
     return engine, engine.latents()
 
