@@ -130,7 +130,8 @@ class Worker:
         report = Report(rows=len(tasks))
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("default")
-            warnings.simplefilter("ignore", DeprecationWarning)  # these are for the authors of libraries
+            for kind in (DeprecationWarning, ResourceWarning):  # these are for the authors of libraries
+                warnings.simplefilter("ignore", kind)
             try:
                 self._open()
                 report.begun = time.time()

@@ -90,11 +90,12 @@ def test_warnings_come_with_the_report(orders: Orders, tasks: list[Task]) -> Non
 def test_what_a_library_tells_its_authors_is_not_for_users(
     orders: Orders, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def deprecated(*arguments: Any, **options: Any) -> Any:
+    def telling(*arguments: Any, **options: Any) -> Any:
         warnings.warn("deprecated in 0.9", DeprecationWarning, stacklevel=1)
+        warnings.warn("unclosed file", ResourceWarning, stacklevel=1)
         return draw_images(*arguments, **options)
 
-    monkeypatch.setattr(module, "draw_images", deprecated)
+    monkeypatch.setattr(module, "draw_images", telling)
     assert draw(orders, tasks[:1]).warnings == []
 
 

@@ -75,7 +75,8 @@ def noted_warnings() -> Iterator[list[str]]:
     told: list[str] = []
     with _one_at_a_time, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warnings.simplefilter("ignore", DeprecationWarning)  # these are for the authors of libraries
+        for kind in (DeprecationWarning, ResourceWarning):  # these are for the authors of libraries
+            warnings.simplefilter("ignore", kind)
         yield told
         told += [str(one.message) for one in caught if Path(one.filename).name != "pipeline.py"]
 
