@@ -236,6 +236,11 @@ class Bundle(TensorSource):
             self._file.release(info)
         return out
 
+    def expect(self, names: Sequence[str]) -> None:
+        """Have the operating system read these tensors from the disk in the meantime."""
+        for name in names:
+            self._file.expect(self.tensors[name])
+
     def release(self, names: Sequence[str]) -> None:
         """Let the operating system drop these tensors from memory. If they are used again, they are read again."""
         for name in names:

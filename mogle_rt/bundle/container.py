@@ -46,6 +46,7 @@ DTYPES = {
 DTYPE_CODES = {f"torch.{name}": code for code, (name, _) in DTYPES.items()}
 MAX_HEADER = 100 << 20  # the safetensors package refuses larger ones too
 MOST_DIMENSIONS = 64  # the most dimensions of a tensor, as in NumPy; a convolution's weight has four
+READ_AHEAD = 128 << 10  # bytes: for each request, Linux reads no more ahead than a disk's read-ahead, by default this
 CHUNK = 8 << 20  # bytes held in memory at once while a tensor is read in chunks
 
 
@@ -256,6 +257,14 @@ class MappedFile:
         if flat is None:
             flat = self._bytes[info.begin : info.end].clone().view(info.dtype)
         return flat.view(info.shape)
+
+    def expect(self, info: TensorInfo) -> None:
+        """Have the operating system read the tensor's pages, while the caller goes on with something else."""
+        if not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        begin = info.begin // mmap.PAGESIZE * mmap.PAGESIZE
+        for position in range(begin, info.end, READ_AHEAD):
+            self._map.madvise(mmap.MADV_WILLNEED, position, min(READ_AHEAD, info.end - position))
 
     def release(self, info: TensorInfo) -> None:
         """Let the operating system drop the tensor's pages from memory. If they are used again, they are read again."""

@@ -62,6 +62,9 @@ class TensorSource(ABC):
         The result may be a view of a file and must not be written to.
         """
 
+    def expect(self, names: Sequence[str]) -> None:  # noqa: B027 - most sources have nothing to do
+        """Hear that these tensors are read next. A source may use the time until then, and need not."""
+
     @abstractmethod
     def release(self, names: Sequence[str]) -> None:
         """Let the source drop these tensors from memory. If they are used again, they are read again."""

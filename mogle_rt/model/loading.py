@@ -64,6 +64,10 @@ class LazyWeights:
             self._kept[name] = self.source.load([name], self._device, self._dtype)
         return self._kept[name]
 
+    def expect(self, name: str) -> None:
+        if self._kept is None or name not in self._kept:
+            self.source.expect([name])
+
     def release(self, name: str) -> None:
         self.source.release([name])
 

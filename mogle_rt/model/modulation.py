@@ -1,8 +1,8 @@
 """AdaLN modulations of all steps, computed before the loop (REFERENCE: norm1, norm1_context, norm, norm_out).
 
 All timesteps are known in advance, so each modulation layer is one matrix product over (step, image). Its weight is
-read, used and released, so that a quarter of the model's weights need not stay in memory. The condition's modulations
-belong to timestep 0 and are constant.
+read, used and released, so that a quarter of the model's weights need not stay in memory. While one layer is computed,
+the weight of the next is read from the disk. The condition's modulations belong to timestep 0 and are constant.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ class WeightReader(Protocol):
     """Reads tensors by their full names in the bundle, on the device and in the dtype of the run."""
 
     def __call__(self, name: str) -> Tensor: ...
+
+    def expect(self, name: str) -> None:
+        """Say that this tensor is read next: it can be read from the disk in the meantime."""
 
     def release(self, name: str) -> None:
         """Allow the memory of this tensor to be freed."""
@@ -206,7 +209,7 @@ def modulation_tables(
     condition_double = None if condition_temb is None else table(config.num_layers, 6, 1)
     condition_single = None if condition_temb is None else table(config.num_single_layers, 3, 1)
 
-    def fill(name: str, into: Tensor, condition_into: Tensor | None = None, *, lora: bool = False) -> None:
+    def fill(name: str, into: Tensor, condition_into: Tensor | None, *, lora: bool) -> None:
         """into: [S, chunks, B, D], condition_into: [chunks, B, D]."""
         x = rows if condition_into is None else all_rows
         y = F.linear(x, weights(f"transformer.{name}.weight"), weights(f"transformer.{name}.bias"))
@@ -221,15 +224,20 @@ def modulation_tables(
                 out.copy_(part.view(*out.shape[:-3], batch, -1, width).transpose(-3, -2))
         weights.release(f"transformer.{name}.weight")
 
+    out = temb.new_empty(capacity, 2, 1, batch, width)
+    layers: list[tuple[str, Tensor, Tensor | None, bool]] = []  # the arguments of `fill`, in the order of reading
     for i in range(config.num_layers):
         constant = None if condition_double is None else condition_double[i, :, 0]
-        fill(f"transformer_blocks.{i}.norm1.linear", double[:steps, i, :, 1], constant, lora=latent_lora)
-        fill(f"transformer_blocks.{i}.norm1_context.linear", double[:steps, i, :, 0])
+        layers.append((f"transformer_blocks.{i}.norm1.linear", double[:steps, i, :, 1], constant, latent_lora))
+        layers.append((f"transformer_blocks.{i}.norm1_context.linear", double[:steps, i, :, 0], None, False))
     for i in range(config.num_single_layers):
         constant = None if condition_single is None else condition_single[i, :, 0]
-        fill(f"single_transformer_blocks.{i}.norm.linear", single[:steps, i, :, 0], constant, lora=latent_lora)
-    out = temb.new_empty(capacity, 2, 1, batch, width)
-    fill("norm_out.linear", out[:steps, :, 0])
+        layers.append((f"single_transformer_blocks.{i}.norm.linear", single[:steps, i, :, 0], constant, latent_lora))
+    layers.append(("norm_out.linear", out[:steps, :, 0], None, False))
+    for number, (name, into, constant, lora) in enumerate(layers):
+        for following, *_ in layers[number + 1 : number + 2]:
+            weights.expect(f"transformer.{following}.weight")
+        fill(name, into, constant, lora=lora)
     for t in (double, single, condition_double, condition_single):
         if t is not None:
             t[..., 1::3, :, :, :] += 1  # scale -> 1 + scale
