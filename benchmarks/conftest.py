@@ -17,7 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import report
 from benchmarks.machine import Machine
-from benchmarks.report import Row, Wait
+from benchmarks.report import LargeStep, Row, Wait
 from benchmarks.side_by_side import TOLERANCES, SideBySide
 from benchmarks.sizes import Models, face_mask
 from mogle_rt.config import parse_dtype
@@ -27,6 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no benchmark may use the network
 
 ROWS = pytest.StashKey[list[Row]]()
 WAITS = pytest.StashKey[list[Wait]]()
+LARGE_STEPS = pytest.StashKey[list[LargeStep]]()
 MACHINE = pytest.StashKey[Machine]()
 ModelsOf = Callable[[str], Models]
 
@@ -46,6 +47,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     config.stash[WAITS] = []
+    config.stash[LARGE_STEPS] = []
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -118,10 +120,17 @@ def waits(request: pytest.FixtureRequest) -> list[Wait]:
     return request.config.stash[WAITS]
 
 
+@pytest.fixture
+def large_steps(request: pytest.FixtureRequest) -> list[LargeStep]:
+    """The list to which a benchmark of a step in little memory adds its figures."""
+    return request.config.stash[LARGE_STEPS]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the table of ratios, and write the files that were asked for."""
     rows, waited, machine = config.stash[ROWS], config.stash[WAITS], config.stash.get(MACHINE, None)
-    for line in report.waits(waited):
+    large = config.stash[LARGE_STEPS]
+    for line in (*report.waits(waited), *report.large_steps(large)):
         terminalreporter.write_line(line)
     if not rows or machine is None:
         return
@@ -138,5 +147,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
         terminalreporter.write_line(f"{path} was not written: a benchmark failed", red=True)
         return
-    for written in report.write(path, rows, facts, TOLERANCES[machine.dtype], waited):
+    for written in report.write(path, rows, facts, TOLERANCES[machine.dtype], waited, large):
         terminalreporter.write_line(f"written: {written}")

@@ -105,6 +105,29 @@ class Wait:
     others: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class LargeStep:
+    """A step of the full-size model in little memory.
+
+    Attributes:
+        name: the model, its dtype and the image's size.
+        seconds: of the step, with reading its weights from the file. products: of its matrix products alone, on weights
+            in memory.
+        allowed, peak: bytes that the process may take, and the most that it took.
+        streamed, sublayers: how many sublayers' weights were streamed, and how many there are.
+        others: the share of the processors' time that other programs took meanwhile.
+    """
+
+    name: str
+    seconds: float
+    products: float
+    allowed: float
+    peak: float
+    streamed: int
+    sublayers: int
+    others: float
+
+
 def _number(value: float) -> str:
     """A number with three digits."""
     if not value or not math.isfinite(value):
@@ -190,6 +213,24 @@ def waits(rows: Sequence[Wait]) -> list[str]:
     return ["", text, "", *heading, *lines]
 
 
+def large_steps(rows: Sequence[LargeStep]) -> list[str]:
+    """The table of steps in little memory."""
+    if not rows:
+        return []
+    text = "A step of the full-size model in little memory, whose weights are read from the file while it computes:"
+    heading = [
+        "| a step | memory allowed | memory at the peak | sublayers streamed | time | its products alone | ratio | others |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    lines = [
+        f"| {row.name} | {row.allowed / 1e9:.1f} GB | {row.peak / 1e9:.1f} GB | {row.streamed} of {row.sublayers} "
+        f"| {_number(row.seconds)} s | {_number(row.products)} s | {_number(row.seconds / row.products)} "
+        f"| {row.others:.0%}{' noisy' if row.others > NOISY else ''} |"
+        for row in rows
+    ]
+    return ["", text, "", *heading, *lines]
+
+
 EXPLANATION = """\
 `make bench` writes this page, and the list below says which mask was used. Both sides load the same files. Before
 anything is timed it is checked that they give the same result, to {tolerance:g} relative RMS. Then they are timed in turns,
@@ -211,7 +252,12 @@ engine is onnxruntime and the baseline is this runtime's torch engine; a ratio b
 
 
 def write(
-    path: Path, rows: Sequence[Row], machine: Mapping[str, str], tolerance: float, first: Sequence[Wait] = ()
+    path: Path,
+    rows: Sequence[Row],
+    machine: Mapping[str, str],
+    tolerance: float,
+    first: Sequence[Wait] = (),
+    large: Sequence[LargeStep] = (),
 ) -> list[Path]:
     """Write the report, and the plot beside it. Returns both paths."""
     plot = path.with_name("results.png")
@@ -224,6 +270,7 @@ def write(
         *table(rows),
         *cores(rows),
         *waits(first),
+        *large_steps(large),
         *honesty(rows),
         "",
         f"![How many times faster than the baseline, and how far it could be]({plot.name})",

@@ -10,10 +10,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks.report import LargeStep
+from benchmarks.side_by_side import Neighbours
 from tests.sparse_bundles import write_sparse_bundle
 
 SIZE = int(os.environ.get("STREAMING_SIZE", "512"))  # pixels of a side
@@ -53,11 +56,14 @@ double = sum(seconds(rows, *shape) for rows in (text, 2 * tokens) for shape in s
 rows = text + 2 * tokens
 single = sum(seconds(rows, *shape) for shape in [(width, 3 * width), (width, 4 * width), (5 * width, width)])
 products = config.num_layers * double + config.num_single_layers * single
-print(json.dumps({"step": step, "products": products, "peak": most, "streamed": len(plan.streamed)}))
+found = {"step": step, "products": products, "peak": most}
+print(json.dumps(found | {"streamed": len(plan.streamed), "sublayers": plan.sublayers}))
 """
 
 
-def test_full_size_step_in_little_memory(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+def test_full_size_step_in_little_memory(
+    benchmark: BenchmarkFixture, large_steps: list[LargeStep], tmp_path: Path
+) -> None:
     path = write_sparse_bundle(tmp_path / "full.safetensors", real_blocks=REAL)
     command = [sys.executable, "-c", STEP, str(path), str(SIZE), f"{int(ALLOWED)}"]
 
@@ -66,9 +72,18 @@ def test_full_size_step_in_little_memory(benchmark: BenchmarkFixture, tmp_path: 
         assert done.returncode == 0, done.stderr
         return dict(json.loads(done.stdout))
 
-    found = benchmark.pedantic(run, rounds=1)  # type: ignore[no-untyped-call]
-    benchmark.extra_info["step_s"] = round(found["step"], 1)
-    benchmark.extra_info["of_products"] = round(found["step"] / found["products"], 3)
-    benchmark.extra_info["peak_GB"] = round(found["peak"] / 1e9, 2)
-    benchmark.extra_info["streamed"] = found["streamed"]
+    with Neighbours() as neighbours:
+        found = benchmark.pedantic(run, rounds=1)  # type: ignore[no-untyped-call]
+    step = LargeStep(
+        name=f"FLUX.1-dev, float32 from a bfloat16 file, {SIZE} px",
+        seconds=found["step"],
+        products=found["products"],
+        allowed=ALLOWED,
+        peak=found["peak"],
+        streamed=int(found["streamed"]),
+        sublayers=int(found["sublayers"]),
+        others=neighbours.share,
+    )
+    large_steps.append(step)
+    benchmark.extra_info |= asdict(step)
     assert found["peak"] <= ALLOWED
