@@ -302,6 +302,7 @@ class Pipeline(DiffusersHabits, FitsMemory, Decodes, FastModes, LoraMethods, Edi
         self._num_timesteps, self._guidance_scale = report.steps, guidance_scale
 
         shape = {"height": height, "width": width, "batch": batch, "steps": num_inference_steps, "fast": self.fast}
+        shape["edit"] = start is not None and start.weights is not None
         tokens = max_sequence_length if prompt_embeds is None else prompt_embeds.shape[1]
         self._hold(self.memory_plans.for_call(**shape, text_tokens=tokens, prompts=prompt_embeds is None))
         schedule = make_schedule(self.bundle.config.scheduler, num_inference_steps, grid[0] * grid[1])

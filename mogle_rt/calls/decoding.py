@@ -16,7 +16,7 @@ from mogle_rt.calls.results import OutputType
 from mogle_rt.calls.turns import TakesTurns, one_at_a_time
 from mogle_rt.config import PATCH, VAE_SCALE
 from mogle_rt.encoders.group_norm import arranged
-from mogle_rt.encoders.vae import DECODE_PIXELS, unpack_latents
+from mogle_rt.encoders.vae import DECODE_PIXELS, pictures_at_once, unpack_latents
 from mogle_rt.errors import InputError, NumericalError
 
 
@@ -53,9 +53,8 @@ class Decoder:
         packed = packed.to(self.vae.dtype)
         z = unpack_latents(packed, height, width) / self.vae.config.scaling_factor + self.vae.config.shift_factor
         z = arranged(z, height * width)
-        # A CPU is faster with one image at a time, because the activations then stay in its caches.
-        chunk = 1 if packed.device.type == "cpu" else max(1, DECODE_PIXELS // (height * width))
-        image = torch.cat([self.vae.decode(part).sample.contiguous() for part in z.split(chunk)])
+        at_once = pictures_at_once(packed.device, height * width, DECODE_PIXELS)
+        image = torch.cat([self.vae.decode(part).sample.contiguous() for part in z.split(at_once)])
         if not bool(torch.isfinite(image).all()):
             raise NumericalError(
                 f"the decoded image holds NaN or infinity: the VAE doesn't decode it in {self.vae.dtype}"

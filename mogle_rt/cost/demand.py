@@ -15,7 +15,7 @@ import torch
 
 from mogle_rt.bundle.source import TensorSource
 from mogle_rt.config import MLP_RATIO, NUM_EXPERTS, PATCH, ModelConfig
-from mogle_rt.encoders.vae import DECODE_PIXELS, ENCODE_PIXELS, vae_dtype
+from mogle_rt.encoders.vae import DECODE_PIXELS, ENCODE_PIXELS, pictures_at_once, vae_dtype
 from mogle_rt.fast.settings import FastConfig
 from mogle_rt.linear.packed import PackedWeight
 from mogle_rt.loop.buffers import buffer_shapes
@@ -47,6 +47,7 @@ class Run:
             tensors are counted.
         tile: pixels of a side of the VAE's tiles; 0 if images are encoded and decoded whole.
         fast: what the steps leave out; None computes everything.
+        edit: whether a part of given images is kept, see `mogle_rt.loop.blend.Kept`.
     """
 
     device: torch.device
@@ -64,6 +65,7 @@ class Run:
     text: Mapping[str, int] = field(default_factory=dict)
     tile: int = 0
     fast: FastConfig | None = None
+    edit: bool = False
 
 
 def demand(source: TensorSource, run: Run) -> Demand:
@@ -106,7 +108,10 @@ def demand(source: TensorSource, run: Run) -> Demand:
         always=_small_parts(source, plans, item)
         + sum(_held(plan) for name, plan in plans.items() if name not in in_sublayers),
         sublayers=tuple(_sublayer([plans[name] for name in names]) for names in sublayers(config)),
-        run=sum(map(math.prod, buffers.values())) * item + _inputs(source, run, layout) + _kept(source, run, layout),
+        run=sum(map(math.prod, buffers.values())) * item
+        + _inputs(source, run, layout)
+        + _kept(source, run, layout)
+        + _edit(source, run, layout),
         tables=_tables(source, run) * item,
         vae=(run.vae or _parameters(source, "vae")) * vae_item,
         text=sum(text.values()) * item if run.prompts else 0,
@@ -177,6 +182,19 @@ def _kept(source: TensorSource, run: Run, layout: Layout) -> int:
     return nbytes
 
 
+def _edit(source: TensorSource, run: Run, layout: Layout) -> int:
+    """What an edit holds: `Kept` as the call makes it, its copy in the step, and the latents that it blends in."""
+    if not run.edit:
+        return 0
+    latents = run.batch * layout.image * source.config.transformer.in_channels * run.dtype.itemsize
+    return (3 + 3 + 1) * latents + (_edited_pixels(run) if run.device.type == "cpu" else 0)
+
+
+def _edited_pixels(run: Run) -> int:
+    """The given images and the weights of their pixels, float32 [B, 3, H, W] and [B, 1, H, W], on the CPU."""
+    return 4 * (3 + 1) * run.batch * run.height * run.width
+
+
 def _step(run: Run, layout: Layout, source: TensorSource, plans: Mapping[str, LayerPlan]) -> int:
     """What a step allocates for a moment."""
     config, rows = source.config.transformer, layout.total * run.batch
@@ -190,12 +208,12 @@ def _step(run: Run, layout: Layout, source: TensorSource, plans: Mapping[str, La
     return int(8.1 * rows * D * item)
 
 
-def _pixels(run: Run, at_once: int) -> int:
+def _pixels(run: Run, most: int) -> int:
     """Pixels that the VAE works on at once."""
     if run.tile and max(run.height, run.width) > run.tile:
         return run.tile**2
     pixels = run.height * run.width
-    return pixels if run.device.type == "cpu" else max(pixels, at_once // pixels * pixels)
+    return pixels * pictures_at_once(run.device, pixels, most)
 
 
 def _encoder(run: Run, source: TensorSource, item: int) -> int:
@@ -205,6 +223,8 @@ def _encoder(run: Run, source: TensorSource, item: int) -> int:
 def _decoder(run: Run, source: TensorSource, item: int) -> int:
     pixels = min(_pixels(run, DECODE_PIXELS), max(1, run.batch) * run.height * run.width)
     whole = 3 * run.batch * run.height * run.width * (item + 4)  # all images, and their conversion to pixels
+    if run.edit and run.device.type == "cpu":  # the images with the kept pixels, and the given ones for each image
+        whole += 12 * run.batch * run.height * run.width + _edited_pixels(run)
     return int((DECODED if item == 4 else DECODED_HALF) * _widest(source) * pixels * item) + whole
 
 

@@ -19,7 +19,7 @@ from mogle_rt.config import NUM_EXPERTS, PATCH, VAE_SCALE
 from mogle_rt.cost.counting import Count, counting
 from mogle_rt.cost.job import Job, WeightlessBundle
 from mogle_rt.cost.reference import reference_step
-from mogle_rt.encoders.vae import DECODE_PIXELS, ENCODE_PIXELS, autoencoder, vae_dtype
+from mogle_rt.encoders.vae import DECODE_PIXELS, ENCODE_PIXELS, autoencoder, pictures_at_once, vae_dtype
 from mogle_rt.engines.contract import Conditions
 from mogle_rt.engines.torch_engine import TorchEngine
 from mogle_rt.fast.course import ways_of
@@ -117,7 +117,7 @@ def estimate(job: Job) -> Estimate:
 
         encode_alone, decode_alone = count(encode, 1, 1), count(decode, 1, 1)
         pixels = job.height * job.width
-        encoded = count(encode, job.pictures * batch, max(1, ENCODE_PIXELS // pixels))
+        encoded = count(encode, job.pictures * batch, pictures_at_once(meta, pixels, ENCODE_PIXELS))
         conditions = Conditions.from_mask_latents(
             empty(batch, NUM_EXPERTS, job.tokens, flux.in_channels),
             prompt_embeds=empty(batch, job.text_tokens, flux.joint_attention_dim),
@@ -141,7 +141,7 @@ def estimate(job: Job) -> Estimate:
                 with torch.inference_mode():
                     engine.prepared.advance(kind)
                 course[kind.value] = (times, counter.take())
-        decoded = count(decode, batch, max(1, DECODE_PIXELS // pixels))
+        decoded = count(decode, batch, pictures_at_once(meta, pixels, DECODE_PIXELS))
 
     common: dict[str, Any] = {"steps": job.steps, "text": sum(job.text.values()) * dtype.itemsize}
     mine = JobCost(

@@ -16,7 +16,7 @@ from mogle_rt.config import NUM_CLASSES, NUM_EXPERTS
 from mogle_rt.encoders.cache import TensorCache
 from mogle_rt.encoders.group_norm import arranged
 from mogle_rt.encoders.mask_planes import MaskPlanes
-from mogle_rt.encoders.vae import ENCODE_PIXELS, pack_latents
+from mogle_rt.encoders.vae import ENCODE_PIXELS, pack_latents, pictures_at_once
 from mogle_rt.masks.classes import PALETTE, Labels
 from mogle_rt.masks.labels import condition_picture
 from mogle_rt.torch_api.settings import settled
@@ -130,9 +130,7 @@ class Conditioner:
         return torch.cat(parts)
 
     def _at_once(self, pixels: int) -> int:
-        """How many pictures of so many pixels are encoded at once."""
-        # A CPU is faster with one picture at a time, because the activations then stay in its caches.
-        return 1 if self.vae.device.type == "cpu" else max(1, ENCODE_PIXELS // pixels)
+        return pictures_at_once(self.vae.device, pixels, ENCODE_PIXELS)
 
     def _parameters(self, pictures: Tensor, largest: int = 1) -> Tensor:
         """The posteriors of pictures [P, 3, H, W] whose values go from 0 to ``largest``."""

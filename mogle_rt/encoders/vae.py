@@ -15,7 +15,16 @@ from mogle_rt.encoders.group_norm import exact_norms
 from mogle_rt.errors import CheckpointError, ConfigError, printable
 from mogle_rt.torch_api.settings import NoInitialValues
 
-ENCODE_PIXELS = 512 * 512  # the most pixels encoded at once; this limits the VAE's memory and doesn't change results
+# The most pixels that a GPU encodes or decodes at once, in several pictures or in one. These numbers don't depend on how
+# much memory is free: other numbers of pictures are rounded otherwise, and a plan changes no image.
+ENCODE_PIXELS = 512 * 512
+DECODE_PIXELS = 1024 * 1024
+
+
+def pictures_at_once(device: torch.device, pixels: int, most: int) -> int:
+    """How many pictures of so many pixels the VAE works on at once. most: `ENCODE_PIXELS` or `DECODE_PIXELS`."""
+    # A CPU is faster with one picture at a time, because the activations then stay in its caches.
+    return 1 if device.type == "cpu" else max(1, most // pixels)
 
 
 def pack_latents(z: Tensor) -> Tensor:
@@ -114,6 +123,3 @@ def set_tile(vae: Any, tile: int) -> None:
     vae.use_tiling = bool(tile)
     if tile:
         vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // VAE_SCALE
-
-
-DECODE_PIXELS = 1024 * 1024  # the most pixels decoded at once; this limits the VAE's memory and doesn't change results

@@ -5,18 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from mogle_rt import Pipeline
 from mogle_rt.bundle import schema
 from mogle_rt.bundle.bundle import Bundle
-from mogle_rt.config import FLUX_DEV, ModelConfig
+from mogle_rt.config import FLUX_DEV, NUM_EXPERTS, ModelConfig
+from mogle_rt.cost.counting import counting
 from mogle_rt.cost.demand import Run, demand
 from mogle_rt.cost.estimate import estimate
 from mogle_rt.cost.job import FLUX_BUNDLE, FLUX_TEXT, Job, WeightlessBundle
+from mogle_rt.engines.contract import Conditions
 from mogle_rt.engines.torch_engine import TorchEngine
 from mogle_rt.fast.settings import FastConfig
-from mogle_rt.memory.planner import make_plan
+from mogle_rt.loop.blend import Kept
+from mogle_rt.loop.schedule import make_schedule, step_capacity
+from mogle_rt.memory.planner import Demand, make_plan
 from mogle_rt.model.loading import plan_layers
 from tests.conftest import needs_triton
 
@@ -68,6 +75,72 @@ def test_what_fast_modes_keep_at_full_size() -> None:
     assert of(FastConfig(steps_mask="fast")) - of(None) == 2 * 1024 * 64 * 4 + 4
     assert of(FastConfig(steps_mask="fast", order=0)) == of(None)
     assert of(FastConfig(max_change=0.1)) - of(None) == 3 * 1024 * 64 * 4
+
+
+@needs_triton
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_an_edit_holds_is_planned(batch: int) -> None:
+    """The steps of an edit, run without values: the bytes that it holds more than other runs are those of the plan."""
+    ranks = dict.fromkeys(schema.lora_modules(SMALL), 4)
+    source, meta = WeightlessBundle(replace(FLUX_BUNDLE, transformer=SMALL), ranks), torch.device("meta")
+    shape: dict[str, Any] = {"height": 256, "width": 256, "batch": batch, "steps": 4, "text_tokens": 7}
+
+    def empty(*sizes: int) -> Tensor:
+        return torch.empty(*sizes, device=meta, dtype=torch.bfloat16)
+
+    def counted(*, edit: bool) -> int:
+        with counting() as counter, torch.inference_mode():
+            engine = TorchEngine(source, meta, torch.bfloat16, ModelConfig())
+            parts = {name: empty(batch, 256, 64) for name in ("original", "difference", "amount")} if edit else {}
+            kept = Kept(**parts, sigmas=torch.empty(4, device=meta)) if edit else None
+            conditions = Conditions.from_mask_latents(
+                empty(batch, NUM_EXPERTS, 256, 64),
+                prompt_embeds=empty(batch, 7, SMALL.joint_attention_dim),
+                pooled_prompt_embeds=empty(batch, SMALL.pooled_projection_dim),
+                guidance_scale=3.5,
+                grid=(16, 16),
+                kept=kept,
+            )
+            engine.prepare(conditions, make_schedule(FLUX_BUNDLE.scheduler, 4, 256))
+            counter.take()
+            engine.advance()
+            return counter.take().peak
+
+    of_edit, of_other = (
+        demand(source, Run(device=CUDA, dtype=torch.bfloat16, edit=edit, **shape)).run for edit in (True, False)
+    )
+    assert of_edit - of_other == 7 * batch * 256 * 64 * 2
+    # Besides, there are noise levels: 4 of the call, their copy for as many steps as there is room for, and one selected.
+    levels = 4 * (4 + step_capacity(4) + 1)
+    assert counted(edit=True) - counted(edit=False) == of_edit - of_other + levels
+
+
+@pytest.mark.parametrize("edit", [True, False])
+def test_edits_are_planned_as_edits(edit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that keeps a part of an image has its latents in its plan, and on a CPU its pixels."""
+    asked: list[Run] = []
+
+    def noted(source: Bundle, run: Run) -> Demand:
+        asked.append(run)
+        return demand(source, run)
+
+    monkeypatch.setattr("mogle_rt.calls.memory.demand", noted)
+    pipe = Pipeline("demo", "cpu", "fp32")
+    image, mask = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8)
+    mask[:32] = 13
+    shapes = pipe.bundle.config.transformer
+    embeds = {
+        "prompt_embeds": torch.zeros(1, 4, shapes.joint_attention_dim),
+        "pooled_prompt_embeds": torch.zeros(1, shapes.pooled_projection_dim),
+    }
+    options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", **embeds}
+    if edit:
+        pipe.inpaint(image, mask, regions="hair", **options)
+    else:
+        pipe.image_to_image(image, mask, **options)
+    assert asked[-1].edit == edit
+    more = demand(pipe.bundle, asked[-1]).run - demand(pipe.bundle, replace(asked[-1], edit=False)).run
+    assert more == (4 * (7 * 16 * 64 + 4 * 64 * 64) if edit else 0)
 
 
 def test_full_size_takes_no_time_to_plan() -> None:
