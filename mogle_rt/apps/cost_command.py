@@ -69,7 +69,7 @@ def cost(
         dtype_name(dtype)
     from mogle_rt.start.quick_imports import import_models, without_compiler
 
-    import_models()
+    import_models(text=False)
     import torch
 
     from mogle_rt.bundle.bundle import Bundle

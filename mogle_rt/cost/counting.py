@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
 from mogle_rt.torch_api.private import ADDMM_GELU, efficient_attention, flash_attention, storage_key
@@ -95,6 +95,79 @@ def _touched(tensors: Sequence[Tensor]) -> int:
     return total
 
 
+def _signature(value: Any, tensors: list[Tensor]) -> object:
+    """All that an operation's work and results follow from: shapes and types of tensors, and the other arguments.
+
+    The tensors are added to ``tensors``, in their order.
+    """
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, (list, tuple)):
+        return tuple([_signature(item, tensors) for item in value])
+    if isinstance(value, dict):
+        return tuple([(name, _signature(item, tensors)) for name, item in value.items()])
+    return type(value), value
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor fills its storage, as a new one of its shape and strides would."""
+    new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return not tensor.storage_offset() and new.untyped_storage().nbytes() == tensor.untyped_storage().nbytes()
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What an operation did. With arguments of the same shapes it does the same, so it needn't be run again.
+
+    A model's blocks are alike, and PyTorch finds the shapes of results on the meta device by slow Python code.
+
+    Attributes:
+        done: its count.
+        leaves: its results: a tensor is the number of the operand that it is, or shape, strides and dtype of a new one.
+        spec: how the results are nested.
+    """
+
+    done: Count
+    leaves: Sequence[Any]
+    spec: TreeSpec
+
+    @staticmethod
+    def suits(operands: Sequence[Tensor], results: Sequence[Tensor]) -> bool:
+        """Whether all is on the meta device, and each result is an operand or has a plain storage of its own."""
+        if any(t.device.type != "meta" for t in (*operands, *results)):
+            return False
+        held = {storage_key(t) for t in operands}
+        new = [r for r in results if all(r is not t for t in operands)]
+        own = {storage_key(r) for r in new}
+        return len(own) == len(new) and not own & held and all(map(_plain, new))
+
+    @classmethod
+    def of(cls, done: Count, operands: Sequence[Tensor], out: Any) -> _Seen:
+        leaves, spec = tree_flatten(out)
+        places = {id(t): place for place, t in enumerate(operands)}
+        kept = [
+            (places.get(id(leaf), (leaf.shape, leaf.stride(), leaf.dtype)),) if isinstance(leaf, Tensor) else leaf
+            for leaf in leaves
+        ]
+        return cls(done, kept, spec)
+
+    def again(self, operands: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+        """The results for other operands, and those of them that are new."""
+        made: list[Tensor] = []
+        leaves = list(self.leaves)
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, tuple):
+                (tensor,) = leaf
+                if isinstance(tensor, int):
+                    leaves[i] = operands[tensor]
+                else:
+                    shape, strides, dtype = tensor
+                    leaves[i] = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+                    made.append(leaves[i])
+        return tree_unflatten(leaves, self.spec), made
+
+
 class OpCounter(TorchDispatchMode):
     """Counts the operations on devices other than the CPU, and follows the memory that they allocate there.
 
@@ -108,6 +181,7 @@ class OpCounter(TorchDispatchMode):
         self._count = Count()
         self._storages: set[int] = set()
         self._basic: set[Any] = set()  # operations that can't be decomposed into others
+        self._seen: dict[object, _Seen] = {}  # what operations did, by their arguments' shapes
 
     def take(self) -> Count:
         """What was done since the last call (or since the start). The next peak starts from the bytes alive now."""
@@ -124,12 +198,28 @@ class OpCounter(TorchDispatchMode):
             if out is not NotImplemented:
                 return out
             self._basic.add(func)
+        operands: list[Tensor] = []
+        signature = func, _signature((args, kwargs), operands)
+        try:
+            seen = self._seen.get(signature)
+        except TypeError:  # an argument that can't be a key
+            signature, seen = None, None
+        if seen is not None:
+            out, made = seen.again(operands)
+            self._follow([], made)
+            self._count += dataclasses.replace(seen.done, peak=self.live)
+            return out
         out = func(*args, **kwargs)
-        operands, results = _tensors((args, kwargs)), _tensors(out)
+        results = _tensors(out)
         if func.is_view or all(t.device.type == "cpu" for t in (*operands, *results)):
             return out
         self._follow(operands, results)
-        done = Count() if func.overloadpacket in FREE else self._done(func, args, kwargs, operands, results, out)
+        if func.overloadpacket in FREE:
+            done = Count()
+        else:
+            done = self._done(func, args, kwargs, operands, results, out)
+            if signature is not None and _Seen.suits(operands, results):
+                self._seen[signature] = _Seen.of(done, operands, out)
         self._count += dataclasses.replace(done, peak=self.live)
         return out
 

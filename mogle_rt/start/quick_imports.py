@@ -43,8 +43,11 @@ TEXT_MODELS = {
 UNUSED = {"PreTrainedModel": "transformers.modeling_utils", "AutoImageProcessor": None}
 
 
-def import_models() -> None:
+def import_models(*, text: bool = True) -> None:
     """Import the classes of diffusers and transformers that a pipeline needs.
+
+    Args:
+        text: whether text encoders are needed. Without them nearly nothing of transformers is imported.
 
     This does nothing if one of the libraries or the compiler is imported already. If a version of the libraries can't
     be imported in this way, the attempt is undone, and they are imported later in the ordinary way.
@@ -64,7 +67,8 @@ def import_models() -> None:
             ):
                 stack.enter_context(context)
             StandIn(SHAPES, {name: _of_plain_values(name) for name in (*CONDITIONS, "sym_eq", "is_nested_int")})
-            transformers = StandIn("transformers", TEXT_MODELS | UNUSED, version="transformers")
+            unused = UNUSED if text else dict.fromkeys(UNUSED)
+            transformers = StandIn("transformers", TEXT_MODELS | unused, version="transformers")
             StandIn("transformers.models", {})
             stack.enter_context(_not_twice(transformers))
             diffusers = importlib.import_module("diffusers")
@@ -74,7 +78,7 @@ def import_models() -> None:
             for name in ("AutoencoderKL", "FlowMatchEulerDiscreteScheduler"):
                 getattr(diffusers, name)
             importlib.import_module("diffusers.image_processor")
-            for name in TEXT_MODELS:
+            for name in TEXT_MODELS if text else ():
                 getattr(transformers, name)
             transformers.forget(UNUSED)
     except Exception:

@@ -25,6 +25,7 @@ from mogle_rt.apps import cli
 from mogle_rt.bundle import schema
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import FLUX_DEV, ModelConfig, MogleConfig, TransformerConfig
+from mogle_rt.cost import counting as counting_module
 from mogle_rt.cost.counting import Count, counting
 from mogle_rt.cost.estimate import Estimate, estimate
 from mogle_rt.cost.gpus import GPUS, RESERVED_GIB, find_gpu
@@ -134,6 +135,48 @@ def test_counting_leaves_nothing_behind() -> None:
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernels": "torch", "dtype": torch.float32},
+        pytest.param({"kernels": "triton", "weights": "int8", "batch": 2}, marks=needs_triton),
+        pytest.param({"kernels": "triton", "fast": FastConfig(refresh_every=3, steps_mask="fast")}, marks=needs_triton),
+    ],
+)
+def test_an_operation_done_again_counts_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It isn't run again: its count and the shapes of its results are known. All that is counted equals what runs give."""
+    small = job(TINY, height=64, width=48, text_tokens=16, steps=8, **options)
+    again: list[Count] = []
+    seen = counting_module._Seen.again
+    monkeypatch.setattr(
+        counting_module._Seen, "again", lambda self, operands: (again.append(self.done), seen(self, operands))[1]
+    )
+    known = estimate(small)
+    assert len(again) > 200
+    monkeypatch.setattr(counting_module._Seen, "suits", lambda *_: False)
+    assert estimate(small) == known
+
+
+@pytest.mark.quick
+def test_operations_that_differ_in_one_argument_are_told_apart() -> None:
+    number = torch.empty(4, device=META, dtype=torch.int64)
+    with counting() as counter:
+        assert [(number + one).dtype for one in (1, 1.0, True)] == [torch.int64, torch.float32, torch.int64]
+        assert [A.sum(dims).shape for dims in ((0,), (1,), (0, 1))] == [(8,), (4,), ()]
+        assert [A.sum(0, keepdim=kept).shape for kept in (True, False)] == [(1, 8), (8,)]
+        assert [x.clone().stride() for x in (A, B.T, C)] == [(8, 1), (1, 3), (8, 1)]
+        first, second = A.clone(), C.clone()
+        for tensor in (first, second):
+            assert tensor.add_(1) is tensor  # in place: the result is the operand
+        first_max, second_max = A.max(1), C.max(1)  # two results, the second of integers
+        assert (second_max.values.shape, second_max.indices.dtype) == (first_max.values.shape, torch.int64)
+        before = counter.live
+        kept = [A.clone() for _ in range(3)]
+        assert counter.live - before == 3 * 4 * 32
+        del kept
+        assert counter.live == before
+
+
 def test_memory_is_followed() -> None:
     with counting() as counter:
         a = empty(100)
