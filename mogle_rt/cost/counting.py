@@ -200,10 +200,7 @@ class OpCounter(TorchDispatchMode):
             self._basic.add(func)
         operands: list[Tensor] = []
         signature = func, _signature((args, kwargs), operands)
-        try:
-            seen = self._seen.get(signature)
-        except TypeError:  # an argument that can't be a key
-            signature, seen = None, None
+        seen = self._seen.get(signature)
         if seen is not None:
             out, made = seen.again(operands)
             self._follow([], made)
@@ -218,7 +215,7 @@ class OpCounter(TorchDispatchMode):
             done = Count()
         else:
             done = self._done(func, args, kwargs, operands, results, out)
-            if signature is not None and _Seen.suits(operands, results):
+            if _Seen.suits(operands, results):
                 self._seen[signature] = _Seen.of(done, operands, out)
         self._count += dataclasses.replace(done, peak=self.live)
         return out

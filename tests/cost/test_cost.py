@@ -148,9 +148,12 @@ def test_an_operation_done_again_counts_the_same(options: dict[str, Any], monkey
     small = job(TINY, height=64, width=48, text_tokens=16, steps=8, **options)
     again: list[Count] = []
     seen = counting_module._Seen.again
-    monkeypatch.setattr(
-        counting_module._Seen, "again", lambda self, operands: (again.append(self.done), seen(self, operands))[1]
-    )
+
+    def noted(self: counting_module._Seen, operands: list[Tensor]) -> tuple[Any, list[Tensor]]:
+        again.append(self.done)
+        return seen(self, operands)
+
+    monkeypatch.setattr(counting_module._Seen, "again", noted)
     known = estimate(small)
     assert len(again) > 200
     monkeypatch.setattr(counting_module._Seen, "suits", lambda *_: False)
