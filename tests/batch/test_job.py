@@ -175,3 +175,33 @@ def test_more_rows_some_of_them_wrong(
     with Image.open(out / new) as there:
         assert there.tobytes() == image.tobytes()
         assert json.loads(there.info["position_delta"]) == [0, 1]
+
+
+def test_evaluate_measures_what_was_drawn(folder: Path, tmp_path: Path) -> None:
+    """The table of results tells it masks, prompts, seeds and seconds; and which rows have no image, and why."""
+    from mogle_rt.masks import to_labels
+    from mogle_rt.quality.evaluation import evaluate
+
+    (folder / "none.png").write_text("no picture")
+    rows: list[dict[str, Any]] = [
+        {"mask": f"masks/{i}.png", "prompt": f"a face {i}", "id": f"row{n}", "seed": n} for n, i in enumerate((5, 2, 2))
+    ]
+    rows.append({"mask": "none.png", "prompt": "a", "id": "row3"})
+    (folder / "few.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    summary = run("demo", folder / "few.jsonl", tmp_path / "out", num_workers=2, say=lambda _: None, **OPTIONS)
+    assert (summary.drawn, list(summary.errors)) == (3, ["row 4"])
+
+    said: list[str] = []
+    report = evaluate(tmp_path / "out", device="cpu", bootstrap=0, say=said.append)
+    assert said[0].startswith("1 of 4 rows have no image; the first one's error is ")
+    assert [(row.image.stem, row.prompt, row.seed) for row in report.rows] == [
+        (f"row{n}_{n}", row["prompt"], n) for n, row in enumerate(rows[:3])
+    ]
+    assert all(row.seconds is not None and row.seconds > 0 for row in report.rows)
+    assert report.rows[1].group == report.rows[2].group != report.rows[0].group  # those of one mask aren't independent
+    for row, one in zip(report.rows, rows, strict=False):
+        labels = row.labels("celebamask")
+        assert labels is not None
+        assert (labels == to_labels(folder / one["mask"])).all()
+    assert report.figures["miou"].judge == "demo"  # what was drawn by the demo is judged by its own network
+    assert {"miou", "diversity"} <= set(report.figures)
