@@ -83,6 +83,9 @@ def test_inception_is_found_where_other_programs_keep_it(tmp_path: Path, monkeyp
     (tmp_path / "checkpoints").mkdir()
     write_inception(tmp_path / "checkpoints" / inception.FILE)
     assert Bench(Judges(), CPU, of_demo=False).features.name == f"InceptionV3, {inception.FILE}"
+    of_torch_fidelity = tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    (tmp_path / "checkpoints" / inception.FILE).rename(of_torch_fidelity)
+    assert inception.cached_weights() == of_torch_fidelity
 
 
 def test_clip_score_is_torchmetrics(clip_folder: Path) -> None:
