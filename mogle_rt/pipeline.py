@@ -234,6 +234,7 @@ class Pipeline(DiffusersHabits, FitsMemory, Decodes, FastModes, LoraMethods, Edi
             output_type: "pil", "np" [B, H, W, 3] or "pt" [B, 3, H, W], both in [0, 1], or "latent" (packed latents).
             callback_on_step_end: called as ``callback(pipe, step, timestep, {"latents": …})`` after each step. It may
                 return a dict with new latents. If it sets ``pipe.interrupt = True``, the loop ends after this step.
+                It mustn't wait for a thread that calls the same pipeline: both would wait for ever.
             callback_on_step_end_tensor_inputs: as in diffusers, but only ``["latents"]`` is supported.
             mask_posterior: "mean" uses the mean of the VAE's posterior; "sample" draws from it with the generator, as
                 the reference does.

@@ -23,6 +23,7 @@ ROOMS = [
     "installed",
     "values",
     "config",
+    "parquet",
     "torch_api",
     "masks",
     "bundle",

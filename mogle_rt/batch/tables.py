@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from mogle_rt.errors import InputError
+from mogle_rt.parquet import ParquetRows
 from mogle_rt.values import quoted, read_json
 
 CSV, PARQUET = ".csv", ".parquet"
 JSON_LINES = (".jsonl", ".ndjson")
 SUFFIXES = (CSV, *JSON_LINES, PARQUET)
-ROWS_AT_ONCE = 64  # of a Parquet file, whose masks may be in it
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Table:
             InputError: a row can't be read.
         """
         if self.path.suffix.lower() == PARQUET:
-            yield from _parquet_rows(self.path, columns)
+            yield from ParquetRows(self.path, "batch").rows(columns)
             return
         for number, cells in _json_rows(self.path) if self.path.suffix.lower() in JSON_LINES else _csv_rows(self.path):
             yield number, {name: cells.get(name) for name in columns}
@@ -71,7 +71,7 @@ def parquet_cells(path: Path, column: str, first: int) -> Iterator[tuple[int, An
     Raises:
         InputError: the file can't be read.
     """
-    for number, cells in _parquet_rows(path, [column], first):
+    for number, cells in ParquetRows(path, "batch").rows([column], first):
         yield number, cells[column]
 
 
@@ -134,44 +134,8 @@ def _json_columns(path: Path) -> list[str]:
 
 
 def _parquet_columns(path: Path) -> list[str]:
-    file = _parquet_file(path)
-    return list(file.schema_arrow.names) if file.metadata.num_rows else []
-
-
-def _parquet_rows(path: Path, columns: Sequence[str], first: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow
-
-    file, number = _parquet_file(path), 0
-    groups: list[int] = []
-    for group in range(file.num_row_groups):  # whole groups before the first row needn't be read
-        count = file.metadata.row_group(group).num_rows
-        if not groups and number + count < first:
-            number += count
-        else:
-            groups.append(group)
-    try:
-        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=list(columns), use_threads=False):
-            if number + batch.num_rows < first:
-                number += batch.num_rows
-                continue
-            for cells in batch.to_pylist():
-                number += 1
-                if number >= first:
-                    yield number, cells
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: can't be read after row {number}: {' '.join(str(error).split())}") from None
-
-
-def _parquet_file(path: Path) -> Any:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.ParquetFile(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: can't be read as Parquet: {' '.join(str(error).split())}") from None
+    file = ParquetRows(path, "batch")
+    return list(file.columns) if file.count else []
 
 
 _COLUMNS = {CSV: _csv_columns, PARQUET: _parquet_columns} | dict.fromkeys(JSON_LINES, _json_columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -74,7 +75,8 @@ def captions_of(mask: Path) -> list[str]:
 def _text_of(path: Path) -> str:
     """The contents of a text file, or an empty text if there is no file."""
     try:
-        return path.read_text("utf-8-sig").strip() if path.is_file() else ""  # some editors put a byte order mark first
+        # Some editors put a byte order mark first. `Path.is_file` raises an error where a name is too long.
+        return path.read_text("utf-8-sig").strip() if os.path.isfile(path) else ""
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: must be UTF-8 text: {error}") from None
 

@@ -7,29 +7,45 @@ jobs beside it, or from its name, in this order.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Annotated
 
 from PIL import Image
 
-from mogle_rt.errors import InputError
-from mogle_rt.installed import install_command
+from mogle_rt.errors import ConfigError, InputError
 from mogle_rt.jobs.captions import prompts_of
 from mogle_rt.jobs.plan import find_masks
 from mogle_rt.jobs.record import JobRecord
-from mogle_rt.jobs.settings_read import read_settings
+from mogle_rt.jobs.settings_read import Seed, read_settings
 from mogle_rt.masks.classes import Labels
 from mogle_rt.masks.files import FORMATS
 from mogle_rt.masks.labels import to_labels
 from mogle_rt.masks.orders import Order
-from mogle_rt.values import quoted
+from mogle_rt.parquet import ParquetRows
+from mogle_rt.values import Range, parsed, quoted
 
 TABLE = "results.parquet"
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-COLUMNS = ("image", "mask", "prompt", "seed", "seconds", "error")
 _SEED = re.compile(r"(.+)_(\d+)")  # generate's names: the mask's name, then the seed
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A row of the table of `mogle-rt batch`, as far as it is needed here."""
+
+    image: str | None
+    mask: str | None
+    prompt: str | None
+    seed: Seed | None
+    seconds: Annotated[float, Range(0, 1e9)] | None
+    error: str | None
+
+
+COLUMNS = tuple(field.name for field in fields(_Line))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,26 +214,26 @@ def _of_files(folder: Path, say: Callable[[str], object]) -> Iterator[Row]:
 
 
 def _of_table(table: Path, say: Callable[[str], object]) -> Iterator[Row]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise InputError(f"{table}: reading it needs pyarrow; install it with {install_command('evaluate')}") from None
-    try:
-        content = parquet.read_table(table)
-    except (ArrowException, OSError) as error:
-        raise InputError(f"{table}: can't be read as Parquet: {' '.join(str(error).split())}") from None
-    missing = [name for name in COLUMNS if name not in content.column_names]
+    content = ParquetRows(table, "evaluate")
+    missing = [name for name in COLUMNS if name not in content.columns]
     if missing:
         raise InputError(f"{table}: has no column {missing[0]}; mogle-rt batch writes {', '.join(COLUMNS)}")
-    lines = content.select(COLUMNS).to_pylist()
-    failed = [line["error"] for line in lines if line["image"] is None]
+    failed: list[str | None] = []
+    for number, cells in content.rows(COLUMNS):
+        try:
+            line = parsed(_Line, cells, f"row {number}")
+        except ConfigError as error:
+            raise InputError(f"{table}: {error}") from None
+        if line.image is None:
+            failed.append(line.error)
+            continue
+        path = Path(line.image)
+        inside = not path.is_absolute() and ".." not in path.parts
+        if not inside or not os.path.isfile(table.parent / path):
+            raise InputError(f"{table}: names the image {quoted(line.image)}, which isn't there")
+        yield _row(table.parent, line.image, line.mask, line.prompt, line.seed, line.seconds)
     if failed:
-        say(f"{len(failed):,} of {len(lines):,} rows have no image; the first one's error is {quoted(failed[0])}")
-    for line in lines:
-        if line["image"] is not None:
-            if not isinstance(line["image"], str) or not (table.parent / line["image"]).is_file():
-                raise InputError(f"{table}: names the image {quoted(line['image'])}, which isn't there")
-            yield _row(table.parent, line["image"], line["mask"], line["prompt"], line["seed"], line["seconds"])
+        say(f"{len(failed):,} of {content.count:,} rows have no image; the first one's error is {quoted(failed[0])}")
 
 
 def _row(folder: Path, name: str, mask: str | None, prompt: str | None, seed: int | None, seconds: float | None) -> Row:

@@ -18,13 +18,13 @@ from PIL import Image
 from mogle_rt.batch import job
 from mogle_rt.batch.masks import MaskReader, check_masks
 from mogle_rt.batch.rows import DERIVED_SEEDS, Row, derived_seed, read_rows
-from mogle_rt.batch.tables import ROWS_AT_ONCE
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import ModelConfig
 from mogle_rt.errors import MogleError
 from mogle_rt.jobs.image_files import save_image
 from mogle_rt.jobs.plan import Drawing
 from mogle_rt.jobs.record import JobRecord, Settings, job_settings
+from mogle_rt.parquet import ROWS_AT_ONCE
 from tests.apps.test_cli import draw_mask
 
 pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow, of the extra batch")

@@ -12,7 +12,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-ATTEMPTS = {"bundle, run": 0.1, "graph": 0.1, "FLUX folder": 0.5, "MoGLE": 0.8}  # slow readers get this share of tries
+ATTEMPTS = {
+    "bundle, run": 0.1,
+    "graph": 0.1,
+    "FLUX folder": 0.5,
+    "MoGLE": 0.8,
+    "table of rows": 0.3,
+    "evaluated folder": 0.3,
+}  # slow readers get this share of tries
 
 
 def main() -> int:

@@ -74,6 +74,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.kills", description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--command", action="append", help="one of the commands below; default: all")
     options = parser.parse_args()
 
     import torch
@@ -102,9 +103,14 @@ def main() -> int:
                 ["generate", bundle, "-m", str(root / "masks"), "-o", str(out), "--skip-existing", *small],
                 lambda: None,
             ),
+            "batch": (
+                ["batch", bundle, str(root / "masks"), "-o", str(out), "--num-workers", "1", *small],
+                lambda: None,
+            ),
             "export": ([*exporting, "--dtype", "fp32", "--weights", "copy"], lambda: None),
             "export over an older one": ([*exporting, "--dtype", "fp32", "--weights", "link"], older),
         }
+        commands = {name: what for name, what in commands.items() if options.command is None or name in options.command}
         times = {}
         for name, (arguments, before) in commands.items():
             shutil.rmtree(out, ignore_errors=True)

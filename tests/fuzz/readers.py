@@ -37,7 +37,9 @@ from mogle_rt.jobs.record import NAME, JobRecord
 from mogle_rt.masks import colorize, to_image, to_labels
 from mogle_rt.model.loading import load_transformer
 from tests.checkpoints import TINY, Files
+from tests.fuzz.job_readers import job_readers
 from tests.fuzz.mutators import as_json, bytes_spoiled, hostile_value, safetensors_spoiled, spoiled
+from tests.fuzz.tokenizer_parts import tokenizer_parts
 
 Attempt = Callable[[random.Random], object]
 PROMPTS = ("", "a young woman with red hair", "ａ①ﬁ ﷺ 中文 \u200b é" + "ü" * 40)
@@ -54,12 +56,18 @@ def readers(files: Files, bundle: Path, folder: Path) -> dict[str, Attempt]:
     exported = folder / "exported"
     exported.mkdir()
     export(bundle, exported, dtype="fp32", weights="copy")
-    return {
+    with_text = folder / "exported with text"
+    with_text.mkdir()
+    export(bundle, with_text, dtype="fp32", weights="link", text_encoders=True)
+    return job_readers(bundle, folder) | {
         "bundle": functools.partial(_bundle, bundle.read_bytes(), folder / "bundle.safetensors"),
-        "quantised bundle": functools.partial(_quantised, _int4(bundle, folder), folder / "small.safetensors"),
+        "quantised bundle": functools.partial(_quantised, _few_bits(bundle, folder), folder / "small.safetensors"),
         "embeddings": functools.partial(_embeddings, _embeddings_file(folder), folder / "spoiled.safetensors"),
         "bundle, run": functools.partial(_bundle_run, bundle.read_bytes(), folder / "run.safetensors"),
         "tokenizer": functools.partial(_tokenizer, {p: Bundle(bundle).files(p) for p in ("tokenizer", "tokenizer_2")}),
+        "parts of a tokenizer": functools.partial(
+            tokenizer_parts, {p: Bundle(bundle).files(p) for p in ("tokenizer", "tokenizer_2")}
+        ),
         "LoRA": functools.partial(_lora, files.lora.read_bytes(), folder / "lora"),
         "MoGLE": functools.partial(_mogle, files.mogle.read_bytes(), folder),
         "FLUX folder": functools.partial(_flux, files, folder / "flux"),
@@ -71,6 +79,7 @@ def readers(files: Files, bundle: Path, folder: Path) -> dict[str, Attempt]:
         "prompts": functools.partial(_prompts, folder / "prompts"),
         "job record": functools.partial(_record, folder / "record"),
         "manifest": functools.partial(_manifest, exported, bundle, folder / "manifest"),
+        "manifest with text encoders": functools.partial(_manifest, with_text, bundle, folder / "text manifest"),
         "graph": functools.partial(_graph, exported, bundle, folder / "graph"),
         "engine": functools.partial(_engine, _engine_file(folder), folder / "spoiled.engine"),
     }
@@ -91,14 +100,18 @@ def _bundle(data: bytes, path: Path, r: random.Random) -> None:
     opened.verify()
 
 
-def _int4(bundle: Path, folder: Path) -> bytes:
-    path = folder / "int4.safetensors"
-    quantize(bundle, path, "int4")
-    return path.read_bytes()
+def _few_bits(bundle: Path, folder: Path) -> list[bytes]:
+    written = []
+    for weights in ("int8", "fp8", "int4"):
+        path = folder / f"{weights}.safetensors"
+        quantize(bundle, path, weights)
+        written.append(path.read_bytes())
+    return written
 
 
-def _quantised(data: bytes, path: Path, r: random.Random) -> None:
+def _quantised(bundles: list[bytes], path: Path, r: random.Random) -> None:
     """Spoil what a bundle's header says of its weights' formats, open the bundle, and load the transformer."""
+    data = r.choice(bundles)
 
     def describe(header: Any) -> None:
         metadata = header["__metadata__"]

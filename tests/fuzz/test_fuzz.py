@@ -19,11 +19,13 @@ from tests.conftest import FUZZ_SEED, MORE_EXAMPLES
 from tests.fuzz.attempts import MEMORY, REFUSED, WORKS, attempt_many
 from tests.fuzz.readers import Attempt, readers
 
-SLOW = ("bundle, run", "graph")
+SLOW = ("bundle, run", "graph", "table of rows", "evaluated folder")
 ATTEMPTS = 20
 NAMES = (
     *("bundle", "quantised bundle", "bundle, run", "embeddings", "tokenizer", "LoRA", "MoGLE", "FLUX folder"),
     *("transformer in one file", "GGUF", "mask", "prompts", "job record", "manifest", "graph", "engine"),
+    *("manifest with text encoders", "table of rows", "settings in an image", "evaluated folder", "fast settings"),
+    *("calibration", "request", "parts of a tokenizer"),
 )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mogle_rt.errors import InputError, OutputError
-from mogle_rt.jobs.captions import prompts_of
+from mogle_rt.jobs.captions import captions_of, prompts_of
 from mogle_rt.jobs.naming import Naming
 from mogle_rt.jobs.plan import Drawing, count_prompts, find_masks, plan, shard
 
@@ -137,3 +137,8 @@ def test_names_by_pattern(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match=message):
             names([Path("ann.png")], tmp_path / output, 2, suffix)
     assert names([None], tmp_path / "x.jpeg", suffix="jpg") == [f"{folder}/x.jpeg"]
+
+
+def test_a_name_that_is_too_long_for_a_file_has_no_captions(tmp_path: Path) -> None:
+    """A table that is evaluated may name such a mask."""
+    assert captions_of(tmp_path / ("b" * 300 + ".png")) == []

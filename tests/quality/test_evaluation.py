@@ -256,6 +256,12 @@ def bad_calls(data: Path) -> list[tuple[dict[str, Any], type[MogleError], str]]:
     write_table(data / "table", prompt=[])
     write_images(data / "table2", ["a_1.png"], 0)
     write_table(data / "table2", image=["z.png"])
+    spoiled: list[dict[str, list[Any]]] = [
+        {"mask": [7]}, {"seed": [2.5]}, {"image": [str(data / "one" / "a.png")]}, {"image": ["a" * 300]},
+    ]  # fmt: skip
+    for number, column in enumerate(spoiled):
+        write_images(data / f"spoiled{number}", ["a_1.png"], 0)
+        write_table(data / f"spoiled{number}", **column)
     write_images(data / "table3", ["a_1.png"], 0)
     (data / "table3" / TABLE).write_bytes(b"PAR1 no table")
     bare: dict[str, Any] = {"against": None, "masks": None, "captions": None}
@@ -268,6 +274,10 @@ def bad_calls(data: Path) -> list[tuple[dict[str, Any], type[MogleError], str]]:
         ({"images": data / "damaged"}, InputError, r"b_1\.png: can't be read as an image"),
         ({"images": data / "cut", **bare}, InputError, r"b_1\.png: can't be read"),
         ({"images": data / "table"}, InputError, r"results\.parquet: has no column prompt"),
+        ({"images": data / "spoiled0"}, InputError, r"results\.parquet: row 1\.mask must be a text, got 7"),
+        ({"images": data / "spoiled1"}, InputError, r"results\.parquet: row 1\.seed must be a whole number"),
+        ({"images": data / "spoiled2"}, InputError, r"names the image '.*', which isn't there"),
+        ({"images": data / "spoiled3"}, InputError, r"names the image 'a{70,}…, which isn't there"),
         ({"images": data / "table2"}, InputError, r"names the image 'z\.png', which isn't there"),
         ({"images": data / "table3"}, InputError, "can't be read as Parquet"),
         ({"masks": data / "absent"}, InputError, "absent: no such folder of masks"),
