@@ -279,7 +279,7 @@ def test_part_files_are_one_mask(page: Any, tmp_path: Path) -> None:
 def test_errors_are_shown_where_one_looks(page: Any) -> None:
     before = canvas(page)
     page.set_input_files("#file", {"name": "mask.png", "mimeType": "image/png", "buffer": b"no picture"})
-    expect(page.locator("#mask-error")).to_contain_text("not a picture", timeout=SLOW)
+    expect(page.locator("#mask-error")).to_contain_text("not a mask that can be read", timeout=SLOW)
     assert np.array_equal(canvas(page), before)
     photograph = io.BytesIO()
     Image.effect_noise((64, 64), 80).convert("RGB").save(photograph, "PNG")

@@ -142,9 +142,9 @@ def test_an_image_holds_its_settings(served: Live) -> None:
         (404, {"prompt": "x", "model": "dall-e-3"}, "this server has 'demo'"),
         (400, {"semantic_mask": "/etc/passwd"}, "paths and addresses are not opened"),
         (400, {"semantic_mask": "https://example.com/mask.png"}, "paths and addresses are not opened"),
-        (422, {"semantic_mask": encoded(b"/etc/passwd")}, "not a picture"),
+        (422, {"semantic_mask": encoded(b"/etc/passwd")}, "not a mask that can be read"),
         (422, {"semantic_mask": encoded(b"\x93NUMPY\x01\x00")}, "can't be read"),
-        (422, {"semantic_mask": ""}, "not a picture"),
+        (422, {"semantic_mask": ""}, "not a mask that can be read"),
     ],
 )
 def test_wrong_fields_are_refused(served: Live, status: int, fields: dict[str, Any], words: str) -> None:
