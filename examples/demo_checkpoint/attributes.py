@@ -48,7 +48,9 @@ LIP_COLOURS: dict[str, Colour] = {
     "blue": (52, 74, 178),
     "black": (34, 24, 30),
 }
+AGES = ("young", "old")
 SKINS = ("light", "tan", "dark")
+GLASSES = ("round glasses", "square glasses", "sunglasses")
 STYLES = ("bald", "balding", "very short", "short", "curly", "bun", "medium", "long", "long wavy")
 HAIR_WORDS = {
     "balding": "thin {c} hair around a bald top",
@@ -60,7 +62,7 @@ HAIR_WORDS = {
     "long": "long straight {c} hair",
     "long wavy": "long wavy {c} hair",
 }
-
+BEARD_WORDS = {"beard": "a full {c}beard", "stubble": "{c}stubble", "mustache": "a {c}mustache"}
 NOUNS = {"man": ("man", "man", "guy"), "woman": ("woman", "woman", "lady")}
 
 
@@ -145,7 +147,7 @@ def describe(a: Attributes, rng: np.random.Generator, keep: float = 0.82) -> tup
     if named("eyes", 0.6):
         features.append(f"{a.eyes} eyes")
     if named("beard"):
-        words = {"beard": "a full {c}beard", "stubble": "{c}stubble", "mustache": "a {c}mustache"}[str(a.beard)]
+        words = BEARD_WORDS[str(a.beard)]
         features.append(words.format(c=f"{a.hair} " if "hair" in said and chance(0.4) else ""))
     if named("lips", 0.92):
         features.append(one(f"{a.lips} lips", f"{a.lips} lipstick"))

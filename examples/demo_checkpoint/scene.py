@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from examples.demo_checkpoint.attributes import COLOURS, EYE_COLOURS, HAIR_COLOURS, LIP_COLOURS, STYLES, Attributes
+from examples.demo_checkpoint.attributes import (
+    COLOURS,
+    EYE_COLOURS,
+    GLASSES,
+    HAIR_COLOURS,
+    LIP_COLOURS,
+    STYLES,
+    Attributes,
+)
 from examples.demo_checkpoint.hair import Shape, hairstyle, hat
 from examples.demo_checkpoint.heads import HeadModel
 
@@ -131,7 +139,7 @@ def draw_scene(rng: np.random.Generator, model: HeadModel) -> Scene:
     beard = (
         str(rng.choice(["beard", "stubble", "mustache"], p=[0.5, 0.25, 0.25])) if male and rng.random() < 0.5 else None
     )
-    glasses = str(rng.choice(["round glasses", "square glasses", "sunglasses"])) if rng.random() < 0.26 else None
+    glasses = str(rng.choice(GLASSES)) if rng.random() < 0.26 else None
 
     parting = float(rng.uniform(-0.4, 0.4))
     shapes = [(HAIR_GROUP, s) for s in hairstyle(model, style, fringe, rng)]

@@ -124,6 +124,8 @@ def serve(
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("calls.prompts", "encoders.text"):  # their warnings quote prompts, which the log never holds
+        logging.getLogger(f"mogle_rt.{name}").setLevel(logging.ERROR)
     address, actual = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     studio.start()

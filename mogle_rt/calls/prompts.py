@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.encoders.cache import TensorCache
 from mogle_rt.encoders.text import TextEncoders
+
+MOST_TOLD = 1000  # words that are remembered as told; a server may meet any number
+
+logger = logging.getLogger(__name__)
 
 
 class PromptEncoder:
@@ -28,6 +34,7 @@ class PromptEncoder:
         self.bundle, self.device, self.dtype, self.cache = bundle, device, dtype, cache
         self.encoders: TextEncoders | None = None
         self.offload = self.streamed = False
+        self._told: set[str] = set()
 
     def stream(self, streamed: bool) -> None:
         """Choose how T5's weights are read; what is held otherwise is freed."""
@@ -36,6 +43,8 @@ class PromptEncoder:
 
     def __call__(self, prompts: list[str], tokens: int) -> tuple[Tensor, Tensor]:
         """Embed B prompts: return T5's embeddings [B, tokens, J] and CLIP's [B, P].
+
+        Words that the encoders were not trained with are warned of, where the bundle's tokenizer tells; each word once.
 
         Raises:
             CheckpointError: the bundle holds no text encoders, and not the embeddings of these prompts either.
@@ -51,10 +60,20 @@ class PromptEncoder:
             for prompt, *made in zip(new, *self.encoders.encode(new, tokens), strict=True):
                 known[prompt] = tuple(t.clone() for t in made)
                 self.cache.put((prompt, tokens), known[prompt])
+            self._warn_of_unseen(self.encoders, new)
             if self.offload or self.streamed:
                 self.encoders = None
         sequences, vectors = zip(*(known[p] for p in prompts), strict=True)
         return torch.stack(sequences), torch.stack(vectors)
+
+    def _warn_of_unseen(self, encoders: TextEncoders, prompts: list[str]) -> None:
+        """One warning for the words of new prompts that the encoders were not trained with; each word is told of once."""
+        if (known := encoders.known_words) is None:
+            return
+        words = [word for word in known.unseen(" ".join(prompts)) if word not in self._told]
+        if words:
+            logger.warning("%s", known.warning(words))
+            self._told = (self._told if len(self._told) < MOST_TOLD else set()) | set(words)
 
 
 def repeated(x: Tensor, batch: int) -> Tensor:

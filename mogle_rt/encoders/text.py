@@ -12,6 +12,7 @@ from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.encoders.streamed_text import streamed_t5
 from mogle_rt.encoders.text_models import load_text_encoder
 from mogle_rt.encoders.tokenizers import load_tokenizer, without_panic
+from mogle_rt.encoders.words import known_words
 from mogle_rt.errors import CheckpointError
 from mogle_rt.torch_api.settings import settled
 
@@ -25,6 +26,9 @@ class TextEncoders:
         bundle: a bundle that holds text encoders.
         device, dtype: the device and the data type of the computation.
         streamed: read T5's weights layer by layer for each prompt, instead of holding them in memory.
+
+    Attributes:
+        known_words: the words that the encoders were trained with, or None if the tokenizer doesn't tell.
 
     Raises:
         CheckpointError: the bundle was made without text encoders, or they don't match their configuration.
@@ -43,6 +47,7 @@ class TextEncoders:
         self.device = device
         self.tokenizer = load_tokenizer("tokenizer", bundle.files("tokenizer"))
         self.tokenizer_2 = load_tokenizer("tokenizer_2", bundle.files("tokenizer_2"))
+        self.known_words = known_words(self.tokenizer_2)
         self.clip = load_text_encoder("text_encoder", config.text_encoder, bundle.part("text_encoder", device, dtype))
         self.t5 = (
             streamed_t5(bundle, config.text_encoder_2, device, dtype)

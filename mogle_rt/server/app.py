@@ -17,6 +17,7 @@ from mogle_rt import __version__
 from mogle_rt.arguments import warn_of_guidance
 from mogle_rt.bundle.shipped import examples
 from mogle_rt.edits.start import StartImage
+from mogle_rt.encoders.words import words_of
 from mogle_rt.masks.classes import CLASS_NAMES, PALETTE, Labels
 from mogle_rt.masks.orders import ORDERS
 from mogle_rt.server.access import Guard
@@ -49,6 +50,7 @@ def build_app(studio: Studio, model: str, *, keys: list[bytes] | None = None, li
     app.add_middleware(Guard, keys=keys or [], metrics=studio.metrics)
     answers = Answers(studio)
     bundle = studio.pipe.bundle
+    known = words_of(bundle)
     started = int(time.time())
 
     @app.exception_handler(Refusal)
@@ -210,6 +212,8 @@ def build_app(studio: Studio, model: str, *, keys: list[bytes] | None = None, li
             raise Refusal(422, "this model has no text encoders, so it takes no prompt", param="prompt")
         has_guidance = bundle.config.transformer.guidance_embeds
         shape = shape._replace(num_inference_steps=studio.pipe.steps_of(shape.num_inference_steps))
+        unseen = await asyncio.to_thread(known.unseen, prompt) if known is not None else []
+        of_words = [known.warning(unseen)] if known is not None and unseen else []
         return Job(
             prompt=prompt,
             labels=labels,
@@ -220,7 +224,7 @@ def build_app(studio: Studio, model: str, *, keys: list[bytes] | None = None, li
             kind=asked.output_format,
             watched=asked.stream,
             previews=asked.partial_images if asked.stream else 0,
-            warnings=warnings + await asyncio.to_thread(_told_of_guidance, shape.guidance_scale, has_guidance),
+            warnings=warnings + of_words + await asyncio.to_thread(_told_of_guidance, shape.guidance_scale, has_guidance),
         )
 
     return app

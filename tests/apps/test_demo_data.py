@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from examples.demo_checkpoint.attributes import Attributes, visible
+from examples.demo_checkpoint import words
+from examples.demo_checkpoint.attributes import Attributes, describe, reword, visible
 from examples.demo_checkpoint.latents import BLACK, NO_REGION, WHITE, cell_classes, cut, encode
 from examples.demo_checkpoint.renders import Renders, Writer, middle, resize
 from examples.demo_checkpoint.rough import ellipses, lose_parts, redraw, rough
 from examples.demo_checkpoint.shards import Shards, region_averages
 from examples.demo_checkpoint.train import pick_size
 from mogle_rt.bundle import shipped as demo
+from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import NUM_CLASSES
+from mogle_rt.encoders.words import words_of
 from mogle_rt.masks import to_labels
 
 PERSON = {
@@ -214,3 +218,24 @@ def test_a_render_is_exact_and_the_same_again() -> None:
     assert one.captions == two.captions
     assert {0, 1, 2, 13, 18} <= set(np.unique(one.labels))
     assert float(one.image[one.labels == 0].std(0).mean()) < 30  # the background has one colour
+
+
+def test_the_page_of_words_is_made_from_the_code() -> None:
+    text = words.PAGE.read_text(encoding="utf-8")
+    assert words.page(text) == text, "run python -m examples.demo_checkpoint.words"
+    assert "| `young`, `old` |" in text
+    assert words.page(text.replace("`lipstick`", "")) == text
+    with pytest.raises(SystemExit, match="lacks the lines"):
+        words.page("# What the demo can draw")
+
+
+def test_the_demo_knows_all_words_of_the_page_and_of_captions() -> None:
+    known = words_of(Bundle("demo"))
+    assert known is not None
+    for named in re.findall("`([^`]+)`", words.table()):
+        assert known.unseen(named) == []
+    rng = np.random.default_rng(0)
+    bald = PERSON | {"sex": "man", "hair_style": "bald", "hair": None, "beard": "stubble", "looks": "right"}
+    for person in (PERSON, bald):
+        for _ in range(40):
+            assert known.unseen(reword(describe(Attributes(**person), rng)[0], rng)) == []

@@ -72,11 +72,13 @@ def test_the_program_answers_and_stops(tmp_path: Path) -> None:
         assert process.stderr is not None
         found = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline())
         assert found
-        body = {"prompt": "a woman", "size": "64x64", "num_inference_steps": 1}
+        body = {"prompt": "a woman, turquoise", "size": "64x64", "num_inference_steps": 1}
         with httpx.Client(base_url=found[0], timeout=120, trust_env=False) as client:
             assert client.post("/v1/images/generations", json=body).status_code == 401
             client.headers["Authorization"] = "Bearer a-key-of-sixteen-characters"
-            assert client.post("/v1/images/generations", json=body).status_code == 200
+            answer = client.post("/v1/images/generations", json=body)
+            assert answer.status_code == 200
+        assert "never saw 'turquoise' in" in answer.json()["warnings"][0]
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=60)
     finally:
@@ -86,3 +88,4 @@ def test_the_program_answers_and_stops(tmp_path: Path) -> None:
     assert "POST /v1/images/generations 200" in log
     assert "Traceback" not in log
     assert "a woman" not in log
+    assert "turquoise" not in log
