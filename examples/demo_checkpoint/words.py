@@ -1,6 +1,8 @@
 """Writes the lists in docs/demo.md: what the demo can draw, and all words that its text encoder knows.
 
     python -m examples.demo_checkpoint.words
+
+A test fails while the page says something else.
 """
 
 from __future__ import annotations

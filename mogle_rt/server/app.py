@@ -17,7 +17,7 @@ from mogle_rt import __version__
 from mogle_rt.arguments import warn_of_guidance
 from mogle_rt.bundle.shipped import examples
 from mogle_rt.edits.start import StartImage
-from mogle_rt.encoders.words import words_of
+from mogle_rt.encoders.words import KnownWords, words_of
 from mogle_rt.masks.classes import CLASS_NAMES, PALETTE, Labels
 from mogle_rt.masks.orders import ORDERS
 from mogle_rt.server.access import Guard
@@ -212,8 +212,7 @@ def build_app(studio: Studio, model: str, *, keys: list[bytes] | None = None, li
             raise Refusal(422, "this model has no text encoders, so it takes no prompt", param="prompt")
         has_guidance = bundle.config.transformer.guidance_embeds
         shape = shape._replace(num_inference_steps=studio.pipe.steps_of(shape.num_inference_steps))
-        unseen = await asyncio.to_thread(known.unseen, prompt) if known is not None else []
-        of_words = [known.warning(unseen)] if known is not None and unseen else []
+        warnings = warnings + await asyncio.to_thread(_told_of_words, known, prompt)
         return Job(
             prompt=prompt,
             labels=labels,
@@ -224,7 +223,7 @@ def build_app(studio: Studio, model: str, *, keys: list[bytes] | None = None, li
             kind=asked.output_format,
             watched=asked.stream,
             previews=asked.partial_images if asked.stream else 0,
-            warnings=warnings + of_words + await asyncio.to_thread(_told_of_guidance, shape.guidance_scale, has_guidance),
+            warnings=warnings + await asyncio.to_thread(_told_of_guidance, shape.guidance_scale, has_guidance),
         )
 
     return app
@@ -234,6 +233,11 @@ def _told_of_guidance(scale: float, has_guidance: bool) -> list[str]:
     with noted_warnings() as told:
         warn_of_guidance(scale, has_guidance)
     return told
+
+
+def _told_of_words(known: KnownWords | None, prompt: str) -> list[str]:
+    unseen = known.unseen(prompt) if known is not None else []
+    return [known.warning(unseen)] if known is not None and unseen else []
 
 
 def _mask_data(labels: Labels) -> dict[str, Any]:
