@@ -17,7 +17,7 @@ from mogle_rt.encoders.words import KnownWords, words_of
 UNSEEN = [
     ("a young woman with long blond hair, wearing a red hat.", []),
     ("", []),
-    ("  a   man ,\n", ["\n"]),  # the tokenizer parts words at spaces alone
+    ("  a   man ,\n", []),
     ("a turquoise hat, a turquoise, wide hat", ["turquoise", "wide"]),
     ("Purple hair and a purple hat", ["Purple"]),
     ("red-haired", ["red-haired"]),
@@ -53,7 +53,7 @@ def test_the_warning_names_words_that_are_nearly_the_same(known: KnownWords) -> 
     message = known.warning(["bearded", "tall", "y" * 1000])
     assert "'bearded' (it knows 'beard'), 'tall', 'yyy" in message
     assert len(message) < 300
-    assert "'8'" not in known.warning([str(i) for i in range(20)])
+    assert "'12'" not in known.warning([str(i) for i in range(20)])
     assert "and 12 more" in known.warning([str(i) for i in range(20)])
 
 
