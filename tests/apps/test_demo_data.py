@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from mogle_rt.config import NUM_CLASSES
 from mogle_rt.encoders.words import words_of
 from mogle_rt.masks import to_labels
 
-PERSON = {
+PERSON: dict[str, Any] = {
     "sex": "woman", "age": "old", "skin": "dark", "hair_style": "long", "hair": "gray", "fringe": True, "eyes": "blue",
     "beard": None, "lips": "red", "glasses": "round glasses", "hat": None, "earrings": True, "necklace": True,
     "smile": True, "mouth_open": True, "clothes": "yellow", "background": "purple", "looks": "left",
