@@ -74,10 +74,10 @@ def test_smaller_masks_keep_thin_parts(masks: list[np.ndarray]) -> None:
 def test_what_is_cut_off_is_not_told() -> None:
     labels = np.zeros((128, 128), np.uint8)
     labels[:40], labels[40:80, 40:80] = 13, 1
-    seen = visible(Attributes(**PERSON), labels)  # type: ignore[arg-type]
+    seen = visible(Attributes(**PERSON), labels)
     assert (seen.hair, seen.fringe, seen.clothes, seen.earrings, seen.necklace) == ("gray", True, None, False, False)
     labels[labels == 13] = 0
-    assert visible(Attributes(**PERSON), labels).hair is None  # type: ignore[arg-type]
+    assert visible(Attributes(**PERSON), labels).hair is None
 
 
 @pytest.mark.parametrize("way", [redraw, lose_parts, ellipses, rough])
