@@ -39,7 +39,9 @@ class KnownWords:
 
     def _spelled(self, prompt: str) -> Iterator[str]:
         group: list[str] = []
-        pieces = without_panic(lambda: self._tokenizer.tokenize(prompt), "T5's tokenizer can't read this prompt")
+        pieces = without_panic(
+            lambda: self._tokenizer.tokenize(prompt, verbose=False), "T5's tokenizer can't read this prompt"
+        )
         for piece in [*pieces, BEGIN]:
             if piece.startswith(BEGIN):
                 if any(one.isalnum() or one not in self._pieces for one in group):
