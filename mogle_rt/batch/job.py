@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mogle_rt.arguments import check_names
 from mogle_rt.batch.masks import check_masks
 from mogle_rt.batch.options import check_call
-from mogle_rt.batch.pool import Asked, choose_places, draw_blocks
+from mogle_rt.batch.pool import Asked, choose_places, draw_blocks, largest_batch
 from mogle_rt.batch.results import write_results
 from mogle_rt.batch.rows import MOST_SEED, Row, read_rows
 from mogle_rt.batch.session import check_installed, ray_session
@@ -26,6 +26,7 @@ from mogle_rt.errors import DeviceError, InputError, MogleError, OutputError
 from mogle_rt.jobs.image_files import check_prompt
 from mogle_rt.jobs.naming import Naming, check_writable
 from mogle_rt.jobs.record import JobRecord, job_settings
+from mogle_rt.values import quoted
 
 Progress = Callable[[int, int, int], object]
 Say = Callable[[str], object]
@@ -63,7 +64,7 @@ def run(
     output: str | Path,
     *,
     num_workers: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | Literal["auto"] = 1,
     address: str | None = None,
     num_cpus: float = 1.0,
     num_gpus: float | None = None,
@@ -93,7 +94,8 @@ def run(
             ``seed`` and options of the call; a folder of Parquet files; a folder of masks; or MM-CelebA-HQ's folder.
         output: the folder of the images and of ``results.parquet``. Workers on other machines must see it, too.
         num_workers: None: one for each GPU, or as many as the CPUs and their memory suffice for.
-        batch_size: images computed at once. Images of a batch agree with those drawn alone up to rounding.
+        batch_size: images computed at once. Images of a batch agree with those drawn alone up to rounding. "auto" takes
+            as many as a worker's memory has room for, see `mogle_rt.batch.pool.largest_batch`.
         address: of a Ray cluster, "host:port" or "auto"; None starts Ray on this machine for the time of the job.
         num_cpus, num_gpus: for each worker. None means 1 GPU if there are any.
         seed: changes the seeds that follow from the rows' ids, from 0.
@@ -155,7 +157,7 @@ def run(
             call=call,
             folder=folder,
             job=job,
-            batch_size=batch_size,
+            batch_size=1 if batch_size == "auto" else batch_size,
             metadata=metadata,
             threads=os.environ.get("OMP_NUM_THREADS"),
         )
@@ -165,8 +167,12 @@ def run(
                 with ray_session(address, cpus) as ray:
                     there = ray.cluster_resources()
                     asked = Asked(num_workers, num_cpus, num_gpus, device)
-                    places = choose_places(bundle, model, there, asked, batch_size)
+                    places = choose_places(bundle, model, there, asked, orders.batch_size)
                     summary.workers = places.workers
+                    if batch_size == "auto":
+                        size = (call["height"], call["width"])
+                        orders = replace(orders, batch_size=largest_batch(bundle, model, size, places))
+                        say(f"each worker computes {orders.batch_size} images at once")
                     orders = replace(orders, model=model | {"device": places.device})
                     told: set[str] = set()
                     done = 0
@@ -254,10 +260,12 @@ class _Plan:
 
 
 def _check_numbers(
-    num_workers: int | None, batch_size: int, seed: int, caption: int, num_cpus: float, num_gpus: float | None
+    num_workers: int | None, batch_size: int | str, seed: int, caption: int, num_cpus: float, num_gpus: float | None
 ) -> None:
     for name, number in (("num_workers", num_workers), ("batch_size", batch_size), ("caption", caption)):
-        if number is not None and number < 1:
+        if isinstance(number, str) and number != "auto":
+            raise InputError(f"{name} must be a whole number or auto, got {quoted(number)}")
+        if isinstance(number, int) and number < 1:
             raise InputError(f"{name} must be 1 or more, got {number}")
     for name, share in (("num_cpus", num_cpus), ("num_gpus", num_gpus)):
         if share is not None and not 0 <= share < 1e6:

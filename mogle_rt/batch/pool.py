@@ -6,13 +6,18 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mogle_rt.batch.session import one_line
 from mogle_rt.batch.worker import Attempts, Orders, Report, Task, Worker, pack, unpack
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import PATCH
 from mogle_rt.errors import ClusterError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mogle_rt.memory.planner import Plan
 
 MOST_ROWS = 16  # of a block: what a worker that is killed may have to look through again
 BLOCKS = 8  # for each worker, if there are rows enough, so that all end at about the same time
@@ -80,32 +85,79 @@ def choose_places(
 
 def _on_cpus(bundle: Bundle, model: Mapping[str, Any], cpus: int, batch_size: int) -> int:
     """How many pipelines can work beside each other on this machine."""
-    from mogle_rt.calls.memory import MemoryPlans
-    from mogle_rt.cost.demand import Run
     from mogle_rt.memory.budget import PROCESS_BYTES, available_memory
-    from mogle_rt.memory.devices import choose_device, choose_dtype
+    from mogle_rt.memory.devices import choose_device
     from mogle_rt.memory.threads import worthwhile_threads
 
     device = choose_device(model["device"])
     if device.type != "cpu":
         return 1
     side, tokens = bundle.default_size, bundle.default_text_tokens
-    run = Run(
-        device=device,
-        dtype=choose_dtype(model["dtype"], device),
-        height=side,
-        width=side,
-        batch=batch_size,
-        text_tokens=tokens,
-        model=model["model_config"],
-        kernels=model["kernels"],
-        prompts=bundle.has_text_encoders,
-    )
-    plan = MemoryPlans(bundle, run, None, streams=model["engine"] == "torch").plan
+    plan = _plan(bundle, model, device, (side, side), batch_size, None)
     rows = batch_size * (2 * (side // PATCH) ** 2 + tokens)
     threads = worthwhile_threads(rows, bundle.config.transformer.width, cpus)
     # This process goes on beside the workers, so what it holds is no room for them.
     return max(1, min(cpus // threads, int(available_memory() // (plan.peak + PROCESS_BYTES))))
+
+
+def largest_batch(bundle: Bundle, model: Mapping[str, Any], size: tuple[int | None, int | None], places: Places) -> int:
+    """How many images a worker had best compute at once: as many as fit beside weights that stay where one image has them.
+
+    Up to `MOST_ROWS` are tried, in powers of two. The memory of this machine is divided among the workers.
+
+    Args:
+        model: arguments of `Pipeline`.
+        size: height and width of the images, in pixels; None stands for the bundle's own.
+
+    Raises:
+        ClusterError: workers have GPUs, and this machine has none to look at.
+    """
+    import torch
+
+    from mogle_rt.memory.budget import budget_for
+    from mogle_rt.memory.devices import choose_device
+
+    if places.gpus and not torch.cuda.is_available():
+        raise ClusterError("this machine has no GPU to choose a batch size for; give --batch-size a number")
+    device = choose_device("cuda" if places.gpus else places.device)
+    height, width = (bundle.default_size if side is None else side for side in size)
+    most = model["max_memory"]
+    if most is None:
+        room, set_aside = budget_for(device, None)
+        most = set_aside + int(room * places.gpus if places.gpus else room / places.workers)
+    alone = _plan(bundle, model, device, (height, width), 1, most)
+    for count in (MOST_ROWS, 8, 4, 2):
+        plan = _plan(bundle, model, device, (height, width), count, most)
+        same = (plan.streamed, plan.text, plan.modulation) == (alone.streamed, alone.text, alone.modulation)
+        if same and plan.peak <= plan.room:
+            return count
+    return 1
+
+
+def _plan(
+    bundle: Bundle,
+    model: Mapping[str, Any],
+    device: torch.device,
+    size: tuple[int, int],
+    batch: int,
+    max_memory: int | None,
+) -> Plan:
+    from mogle_rt.calls.memory import MemoryPlans
+    from mogle_rt.cost.demand import Run
+    from mogle_rt.memory.devices import choose_dtype
+
+    run = Run(
+        device=device,
+        dtype=choose_dtype(model["dtype"], device),
+        height=size[0],
+        width=size[1],
+        batch=batch,
+        text_tokens=bundle.default_text_tokens,
+        model=model["model_config"],
+        kernels=model["kernels"],
+        prompts=bundle.has_text_encoders,
+    )
+    return MemoryPlans(bundle, run, max_memory, streams=model["engine"] == "torch").plan
 
 
 def blocks(tasks: Sequence[Task], batch_size: int, workers: int) -> Iterator[list[Task]]:

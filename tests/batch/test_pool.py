@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mogle_rt.batch.pool import Asked, Places, blocks, choose_places
+from mogle_rt.batch.pool import MOST_ROWS, Asked, Places, blocks, choose_places, largest_batch
 from mogle_rt.batch.rows import Row
 from mogle_rt.batch.worker import Task
 from mogle_rt.bundle.bundle import Bundle
@@ -69,6 +69,36 @@ def test_workers_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(budget, "available_memory", lambda free=free: free)
         found = choose_places(Bundle("demo"), model, {"CPU": 6.0}, Asked(None, 1, None, "cpu"), 1).workers
         assert found == workers if workers in (1, 6) else 1 < found < 6
+
+
+def test_as_many_images_at_once_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More memory, and smaller images, allow more of them; workers share what is free.
+
+    In 830 MB, 30 of which are free for it, two images would have room only if more weights were streamed than for one.
+    """
+    from mogle_rt.memory import budget
+
+    model: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "model_config": ModelConfig(), "kernels": None}
+    model |= {"engine": "torch", "max_memory": None}
+    bundle = Bundle("demo")
+
+    def found(memory: int | None, *, side: int | None = None, workers: int = 1) -> int:
+        return largest_batch(bundle, model | {"max_memory": memory}, (side, side), Places(workers, 1, 0, "cpu"))
+
+    counts = [found(memory) for memory in (830_000_000, 1_000_000_000, 4_000_000_000)]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (1, MOST_ROWS)
+    assert found(1_500_000_000, side=512) < found(1_500_000_000, side=64)
+    monkeypatch.setattr(budget, "available_memory", lambda: 2_000_000_000)
+    assert found(None, side=256, workers=4) < found(None, side=256)
+
+
+def test_a_batch_for_gpus_that_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(
+        ClusterError, match="this machine has no GPU to choose a batch size for; give --batch-size a number"
+    ):
+        largest_batch(Bundle("demo"), {"max_memory": None}, (None, None), Places(2, 1, 1.0, None))
 
 
 def test_blocks() -> None:

@@ -306,6 +306,7 @@ CASES = {
     ),
     "workers": table("rows.jsonl", GOOD, "num_workers must be 1 or more, got 0", num_workers=0),
     "batch": table("rows.jsonl", GOOD, "batch_size must be 1 or more, got -1", batch_size=-1),
+    "batch's name": table("rows.jsonl", GOOD, "batch_size must be a whole number or auto, got 'big'", batch_size="big"),
     "seed": table("rows.jsonl", GOOD, "seed must be from 0 to", seed=-1),
     "gpus": table("rows.jsonl", GOOD, "num_gpus must be a number of 0 or more", num_gpus=float("nan")),
     "option": table("rows.jsonl", GOOD, "there is no option 'latents'", latents=1),

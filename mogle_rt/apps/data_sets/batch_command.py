@@ -80,8 +80,12 @@ def batch(
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Images that a worker computes at once.", rich_help_panel=WORKERS)
-    ] = 1,
+        str,
+        typer.Option(
+            help="Images that a worker computes at once; auto: as many as its memory has room for.",
+            rich_help_panel=WORKERS,
+        ),
+    ] = "1",
     address: Annotated[
         str | None,
         typer.Option(
@@ -123,7 +127,7 @@ def batch(
                 source,
                 output,
                 num_workers=num_workers,
-                batch_size=batch_size,
+                batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,  # type: ignore[arg-type]
                 address=address,
                 num_cpus=num_cpus,
                 num_gpus=num_gpus,
