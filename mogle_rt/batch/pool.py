@@ -114,7 +114,7 @@ def largest_batch(bundle: Bundle, model: Mapping[str, Any], size: tuple[int | No
     """
     import torch
 
-    from mogle_rt.memory.budget import budget_for
+    from mogle_rt.memory.budget import available_memory, budget_for
     from mogle_rt.memory.devices import choose_device
 
     if places.gpus and not torch.cuda.is_available():
@@ -122,9 +122,11 @@ def largest_batch(bundle: Bundle, model: Mapping[str, Any], size: tuple[int | No
     device = choose_device("cuda" if places.gpus else places.device)
     height, width = (bundle.default_size if side is None else side for side in size)
     most = model["max_memory"]
-    if most is None:
+    if most is None and places.gpus:
         room, set_aside = budget_for(device, None)
-        most = set_aside + int(room * places.gpus if places.gpus else room / places.workers)
+        most = set_aside + int(room * places.gpus)
+    elif most is None:  # what this process holds itself is no room for them
+        most = available_memory() // places.workers
     alone = _plan(bundle, model, device, (height, width), 1, most)
     for count in (MOST_ROWS, 8, 4, 2):
         plan = _plan(bundle, model, device, (height, width), count, most)

@@ -276,7 +276,7 @@ def bad_calls(data: Path) -> list[tuple[dict[str, Any], type[MogleError], str]]:
         ({"images": data / "table"}, InputError, r"results\.parquet: has no column prompt"),
         ({"images": data / "spoiled0"}, InputError, r"results\.parquet: row 1\.mask must be a text, got 7"),
         ({"images": data / "spoiled1"}, InputError, r"results\.parquet: row 1\.seed must be a whole number"),
-        ({"images": data / "spoiled2"}, InputError, r"names the image '.*', which isn't there"),
+        ({"images": data / "spoiled2"}, InputError, r"names the image '.*, which isn't there"),
         ({"images": data / "spoiled3"}, InputError, r"names the image 'a{70,}…, which isn't there"),
         ({"images": data / "table2"}, InputError, r"names the image 'z\.png', which isn't there"),
         ({"images": data / "table3"}, InputError, "can't be read as Parquet"),
