@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# A process for each core, with one thread each (tests/conftest.py); whoever has nothing left takes tests from the others.
-SIDE_BY_SIDE := -n logical --maxprocesses 8 --dist worksteal
+# A process for each core with one thread each (tests/conftest.py), and one more, as some tests wait for other processes;
+# whoever has nothing left takes tests from the others.
+SIDE_BY_SIDE = -n $(shell $(PYTHON) -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))') --dist worksteal
 RANDOM_INPUTS := $(addprefix tests/,bundle encoders fuzz linear masks model kernels/test_dispatch.py kernels/test_kernels.py)
 
 .PHONY: demo test quick fuzz oldest bench gpu page-test lint clean

@@ -30,12 +30,11 @@ SEEDS = 100  # of the first row; each next row has the next, as in a job of `gen
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
     """One Ray for all jobs here, as a program may have one of its own."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # what workers draw with, and `generate`
-    with ray_session(None, 3):
-        yield
-    if before is None:
-        del os.environ["OMP_NUM_THREADS"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # what workers draw with, and `generate`
+        patch.setenv("RAY_worker_niceness", "0")  # beside other tests, workers of low priority take minutes
+        with ray_session(None, 3):
+            yield
 
 
 @pytest.fixture(scope="module")
