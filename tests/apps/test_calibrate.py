@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -87,8 +88,16 @@ def test_killed_gone_on_with_stored_and_found(bundle: Path, masks: Path, monkeyp
     assert again.out == result.out
 
 
-def test_what_is_stored_is_what_is_drawn_with(bundle: Path, masks: Path) -> None:
+def test_what_is_stored_is_what_is_drawn_with(bundle: Path, masks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounds that only fewer steps can meet, as everything else is left out; and bounds that nothing meets."""
+    add = drawing.Calibration._add
+
+    def timed(self: drawing.Calibration, case: Any, labels: Any, way: Any, image: Any, beside: float) -> None:
+        add(
+            self, case, labels, way, dataclasses.replace(image, seconds=float(image.computed)), 3.0
+        )  # a step takes a second
+
+    monkeypatch.setattr(drawing.Calibration, "_add", timed)
     bounds = ("--max-drift", "balanced:psnr=0,worst=0", "--max-drift", "fast:psnr=119,worst=119")
     with one_thread():
         arguments = ("--masks", masks, *QUICK, "--steps", 3, "--way", "most_steps=1", "--limit", 1)
