@@ -170,9 +170,8 @@ def run(
                     places = choose_places(bundle, model, there, asked, orders.batch_size)
                     summary.workers = places.workers
                     if batch_size == "auto":
-                        size = (call["height"], call["width"])
-                        orders = replace(orders, batch_size=largest_batch(bundle, model, size, places))
-                        say(f"each worker computes {orders.batch_size} images at once")
+                        orders = replace(orders, batch_size=largest_batch(bundle, model, call, plan.tasks, places))
+                        say(f"each worker computes up to {orders.batch_size} images at once")
                     orders = replace(orders, model=model | {"device": places.device})
                     told: set[str] = set()
                     done = 0

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from mogle_rt.batch.masks import Shape
 from mogle_rt.batch.session import one_line
 from mogle_rt.batch.worker import Attempts, Orders, Report, Task, Worker, pack, unpack
 from mogle_rt.bundle.bundle import Bundle
 from mogle_rt.config import PATCH
 from mogle_rt.errors import ClusterError
+from mogle_rt.masks.sizes import default_size
 
 if TYPE_CHECKING:
     import torch
@@ -93,21 +98,25 @@ def _on_cpus(bundle: Bundle, model: Mapping[str, Any], cpus: int, batch_size: in
     if device.type != "cpu":
         return 1
     side, tokens = bundle.default_size, bundle.default_text_tokens
-    plan = _plan(bundle, model, device, (side, side), batch_size, None)
+    plan = _plan(bundle, model, device, (side, side), tokens, batch_size, None)
     rows = batch_size * (2 * (side // PATCH) ** 2 + tokens)
     threads = worthwhile_threads(rows, bundle.config.transformer.width, cpus)
     # This process goes on beside the workers, so what it holds is no room for them.
     return max(1, min(cpus // threads, int(available_memory() // (plan.peak + PROCESS_BYTES))))
 
 
-def largest_batch(bundle: Bundle, model: Mapping[str, Any], size: tuple[int | None, int | None], places: Places) -> int:
+def largest_batch(
+    bundle: Bundle, model: Mapping[str, Any], call: Mapping[str, Any], tasks: Sequence[Task], places: Places
+) -> int:
     """How many images a worker had best compute at once: as many as fit beside weights that stay where one image has them.
 
-    Up to `MOST_ROWS` are tried, in powers of two. The memory of this machine is divided among the workers.
+    Up to `MOST_ROWS` are tried, in powers of two, with the largest of the rows' images and texts. The memory of this
+    machine is divided among the workers.
 
     Args:
         model: arguments of `Pipeline`.
-        size: height and width of the images, in pixels; None stands for the bundle's own.
+        call: options of the call for rows that don't have their own.
+        tasks: the rows.
 
     Raises:
         ClusterError: workers have GPUs, and this machine has none to look at.
@@ -120,20 +129,31 @@ def largest_batch(bundle: Bundle, model: Mapping[str, Any], size: tuple[int | No
     if places.gpus and not torch.cuda.is_available():
         raise ClusterError("this machine has no GPU to choose a batch size for; give --batch-size a number")
     device = choose_device("cuda" if places.gpus else places.device)
-    height, width = (bundle.default_size if side is None else side for side in size)
+    asked = [dict(call) | dict(task.row.options) for task in tasks]
+    sizes = [_size(bundle, options, task.shape) for options, task in zip(asked, tasks, strict=True)]
+    size = max(sizes, key=math.prod)
+    tokens = max(options.get("max_sequence_length") or bundle.default_text_tokens for options in asked)
     most = model["max_memory"]
     if most is None and places.gpus:
         room, set_aside = budget_for(device, None)
         most = set_aside + int(room * places.gpus)
     elif most is None:  # what this process holds itself is no room for them
         most = available_memory() // places.workers
-    alone = _plan(bundle, model, device, (height, width), 1, most)
+    alone = _plan(bundle, model, device, size, tokens, 1, most)
     for count in (MOST_ROWS, 8, 4, 2):
-        plan = _plan(bundle, model, device, (height, width), count, most)
+        plan = _plan(bundle, model, device, size, tokens, count, most)
         same = (plan.streamed, plan.text, plan.modulation) == (alone.streamed, alone.text, alone.modulation)
         if same and plan.peak <= plan.room:
             return count
     return 1
+
+
+def _size(bundle: Bundle, options: Mapping[str, Any], shape: Shape) -> tuple[int, int]:
+    """Height and width of a row's image, as the pipeline chooses them."""
+    height = width = bundle.default_size
+    if shape is not None:
+        height, width = default_size([np.broadcast_to(np.uint8(0), shape)], bundle.default_size)
+    return options.get("height") or height, options.get("width") or width
 
 
 def _plan(
@@ -141,6 +161,7 @@ def _plan(
     model: Mapping[str, Any],
     device: torch.device,
     size: tuple[int, int],
+    tokens: int,
     batch: int,
     max_memory: int | None,
 ) -> Plan:
@@ -154,7 +175,7 @@ def _plan(
         height=size[0],
         width=size[1],
         batch=batch,
-        text_tokens=bundle.default_text_tokens,
+        text_tokens=tokens,
         model=model["model_config"],
         kernels=model["kernels"],
         prompts=bundle.has_text_encoders,

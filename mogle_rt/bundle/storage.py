@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -26,18 +27,18 @@ INT4_RANK = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightStorage(Options):
+class WeightStorage(Options, ABC):
     """How one weight (out, in) is stored. Each format is a subclass; its fields are what the header says of a layer."""
 
     name: ClassVar[str]
 
+    @abstractmethod
     def kinds(self, shape: tuple[int, int]) -> Kinds:
         """The tensors that take the place of the plain weight.
 
         Raises:
             ConfigError: the format can't hold a weight of this shape.
         """
-        raise NotImplementedError
 
     def shape_of(self, stored: tuple[int, ...]) -> tuple[int, int]:
         """(out, in) of the weight whose tensor "weight" has this shape."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, cast
@@ -61,7 +62,7 @@ def find_bundle(name: str | Path) -> str | Path:
     raise CheckpointError(f"{path}: is a folder without a bundle {DEFAULT_FILE}; give the path of the file")
 
 
-class DiffusersHabits(TakesTurns):
+class DiffusersHabits(TakesTurns, ABC):
     """The methods of diffusers' pipelines, except the call itself. `Pipeline` sets the attributes."""
 
     bundle: Bundle
@@ -79,9 +80,9 @@ class DiffusersHabits(TakesTurns):
         self._interrupt, self._num_timesteps, self._guidance_scale = False, 0, 0.0
         self._progress_bar_config: dict[str, Any] = {}
 
+    @abstractmethod
     def _open(self) -> None:
         """Load everything again, with ``_options``."""
-        raise NotImplementedError
 
     @classmethod
     def from_pretrained(

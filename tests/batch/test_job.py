@@ -191,7 +191,7 @@ def test_evaluate_measures_what_was_drawn(folder: Path, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"num_workers": 2, "batch_size": "auto", "max_memory": "3GB"}
     summary = run("demo", folder / "few.jsonl", tmp_path / "out", say=lines.append, **asked, **OPTIONS)
     assert (summary.drawn, list(summary.errors)) == (3, ["row 4"])
-    assert "each worker computes 16 images at once" in lines
+    assert "each worker computes up to 16 images at once" in lines
 
     said: list[str] = []
     report = evaluate(tmp_path / "out", device="cpu", bootstrap=0, say=said.append)

@@ -20,6 +20,11 @@ pytestmark = pytest.mark.quick
 EIGHT = {"CPU": 64.0, "GPU": 8.0}
 
 
+def row(**options: Any) -> Task:
+    """A row whose mask is square, with options of its own."""
+    return Task(Row(place="", options=tuple(options.items())), Path(), (64, 64))
+
+
 @pytest.mark.parametrize(
     ("asked", "there", "places"),
     [
@@ -82,15 +87,21 @@ def test_as_many_images_at_once_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model |= {"engine": "torch", "max_memory": None}
     bundle = Bundle("demo")
 
-    def found(memory: int | None, *, side: int | None = None, workers: int = 1) -> int:
-        return largest_batch(bundle, model | {"max_memory": memory}, (side, side), Places(workers, 1, 0, "cpu"))
+    def found(memory: int | None, *tasks: Task, workers: int = 1, **call: Any) -> int:
+        places = Places(workers, 1, 0, "cpu")
+        return largest_batch(bundle, model | {"max_memory": memory}, call, tasks or [row()], places)
 
     counts = [found(memory) for memory in (830_000_000, 1_000_000_000, 4_000_000_000)]
     assert counts == sorted(counts)
     assert (counts[0], counts[-1]) == (1, MOST_ROWS)
-    assert found(1_500_000_000, side=512) < found(1_500_000_000, side=64)
+    small, large = (found(1_500_000_000, height=side, width=side) for side in (64, 512))
+    assert large < small
+    assert (
+        found(1_500_000_000, row(), row(height=512, width=512), row(), height=64, width=64) == large
+    )  # the largest row
     monkeypatch.setattr(budget, "available_memory", lambda: 2_000_000_000)
-    assert found(None, side=512, workers=2) == found(1_000_000_000, side=512) < found(None, side=512)
+    sides = {"height": 512, "width": 512}
+    assert found(None, workers=2, **sides) == found(1_000_000_000, **sides) < found(None, **sides)
 
 
 def test_a_batch_for_gpus_that_are_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +109,7 @@ def test_a_batch_for_gpus_that_are_elsewhere(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(
         ClusterError, match="this machine has no GPU to choose a batch size for; give --batch-size a number"
     ):
-        largest_batch(Bundle("demo"), {"max_memory": None}, (None, None), Places(2, 1, 1.0, None))
+        largest_batch(Bundle("demo"), {"max_memory": None}, {}, [row()], Places(2, 1, 1.0, None))
 
 
 def test_blocks() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -127,7 +127,7 @@ def batch(
                 source,
                 output,
                 num_workers=num_workers,
-                batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,  # type: ignore[arg-type]
+                batch_size=_at_once(batch_size),
                 address=address,
                 num_cpus=num_cpus,
                 num_gpus=num_gpus,
@@ -162,6 +162,14 @@ def batch(
     if summary.errors:
         place, error = next(iter(summary.errors.items()))
         raise InputError(f"{len(summary.errors):,} of {summary.rows:,} rows have no image; {place}: {error}")
+
+
+def _at_once(text: str) -> Any:
+    """A number of images; any other text is judged by `run`."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 @contextmanager
